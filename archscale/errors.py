@@ -1,0 +1,27 @@
+"""Errors a user can cause. Each ends in one line on stderr and exit status 2 (see `archscale.cli.main`)."""
+
+
+class ArchscaleError(Exception):
+    """One line: what went wrong, where, and the remedy.
+
+    Args:
+        what: the fact, with the offending values.
+        where: file, dotted config key or parameter name.
+        remedy: what the user can do about it.
+    """
+
+    def __init__(self, what: str, where: str, remedy: str):
+        self.what, self.where, self.remedy = what, where, remedy
+        super().__init__(f"{what} ({where}): {remedy}")
+
+
+class ConfigError(ArchscaleError):
+    """The YAML, an override, or a combination of keys is wrong."""
+
+
+class DataError(ArchscaleError):
+    """A data directory, shard, tokenizer or recipe is missing, foreign or corrupt."""
+
+
+class CheckpointError(ArchscaleError):
+    """A checkpoint is missing, incomplete, corrupt or of another model."""
