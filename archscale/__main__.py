@@ -1,0 +1,3 @@
+from archscale.cli import main
+
+main()

@@ -1,0 +1,134 @@
+"""Commands: parsing only. Heavy imports happen inside a command, so that `--help` is instant."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from archscale.errors import ArchscaleError
+
+app = typer.Typer(
+    help="Pre-train language models and find their scaling laws.", no_args_is_help=True, add_completion=False,
+    pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+data_app = typer.Typer(help="Turn text into token shards and look at them.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML config.")],
+    set: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/<name>.")] = None,
+    resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="Where to continue from.")] = "auto",
+) -> None:
+    """Train one model; resumes by itself from the newest checkpoint of its run directory.
+
+    Example: torchrun --standalone --nproc_per_node=2 -m archscale train configs/quickstart.yaml --set seed=1
+    """
+    from archscale.config import load_config
+
+    resolved = load_config(config, set or [])
+    from archscale.train.trainer import train as run
+
+    summary = run(resolved, run_dir or Path("runs") / resolved.name, resume)
+    if int(os.environ.get("RANK", "0")) == 0:
+        losses = "".join(f", {key} {summary[key]:.4f}" for key in ("loss", "val_loss", "val_bits_per_byte") if key in summary)
+        done = "already done" if summary["already_done"] else f"finished in {summary['seconds']:.0f} s"
+        print(f"{resolved.name}: {done}: {summary['steps']} steps, {summary['tokens']:,} tokens{losses}")
+        print(f"metrics {summary['run_dir']}/metrics.jsonl, checkpoint {summary['checkpoint']}")
+
+
+@app.command()
+def generate(
+    target: Annotated[Path, typer.Argument(help="Run directory.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens only.")] = 50,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Continue a prompt with a trained model.
+
+    Example: archscale generate runs/quickstart --prompt "def "
+    """
+    from archscale.train.generate import generate as run
+
+    print(run(target, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed))
+
+
+@data_app.command()
+def prepare(
+    recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
+    set: Overrides = None,
+) -> None:
+    """Text to token shards: sources, tokenizer, training and validation split.
+
+    Example: archscale data prepare data_prep/python_stdlib.yaml
+    """
+    from archscale.data.prepare import prepare as run
+
+    _print_table(run(recipe, set or []))
+
+
+@data_app.command()
+def inspect(directory: Annotated[Path, typer.Argument(help="Prepared data directory.")]) -> None:
+    """What a data directory holds.
+
+    Example: archscale data inspect data/python_stdlib
+    """
+    from archscale.data.prepare import inspect as run
+
+    _print_table(run(directory))
+
+
+@data_app.command()
+def verify(directory: Annotated[Path, typer.Argument(help="Prepared data directory.")]) -> None:
+    """Check every shard's checksum, tokenizer and token ids.
+
+    Example: archscale data verify data/python_stdlib
+    """
+    from archscale.data.prepare import verify as run
+
+    problems = run(directory)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems:
+        raise typer.Exit(2)
+    print(f"{directory}: whole")
+
+
+@app.command()
+def doctor() -> None:
+    """What this machine has and what archscale will use.
+
+    Example: archscale doctor
+    """
+    from archscale.train.doctor import examine
+
+    _print_table(examine())
+
+
+def _print_table(rows: dict[str, Any]) -> None:
+    width = max(map(len, rows))
+    for key, value in rows.items():
+        print(f"{key:<{width}}  {value}")
+
+
+def main() -> None:
+    """Entry point: an `ArchscaleError` ends in one line on stderr and exit status 2."""
+    try:
+        app()
+    except ArchscaleError as error:
+        if os.environ.get("ARCHSCALE_DEBUG") == "1":
+            raise
+        if int(os.environ.get("RANK", "0")) == 0:  # every rank raises it; once is enough
+            print(f"archscale: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(2) if "WORLD_SIZE" in os.environ else sys.exit(2)

@@ -1,0 +1,154 @@
+"""Process-group start-up and rank helpers; everything here is safe when not launched by torchrun."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if is_distributed() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def launched_world_size() -> int:
+    """World size that torchrun announced (1 without it); known before any process group starts."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(timeout_seconds: float = 600.0) -> torch.device:
+    """Join the process group that torchrun announced, if any, and return this process's device.
+
+    NCCL with CUDA, gloo without. A single process without torchrun gets no process group at all.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "WORLD_SIZE" in os.environ and not is_distributed():
+        backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+    return device
+
+
+def stop() -> None:
+    """Leave the process group; a barrier first, so that no rank tears down sockets that another still reads."""
+    if is_distributed():
+        barrier()
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if is_distributed():
+        dist.barrier()
+
+
+def all_reduce(tensor: Tensor, group: Any = None, op: Any = None) -> Tensor:
+    """Sum (or `op`) over the group, in place; returns the tensor. A no-op on one process."""
+    if is_distributed():
+        dist.all_reduce(tensor, op=op or dist.ReduceOp.SUM, group=group)
+    return tensor
+
+
+class _Done:
+    """The work of an exchange with nobody."""
+
+    def wait(self) -> None:
+        pass
+
+
+def all_to_all(send: Tensor, sends: list[int], receives: list[int], group: Any = None) -> tuple[Tensor, Any]:
+    """Start one packed all-to-all of a flat tensor; returns (received, work), to be waited for.
+
+    Args:
+        sends, receives: elements to and from each rank of the group.
+    """
+    received = send.new_empty(sum(receives))
+    if len(sends) == 1:
+        return received, _Done()
+    # As bytes: gloo does not know every dtype.
+    size = send.element_size()
+    work = dist.all_to_all_single(
+        received.view(torch.uint8), send.view(torch.uint8),
+        [n * size for n in receives], [n * size for n in sends], group=group, async_op=True,
+    )  # fmt: skip
+    return received, work
+
+
+def gather_objects(value: Any, group: Any = None) -> list[Any]:
+    """`value` of every rank, in rank order, on every rank."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group=group)
+    return values
+
+
+def on_rank_zero(fn: Callable[[], Any]) -> Any:
+    """Run `fn` on rank 0 and return its result on every rank; its exception is raised on every rank."""
+    result: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            result[0] = fn()
+        except Exception as error:  # carried to every rank: one that raised alone would leave the others waiting
+            result[1] = error
+    if is_distributed():
+        dist.broadcast_object_list(result, src=0)
+    if result[1] is not None:
+        raise result[1]
+    return result[0]
+
+
+def agree(fn: Callable[[], Any]) -> Any:
+    """Run `fn` on every rank; if it fails on any, the first failure is raised on all of them."""
+    result, error = None, None
+    try:
+        result = fn()
+    except Exception as caught:  # raised below, on every rank together
+        error = caught
+    for failure in gather_objects(error):
+        if failure is not None:
+            raise failure
+    return result
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """The part of `tensor` that this rank stores (shares memory)."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def local_interval(tensor: Tensor) -> tuple[int, int]:
+    """[lo, hi) of the row-major flattened whole tensor that this rank stores.
+
+    A plain tensor is stored whole. FSDP2 chunks dim 0 by ceiling, so the last ranks can be short or empty.
+
+    Raises:
+        ValueError: a placement other than Replicate and Shard(0).
+    """
+    if not isinstance(tensor, DTensor):
+        return 0, tensor.numel()
+    rows, mesh = tensor.shape[0], tensor.device_mesh
+    lo, hi = 0, rows
+    for dim, placement in enumerate(tensor.placements):
+        if type(placement) is Shard and placement.dim == 0:
+            chunk = -(-(hi - lo) // mesh.size(dim))
+            start = min(lo + chunk * mesh.get_local_rank(dim), hi)
+            lo, hi = start, min(start + chunk, hi)
+        elif not isinstance(placement, Replicate):
+            raise ValueError(f"placement {placement} is not supported: only Replicate and Shard(0)")
+    row = tensor.numel() // rows if rows else 0
+    return lo * row, hi * row

@@ -1,0 +1,62 @@
+"""Initialization that does not depend on the sharding: each element is a function of (seed, parameter name, position).
+
+A parameter is cut into chunks of fixed size, each with its own generator, so a rank draws only the chunks that it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from archscale.distributed import local_interval, local_tensor
+
+CHUNK = 1 << 18  # elements of one generator; part of the definition of a run: changing it changes every weight
+
+
+def initialize(model: nn.Module, seed: int) -> None:
+    """Fill every parameter of `model` (plain tensors or DTensors, on any device) from its module's `parameter_roles`.
+
+    Raises:
+        ValueError: a parameter without `init`.
+    """
+    done: set[int] = set()
+    for prefix, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in done:  # a tied weight is drawn where it is first registered
+                continue
+            done.add(id(parameter))
+            name = f"{prefix}.{key}" if prefix else key
+            spec = getattr(module, "parameter_roles", {}).get(key, {})
+            if "init" not in spec:
+                raise ValueError(f"parameter {name!r} has no initialization: add 'init' to its module's parameter_roles")
+            lo, hi = local_interval(parameter)
+            values = draw(*spec["init"], seed=seed, name=name, lo=lo, hi=hi, numel=parameter.numel())
+            with torch.no_grad():
+                local_tensor(parameter).copy_(values.view(local_tensor(parameter).shape))
+
+
+def draw(distribution: str, scale: float, *, seed: int, name: str, lo: int, hi: int, numel: int) -> Tensor:
+    """Elements [lo, hi) of a flattened parameter of `numel` elements; float32 on CPU, whatever the device.
+
+    Args:
+        distribution: `uniform` on (−scale, scale), `normal` with standard deviation `scale`, or `constant`.
+    """
+    values = torch.empty(hi - lo)
+    if distribution == "constant":
+        return values.fill_(scale)
+    for chunk in range(lo // CHUNK, -(-hi // CHUNK)):
+        start = chunk * CHUNK
+        block = torch.empty(min(CHUNK, numel - start))
+        key = hashlib.blake2b(f"{seed}/{name}/{chunk}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "little", signed=True))
+        if distribution == "uniform":
+            block.uniform_(-scale, scale, generator=generator)
+        elif distribution == "normal":
+            block.normal_(0.0, scale, generator=generator)
+        else:
+            raise ValueError(f"unknown distribution {distribution!r} of parameter {name!r}")
+        a, b = max(lo, start), min(hi, start + len(block))
+        values[a - lo : b - lo] = block[a - start : b - start]
+    return values

@@ -1,0 +1,100 @@
+"""Pre-norm transformer language model with a float32 residual stream.
+
+Shapes: B batch, T time, D width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from archscale.model.attention import Attention, attention_mask, rope_table
+from archscale.model.layers import Embedding, FeedForward, RMSNorm
+from archscale.model.loss import cross_entropy_sum
+
+if TYPE_CHECKING:
+    from archscale.config import ModelConfig
+
+EMBEDDING_STD = 1e-4  # HyperP; a tied embedding takes the head's
+HEAD_STD = 0.02
+
+
+class Block(nn.Module):
+    """x + a · attention(norm(x)), then x + a · mlp(norm(x)); a = 1/√(2L) under Depth-μP, else 1."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype):
+        super().__init__()
+        self.multiplier = 1 / math.sqrt(2 * config.depth) if config.depth_mup else 1.0
+        self.attention_norm = RMSNorm(config.width, dtype)
+        self.attention = Attention(
+            config.width, config.heads, config.kv_heads, config.head_dim,
+            qk_norm=config.qk_norm, gated=config.gated_attention, dtype=dtype,
+        )  # fmt: skip
+        self.mlp_norm = RMSNorm(config.width, dtype)
+        self.mlp = FeedForward(config.width, config.mlp_hidden, config.mlp)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        x = torch.add(x, self.attention(self.attention_norm(x), rope, mask), alpha=self.multiplier)
+        return torch.add(x, self.mlp(self.mlp_norm(x)), alpha=self.multiplier)
+
+
+class Head(nn.Module):
+    """Final norm and output matrix (V, D): logits, or the summed cross-entropy when targets are given.
+
+    A tied head has no matrix of its own and is given the embedding's at every call.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype):
+        super().__init__()
+        self.norm = RMSNorm(config.width, dtype)
+        if not config.tied_embeddings:
+            self.weight = nn.Parameter(torch.empty(config.vocab_size, config.width))
+            self.parameter_roles = {"weight": {"role": "head", "init": ("normal", HEAD_STD)}}
+
+    def forward(self, x: Tensor, targets: Tensor | None, tied: Tensor | None) -> Tensor:
+        h = self.norm(x)
+        weight = (self.weight if tied is None else tied).to(h.dtype)
+        if targets is None:
+            return (h @ weight.mT).float()
+        return cross_entropy_sum(h.flatten(0, 1), weight, targets.flatten())
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model.
+
+    Args:
+        config: the `model` section, with `vocab_size` set.
+        dtype: of matrix products and activations (parameters and residual stream stay float32).
+        eos_id: token that separates documents; given, attention stays within a document.
+        recompute: keep only block inputs for the backward pass (activation checkpointing).
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, eos_id: int | None = None, recompute: bool = False):
+        super().__init__()
+        if config.vocab_size is None:
+            raise ValueError("model.vocab_size is not set: take it from the data set")
+        self.config, self.eos_id, self.recompute = config, eos_id, recompute
+        std = HEAD_STD if config.tied_embeddings else EMBEDDING_STD
+        self.embedding = Embedding(config.vocab_size, config.width, std)
+        self.blocks = nn.ModuleList(Block(config, dtype) for _ in range(config.depth))
+        self.head = Head(config, dtype)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Summed loss in nats over targets that count, or logits (B, T, V) without targets.
+
+        Args:
+            tokens, targets: (B, T) int64; targets of `loss.IGNORE` do not count.
+        """
+        rope = rope_table(tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device)
+        mask = attention_mask(tokens, self.config.window, self.eos_id)
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+            else:
+                x = block(x, rope, mask)
+        return self.head(x, targets, self.embedding.weight if self.config.tied_embeddings else None)

@@ -1,0 +1,394 @@
+"""`MatrixOptimizer`: the update rule under any sharding, and its only collectives.
+
+    local momentum update → packed all-to-all → batched orthogonalization → packed all-to-all back (each Q shard into
+    the consumed gradient's buffer) → local inner products → ONE all-reduce → local update
+
+A single process is the degenerate case: it owns every matrix and the exchange is a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from archscale.distributed import gather_objects, is_distributed, local_interval, local_tensor
+from archscale.optim.checks import check_options, check_parameter, load_state, parameter_names
+from archscale.optim.elementwise import adam_direction_, lion_direction_, momentum_direction_
+from archscale.optim.exchange import Exchange
+from archscale.optim.orthogonalize import orthogonalize_
+from archscale.optim.rules import InnerProducts, Rule, Step, step_coefficients
+from archscale.optim.shards import ExchangePlan, Interval, MatrixView, matrix_views, plan_exchange
+
+STATE_OF = {
+    "orthogonal": ("momentum",),
+    "momentum": ("momentum",),
+    "lion": ("exp_avg",),
+    "adam": ("exp_avg", "exp_avg_sq"),
+}
+W, Q, P, MOMENTUM, RESIDUAL = range(5)  # rows of the reduced sums: ‖W‖², ‖Q‖², ⟨W, Q⟩, ‖M̂‖², ‖QQᵀ − I‖²/m
+
+
+@dataclass
+class _Group:
+    """What the engine derives once from a parameter group."""
+
+    options: dict[str, Any]  # the torch parameter group itself, so that schedulers act on it
+    rule: Rule
+    params: list[int]  # numbers of its parameters
+    views: slice  # of the stacked per-matrix scalars; empty where a step needs no inner products
+    shape_factor: Tensor
+    zero_calibration: Tensor
+
+
+@dataclass
+class _Run:
+    """`count` equal pieces of matrices, adjacent in this rank's flat local tensor of one parameter."""
+
+    param: int
+    lo: int
+    length: int
+    count: int
+    view: int  # the first; the others follow
+    counted: bool  # whether this rank counts them in inner products (one holder of each piece does)
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat[self.lo : self.lo + self.count * self.length].view(self.count, self.length)
+
+    @property
+    def views(self) -> slice:
+        return slice(self.view, self.view + self.count)
+
+
+class MatrixOptimizer(torch.optim.Optimizer):
+    """Every optimizer of `archscale.optim.RULES`, for plain tensors, DDP replicas and FSDP2/HSDP shards.
+
+    `step()` destroys gradients: each direction overwrites the gradient it came from. All ranks of `process_group` must
+    construct the optimizer and call `step()` together. A missing gradient counts as zero.
+
+    Args:
+        params: parameters, `named_parameters()` (names appear in errors), or parameter groups. A matrix rule takes 2-D
+            matrices (fan_out, fan_in) and 3-D stacks (E, fan_out, fan_in); plain tensors or DTensors with Shard(0).
+        lr: η. weight_decay: λ, coupled or decoupled as the rule says.
+        rule: a name in `RULES` or a `Rule`.
+        momentum: μ; nesterov: use μ M + G.
+        clip: (r_min, r_max) in place of the rule's own bounds; None takes the rule's.
+        eps: ε of the trust ratio.
+        orthogonalizer: scheme of `orthogonalize`.
+        compute_dtype: of the orthogonalization. wire_dtype: of the exchange; None: the compute dtype.
+        momentum_dtype: storage of the momentum; None: float32.
+        betas, adam_eps: of the adam and lion directions.
+        process_group: the ranks that hold the parameters; None: the default group if there is one. Plain tensors are
+            taken as replicas over it: the work is divided over the ranks. Keys of a parameter group override all of the
+            above; `blocks` gives, per parameter, None or the (name, rows) blocks of a fused projection.
+
+    Raises:
+        ValueError: naming the parameter and the remedy.
+    """
+
+    def __init__(
+        self, params: Iterable, lr: float, rule: str | Rule = "orscale_lm", momentum: float = 0.95, nesterov: bool = True,
+        weight_decay: float = 0.0, clip: tuple[float, float] | None = None, eps: float = 1e-6,
+        orthogonalizer: str = "polar_express", compute_dtype: torch.dtype = torch.bfloat16,
+        wire_dtype: torch.dtype | None = None, momentum_dtype: torch.dtype | None = None,
+        betas: tuple[float, float] = (0.9, 0.95), adam_eps: float = 1e-8, process_group: Any = None,
+    ):  # fmt: skip
+        defaults = dict(
+            lr=lr, rule=rule, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, clip=clip, eps=eps,
+            orthogonalizer=orthogonalizer, compute_dtype=compute_dtype, wire_dtype=wire_dtype,
+            momentum_dtype=momentum_dtype, betas=betas, adam_eps=adam_eps, blocks=None,
+        )  # fmt: skip
+        super().__init__(params, defaults)
+        self._process_group = process_group
+        self._world = dist.get_world_size(process_group) if is_distributed() else 1
+        self._rank = dist.get_rank(process_group) if is_distributed() else 0
+        self._params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
+        self._names = parameter_names(self.param_groups)
+        self._number = {id(p): i for i, p in enumerate(self._params)}
+        self.sample_residual = False  # measure ‖QQᵀ − I‖/√m at each step: one extra product per matrix
+        self._build()
+
+    def _build(self) -> None:
+        """Plan the exchanges and create all state eagerly, so that a checkpoint never meets a missing entry."""
+        if not self._params:
+            raise ValueError("no parameters: give at least one matrix")
+        self._device = self._params[0].device
+        self._dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._params) else torch.float32
+        self._groups: list[_Group] = []
+        self._views: list[MatrixView] = []
+        exchanges: dict[tuple, list[int]] = {}  # views that travel together, by what they are orthogonalized with
+        for options in self.param_groups:
+            rule = check_options(options)
+            members = [self._number[id(p)] for p in options["params"]]
+            blocks = options.pop("blocks") or [None] * len(members)
+            first = len(self._views)
+            for param, block in zip(members, blocks, strict=True):
+                check_parameter(self._names[param], self._params[param])
+                if rule.direction == "orthogonal" or rule.needs_norms:
+                    p = self._params[param]
+                    shape = p.shape if rule.direction == "orthogonal" or p.ndim in (2, 3) else (p.numel(), 1)
+                    self._views += matrix_views(self._names[param], param, shape, block)
+            if rule.direction == "orthogonal":
+                key = tuple(options[k] for k in ("orthogonalizer", "compute_dtype", "wire_dtype"))
+                exchanges.setdefault(key, []).extend(range(first, len(self._views)))
+            views = self._views[first:]
+            self._groups.append(
+                _Group(
+                    options, rule, members, slice(first, len(self._views)),
+                    self._scalars([rule.shape_factor(v.rows, v.cols) for v in views]),
+                    self._scalars([0.2 * max(v.rows, v.cols) ** 0.5 for v in views]),
+                )
+            )  # fmt: skip
+        mine = [[local_interval(p)] for p in self._params]
+        everyone = gather_objects((mine, self._names, [tuple(p.shape) for p in self._params]), self._process_group)
+        if any(other[1:] != everyone[0][1:] for other in everyone):
+            raise ValueError("the ranks have different parameters: build the same model and optimizer on every rank")
+        self._intervals: list[list[list[Interval]]] = [other[0] for other in everyone]
+        self._runs: list[_Run] = []
+        self._exchanges: list[tuple[Exchange, list[int], tuple]] = []
+        for key, members in exchanges.items():
+            plan = plan_exchange([self._views[v] for v in members], self._intervals)
+            self._exchanges.append((Exchange(plan, mine, self._rank, self._process_group), members, key))
+            self._add_runs(plan, members)
+        travelling = {v for members in exchanges.values() for v in members}
+        rest = [v for v in range(len(self._views)) if v not in travelling]  # elementwise rules that need norms
+        self._add_runs(plan_exchange([self._views[v] for v in rest], self._intervals), rest)
+        self._init_state()
+
+    def _scalars(self, values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, device=self._device, dtype=self._dtype)
+
+    def _add_runs(self, plan: ExchangePlan, numbers: list[int]) -> None:
+        for v, segments in enumerate(plan.segments):
+            view = plan.views[v]
+            start = self._intervals[self._rank][view.param][0][0]
+            for s in segments:
+                if self._rank not in s.holders:
+                    continue
+                run = _Run(view.param, view.offset + s.lo - start, s.numel, 1, numbers[v], s.source == self._rank)
+                last = self._runs[-1] if self._runs else None
+                if (
+                    last and last.param == run.param and last.length == run.length and last.counted == run.counted
+                    and last.lo + last.count * last.length == run.lo and last.view + last.count == run.view
+                ):  # fmt: skip
+                    last.count += 1
+                else:
+                    self._runs.append(run)
+
+    # ---------------------------------------------------------------------------------------------------------- state
+
+    @torch.no_grad()
+    def _init_state(self) -> None:
+        count = len(self._views)
+        self._calibration = self._scalars([0.0] * count)
+        sums = self._scalars([0.0] * count)
+        weights = [local_tensor(p).view(-1) for p in self._params]
+        for run in self._runs:
+            if run.counted:
+                sums[run.views] += _dot(run.of(weights[run.param]), run.of(weights[run.param]))
+        self._radius = self._all_reduce(sums).sqrt()
+        for group in self._groups:
+            if not group.rule.calibrated:
+                self._calibration[group.views] = 1.0
+            zero = (self._radius[group.views] == 0).nonzero().flatten().tolist() if group.rule.sphere else []
+            if zero:
+                raise ValueError(
+                    f"matrix {self._views[group.views][zero[0]].name!r} is zero: on the sphere (rule {group.rule.name!r}) "
+                    "it could never move; initialize it, or give it another rule"
+                )
+            for param in group.params:
+                p = self._params[param]
+                state = self.state[p]
+                for key in STATE_OF[group.rule.direction]:
+                    state[key] = torch.zeros_like(p, dtype=group.options["momentum_dtype"] or self._dtype)
+                if group.rule.direction == "adam":
+                    state["step"] = torch.zeros((), device=self._device)
+        # Scalars of a parameter's matrices are views of the stacked ones: one entry per matrix.
+        for v, view in enumerate(self._views):
+            state = self.state[self._params[view.param]]
+            first = self._first_view(view.param)
+            state["calibration"] = self._calibration[first : v + 1]
+            state["radius"] = self._radius[first : v + 1]
+
+    def _first_view(self, param: int) -> int:
+        return next(v for v, view in enumerate(self._views) if view.param == param)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Restore momentum, moments, c, R and step, in the dtypes they are kept in; nothing is recomputed.
+
+        Raises:
+            ValueError: a state of another rule or of other shapes, naming the parameter.
+        """
+        groups, state = state_dict["param_groups"], state_dict["state"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            raise ValueError("the state dict has other parameter groups: rebuild the optimizer as it was when it was saved")
+        for saved_group, group in zip(groups, self.param_groups):
+            for key, p in zip(saved_group["params"], group["params"]):
+                load_state(self._names[self._number[id(p)]], group["rule"], state.get(key, {}), self.state[p])
+            fixed = ("params", "param_names", "rule", "role")
+            group.update({k: v for k, v in saved_group.items() if k in group and k not in fixed})
+
+    # ----------------------------------------------------------------------------------------------------------- step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter. Gradients are overwritten."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        weights = [local_tensor(p).view(-1) for p in self._params]
+        grads = [local_tensor(_gradient(p)).view(-1) for p in self._params]
+        rows = 5 if self.sample_residual else 4 if any(g.rule.ratio == "momentum" for g in self._groups) else 3
+        sums = torch.zeros(rows, len(self._views), device=self._device, dtype=self._dtype)
+        self._elementwise_directions(grads)
+        self._whole_matrix_directions(grads, sums)
+        for run in self._runs:
+            if run.counted:
+                w, q = run.of(weights[run.param]), run.of(grads[run.param])
+                sums[W, run.views] += _dot(w, w)
+                sums[Q, run.views] += _dot(q, q)
+                sums[P, run.views] += _dot(w, q)
+        self._all_reduce(sums)
+        self._update(weights, grads, sums)
+        return loss
+
+    def _elementwise_directions(self, grads: list[Tensor]) -> None:
+        for group in self._groups:
+            options = group.options
+            for param in group.params:
+                state = self.state[self._params[param]]
+                local = {k: local_tensor(state[k]).view(-1) for k in STATE_OF[group.rule.direction]}
+                if group.rule.direction == "adam":
+                    state["step"] += 1
+                    adam_direction_(grads[param], **local, step=state["step"], betas=options["betas"], eps=options["adam_eps"])
+                elif group.rule.direction == "lion":
+                    lion_direction_(grads[param], **local, betas=options["betas"])
+                elif group.rule.direction == "momentum":
+                    momentum_direction_(grads[param], **local, mu=options["momentum"], nesterov=options["nesterov"])
+
+    def _whole_matrix_directions(self, grads: list[Tensor], sums: Tensor) -> None:
+        """Momentum, exchange, orthogonalization. The owner adds to `sums` what only it knows of a whole matrix."""
+        momenta: dict[int, Tensor] = {}
+        look_ahead: dict[int, float] = {}
+        for group in self._groups:
+            if group.rule.direction == "orthogonal":
+                mu = group.options["momentum"]
+                for param in group.params:
+                    momentum = local_tensor(self.state[self._params[param]]["momentum"]).view(-1)
+                    momenta[param] = momentum.mul_(mu).add_(grads[param])
+                    look_ahead[param] = mu if group.options["nesterov"] else 0.0
+        for exchange, numbers, (scheme, compute_dtype, wire_dtype) in self._exchanges:
+
+            def orthogonalize_stack(stack: Tensor, views: list[int]) -> None:
+                norm = orthogonalize_(stack, scheme, compute_dtype)  # noqa: B023: called before the next iteration
+                owned = torch.tensor([numbers[v] for v in views], device=self._device)  # noqa: B023
+                sums[Q].index_put_((owned,), torch.where(norm.isfinite(), 0.0, -torch.inf).to(self._dtype), accumulate=True)
+                if len(sums) > MOMENTUM:
+                    sums[MOMENTUM, owned] = norm.square().to(self._dtype)
+                if len(sums) > RESIDUAL:
+                    sums[RESIDUAL, owned] = _residual(stack).to(self._dtype)
+
+            local_grads = {param: grads[param] for param in momenta}
+            exchange.run(momenta, local_grads, look_ahead, orthogonalize_stack, wire_dtype or compute_dtype)
+
+    def _update(self, weights: list[Tensor], grads: list[Tensor], sums: Tensor) -> None:
+        """W ← keep · W − apply · Q, with the coefficients of every matrix from the reduced sums."""
+        keep, apply = torch.ones_like(sums[W]), torch.zeros_like(sums[W])
+        bad = torch.zeros_like(sums[W], dtype=torch.bool)
+        self._steps: list[tuple[_Group, Step]] = []
+        for group in self._groups:
+            options, views = group.options, group.views
+            if views.start == views.stop:
+                decay = 1 - options["lr"] * options["weight_decay"] if group.rule.decay == "decoupled" else 1.0
+                members = [i for i in group.params if weights[i].numel()]
+                torch._foreach_mul_([weights[i] for i in members], decay)
+                torch._foreach_add_([weights[i] for i in members], [grads[i] for i in members], alpha=-options["lr"])
+                continue
+            products = InnerProducts(*(row[views] for row in sums[:4]))
+            step = step_coefficients(
+                group.rule, products, lr=options["lr"], weight_decay=options["weight_decay"],
+                shape_factor=group.shape_factor, zero_calibration=group.zero_calibration,
+                calibration=self._calibration[views], radius=self._radius[views],
+                clip=options["clip"] or group.rule.clip, eps=options["eps"],
+            )  # fmt: skip
+            self._calibration[views] = step.calibration
+            keep[views], apply[views], bad[views] = step.keep, step.apply, step.bad
+            self._steps.append((group, step))
+        self._residual = sums[RESIDUAL].sqrt() if len(sums) > RESIDUAL else None
+        reset = self._device.type != "cpu" or bool(bad.any())  # no host synchronization on an accelerator
+        for run in self._runs:
+            w, q = run.of(weights[run.param]), run.of(grads[run.param])
+            a, b = keep[run.views, None], apply[run.views, None]
+            if reset:  # a direction that is not finite is not applied, and its momentum starts again
+                q.masked_fill_(bad[run.views, None], 0.0)
+                for key, state in self.state[self._params[run.param]].items():
+                    if key in ("momentum", "exp_avg", "exp_avg_sq"):
+                        run.of(local_tensor(state).view(-1)).masked_fill_(bad[run.views, None], 0.0)
+            if w.dtype == self._dtype:
+                w.mul_(a).addcmul_(q, b, value=-1)
+            else:
+                w.copy_(w * a - q * b)
+
+    def _all_reduce(self, tensor: Tensor) -> Tensor:
+        if self._world > 1 and tensor.numel():
+            dist.all_reduce(tensor, group=self._process_group)
+        return tensor
+
+    # ---------------------------------------------------------------------------------------------------- diagnostics
+
+    def diagnostics(self) -> dict[str, Tensor]:
+        """What the last step did, per matrix, still on the device; `matrix_names()` gives their order.
+
+        Keys: `trust_ratio` (raw), `clipped_ratio`, `clipped`, `bad`, `calibration`, `weight_norm`, `relative_update`,
+        `norm_drift` (‖W‖/‖W₀‖ − 1), `effective_decay` (η r̂ λ, or η λ), `orthogonality_residual` (‖QQᵀ − I‖/√m of the short
+        side; only after a step with `sample_residual`).
+        """
+        if not hasattr(self, "_steps"):
+            raise RuntimeError("diagnostics() describes a step: call step() first")
+        columns: dict[str, list[Tensor]] = {}
+        for group, step in self._steps:
+            decay = group.options["lr"] * group.options["weight_decay"] if group.rule.decay != "none" else 0.0
+            row = {
+                "trust_ratio": step.ratio, "clipped_ratio": step.clipped_ratio, "clipped": step.clipped, "bad": step.bad,
+                "calibration": step.calibration, "weight_norm": step.weight_norm, "relative_update": step.relative_update,
+                "norm_drift": step.weight_norm / self._radius[group.views] - 1, "effective_decay": decay * step.clipped_ratio,
+            }  # fmt: skip
+            if self._residual is not None:
+                row["orthogonality_residual"] = self._residual[group.views]
+            for key, value in row.items():
+                columns.setdefault(key, []).append(value)
+        return {key: torch.cat(values) for key, values in columns.items()}
+
+    def views(self) -> list[tuple[str, str, int, int]]:
+        """(parameter, matrix, rows, cols) of every matrix that a rule treats as a whole."""
+        return [(self._names[view.param], view.name, view.rows, view.cols) for view in self._views]
+
+    def matrix_names(self) -> list[str]:
+        """Names of the matrices, in the order of `diagnostics()`."""
+        return [view.name for group, _ in getattr(self, "_steps", []) for view in self._views[group.views]]
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise inner products of (count, length), float32 or better."""
+    a, b = (x if x.dtype == torch.float64 else x.float() for x in (a, b))
+    return torch.dot(a[0], b[0])[None] if len(a) == 1 else torch.linalg.vecdot(a, b)
+
+
+def _residual(stack: Tensor) -> Tensor:
+    """‖QQᵀ − I‖² / m of each Q (k, m, n), m the short side."""
+    X = stack.float() if stack.shape[-2] <= stack.shape[-1] else stack.mT.float()
+    A = torch.bmm(X, X.mT)
+    A.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return A.square().sum(dim=(-2, -1)) / A.shape[-1]
+
+
+def _gradient(p: Tensor) -> Tensor:
+    if p.grad is None:
+        p.grad = torch.zeros_like(p)
+    return p.grad

@@ -1,0 +1,92 @@
+"""Q ≈ U Vᵀ of M = U Σ Vᵀ, for one matrix or a batch of equal shapes. Stateless; whole matrices only.
+
+    X ← M / (f ‖M‖);   five times:  A = X Xᵀ,  X ← a X + (b A + c A²) X
+
+with (a, b, c) and f from the tables below (REFERENCE 2). Tall matrices use XᵀX from the right, the same polynomial without a
+transposed copy. The normalization has no additive ε: Q does not change when M is scaled.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+COEFFICIENTS = {  # (a, b, c) of X ← a X + (b A + c A²) X, A = X Xᵀ
+    "polar_express": [  # arXiv 2505.16932
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ],
+    "quintic": [(3.4445, -4.7750, 2.0315)] * 5,  # Jordan
+    "quintic_tuned": [  # Dion code base
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ],
+}
+NORMALIZATION = {"polar_express": 1.02, "quintic": 1.0, "quintic_tuned": 1.0}
+SCHEMES = (*COEFFICIENTS, "exact")
+
+
+def orthogonalize(M: Tensor, scheme: str = "polar_express", dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Orthogonalize M (m, n) or (k, m, n).
+
+    Args:
+        scheme: `polar_express` (arXiv 2505.16932), `quintic` (Jordan), `quintic_tuned` (Dion) or `exact` (SVD in float64).
+        dtype: of the iteration and of the result.
+
+    Returns:
+        Q, same shape as M, in `dtype`. A zero or non-finite M gives a zero Q.
+
+    Raises:
+        ValueError: an unknown scheme, or M not 2-D or 3-D.
+    """
+    if M.ndim not in (2, 3):
+        raise ValueError(f"orthogonalize takes (m, n) or (k, m, n), not {tuple(M.shape)}")
+    Q = M.detach().clone(memory_format=torch.contiguous_format)
+    orthogonalize_(Q if M.ndim == 3 else Q[None], scheme, dtype)
+    return Q.to(dtype)
+
+
+def orthogonalize_(M: Tensor, scheme: str, dtype: torch.dtype) -> Tensor:
+    """Overwrite the stack M (k, m, n) with its Q, iterating in `dtype`; returns ‖M‖, (k,), float64.
+
+    A norm of zero or not finite means that Q is zero.
+    """
+    if scheme not in SCHEMES:
+        raise ValueError(f"unknown orthogonalizer {scheme!r}; one of {', '.join(SCHEMES)}")
+    # The squares of a small gradient underflow in float32, so the norm is taken in float64.
+    norm = torch.linalg.vector_norm(M, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    usable = torch.isfinite(norm) & (norm > 0)
+    if M.numel() == 0:
+        return norm.flatten()
+    if scheme == "exact":
+        M.copy_(_exact(torch.where(usable, M, 0.0)))
+        return norm.flatten()
+    scale = torch.where(usable, 1.0 / (NORMALIZATION[scheme] * norm), 0.0)
+    X = torch.where(usable, M * scale.to(torch.promote_types(M.dtype, torch.float32)), 0.0).to(dtype)
+    Q = _iterate(X, M if M.dtype == dtype else torch.empty_like(X), COEFFICIENTS[scheme])
+    if Q.data_ptr() != M.data_ptr():
+        M.copy_(Q)
+    return norm.flatten()
+
+
+def _iterate(X: Tensor, spare: Tensor, coefficients: list[tuple[float, float, float]]) -> Tensor:
+    """The iteration on a stack X (k, m, n); X and `spare` are both used up, and the result is in one of them."""
+    tall = X.shape[-2] > X.shape[-1]
+    for a, b, c in coefficients:
+        A = torch.bmm(X.mT, X) if tall else torch.bmm(X, X.mT)
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        torch.baddbmm(X, *((X, B) if tall else (B, X)), beta=a, out=spare)
+        X, spare = spare, X
+    return X
+
+
+def _exact(M: Tensor) -> Tensor:
+    U, S, Vh = torch.linalg.svd(M.double(), full_matrices=False)
+    rank = S > S.amax(dim=-1, keepdim=True) * max(M.shape[-2:]) * torch.finfo(torch.float64).eps
+    return (U * rank.unsqueeze(-2)) @ Vh

@@ -1,0 +1,97 @@
+"""Each parameter gets its role from the module that owns it, never from its name or its number of dimensions.
+
+A module declares its own parameters in a plain attribute:
+
+    self.parameter_roles = {"weight": {"role": "matrix", "blocks": [("q", 512), ("k", 128), ("v", 128)]}}
+
+Roles: `matrix` (whole-matrix rule), `embedding`, `head`, `vector`. Every parameter is claimed exactly once; a tied weight
+follows the module that comes first (the embedding). A parameter that nobody claims is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from archscale.errors import ConfigError
+
+ROLES = ("matrix", "embedding", "head", "vector")
+
+
+@dataclass(frozen=True)
+class ParameterRole:
+    """One row of the start-up manifest."""
+
+    name: str
+    role: str
+    shape: tuple[int, ...]
+    blocks: tuple[tuple[str, int], ...]
+    parameter: nn.Parameter
+
+
+def assign_roles(model: nn.Module) -> list[ParameterRole]:
+    """Every trainable parameter of `model` with its role, in registration order.
+
+    Raises:
+        ConfigError: a parameter that no module claims, an unknown role, or a claim that matches no parameter.
+    """
+    claimed: dict[int, ParameterRole] = {}
+    for prefix, module in model.named_modules():
+        roles = getattr(module, "parameter_roles", {})
+        own = dict(module.named_parameters(recurse=False))
+        for key in roles.keys() - own.keys():
+            raise ConfigError(f"role declared for a parameter {key!r} that does not exist", prefix, "mend parameter_roles")
+        for key, parameter in own.items():
+            name = clean_name(f"{prefix}.{key}" if prefix else key)
+            if id(parameter) in claimed or not parameter.requires_grad:
+                continue
+            if key not in roles:
+                raise ConfigError(
+                    f"{type(module).__name__} gives no role to its parameter", name,
+                    f"add parameter_roles = {{{key!r}: {{'role': ...}}}} to the module",
+                )  # fmt: skip
+            role, blocks = roles[key]["role"], tuple(roles[key].get("blocks", ()))
+            if role not in ROLES:
+                raise ConfigError(f"unknown role {role!r}", name, f"use one of {', '.join(ROLES)}")
+            claimed[id(parameter)] = ParameterRole(name, role, tuple(parameter.shape), blocks, parameter)
+    return list(claimed.values())
+
+
+def clean_name(name: str) -> str:
+    """The parameter's name without the prefixes of DDP and torch.compile."""
+    return name.replace("_orig_mod.", "").removeprefix("module.")
+
+
+def parameter_groups(
+    roles: list[ParameterRole], options: Mapping[str, dict[str, Any]], per_head: int | None = None
+) -> list[dict[str, Any]]:
+    """Parameter groups for `MatrixOptimizer`, one per role that occurs; each carries its role under the key `role`.
+
+    Args:
+        options: by role, what its group holds (`rule`, `lr`, …).
+        per_head: rows of one attention head: splits the blocks q, k and v into heads.
+    """
+    groups = []
+    for role in ROLES:
+        rows = [row for row in roles if row.role == role]
+        if rows:
+            groups.append(
+                {
+                    **options[role],
+                    "role": role,
+                    "params": [(row.name, row.parameter) for row in rows],
+                    "blocks": [list(_per_head(row.blocks, per_head)) or None for row in rows],
+                }
+            )
+    return groups
+
+
+def _per_head(blocks: tuple[tuple[str, int], ...], rows: int | None) -> Iterator[tuple[str, int]]:
+    for name, size in blocks:
+        if rows and name in ("q", "k", "v"):
+            yield from ((f"{name}{head}", rows) for head in range(size // rows))
+        else:
+            yield name, size

@@ -1,0 +1,50 @@
+"""metrics.jsonl: one flat JSON object a line, each with `step`, `tokens` and `time`."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+
+class MetricsFile:
+    """Appends lines; non-finite numbers become null beside an `event` that names them.
+
+    Args:
+        path: metrics.jsonl of a run directory.
+        resume_step: lines of later steps belong to a part of the run that was lost, and are dropped.
+    """
+
+    def __init__(self, path: Path, resume_step: int = 0):
+        self.path = path
+        if path.exists():
+            kept = [line for line in path.read_text().splitlines(keepends=True) if _step(line, resume_step) <= resume_step]
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text("".join(kept))
+            os.replace(temporary, path)
+        self._file = path.open("a")
+
+    def write(self, step: int, tokens: int, **values: Any) -> None:
+        bad = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+        line = {"step": step, "tokens": tokens, "time": round(time.time(), 3)}
+        line |= {key: None if key in bad else value for key, value in values.items()}
+        if bad:
+            line["event"] = f"non-finite {', '.join(bad)}"
+        self._file.write(json.dumps(line) + "\n")
+
+    def flush(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _step(line: str, resume_step: int) -> int:
+    """Step of a line; one cut short by a crash counts as lost."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else resume_step + 1
+    except (ValueError, KeyError):
+        return resume_step + 1

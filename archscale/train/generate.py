@@ -1,0 +1,58 @@
+"""Continue a prompt with the newest checkpoint of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from archscale.config import Config, load_config
+from archscale.data.tokenizer import Tokenizer, load_tokenizer
+from archscale.errors import CheckpointError
+from archscale.model import Transformer
+from archscale.train.checkpoint import checkpoint_steps, load_checkpoint, step_directory
+from archscale.train.trainer import build_model
+
+
+def load_run(run_dir: Path) -> tuple[Config, Transformer, Tokenizer]:
+    """Config, model with the newest checkpoint's weights, and tokenizer of a run directory.
+
+    Raises:
+        CheckpointError: not a run directory, or one without a checkpoint.
+        DataError: the run's data directory, which holds its tokenizer, is gone.
+    """
+    steps = checkpoint_steps(run_dir / "checkpoints")
+    if not (run_dir / "config.yaml").is_file() or not steps:
+        raise CheckpointError("no run with a checkpoint", str(run_dir), "name a run directory, such as runs/<name>, that train has filled")
+    config = load_config(run_dir / "config.yaml")
+    tokenizer = load_tokenizer(config.data.train)
+    model = build_model(config, tokenizer.eos_id)
+    load_checkpoint(step_directory(run_dir / "checkpoints", steps[-1]), model, optimizer=None)
+    return config, model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
+
+
+@torch.no_grad()
+def generate(run_dir: Path, prompt: str, *, max_tokens: int, temperature: float, top_k: int | None, seed: int) -> str:
+    """`prompt` and its continuation, up to `max_tokens` tokens or the end of the document.
+
+    Every token reads the last `context` tokens anew.
+    """
+    config, model, tokenizer = load_run(run_dir)
+    device = next(model.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
+    ids = tokenizer.encode(prompt)
+    given = [tokenizer.eos_id, *ids]  # a document starts after the end of the one before
+    produced: list[int] = []
+    for _ in range(max_tokens):
+        window = torch.tensor([(given + produced)[-config.model.context :]], device=device)
+        logits = model(window)[0, -1, : tokenizer.vocab_size]
+        if temperature == 0:
+            token = int(logits.argmax())
+        else:
+            if top_k is not None:
+                logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
+            token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
+        if token == tokenizer.eos_id:
+            break
+        produced.append(token)
+    return tokenizer.decode(ids + produced)

@@ -1,0 +1,326 @@
+"""A training run: from a config to metrics, checkpoints and a trained model, resuming by itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import archscale
+from archscale import distributed
+from archscale.config import Config, dump_config
+from archscale.data.loader import Loader, validation_batches
+from archscale.data.shards import TokenSplit
+from archscale.errors import CheckpointError, ConfigError
+from archscale.model import Transformer, initialize
+from archscale.optim import RULES, MatrixOptimizer
+from archscale.optim.roles import ParameterRole, assign_roles, parameter_groups
+from archscale.optim.schedule import lr_multiplier
+from archscale.parallel.native import NativeEngine
+from archscale.telemetry.sinks import MetricsFile
+from archscale.train.checkpoint import checkpoint_steps, load_checkpoint, read_state, save_checkpoint, step_directory
+from archscale.train.evaluate import evaluate
+from archscale.train.progress import Progress
+from archscale.train.step import train_step
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]:
+    """Run `config` to its end in `run_dir`; returns a summary (steps, tokens, losses, seconds, whether it was done already).
+
+    Args:
+        resume: `auto` (newest checkpoint of the run directory, if any), `never`, or the path of a checkpoint.
+
+    Raises:
+        ArchscaleError: anything the user can mend, before the first step wherever that can be known.
+    """
+    world = distributed.launched_world_size()
+    accumulation = config.accumulation(world)  # refused before any process group starts
+    shard = config.shard_size(world)
+    data = TokenSplit(config.data.train, "train", config.model.context)
+    config = config.with_vocab(data.vocab_size)
+    device = distributed.start()
+    try:
+        distributed.on_rank_zero(lambda: data.check(data.vocab_size))
+        validation = _validation_split(config, data)
+        run = Run(config, run_dir, data, validation, device, shard=shard, accumulation=accumulation)
+        return run.go(resume)
+    finally:
+        distributed.stop()
+
+
+class Run:
+    """Everything that one run holds while it trains."""
+
+    def __init__(
+        self, config: Config, run_dir: Path, data: TokenSplit, validation: TokenSplit | None, device: torch.device,
+        *, shard: int, accumulation: int,
+    ):  # fmt: skip
+        self.config, self.run_dir, self.data, self.validation, self.device = config, run_dir, data, validation, device
+        self.accumulation = accumulation
+        self.engine = NativeEngine(
+            lambda: build_model(config, data.eos_id), lambda model: initialize(model, config.seed), device=device,
+            replicate=config.parallel.replicate, shard=shard, dtype=DTYPES[config.training.precision],
+            compile=config.training.compile,
+        )  # fmt: skip
+        self.roles = assign_roles(self.engine.module)
+        self.optimizer = build_optimizer(config, self.roles)
+        if validation is not None:
+            self.token_bytes = torch.from_numpy(validation.token_bytes.astype("int64"))
+
+    # ------------------------------------------------------------------------------------------------------- the loop
+
+    def go(self, resume: str) -> dict[str, Any]:
+        config, started = self.config, time.monotonic()
+        step = self._resume(resume)
+        if step >= config.steps:
+            return self._summary(step, started, already_done=True)
+        if distributed.rank() == 0:
+            self._describe()
+        metrics = MetricsFile(self.run_dir / "metrics.jsonl", step) if distributed.rank() == 0 else None
+        progress = Progress(config.steps, step, config.name) if distributed.rank() == 0 else None
+        loader = Loader(
+            self.data, config.seed, config.batch_size, distributed.rank(), distributed.world_size(), self.accumulation, step
+        )
+        pending: list[tuple[int, float, dict[str, Tensor]]] = []  # steps whose numbers still lie on the device
+        interval = time.monotonic()
+        try:
+            for micro_batches in loader:
+                lr = self._set_lr(step)
+                measured = train_step(self.engine, self.optimizer, micro_batches, self.device, config.optimizer.grad_clip)
+                step += 1
+                last = step == config.steps
+                evaluating = self.validation is not None and (step % config.eval.every == 0 or last)
+                saving = step % config.checkpoint.every == 0 or last
+                reading = step % config.telemetry.every == 0 or evaluating or saving
+                pending.append((step, lr, measured))
+                if not reading:
+                    continue
+                lines = self._read(pending, time.monotonic() - interval)
+                if evaluating:
+                    lines[-1] |= self._evaluate()
+                if metrics and progress:
+                    for line in lines:
+                        metrics.write(**line)
+                    metrics.flush()
+                    progress.update(lines[-1])
+                if saving:
+                    state = {"step": step, "tokens": step * config.batch_tokens, "name": config.name}
+                    save_checkpoint(self.run_dir / "checkpoints", self.engine.module, self.optimizer, state, config.checkpoint.keep)
+                pending, interval = [], time.monotonic()
+                if last:
+                    break
+        finally:
+            loader.close()
+            if metrics and progress:
+                progress.close()
+                metrics.close()
+        return self._summary(step, started)
+
+    def _set_lr(self, step: int) -> float:
+        """Learning rate of the step that follows `step` finished ones."""
+        config, schedule = self.config, self.config.schedule
+        factor = lr_multiplier(
+            schedule.kind, step * config.batch_tokens, config.steps * config.batch_tokens, warmup=schedule.warmup_tokens,
+            final_ratio=schedule.final_ratio, decay_ratio=schedule.decay_ratio,
+        )  # fmt: skip
+        for group in self.optimizer.param_groups:
+            ratio = 1.0 if group["role"] == "matrix" else config.optimizer.element.lr_ratio
+            group["lr"] = config.parameterization.base.lr * ratio * factor
+        return config.parameterization.base.lr * factor
+
+    def _read(self, pending: list[tuple[int, float, dict[str, Tensor]]], seconds: float) -> list[dict[str, Any]]:
+        """The lines of steps since the last reading: the one place where the host waits for the device."""
+        keys = list(pending[0][2])
+        table = torch.stack([torch.stack([measured[key].float() for key in keys]) for _, _, measured in pending]).tolist()
+        each, batch = seconds / len(pending), self.config.batch_tokens
+        lines = []
+        for (step, lr, _), row in zip(pending, table):
+            timing = {"step_seconds": each, "tokens_per_second": batch / each}
+            lines.append({"step": step, "tokens": step * batch, **dict(zip(keys, row)), "lr": lr, **timing})
+        lines[-1] |= optimizer_metrics(self.optimizer)
+        return lines
+
+    def _evaluate(self) -> dict[str, float]:
+        assert self.validation is not None
+        config = self.config
+        # The same windows on any number of ranks and at any micro-batch: eval.batches batches of the training size.
+        count = config.eval.batches * config.batch_size // config.training.micro_batch
+        batches = validation_batches(
+            self.validation, count, config.training.micro_batch, distributed.rank(), distributed.world_size()
+        )
+        return evaluate(self.engine, batches, self.token_bytes, self.device)
+
+    # ----------------------------------------------------------------------------------------------- start and finish
+
+    def _resume(self, resume: str) -> int:
+        """Prepare the run directory, load a checkpoint if there is one to load, and return the number of steps done."""
+        checkpoints = self.run_dir / "checkpoints"
+
+        def prepare() -> str | None:
+            steps = checkpoint_steps(checkpoints)
+            if resume == "never" and (steps or (self.run_dir / "metrics.jsonl").exists()):
+                raise CheckpointError("the run directory holds a run", str(self.run_dir), "give another --run-dir, or drop --resume never")
+            source = None if resume == "never" else str(step_directory(checkpoints, steps[-1])) if steps else None
+            source = source if resume in ("auto", "never") else resume
+            try:
+                self.run_dir.mkdir(parents=True, exist_ok=True)
+                if (self.run_dir / "config.yaml").exists() and source:
+                    _refuse_other_config(self.config, self.run_dir / "config.yaml")
+                dump_config(self.config, self.run_dir / "config.yaml")
+                (self.run_dir / "environment.json").write_text(json.dumps(environment(self.device), indent=1))
+                (self.run_dir / "manifest.json").write_text(json.dumps(manifest(self.roles, self.optimizer), indent=1))
+            except OSError as error:
+                raise ConfigError(
+                    f"cannot write the run directory: {error.strerror}", str(self.run_dir), "give another with --run-dir"
+                ) from error
+            return source
+
+        source = distributed.on_rank_zero(prepare)
+        if source is None:
+            return 0
+        return int(load_checkpoint(Path(source), self.engine.module, self.optimizer)["step"])
+
+    def _describe(self) -> None:
+        config = self.config
+        count = sum(row.parameter.numel() for row in self.roles)
+        matrices = sum(1 for row in self.roles if row.role == "matrix")
+        layout = f"{distributed.world_size()} × {self.device.type}"
+        print(
+            f"{config.name}: {count:,} parameters, {matrices} stored matrices under {config.optimizer.matrix.rule}, "
+            f"{config.steps} steps of {config.batch_tokens:,} tokens on {layout}, run directory {self.run_dir}",
+            flush=True,
+        )
+
+    def _summary(self, step: int, started: float, already_done: bool = False) -> dict[str, Any]:
+        summary: dict[str, Any] = {
+            "steps": step, "tokens": step * self.config.batch_tokens, "seconds": time.monotonic() - started,
+            "already_done": already_done, "run_dir": str(self.run_dir),
+            "checkpoint": str(step_directory(self.run_dir / "checkpoints", step)),
+        }  # fmt: skip
+        metrics = self.run_dir / "metrics.jsonl"
+        if metrics.exists():
+            last = [json.loads(line) for line in metrics.read_text().splitlines()[-1:]]
+            summary |= {key: last[0][key] for key in ("loss", "val_loss", "val_bits_per_byte") if last and key in last[0]}
+        return summary
+
+
+# ------------------------------------------------------------------------------------------------------------ builders
+
+
+def build_model(config: Config, eos_id: int) -> Transformer:
+    """The model of a config whose vocabulary is known, on the current default device."""
+    return Transformer(
+        config.model,
+        DTYPES[config.training.precision],
+        eos_id=eos_id if config.data.document_mask else None,
+        recompute=config.training.activation_checkpoint == "block",
+    )
+
+
+def build_optimizer(config: Config, roles: list[ParameterRole]) -> MatrixOptimizer:
+    """Roles to rules: matrices take `optimizer.matrix.rule`; under a sphere rule an untied head takes `adamh`; the rest takes
+    `optimizer.element.kind`. Vectors do not decay."""
+    matrix, element = config.optimizer.matrix, config.optimizer.element
+    lr, decay = config.parameterization.base.lr, config.optimizer.weight_decay
+    shared = {"lr": lr * element.lr_ratio, "betas": element.betas, "adam_eps": element.eps, "weight_decay": decay}
+    options = {
+        "matrix": {
+            "rule": matrix.rule, "lr": lr, "momentum": matrix.momentum, "nesterov": matrix.nesterov, "weight_decay": decay,
+            "clip": matrix.clip, "orthogonalizer": matrix.orthogonalizer, "compute_dtype": DTYPES[config.compute_dtype],
+            "wire_dtype": DTYPES[config.wire_dtype], "momentum_dtype": DTYPES[matrix.momentum_dtype],
+            "betas": element.betas, "adam_eps": element.eps,
+        },
+        "head": {**shared, "rule": "adamh" if RULES[matrix.rule].sphere else element.kind},
+        "embedding": {**shared, "rule": element.kind},
+        "vector": {**shared, "rule": element.kind, "weight_decay": 0.0},
+    }  # fmt: skip
+    return MatrixOptimizer(parameter_groups(roles, options, config.model.head_dim if matrix.per_head else None), lr=lr)
+
+
+def manifest(roles: list[ParameterRole], optimizer: MatrixOptimizer) -> list[dict[str, Any]]:
+    """Parameter → role → rule, and the matrices that each is updated as."""
+    rules = {id(p): group["rule"] for group in optimizer.param_groups for p in group["params"]}
+    views: dict[str, list[str]] = {}
+    for name, view, rows, cols in optimizer.views():
+        views.setdefault(name, []).append(f"{view} {rows}x{cols}")
+    return [
+        {"parameter": row.name, "shape": list(row.shape), "role": row.role, "rule": rules[id(row.parameter)],
+         "matrices": views.get(row.name, [])}
+        for row in roles
+    ]  # fmt: skip
+
+
+def optimizer_metrics(optimizer: MatrixOptimizer) -> dict[str, float]:
+    """The `optimizer/*` lines of metrics.jsonl, over all matrices whose rule uses norms."""
+    seen = optimizer.diagnostics()
+    if not seen:
+        return {}
+    values = {
+        "trust_ratio_mean": seen["trust_ratio"].mean(), "trust_ratio_min": seen["trust_ratio"].min(),
+        "trust_ratio_max": seen["trust_ratio"].max(), "clip_fraction": seen["clipped"].float().mean(),
+        "calibration_mean": seen["calibration"].mean(), "effective_decay": seen["effective_decay"].mean(),
+        "relative_update_mean": seen["relative_update"].mean(), "relative_update_max": seen["relative_update"].max(),
+        "weight_norm_drift": seen["norm_drift"].abs().max(),
+    }  # fmt: skip
+    numbers = torch.stack([value.float() for value in values.values()]).tolist()
+    return {f"optimizer/{key}": number for key, number in zip(values, numbers)}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, git revision and host: what a record needs to be repeated."""
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "archscale": archscale.__version__,
+        "git": git.stdout.strip() or None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {os.cpu_count()} cores",
+        "world_size": distributed.world_size(),
+        "threads": torch.get_num_threads(),
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+# May differ between a checkpoint and the run that resumes it: they do not change the trajectory.
+FREE_KEYS = ("parallel", "telemetry", "eval", "checkpoint", "training.micro_batch", "training.compile", "training.activation_checkpoint", "data.val")  # fmt: skip
+
+
+def _refuse_other_config(config: Config, saved: Path) -> None:
+    """The run directory belongs to one trajectory: a key that would change it is refused by name."""
+    from archscale.config import load_config
+
+    before, now = _flat(load_config(saved).resolved()), _flat(config.resolved())
+    for key in sorted(before.keys() | now.keys()):
+        if before.get(key) != now.get(key) and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS):
+            raise ConfigError(
+                f"{key} is {now.get(key)}, the run in this directory has {before.get(key)}", str(saved),
+                "restore the value, or start another run with --run-dir",
+            )  # fmt: skip
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}.{name}" if prefix else name).items()}
+
+
+def _validation_split(config: Config, train_split: TokenSplit) -> TokenSplit | None:
+    if config.data.val is None:
+        return None
+    split = TokenSplit(config.data.val, "validation", config.model.context)
+    if split.fingerprint != train_split.fingerprint:
+        raise ConfigError("data.val was made with another tokenizer than data.train", config.data.val, "prepare both with one tokenizer")
+    distributed.on_rank_zero(lambda: split.check(split.vocab_size))
+    return split
