@@ -142,11 +142,14 @@ def local_interval(tensor: Tensor) -> tuple[int, int]:
     if not isinstance(tensor, DTensor):
         return 0, tensor.numel()
     rows, mesh = tensor.shape[0], tensor.device_mesh
+    coordinate = mesh.get_coordinate()  # not the rank in a group, which a permuted mesh orders otherwise
+    if coordinate is None:
+        return 0, 0
     lo, hi = 0, rows
     for dim, placement in enumerate(tensor.placements):
         if type(placement) is Shard and placement.dim == 0:
             chunk = -(-(hi - lo) // mesh.size(dim))
-            start = min(lo + chunk * mesh.get_local_rank(dim), hi)
+            start = min(lo + chunk * coordinate[dim], hi)
             lo, hi = start, min(start + chunk, hi)
         elif not isinstance(placement, Replicate):
             raise ValueError(f"placement {placement} is not supported: only Replicate and Shard(0)")

@@ -20,6 +20,14 @@ def parameter_names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
     return names
 
 
+def check_distinct(names: Sequence[str], params: Sequence[Tensor]) -> None:
+    seen: dict[int, str] = {}
+    for name, p in zip(names, params):
+        if id(p) in seen:
+            raise ValueError(f"parameter {seen[id(p)]!r} is given twice: list every parameter once")
+        seen[id(p)] = name
+
+
 def check_parameter(name: str, p: Tensor) -> None:
     if p.is_meta:
         raise ValueError(f"parameter {name!r} is on the meta device: materialize and initialize the model first")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from archscale.distributed import gather_objects, is_distributed, local_interval, local_tensor
-from archscale.optim.checks import check_options, check_parameter, load_state, parameter_names
+from archscale.optim.checks import check_distinct, check_options, check_parameter, load_state, parameter_names
 from archscale.optim.elementwise import adam_direction_, lion_direction_, momentum_direction_
 from archscale.optim.exchange import Exchange
 from archscale.optim.orthogonalize import orthogonalize_
@@ -114,8 +114,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def _build(self) -> None:
         """Plan the exchanges and create all state eagerly, so that a checkpoint never meets a missing entry."""
-        if not self._params:
-            raise ValueError("no parameters: give at least one matrix")
+        check_distinct(self._names, self._params)
         self._device = self._params[0].device
         self._dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._params) else torch.float32
         self._groups: list[_Group] = []

@@ -20,7 +20,7 @@ from archscale.data.loader import Loader, validation_batches
 from archscale.data.shards import TokenSplit
 from archscale.errors import CheckpointError, ConfigError
 from archscale.model import Transformer, initialize
-from archscale.optim import RULES, MatrixOptimizer
+from archscale.optim import MatrixOptimizer
 from archscale.optim.roles import ParameterRole, assign_roles, parameter_groups
 from archscale.optim.schedule import lr_multiplier
 from archscale.parallel.native import NativeEngine
@@ -227,8 +227,8 @@ def build_model(config: Config, eos_id: int) -> Transformer:
 
 
 def build_optimizer(config: Config, roles: list[ParameterRole]) -> MatrixOptimizer:
-    """Roles to rules: matrices take `optimizer.matrix.rule`; under a sphere rule an untied head takes `adamh`; the rest takes
-    `optimizer.element.kind`. Vectors do not decay."""
+    """Roles to rules: matrices take `optimizer.matrix.rule`, head, embedding and vectors `optimizer.element.kind`. Vectors do
+    not decay."""
     matrix, element = config.optimizer.matrix, config.optimizer.element
     lr, decay = config.parameterization.base.lr, config.optimizer.weight_decay
     shared = {"lr": lr * element.lr_ratio, "betas": element.betas, "adam_eps": element.eps, "weight_decay": decay}
@@ -239,7 +239,7 @@ def build_optimizer(config: Config, roles: list[ParameterRole]) -> MatrixOptimiz
             "wire_dtype": DTYPES[config.wire_dtype], "momentum_dtype": DTYPES[matrix.momentum_dtype],
             "betas": element.betas, "adam_eps": element.eps,
         },
-        "head": {**shared, "rule": "adamh" if RULES[matrix.rule].sphere else element.kind},
+        "head": {**shared, "rule": element.kind},
         "embedding": {**shared, "rule": element.kind},
         "vector": {**shared, "rule": element.kind, "weight_decay": 0.0},
     }  # fmt: skip

@@ -1,0 +1,81 @@
+"""The order of the training windows: a pure function of (seed, global sample number).
+
+Nothing is stored and nothing is stepped through: the window that sample number 10^12 gets costs what number 0
+costs, on any world size, after any restart. Every epoch is a fresh permutation of all windows.
+"""
+
+import numpy as np
+
+_ROUNDS = 8
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """splitmix64's finalizer: uint64 → uint64, every input bit reaching every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _permute(values: np.ndarray, key: np.ndarray, half: int) -> np.ndarray:
+    """A Feistel network: for each key a bijection of [0, 4^half), whatever the round function is."""
+    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
+    left, right = values >> shift, values & mask
+    for r in range(_ROUNDS):
+        round_key = _mix(key + np.uint64((r + 1) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF))
+        left, right = right, left ^ (_mix(right ^ round_key) & mask)
+    return (left << shift) | right
+
+
+def sample_index(seed: int, number: np.ndarray | int, num_samples: int) -> np.ndarray:
+    """The window that each global sample number trains on.
+
+    Args:
+        seed: any integer; its low 64 bits count.
+        number: global sample numbers, int64 [...], not negative: step * batch_size + position in the batch.
+        num_samples: windows in the split; numbers e * num_samples … (e + 1) * num_samples - 1 visit each
+            once.
+
+    Returns:
+        int64 [...], each in [0, num_samples).
+    """
+    numbers = np.asarray(number, np.int64)
+    if num_samples < 1:
+        raise ValueError(f"num_samples must be positive, not {num_samples}")
+    if (numbers < 0).any():
+        raise ValueError(f"sample numbers start at 0, not {numbers.min()}")
+    epoch, position = np.divmod(numbers.ravel(), np.int64(num_samples))
+    half = max(1, ((num_samples - 1).bit_length() + 1) // 2)
+    with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
+        key = _mix(_mix(np.full(epoch.shape, seed & 0xFFFFFFFFFFFFFFFF, np.uint64)) + epoch.astype(np.uint64))
+        index = _permute(position.astype(np.uint64), key, half)
+        # Cycle walking: follow the permutation of the larger set until it comes back inside. The larger set
+        # is at most 4 times the smaller, so few turns are needed.
+        while (outside := np.flatnonzero(index >= np.uint64(num_samples))).size:
+            index[outside] = _permute(index[outside], key[outside], half)
+    return index.astype(np.int64).reshape(numbers.shape)
+
+
+def batch_numbers(step: int, batch_size: int) -> np.ndarray:
+    """int64 [batch_size]: the global sample numbers of a step, counted from 0."""
+    return np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
+
+
+def rank_numbers(step: int, batch_size: int, rank: int, world: int, accumulation: int) -> np.ndarray:
+    """The part of a step's sample numbers that one rank trains on.
+
+    Over all ranks and micro-batches the parts are the step's numbers, each once, whatever `world` and
+    `accumulation`.
+
+    Returns:
+        int64 [accumulation, batch_size / (world * accumulation)].
+
+    Raises:
+        ValueError: the batch does not divide, or `rank` is outside the world.
+    """
+    if world < 1 or accumulation < 1 or not 0 <= rank < world:
+        raise ValueError(f"rank {rank} of world {world} with accumulation {accumulation}")
+    if batch_size < 1 or batch_size % (world * accumulation):
+        raise ValueError(
+            f"{batch_size} sequences do not divide over {world} ranks x {accumulation} micro-batches"
+        )
+    return batch_numbers(step, batch_size).reshape(accumulation, world, -1)[:, rank]

@@ -1,0 +1,394 @@
+"""Token shards on disk, and the dataset directory made of them.
+
+A shard is a 128-byte header and `count` little-endian token ids, uint16 where the vocabulary fits and uint32
+where it does not. A dataset directory is
+
+    dataset.json       the manifest, written last: a directory without it was never finished
+    tokenizer/         the tokenizer the ids came from
+    token_bytes.npy    int32 [vocab_size]: UTF-8 bytes each id stands for, 0 for special tokens
+    train_00000.bin …  validation_00000.bin …
+
+Every way in which such a file can be wrong is a `DataError` that names the file.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import struct
+from bisect import bisect_right
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from archscale.errors import DataError
+
+MAGIC = b"ARCHTOK1"
+SHARD_VERSION = 1
+DATASET_VERSION = 1
+MANIFEST = "dataset.json"
+TOKEN_BYTES = "token_bytes.npy"
+SPLITS = ("train", "validation")
+DTYPES: dict[int, np.dtype] = {1: np.dtype("<u2"), 2: np.dtype("<u4")}
+
+# magic, version, dtype code, tokens, highest id, tokenizer fingerprint, payload sha256; then the sha256 of
+# these 96 bytes, without which a flipped bit in the highest id would pass for a sound file.
+_FIELDS = struct.Struct("<8sIIQQ32s32s")
+HEADER_BYTES = _FIELDS.size + 32
+_CHUNK = 1 << 24  # bytes hashed at a time
+
+_REMEDY = "make the dataset again with `archscale data prepare`, or copy the file again"
+
+
+class ShardHeader(NamedTuple):
+    """What a shard says of itself.
+
+    Attributes:
+        dtype: of the payload.
+        tokens: their number.
+        max_id: the highest token id; 0 in an empty shard.
+        fingerprint: sha256 of the tokenizer, hexadecimal.
+        checksum: sha256 of the payload, hexadecimal.
+    """
+
+    dtype: np.dtype
+    tokens: int
+    max_id: int
+    fingerprint: str
+    checksum: str
+
+
+def _pack(header: ShardHeader) -> bytes:
+    code = next(code for code, dtype in DTYPES.items() if dtype == header.dtype)
+    fields = _FIELDS.pack(
+        MAGIC,
+        SHARD_VERSION,
+        code,
+        header.tokens,
+        header.max_id,
+        bytes.fromhex(header.fingerprint),
+        bytes.fromhex(header.checksum),
+    )
+    return fields + hashlib.sha256(fields).digest()
+
+
+def sync_directory(path: str | Path) -> None:
+    """Makes a rename inside `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The file holds either what it held before or all of `content`, whenever the machine stops."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+class ShardWriter:
+    """Streams token ids into one shard. The file gets its name only when it is complete and on disk.
+
+    As a context manager it closes on success and leaves nothing behind on an exception.
+
+    Args:
+        path: of the finished shard.
+        vocab_size: decides the dtype; an id at or above it is refused.
+        fingerprint: sha256 of the tokenizer, hexadecimal.
+    """
+
+    def __init__(self, path: str | Path, vocab_size: int, fingerprint: str):
+        self.path, self.vocab_size, self.fingerprint = Path(path), vocab_size, fingerprint
+        self.dtype = DTYPES[1 if vocab_size <= 1 << 16 else 2]
+        self.tokens, self.max_id = 0, 0
+        self._hash = hashlib.sha256()
+        self._temporary = self.path.with_name(self.path.name + ".tmp")
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 (lives as long as the writer)
+        self._file.write(bytes(HEADER_BYTES))
+
+    def write(self, ids: np.ndarray) -> None:
+        """Appends token ids [n], any integer dtype. An id outside the vocabulary is a DataError."""
+        if len(ids) == 0:
+            return
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab_size:
+            wrong = low if low < 0 else high
+            raise DataError(
+                f"token id {wrong} is outside the vocabulary of {self.vocab_size}",
+                str(self.path),
+                "the tokenizer and its declared vocab_size do not belong together",
+            )
+        payload = ids.astype(self.dtype).tobytes()
+        self._hash.update(payload)
+        self._file.write(payload)
+        self.tokens += len(ids)
+        self.max_id = max(self.max_id, high)
+
+    def close(self) -> ShardHeader:
+        """Writes the header, waits for the disk, and gives the file its name."""
+        header = ShardHeader(self.dtype, self.tokens, self.max_id, self.fingerprint, self._hash.hexdigest())
+        self._file.seek(0)
+        self._file.write(_pack(header))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._temporary, self.path)
+        sync_directory(self.path.parent)
+        return header
+
+    def abort(self) -> None:
+        """Leaves no file."""
+        self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self.abort()
+
+
+def read_header(path: str | Path) -> ShardHeader:
+    """The header of a shard, its size held against it. DataError if the file is missing, foreign, damaged,
+    truncated."""
+    try:
+        with open(path, "rb") as file:
+            raw = file.read(HEADER_BYTES)
+            size = os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise DataError(f"cannot read the shard: {error.strerror}", str(path), _REMEDY) from error
+    if raw[: len(MAGIC)] != MAGIC:
+        raise DataError("foreign file: it does not begin like a token shard", str(path), _REMEDY)
+    if len(raw) < HEADER_BYTES:
+        raise DataError(f"truncated shard: {size} bytes, less than a header", str(path), _REMEDY)
+    _, version, code, tokens, max_id, fingerprint, checksum = _FIELDS.unpack(raw[: _FIELDS.size])
+    if version != SHARD_VERSION:
+        raise DataError(
+            f"shard format {version}, but this archscale reads {SHARD_VERSION}",
+            str(path),
+            "use the archscale that wrote it, or make the dataset again with `archscale data prepare`",
+        )
+    if hashlib.sha256(raw[: _FIELDS.size]).digest() != raw[_FIELDS.size :] or code not in DTYPES:
+        raise DataError("damaged shard: the header does not match its checksum", str(path), _REMEDY)
+    expected = HEADER_BYTES + tokens * DTYPES[code].itemsize
+    if size != expected:
+        word = "truncated shard" if size < expected else "foreign bytes after the tokens"
+        raise DataError(f"{word}: {size} bytes where {tokens} tokens need {expected}", str(path), _REMEDY)
+    return ShardHeader(DTYPES[code], tokens, max_id, fingerprint.hex(), checksum.hex())
+
+
+def open_shard(path: str | Path) -> np.ndarray:
+    """The tokens of a shard, memory-mapped and read-only: [tokens] uint16 or uint32. Errors as
+    `read_header`."""
+    header = read_header(path)
+    if header.tokens == 0:  # an empty file region cannot be mapped
+        return np.empty(0, header.dtype)
+    return np.memmap(path, dtype=header.dtype, mode="r", offset=HEADER_BYTES, shape=(header.tokens,))
+
+
+def verify_shard(path: str | Path) -> ShardHeader:
+    """Reads the whole shard: its checksum and its highest id must be those of the header, else DataError."""
+    header, tokens = read_header(path), open_shard(path)
+    digest, max_id, step = hashlib.sha256(), 0, _CHUNK // header.dtype.itemsize
+    for start in range(0, header.tokens, step):
+        chunk = tokens[start : start + step]
+        digest.update(chunk.data)
+        max_id = max(max_id, int(chunk.max()))
+    if digest.hexdigest() != header.checksum:
+        raise DataError("damaged shard: the tokens do not match their checksum", str(path), _REMEDY)
+    if max_id != header.max_id:
+        raise DataError(f"the highest id is {max_id}, the header says {header.max_id}", str(path), _REMEDY)
+    return header
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ShardEntry(_Entry):
+    file: str
+    tokens: int
+
+
+class SplitEntry(_Entry):
+    """One split; `bytes` are UTF-8 bytes of text."""
+
+    shards: list[ShardEntry]
+    tokens: int
+    documents: int
+    bytes: int
+
+
+class TokenizerEntry(_Entry):
+    """The tokenizer of a dataset; `file` is relative to the directory, `fingerprint` a hexadecimal sha256."""
+
+    kind: str
+    file: str
+    fingerprint: str
+    vocab_size: int
+    eos_id: int
+
+
+class Manifest(_Entry):
+    """`dataset.json`. `origin` identifies recipe, source files and tokenizer file; `dropped` counts
+    documents."""
+
+    format_version: int
+    name: str
+    tokenizer: TokenizerEntry
+    splits: dict[str, SplitEntry]
+    recipe: dict
+    origin: str
+    dropped: dict[str, int]
+
+
+def read_manifest(directory: str | Path) -> Manifest:
+    """The manifest of a dataset directory. DataError if the directory is missing, half prepared or
+    foreign."""
+    directory, prepare = Path(directory), "make it with `archscale data prepare RECIPE`"
+    if not directory.is_dir():
+        raise DataError("no such dataset directory", str(directory), f"{prepare}, or correct the path")
+    path = directory / MANIFEST
+    try:
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        what = f"not a finished dataset: {MANIFEST} is missing"
+        raise DataError(what, str(directory), f"remove it and {prepare}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"unreadable manifest: {error}", str(path), f"remove it and {prepare}") from error
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if version != DATASET_VERSION:
+        what = f"dataset format {version}, but this archscale reads {DATASET_VERSION}"
+        raise DataError(what, str(path), f"remove it and {prepare}")
+    try:
+        return Manifest.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"foreign manifest: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise DataError(what, str(path), f"remove it and {prepare}") from error
+
+
+class TokenSplit:
+    """One split of a dataset, cut into windows of `context` tokens; memory-mapped, so its size does not
+    matter.
+
+    Window i is tokens[i * context : i * context + context + 1]: its last token is the next one's first, so
+    every token but the very first is a target exactly once.
+
+    Args:
+        path: dataset directory.
+        split: "train" or "validation".
+        context: tokens per window.
+
+    Attributes:
+        num_tokens, num_samples: tokens, and whole windows, in the split.
+        vocab_size, eos_id, fingerprint: of the tokenizer.
+    """
+
+    def __init__(self, path: str | Path, split: str, context: int):
+        if context < 1:
+            raise ValueError(f"context must be positive, not {context}")
+        self.path, self.split, self.context = Path(path), split, context
+        self.manifest = read_manifest(path)
+        if split not in self.manifest.splits:
+            there = ", ".join(self.manifest.splits)
+            raise DataError(f"no split {split!r}", str(path), f"use one of: {there}")
+        entry, tokenizer = self.manifest.splits[split], self.manifest.tokenizer
+        self.vocab_size, self.eos_id = tokenizer.vocab_size, tokenizer.eos_id
+        self.fingerprint = tokenizer.fingerprint
+        self._shards = entry.shards
+        self._ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64).tolist()
+        self.num_tokens = self._ends[-1] if self._ends else 0
+        self.num_samples = max(0, self.num_tokens - 1) // context
+        if self.num_samples == 0:
+            raise DataError(
+                f"split {split!r} has {self.num_tokens} tokens, less than one window of {context} + 1",
+                str(path),
+                "shorten model.context or prepare more text",
+            )
+        # A mapped file holds a file descriptor: keep the number below the usual limit of 1,024 for a process.
+        self._open = functools.lru_cache(maxsize=256)(self._open_uncached)
+
+    def _header(self, number: int) -> ShardHeader:
+        shard = self._shards[number]
+        path = self.path / shard.file
+        header = read_header(path)
+        if header.tokens != shard.tokens:
+            what = f"the shard has {header.tokens} tokens, {MANIFEST} says {shard.tokens}"
+            raise DataError(what, str(path), _REMEDY)
+        if header.fingerprint != self.fingerprint:
+            ours, theirs = self.fingerprint[:12], header.fingerprint[:12]
+            what = f"the shard was made with tokenizer {theirs}, the dataset with {ours}"
+            raise DataError(what, str(path), _REMEDY)
+        return header
+
+    def _open_uncached(self, number: int) -> np.ndarray:
+        self._header(number)
+        # A plain view of the map: np.memmap's own slicing costs more than copying a window.
+        return open_shard(self.path / self._shards[number].file).view(np.ndarray)
+
+    @functools.cached_property
+    def token_bytes(self) -> np.ndarray:
+        """int32 [vocab_size]: UTF-8 bytes each token id stands for, 0 for special tokens."""
+        path = self.path / TOKEN_BYTES
+        try:
+            table = np.load(path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot read the token lengths: {error}", str(path), _REMEDY) from error
+        if table.shape != (self.vocab_size,):
+            what = f"{table.shape} token lengths for a vocabulary of {self.vocab_size}"
+            raise DataError(what, str(path), _REMEDY)
+        return table
+
+    def tokens(self, start: int, stop: int) -> np.ndarray:
+        """int64 [stop - start]: the tokens of the split from position `start`, across shard borders."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens {start}:{stop} of {self.num_tokens}")
+        out = np.empty(stop - start, np.int64)
+        number, done = bisect_right(self._ends, start), 0
+        while done < len(out):
+            begin = self._ends[number] - self._shards[number].tokens
+            part = self._open(number)[start + done - begin : stop - begin]
+            out[done : done + len(part)] = part
+            done, number = done + len(part), number + 1
+        return out
+
+    def sample(self, index: int) -> np.ndarray:
+        """int64 [context + 1]: window `index`; inputs are all but the last token, targets all but the
+        first."""
+        if not 0 <= index < self.num_samples:
+            raise IndexError(f"sample {index} of {self.num_samples}")
+        start = int(index) * self.context
+        return self.tokens(start, start + self.context + 1)
+
+    def check(self, vocab_size: int, verify_up_to_bytes: int = 2**30) -> None:
+        """Everything that can be known before step 1; DataError names the first bad file.
+
+        Args:
+            vocab_size: of the model: every shard's highest id must be below it.
+            verify_up_to_bytes: a split no larger than this on disk is read whole and held against its
+                checksums.
+        """
+        headers = [self._header(number) for number in range(len(self._shards))]
+        whole = sum(header.tokens * header.dtype.itemsize for header in headers) <= verify_up_to_bytes
+        for shard, header in zip(self._shards, headers):
+            path = self.path / shard.file
+            if header.max_id >= vocab_size:
+                raise DataError(
+                    f"token id {header.max_id} does not fit a vocabulary of {vocab_size}",
+                    str(path),
+                    f"set model.vocab_size to {self.vocab_size} or null, or use another dataset",
+                )
+            if whole:
+                verify_shard(path)

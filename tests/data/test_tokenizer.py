@@ -1,0 +1,150 @@
+"""Tokenizers lose nothing, are the same for the same text, and never read special tokens out of text."""
+
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import archscale.data.tokenizer as module
+from archscale.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
+from archscale.errors import DataError
+
+STDLIB = Path(sysconfig.get_path("stdlib"))
+TEXTS = [(STDLIB / name).read_text(encoding="utf-8") for name in ("argparse.py", "heapq.py", "textwrap.py")]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return train_sentencepiece(TEXTS, 700, tmp_path_factory.mktemp("tokenizer"))
+
+
+# Letters of code, whitespace of every kind, and what SentencePiece itself uses for spaces and unknowns.
+CODE = st.text(st.sampled_from("def x(=):\n\r\t   #\"'\\\u2581\u2585\u2047\u00a0\u3000\ufeff\u200b\x00é漢🎉"))
+ANY = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(text=CODE | ANY)
+@example("\tif x:\n\t\tpass\n\n\n    y  =  1\r\n")
+@example("   leading, trailing   ")
+@example("a\u2581b \u2581\u2581 c")
+@example("<eos><unk><0x41></s>")
+@example("e\u0301 ﬁ Å")  # combining characters and compatibility forms stay as they are
+@settings(max_examples=300, deadline=None)
+def test_round_trip(trained: Tokenizer, text: str) -> None:
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert trained.eos_id not in ids
+    assert trained.token_bytes()[ids].sum() == len(text.encode())
+
+
+@pytest.mark.parametrize("name", ["tokenize.py", "inspect.py", "_pydecimal.py"])
+def test_round_trip_of_source_files(trained: Tokenizer, name: str) -> None:
+    text = (STDLIB / name).read_bytes().decode()
+    ids = trained.encode(text)
+    assert trained.decode(ids) == text
+    assert len(text) / len(ids) > 2  # it does compress what it was not trained on
+
+
+def test_batches_equal_single_texts(trained: Tokenizer) -> None:
+    texts = ["", "x", "a\u2581b", TEXTS[1][:5000]]
+    assert trained.encode_batch(texts) == [trained.encode(text) for text in texts]
+
+
+def test_decode_of_broken_bytes_and_special_tokens(trained: Tokenizer) -> None:
+    assert trained.decode([*trained.encode("a"), trained.eos_id, *trained.encode("b")]) == "ab"
+    assert trained.decode(trained.encode("é漢"[:1])[:1]) in ("\ufffd", "é")
+
+
+def test_same_text_same_file_in_any_order(trained: Tokenizer, tmp_path: Path) -> None:
+    again = train_sentencepiece(reversed(TEXTS), 700, tmp_path)
+    assert again.content == trained.content
+    assert (tmp_path / "tokenizer.model").read_bytes() == trained.content
+    assert load_tokenizer(tmp_path / "tokenizer.model").fingerprint == trained.fingerprint
+    assert again.vocab_size == 700
+
+
+@given(order=st.permutations([f"{i} " * (i % 37 + 1) for i in range(60)]), seed=st.integers(0, 3))
+@settings(max_examples=30, deadline=None)
+def test_sample_does_not_depend_on_order(order: list[str], seed: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "SAMPLE_BYTES", 600)
+        sample = module._sample(order, seed)
+        assert sample == module._sample(sorted(order), seed)
+    assert 600 <= sum(map(len, sample)) < 600 + 120
+    assert set(sample) < set(order)
+
+
+@pytest.mark.parametrize(
+    ("texts", "vocab"), [(["hello world"], 4096), (["hello world"] * 9, 260), ([""], 300), ([], 300)]
+)
+def test_untrainable_text_is_one_line(tmp_path: Path, texts: list[str], vocab: int) -> None:
+    with pytest.raises(DataError, match=r"^[^\n]*tokenizer\.train[^\n]*$"):
+        train_sentencepiece(texts, vocab, tmp_path)
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "x.model").write_bytes(b"not a model")
+    with pytest.raises(DataError, match=r"not a SentencePiece model .*x\.model"):
+        load_tokenizer(tmp_path / "x.model")
+    with pytest.raises(DataError, match=r"cannot read the tokenizer.*y\.model"):
+        load_tokenizer(tmp_path / "y.model")
+    with pytest.raises(DataError, match=r"no tokenizer there .*z"):
+        load_tokenizer(tmp_path / "z")
+
+
+@pytest.mark.parametrize("package", ["transformers", "tokenizers"])
+def test_missing_package_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    name = "gpt2"
+    if package == "tokenizers":
+        name = str(tmp_path / "tokenizer.json")
+        Path(name).write_text("{}")
+    with pytest.raises(DataError, match=rf"'{package}' is not installed .*archscale\[hf\]"):
+        load_tokenizer(name, kind="huggingface")
+
+
+@pytest.fixture
+def hugging_face(tmp_path: Path) -> Path:
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    backend.train_from_iterator(TEXTS, trainer)
+    backend.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path / "tokenizer.json"
+
+
+def test_hugging_face_tokenizer(hugging_face: Path) -> None:
+    tokenizer = load_tokenizer(hugging_face)
+    text = "def f():\n\treturn 'é漢 <|endoftext|>  '\n"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert (tokenizer.kind, tokenizer.eos_id) == ("huggingface", 0)
+    assert tokenizer.eos_id not in ids
+    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+    assert tokenizer.token_bytes()[0] == 0
+    with pytest.raises(DataError, match=r"none of </end> .*tokenizer\.eos"):
+        load_tokenizer(hugging_face, eos="</end>")
+
+
+def test_hugging_face_directory(hugging_face: Path) -> None:
+    pytest.importorskip("transformers")
+    text = "    x = 1\n"
+    tokenizer = load_tokenizer(hugging_face.parent)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_token_bytes_type(trained: Tokenizer) -> None:
+    table = trained.token_bytes()
+    assert (table.dtype, table.shape) == (np.int32, (700,))
+    assert table[trained.eos_id] == 0

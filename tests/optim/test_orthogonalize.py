@@ -1,0 +1,88 @@
+"""Singular values, scale, orientation and edge cases of every scheme."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from archscale.optim import orthogonalize
+from archscale.optim import reference
+from archscale.optim.orthogonalize import SCHEMES
+
+# REFERENCE 2: singular values of Q after five iterations, for inputs with σ_i / ‖M‖ ≥ 3e-3.
+INTERVALS = {"polar_express": (0.859, 1.141), "quintic": (0.682, 1.202), "quintic_tuned": (0.978, 1.145), "exact": (1, 1)}
+BF16_SLACK = 0.02
+
+
+def planted(m: int, n: int, smallest: float, seed: int = 0) -> torch.Tensor:
+    """(m, n) of norm 1 whose singular values fall geometrically down to `smallest` (relative to the norm)."""
+    generator = torch.Generator().manual_seed(seed)
+    k = min(m, n)
+    U, _ = torch.linalg.qr(torch.randn(m, k, generator=generator, dtype=torch.float64))
+    V, _ = torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64))
+    sigma = torch.logspace(0, -2, k, dtype=torch.float64)
+    sigma = (sigma / sigma.norm()).clamp(min=smallest)
+    return (U * sigma) @ V.mT
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(48, 48), (32, 96), (96, 32), (64, 80)])
+def test_singular_values_lie_in_the_published_interval(scheme, dtype, shape):
+    Q = orthogonalize(planted(*shape, smallest=3e-3), scheme, dtype)
+    assert Q.dtype == dtype
+    sigma = torch.linalg.svdvals(Q.double())
+    lo, hi = INTERVALS[scheme]
+    slack = BF16_SLACK if dtype == torch.bfloat16 else 1e-3
+    assert sigma.min() > lo - slack
+    assert sigma.max() < hi + slack
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7, 7), (1, 5), (5, 1)])
+def test_equals_the_reference(scheme, shape):
+    M = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(orthogonalize(M, scheme, torch.float64), reference.orthogonalize(M, scheme))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_batch_equals_single(scheme):
+    M = torch.randn(4, 6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    single = torch.stack([orthogonalize(m, scheme, torch.float64) for m in M])
+    torch.testing.assert_close(orthogonalize(M, scheme, torch.float64), single)
+
+
+@settings(max_examples=40, deadline=None)
+@given(exponent=st.integers(-30, 30), scheme=st.sampled_from(["polar_express", "quintic", "quintic_tuned"]))
+def test_scale_invariance(exponent, scheme):
+    M = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
+    scaled = (M.double() * 10.0**exponent).float()
+    torch.testing.assert_close(orthogonalize(scaled, scheme, torch.float32), orthogonalize(M, scheme, torch.float32), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("bad", [0.0, float("nan"), float("inf")])
+def test_unusable_matrix_gives_zero_and_leaves_its_neighbours_alone(scheme, bad):
+    M = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0))
+    expected = orthogonalize(M, scheme, torch.float32)
+    if bad == 0.0:
+        M[1] = 0
+    else:
+        M[1, 2, 3] = bad
+    Q = orthogonalize(M, scheme, torch.float32)
+    assert not Q[1].any()
+    torch.testing.assert_close(Q[[0, 2]], expected[[0, 2]])
+
+
+def test_input_is_not_changed():
+    M = torch.randn(5, 7)
+    before = M.clone()
+    orthogonalize(M, dtype=torch.float32)
+    assert torch.equal(M, before)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="polar_express, quintic, quintic_tuned, exact"):
+        orthogonalize(torch.ones(2, 2), "newton")
+    with pytest.raises(ValueError, match=r"takes \(m, n\) or \(k, m, n\)"):
+        orthogonalize(torch.ones(3))
