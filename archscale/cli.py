@@ -18,7 +18,9 @@ app = typer.Typer(
 data_app = typer.Typer(help="Turn text into token shards and look at them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")
+]
 
 
 @app.command()
@@ -39,7 +41,9 @@ def train(
 
     summary = run(resolved, run_dir or Path("runs") / resolved.name, resume)
     if int(os.environ.get("RANK", "0")) == 0:
-        losses = "".join(f", {key} {summary[key]:.4f}" for key in ("loss", "val_loss", "val_bits_per_byte") if key in summary)
+        losses = "".join(
+            f", {key} {summary[key]:.4f}" for key in ("loss", "val_loss", "val_bits_per_byte") if key in summary
+        )
         done = "already done" if summary["already_done"] else f"finished in {summary['seconds']:.0f} s"
         print(f"{resolved.name}: {done}: {summary['steps']} steps, {summary['tokens']:,} tokens{losses}")
         print(f"metrics {summary['run_dir']}/metrics.jsonl, checkpoint {summary['checkpoint']}")
@@ -74,7 +78,7 @@ def prepare(
     """
     from archscale.data.prepare import prepare as run
 
-    _print_table(run(recipe, set or []))
+    _print_table(run(recipe, set or [], say=print))
 
 
 @data_app.command()
@@ -128,7 +132,14 @@ def main() -> None:
     except ArchscaleError as error:
         if os.environ.get("ARCHSCALE_DEBUG") == "1":
             raise
-        if int(os.environ.get("RANK", "0")) == 0:  # every rank raises it; once is enough
-            print(f"archscale: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0" or _alone(error):
+            print(f"archscale: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(2) if "WORLD_SIZE" in os.environ else sys.exit(2)
+        os._exit(2)  # without waiting for ranks and threads that may wait for this one
+
+
+def _alone(error: ArchscaleError) -> bool:
+    """Whether this rank may be the only one with the error: after start-up, and not agreed on by all."""
+    torch = sys.modules.get("torch")
+    started = torch is not None and torch.distributed.is_initialized()
+    return started and not getattr(error, "on_every_rank", False)

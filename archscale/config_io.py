@@ -9,6 +9,7 @@ The layers are kept beside their merged result, so that an error can name the fi
 import contextlib
 import difflib
 import json
+import math
 import os
 import tempfile
 import typing
@@ -17,14 +18,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, PlainValidator, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError
 
 from archscale.errors import ConfigError
 
-PROBLEMS = (
-    "archscale_problems"  # pydantic error type; its context holds a list of ConfigErrors: key "problems"
-)
+PROBLEMS = "archscale_problems"  # pydantic error type; its context holds a list of ConfigErrors: key "problems"
 EXPECTED = "archscale_expected"  # pydantic error type; its context says what was expected: key "expected"
 
 
@@ -48,9 +47,7 @@ def read_layers(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         data = _read_file(file, where)
         base = data.pop("base", None)
         if base is not None and not (isinstance(base, str) and base):
-            raise ConfigError(
-                f"got {show(base)}, expected a file name", f"base in {file}", "name one YAML file"
-            )
+            raise ConfigError(f"got {show(base)}, expected a file name", f"base in {file}", "name one YAML file")
         layers.insert(0, Layer(str(file), data))
         where = f"base in {file}"
         file = None if base is None else Path(os.path.normpath(file.parent / base))
@@ -116,9 +113,7 @@ class _Loader(yaml.SafeLoader):
 
 # Depth first, not in PyYAML's two passes: a self-containing alias is an error then, not an endless merge.
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_mapping)
-_Loader.add_constructor(
-    "tag:yaml.org,2002:seq", lambda loader, node: loader.construct_sequence(node, deep=True)
-)
+_Loader.add_constructor("tag:yaml.org,2002:seq", lambda loader, node: loader.construct_sequence(node, deep=True))
 
 
 def _parse_yaml(text: str, where: str) -> Any:
@@ -141,16 +136,12 @@ def _read_file(path: Path, included_from: str) -> dict[str, Any]:
         raise ConfigError(f"there is no file {path}", included_from or str(path), remedy) from error
     except (OSError, UnicodeDecodeError) as error:
         reason = _one_line(getattr(error, "strerror", None) or str(error))
-        raise ConfigError(
-            f"cannot read {path}: {reason}", included_from or str(path), "name a YAML file"
-        ) from error
+        raise ConfigError(f"cannot read {path}: {reason}", included_from or str(path), "name a YAML file") from error
     data = _parse_yaml(text, str(path))
     if data is None:
         raise ConfigError("the file is empty", str(path), "give at least `name` and `data: {train: ...}`")
     if not isinstance(data, dict):
-        raise ConfigError(
-            f"got {show(data)}, expected `key: value` pairs", str(path), "begin with `name: ...`"
-        )
+        raise ConfigError(f"got {show(data)}, expected `key: value` pairs", str(path), "begin with `name: ...`")
     return data
 
 
@@ -174,9 +165,7 @@ def _parse_override(text: str) -> Layer:
 def _number(value: Any, expected: str, valid: Callable[[float], bool]) -> int | float:
     """YAML 1.1 reads 1e9 and 10.4e9 as text: text that is a number counts as one. A bool does not,
     nor does what is not finite or absurdly large."""
-    number: int | float | None = (
-        None if isinstance(value, bool) or not isinstance(value, int | float) else value
-    )
+    number: int | float | None = None if isinstance(value, bool) or not isinstance(value, int | float) else value
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             number = float(value) if set(value) & set(".eE") else int(value)
@@ -186,9 +175,7 @@ def _number(value: Any, expected: str, valid: Callable[[float], bool]) -> int | 
 
 
 def _whole(least: int, auto: bool = False, null: bool = False) -> BeforeValidator:
-    expected = (
-        f"a whole number of at least {least}" + (" or auto" if auto else "") + (" or null" if null else "")
-    )
+    expected = f"a whole number of at least {least}" + (" or auto" if auto else "") + (" or null" if null else "")
 
     def validate(value: Any) -> Any:
         if (auto and value == "auto") or (null and value is None):
@@ -227,7 +214,15 @@ PositiveShare = Annotated[float, _real("in (0, 1]", lambda x: 0 < x <= 1)]
 BelowOne = Annotated[float, _real("in [0, 1)", lambda x: 0 <= x < 1)]
 BelowOnePair = Annotated[tuple[float, float], _pair("in [0, 1)", lambda x: 0 <= x < 1)]
 Bounds = Annotated[tuple[float, float], _pair("of at least 0", lambda x: x >= 0)]
-Text = Annotated[str, Field(min_length=1)]
+
+
+def _printable(value: str) -> str:
+    if not value.isprintable():  # YAML does not carry every control character through a dump and a load
+        raise PydanticCustomError(EXPECTED, "", {"expected": "text without control characters"})
+    return value
+
+
+Text = Annotated[str, Field(min_length=1), AfterValidator(_printable)]
 
 
 # --- errors -------------------------------------------------------------------------------------------------
@@ -315,9 +310,7 @@ def _problems(detail: Any, root: type[BaseModel]) -> Iterator[ConfigError]:
         default = field.get_default(call_default_factory=False) if field else None
         example = "" if default is None or field.is_required() else f", such as {show(default)}"
         quoted = " in quotes" if kind == "string_type" and value is not None else ""
-        yield ConfigError(
-            f"got {show(value)}, expected {expected}", dotted, f"give {expected}{quoted}{example}"
-        )
+        yield ConfigError(f"got {show(value)}, expected {expected}", dotted, f"give {expected}{quoted}{example}")
 
 
 def fields_by_key(section: type[BaseModel]) -> dict[str, Any]:
@@ -367,3 +360,17 @@ def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
         inner = _model_in(field.annotation)
         if inner:
             yield from _all_keys(inner, f"{prefix}{key}.")
+
+
+def divisors(value: int) -> list[int]:
+    small = [divisor for divisor in range(1, math.isqrt(value) + 1) if value % divisor == 0]
+    return [*small, *(value // divisor for divisor in small)]
+
+
+def choice(values: Sequence[int], target: int) -> str:
+    """The values nearest to the target on either side, as "a" or "a or b"."""
+    around = [
+        max((v for v in values if v <= target), default=None),
+        min((v for v in values if v >= target), default=None),
+    ]
+    return " or ".join(str(value) for value in dict.fromkeys(around) if value is not None)

@@ -109,8 +109,14 @@ def on_rank_zero(fn: Callable[[], Any]) -> Any:
     if is_distributed():
         dist.broadcast_object_list(result, src=0)
     if result[1] is not None:
-        raise result[1]
+        raise _shared(result[1])
     return result[0]
+
+
+def _shared(error: Exception) -> Exception:
+    """Marks an error that every rank raises, so that one of them reports it."""
+    error.on_every_rank = True  # type: ignore[attr-defined]
+    return error
 
 
 def agree(fn: Callable[[], Any]) -> Any:
@@ -122,7 +128,7 @@ def agree(fn: Callable[[], Any]) -> Any:
         error = caught
     for failure in gather_objects(error):
         if failure is not None:
-            raise failure
+            raise _shared(failure)
     return result
 
 

@@ -124,9 +124,7 @@ class Launched:
             self.signal(signal.SIGABRT)  # PYTHONFAULTHANDLER: every process prints its stacks
             time.sleep(1.0)
             self.kill()
-            raise LaunchTimeout(
-                -signal.SIGKILL, [*self.command, f"(limit {timeout:g} s)"], *self.output
-            ) from None
+            raise LaunchTimeout(-signal.SIGKILL, [*self.command, f"(limit {timeout:g} s)"], *self.output) from None
         finally:
             self.kill()
         done = subprocess.CompletedProcess(self.command, status, *self.output)

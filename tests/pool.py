@@ -169,9 +169,7 @@ class Pool:
         per rank, (type name, message) of what it raised, or None where it returned.
         """
         if fn.__module__ == "__main__" or "<" in fn.__qualname__:
-            raise TypeError(
-                f"{fn.__qualname__} is not importable in a worker: move it to the top of its module"
-            )
+            raise TypeError(f"{fn.__qualname__} is not importable in a worker: move it to the top of its module")
         # Plain pickle: multiprocessing's own would send tensors as shared-memory file descriptors.
         request = pickle.dumps((fn.__module__, fn.__qualname__, pickle.dumps((args, kwargs))))
         if self._is_worn():

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from archscale import config as config_module
+from archscale import config_sections as sections_module
 from archscale.config import (
     MATRIX_RULES,
     NOT_YET,
@@ -69,16 +70,23 @@ def test_defaults(tmp_path):
 
 def test_every_key_says_what_it_means():
     undocumented = []
-    for section in ast.parse(inspect.getsource(config_module)).body:
-        if not (
-            isinstance(section, ast.ClassDef) and any(ast.unparse(b) == "Section" for b in section.bases)
-        ):
+    source = inspect.getsource(sections_module) + inspect.getsource(config_module)
+    assert source.count("(Section):") > 14
+    for section in ast.parse(source).body:
+        if not (isinstance(section, ast.ClassDef) and any(ast.unparse(b) == "Section" for b in section.bases)):
             continue
         for statement, following in zip(section.body, [*section.body[1:], None]):
             documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
             if isinstance(statement, ast.AnnAssign) and not documented:
                 undocumented.append(f"{section.name}.{ast.unparse(statement.target)}")
     assert not undocumented
+
+
+def test_rules_are_those_of_the_optimizer():
+    from archscale.optim import RULES
+
+    assert set(MATRIX_RULES) == set(RULES)
+    assert set(SPHERE_RULES) == {name for name, rule in RULES.items() if rule.sphere}
 
 
 @pytest.mark.parametrize("text", ["2000000", "2_000_000", "2e6", "2.0e6", "2.0e+6", "'2000000'", "2000000.0"])
@@ -190,9 +198,7 @@ def test_missing_file_folder_and_binary(tmp_path):
     assert "cannot read" in refusal(tmp_path / "b.yaml").what
 
 
-@pytest.mark.parametrize(
-    "override", ["seed", "=1", "a..b=1", ".=1", "seed=[1", "base=x.yaml", "seed={a: 1, a: 2}"]
-)
+@pytest.mark.parametrize("override", ["seed", "=1", "a..b=1", ".=1", "seed=[1", "base=x.yaml", "seed={a: 1, a: 2}"])
 def test_bad_overrides(small, override):
     assert "override" in refusal(small, override).where
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "archscale"
 MAX_LINES = 400
 
 LAYERS = [
-    {"errors", "config", "config_io", "distributed"},
+    {"errors", "config", "config_io", "config_sections", "distributed"},
     {"model", "optim", "data", "parallel", "telemetry"},
     {"scaling", "export"},
     {"train", "report", "bench"},
@@ -61,9 +61,7 @@ def imports(module: str, is_package: bool, tree: ast.Module) -> Iterator[tuple[i
                 source = ".".join([*parents, *filter(None, [source])])
             yield from ((node.lineno, f"{source}.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            function = (
-                node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-            )
+            function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if function in {"import_module", "__import__"}:
                 yield node.lineno, str(node.args[0].value)
 

@@ -75,9 +75,7 @@ class Loader:
         self.step = start_step
         self._queue: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
-        self._thread = threading.Thread(
-            target=self._work, args=(start_step,), daemon=True, name="archscale-loader"
-        )
+        self._thread = threading.Thread(target=self._work, args=(start_step,), daemon=True, name="archscale-loader")
         self._thread.start()
 
     def batches(self, step: int) -> list[Batch]:

@@ -158,9 +158,7 @@ def _partial(output: Path) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(lock)
-        raise DataError(
-            "another process is preparing this dataset", str(partial), "wait for it to end"
-        ) from error
+        raise DataError("another process is preparing this dataset", str(partial), "wait for it to end") from error
     try:
         for entry in partial.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -233,9 +231,7 @@ def prepare(
         sync_directory(output.parent)
     except OSError as error:
         where = str(error.filename or output)
-        raise DataError(
-            f"cannot prepare: {error.strerror}", where, "check disk space and permissions"
-        ) from error
+        raise DataError(f"cannot prepare: {error.strerror}", where, "check disk space and permissions") from error
     return _summary(output, manifest, already=False)
 
 

@@ -109,13 +109,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise DataError(
-            f"cannot read the recipe: {reason}", str(path), "give the path of a recipe YAML"
-        ) from error
+        raise DataError(f"cannot read the recipe: {reason}", str(path), "give the path of a recipe YAML") from error
     except yaml.YAMLError as error:
-        raise DataError(
-            f"not YAML: {' '.join(str(error).split())}", str(path), "correct the recipe"
-        ) from error
+        raise DataError(f"not YAML: {' '.join(str(error).split())}", str(path), "correct the recipe") from error
     if not isinstance(raw, dict):
         raise DataError("a recipe is a mapping of keys", str(path), "data_prep/README.md has an example")
     for assignment in overrides:

@@ -75,7 +75,5 @@ def rank_numbers(step: int, batch_size: int, rank: int, world: int, accumulation
     if world < 1 or accumulation < 1 or not 0 <= rank < world:
         raise ValueError(f"rank {rank} of world {world} with accumulation {accumulation}")
     if batch_size < 1 or batch_size % (world * accumulation):
-        raise ValueError(
-            f"{batch_size} sequences do not divide over {world} ranks x {accumulation} micro-batches"
-        )
+        raise ValueError(f"{batch_size} sequences do not divide over {world} ranks x {accumulation} micro-batches")
     return batch_numbers(step, batch_size).reshape(accumulation, world, -1)[:, rank]

@@ -18,16 +18,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from archscale.errors import DataError
 
-_END_BYTES = (
-    1 << 20
-)  # of a file's beginning and end go into its fingerprint: all of a small one, O(1) of a huge one
+_END_BYTES = 1 << 20  # of a file's beginning and end go into its fingerprint: all of a small one, O(1) of a huge one
 
 
 class _Source(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    weight: float = Field(
-        default=1.0, gt=0, le=1, description="share of the documents taken, by content hash"
-    )
+    weight: float = Field(default=1.0, gt=0, le=1, description="share of the documents taken, by content hash")
 
     def documents(self) -> Iterator[str]:
         raise NotImplementedError
@@ -38,9 +34,7 @@ class _Source(BaseModel):
 
 
 def _glob(pattern: str) -> list[tuple[str, Path]]:
-    found = [
-        (name, Path(name)) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()
-    ]
+    found = [(name, Path(name)) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
     if not found:
         raise DataError(
             "no file matches",
@@ -73,9 +67,7 @@ class TextSource(_Source):
             try:
                 yield path.read_bytes().decode(self.encoding)
             except (UnicodeDecodeError, LookupError) as error:
-                raise DataError(
-                    f"not {self.encoding} text: {error}", str(path), "set the source's encoding"
-                ) from error
+                raise DataError(f"not {self.encoding} text: {error}", str(path), "set the source's encoding") from error
 
 
 class JsonlSource(_Source):
@@ -96,9 +88,7 @@ class JsonlSource(_Source):
                     try:
                         record = json.loads(line) if line.strip() else {self.field: ""}
                     except ValueError as error:
-                        raise DataError(
-                            f"not a JSON line: {error}", where, "correct or remove the line"
-                        ) from error
+                        raise DataError(f"not a JSON line: {error}", where, "correct or remove the line") from error
                     yield _field(record, self.field, where)
 
 
@@ -116,9 +106,7 @@ class PythonStdlibSource(_Source):
             skipped |= {"test", "tests", "idle_test"}
         names = sorted(path.relative_to(root) for path in root.rglob("*.py"))
         # _sysconfigdata is generated when Python is built, and differs from machine to machine.
-        found = [
-            n for n in names if not skipped.intersection(n.parts) and not n.name.startswith("_sysconfigdata")
-        ]
+        found = [n for n in names if not skipped.intersection(n.parts) and not n.name.startswith("_sysconfigdata")]
         if not found:
             raise DataError("this Python has no source files", str(root), "use another kind of source")
         return [(name.as_posix(), root / name) for name in found]
@@ -136,7 +124,7 @@ def _datasets(where: str):
         import datasets
     except ImportError as error:
         raise DataError(
-            "the package 'datasets' is not installed", where, 'pip install "archscale[hf]"'
+            "the package 'datasets' is not installed", where, "pip install transformers datasets"
         ) from error
     return datasets
 
@@ -150,9 +138,7 @@ def _load(where: str, field: str, *args: Any, **kwargs: Any) -> Iterator[str]:
         raise
     except Exception as error:  # network, names, formats: `datasets` raises dozens of classes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"cannot read the data set: {reason}", where, "check the name, files and network"
-        ) from error
+        raise DataError(f"cannot read the data set: {reason}", where, "check the name, files and network") from error
 
 
 class ParquetSource(_Source):

@@ -86,11 +86,7 @@ class SentencePieceTokenizer(Tokenizer):
         if self._model.is_control(token) or self._model.is_unknown(token):
             return b""
         piece = self._model.id_to_piece(token)
-        return (
-            bytes([int(piece[3:5], 16)])
-            if self._model.is_byte(token)
-            else piece.replace(_SPACE, " ").encode()
-        )
+        return bytes([int(piece[3:5], 16)]) if self._model.is_byte(token) else piece.replace(_SPACE, " ").encode()
 
     def _has_bytes(self) -> bool:
         return any(self._model.is_byte(token) for token in range(self.vocab_size))
@@ -126,9 +122,7 @@ class HuggingFaceTokenizer(Tokenizer):
         try:
             self._backend = backend = backend_class.from_str(content.decode())
         except Exception as error:  # the package raises bare Exception
-            raise DataError(
-                f"not a tokenizer.json: {error}", where, "give a Hugging Face fast tokenizer"
-            ) from error
+            raise DataError(f"not a tokenizer.json: {error}", where, "give a Hugging Face fast tokenizer") from error
         # "<|endoftext|>" spelled in a document is text, not the end of the document.
         backend.encode_special_tokens = True
         backend.no_padding()
@@ -171,7 +165,7 @@ def _import(package: str, where: str):
         return importlib.import_module(package)
     except ImportError as error:
         what = f"the package {package!r} is not installed"
-        raise DataError(what, where, 'pip install "archscale[hf]"') from error
+        raise DataError(what, where, "pip install transformers datasets") from error
 
 
 def _from_hub(name: str, eos: str | None) -> Tokenizer:
@@ -211,9 +205,7 @@ def load_tokenizer(path: str | Path, kind: str | None = None, eos: str | None = 
         if local.suffix == ".json":
             return HuggingFaceTokenizer(local.read_bytes(), str(path), eos=eos)
     except OSError as error:
-        raise DataError(
-            f"cannot read the tokenizer: {error.strerror}", str(path), "check the path"
-        ) from error
+        raise DataError(f"cannot read the tokenizer: {error.strerror}", str(path), "check the path") from error
     if kind == "huggingface" or (local / JSON_FILE).is_file():
         return _from_hub(str(path), eos)
     remedy = "give a dataset directory, a .model file or a tokenizer.json"
@@ -251,10 +243,7 @@ def _sample(texts: Iterable[str], seed: int) -> list[str]:
             continue
         heapq.heappush(heap, (-rank, text))
         held += len(encoded)
-        while (
-            len(heap) > 1
-            and held - (size := len(heap[0][1].encode("utf-8", errors="replace"))) >= SAMPLE_BYTES
-        ):
+        while len(heap) > 1 and held - (size := len(heap[0][1].encode("utf-8", errors="replace"))) >= SAMPLE_BYTES:
             heapq.heappop(heap)
             held -= size
     return [text for _, text in sorted(heap, reverse=True)]
@@ -271,9 +260,7 @@ def _chunks(text: str) -> Iterator[str]:
         yield chunk
 
 
-def train_sentencepiece(
-    texts: Iterable[str], vocab_size: int, out_dir: str | Path, seed: int = 0
-) -> Tokenizer:
+def train_sentencepiece(texts: Iterable[str], vocab_size: int, out_dir: str | Path, seed: int = 0) -> Tokenizer:
     """Trains a BPE with byte fallback that loses nothing, and writes it to `out_dir/tokenizer.model`.
 
     The same documents, in any order, give the same file.

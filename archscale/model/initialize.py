@@ -30,7 +30,9 @@ def initialize(model: nn.Module, seed: int) -> None:
             name = f"{prefix}.{key}" if prefix else key
             spec = getattr(module, "parameter_roles", {}).get(key, {})
             if "init" not in spec:
-                raise ValueError(f"parameter {name!r} has no initialization: add 'init' to its module's parameter_roles")
+                raise ValueError(
+                    f"parameter {name!r} has no initialization: add 'init' to its module's parameter_roles"
+                )
             lo, hi = local_interval(parameter)
             values = draw(*spec["init"], seed=seed, name=name, lo=lo, hi=hi, numel=parameter.numel())
             with torch.no_grad():

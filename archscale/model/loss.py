@@ -20,9 +20,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk_elements: int) -> Tensor:
         N, V = x.shape[0], weight.shape[0]
         rows = max(1, min(N, chunk_elements // V))
+        dtype = torch.promote_types(x.dtype, torch.float32)
         grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_w = torch.zeros(weight.shape, device=x.device, dtype=torch.promote_types(x.dtype, torch.float32)) if ctx.needs_input_grad[1] else None  # fmt: skip
-        total = torch.zeros((), device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
+        grad_w = torch.zeros(weight.shape, device=x.device, dtype=dtype) if ctx.needs_input_grad[1] else None
+        total = torch.zeros((), device=x.device, dtype=dtype)
         for start in range(0, N, rows):
             x_c, t_c = x[start : start + rows], targets[start : start + rows]
             counted = t_c != IGNORE

@@ -51,6 +51,7 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype):
         super().__init__()
         self.norm = RMSNorm(config.width, dtype)
+        assert config.vocab_size is not None
         if not config.tied_embeddings:
             self.weight = nn.Parameter(torch.empty(config.vocab_size, config.width))
             self.parameter_roles = {"weight": {"role": "head", "init": ("normal", HEAD_STD)}}
@@ -73,7 +74,13 @@ class Transformer(nn.Module):
         recompute: keep only block inputs for the backward pass (activation checkpointing).
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32, eos_id: int | None = None, recompute: bool = False):
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: torch.dtype = torch.float32,
+        eos_id: int | None = None,
+        recompute: bool = False,
+    ):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("model.vocab_size is not set: take it from the data set")

@@ -1,6 +1,6 @@
 """Whole-matrix optimizers under any sharding: one update rule, usable on its own.
 
-    from archscale.optim import MatrixOptimizer, orthogonalize
+from archscale.optim import MatrixOptimizer, orthogonalize
 """
 
 from archscale.optim.engine import MatrixOptimizer

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 
-def adam_direction_(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, betas: tuple[float, float], eps: float) -> None:
+def adam_direction_(
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, betas: tuple[float, float], eps: float
+) -> None:
     """U = m̂ / (√v̂ + ε), bias-corrected (Kingma and Ba 2017). `step` is 1 on the first call; float32 scalar."""
     beta1, beta2 = betas
     exp_avg.lerp_(grad.to(exp_avg.dtype), 1 - beta1)

@@ -20,7 +20,7 @@ from archscale.distributed import gather_objects, is_distributed, local_interval
 from archscale.optim.checks import check_distinct, check_options, check_parameter, load_state, parameter_names
 from archscale.optim.elementwise import adam_direction_, lion_direction_, momentum_direction_
 from archscale.optim.exchange import Exchange
-from archscale.optim.orthogonalize import orthogonalize_
+from archscale.optim.orthogonalize import orthogonality_residual, orthogonalize_
 from archscale.optim.rules import InnerProducts, Rule, Step, step_coefficients
 from archscale.optim.shards import ExchangePlan, Interval, MatrixView, matrix_views, plan_exchange
 
@@ -97,11 +97,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         wire_dtype: torch.dtype | None = None, momentum_dtype: torch.dtype | None = None,
         betas: tuple[float, float] = (0.9, 0.95), adam_eps: float = 1e-8, process_group: Any = None,
     ):  # fmt: skip
-        defaults = dict(
-            lr=lr, rule=rule, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay, clip=clip, eps=eps,
-            orthogonalizer=orthogonalizer, compute_dtype=compute_dtype, wire_dtype=wire_dtype,
-            momentum_dtype=momentum_dtype, betas=betas, adam_eps=adam_eps, blocks=None,
-        )  # fmt: skip
+        defaults = {
+            "lr": lr, "rule": rule, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "clip": clip, "eps": eps,
+            "orthogonalizer": orthogonalizer, "compute_dtype": compute_dtype, "wire_dtype": wire_dtype,
+            "momentum_dtype": momentum_dtype, "betas": betas, "adam_eps": adam_eps, "blocks": None,
+        }  # fmt: skip
         super().__init__(params, defaults)
         self._process_group = process_group
         self._world = dist.get_world_size(process_group) if is_distributed() else 1
@@ -111,6 +111,14 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._number = {id(p): i for i, p in enumerate(self._params)}
         self.sample_residual = False  # measure ‖QQᵀ − I‖/√m at each step: one extra product per matrix
         self._build()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while constructing: the exchange is planned once, for all parameters together."""
+        if hasattr(self, "_groups"):
+            raise ValueError(
+                "add_param_group after construction is not supported: give all groups to MatrixOptimizer(...)"
+            )
+        super().add_param_group(param_group)
 
     def _build(self) -> None:
         """Plan the exchanges and create all state eagerly, so that a checkpoint never meets a missing entry."""
@@ -225,7 +233,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """
         groups, state = state_dict["param_groups"], state_dict["state"]
         if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
-            raise ValueError("the state dict has other parameter groups: rebuild the optimizer as it was when it was saved")
+            raise ValueError(
+                "the state dict has other parameter groups: rebuild the optimizer as it was when it was saved"
+            )
         for saved_group, group in zip(groups, self.param_groups):
             for key, p in zip(saved_group["params"], group["params"]):
                 load_state(self._names[self._number[id(p)]], group["rule"], state.get(key, {}), self.state[p])
@@ -265,7 +275,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 local = {k: local_tensor(state[k]).view(-1) for k in STATE_OF[group.rule.direction]}
                 if group.rule.direction == "adam":
                     state["step"] += 1
-                    adam_direction_(grads[param], **local, step=state["step"], betas=options["betas"], eps=options["adam_eps"])
+                    adam_direction_(
+                        grads[param],
+                        **local,
+                        step=state["step"],
+                        betas=options["betas"],
+                        eps=options["adam_eps"],
+                    )
                 elif group.rule.direction == "lion":
                     lion_direction_(grads[param], **local, betas=options["betas"])
                 elif group.rule.direction == "momentum":
@@ -283,15 +299,17 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     momenta[param] = momentum.mul_(mu).add_(grads[param])
                     look_ahead[param] = mu if group.options["nesterov"] else 0.0
         for exchange, numbers, (scheme, compute_dtype, wire_dtype) in self._exchanges:
-
+            # Called only before the next iteration, so the loop's variables are the right ones.
             def orthogonalize_stack(stack: Tensor, views: list[int]) -> None:
-                norm = orthogonalize_(stack, scheme, compute_dtype)  # noqa: B023: called before the next iteration
+                norm = orthogonalize_(stack, scheme, compute_dtype)  # noqa: B023
                 owned = torch.tensor([numbers[v] for v in views], device=self._device)  # noqa: B023
-                sums[Q].index_put_((owned,), torch.where(norm.isfinite(), 0.0, -torch.inf).to(self._dtype), accumulate=True)
+                sums[Q].index_put_(
+                    (owned,), torch.where(norm.isfinite(), 0.0, -torch.inf).to(self._dtype), accumulate=True
+                )
                 if len(sums) > MOMENTUM:
                     sums[MOMENTUM, owned] = norm.square().to(self._dtype)
                 if len(sums) > RESIDUAL:
-                    sums[RESIDUAL, owned] = _residual(stack).to(self._dtype)
+                    sums[RESIDUAL, owned] = orthogonality_residual(stack).square().to(self._dtype)
 
             local_grads = {param: grads[param] for param in momenta}
             exchange.run(momenta, local_grads, look_ahead, orthogonalize_stack, wire_dtype or compute_dtype)
@@ -348,8 +366,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         `norm_drift` (‖W‖/‖W₀‖ − 1), `effective_decay` (η r̂ λ, or η λ), `orthogonality_residual` (‖QQᵀ − I‖/√m of the short
         side; only after a step with `sample_residual`).
         """
-        if not hasattr(self, "_steps"):
-            raise RuntimeError("diagnostics() describes a step: call step() first")
+        assert hasattr(self, "_steps"), "diagnostics() describes a step: call step() first"
         columns: dict[str, list[Tensor]] = {}
         for group, step in self._steps:
             decay = group.options["lr"] * group.options["weight_decay"] if group.rule.decay != "none" else 0.0
@@ -370,21 +387,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     def matrix_names(self) -> list[str]:
         """Names of the matrices, in the order of `diagnostics()`."""
-        return [view.name for group, _ in getattr(self, "_steps", []) for view in self._views[group.views]]
+        return [view.name for view in self._views]
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
     """Row-wise inner products of (count, length), float32 or better."""
     a, b = (x if x.dtype == torch.float64 else x.float() for x in (a, b))
     return torch.dot(a[0], b[0])[None] if len(a) == 1 else torch.linalg.vecdot(a, b)
-
-
-def _residual(stack: Tensor) -> Tensor:
-    """‖QQᵀ − I‖² / m of each Q (k, m, n), m the short side."""
-    X = stack.float() if stack.shape[-2] <= stack.shape[-1] else stack.mT.float()
-    A = torch.bmm(X, X.mT)
-    A.diagonal(dim1=-2, dim2=-1).sub_(1)
-    return A.square().sum(dim=(-2, -1)) / A.shape[-1]
 
 
 def _gradient(p: Tensor) -> Tensor:

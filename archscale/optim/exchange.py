@@ -112,10 +112,11 @@ class Exchange:
         if not routes:
             return
         device = next(iter(grads.values())).device
-        arriving = send(routes[0])
-        returning = None
+        arriving = following = send(routes[0])
+        returning: tuple[Tensor, Any] | None = None
         for i, route in enumerate(routes):
-            following = send(routes[i + 1]) if i + 1 < len(routes) else None
+            if i + 1 < len(routes):
+                following = send(routes[i + 1])
             stage = receive(route, arriving)
             for at, rows, cols, views in route.stacks:
                 orthogonalize_(stage[at : at + len(views) * rows * cols].view(len(views), rows, cols), views)
@@ -123,7 +124,8 @@ class Exchange:
                 receive_back(routes[i - 1], returning)
             returning = send_back(route, stage)
             arriving = following
-        receive_back(routes[-1], returning)
+        if returning is not None:
+            receive_back(routes[-1], returning)
 
     # ----------------------------------------------------------------------------------------------------------- plan
 
@@ -157,7 +159,12 @@ class Exchange:
             ):
                 at = sum(elements)
                 for s in segments:
-                    _append(runs, self._held(s.view, s.lo) if held_here else (0, place[s.view] + s.lo), at, s.numel)
+                    _append(
+                        runs,
+                        self._held(s.view, s.lo) if held_here else (0, place[s.view] + s.lo),
+                        at,
+                        s.numel,
+                    )
                     at += s.numel
                 elements.append(at - sum(elements))
         return route

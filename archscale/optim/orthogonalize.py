@@ -88,5 +88,13 @@ def _iterate(X: Tensor, spare: Tensor, coefficients: list[tuple[float, float, fl
 
 def _exact(M: Tensor) -> Tensor:
     U, S, Vh = torch.linalg.svd(M.double(), full_matrices=False)
-    rank = S > S.amax(dim=-1, keepdim=True) * max(M.shape[-2:]) * torch.finfo(torch.float64).eps
+    rank = S.amax(dim=-1, keepdim=True) * max(M.shape[-2:]) * torch.finfo(torch.float64).eps < S
     return (U * rank.unsqueeze(-2)) @ Vh
+
+
+def orthogonality_residual(Q: Tensor) -> Tensor:
+    """‖Q Qᵀ − I‖ / √m of each Q (k, m, n), m its short side; (k,) float32 (REFERENCE 6)."""
+    X = Q.float() if Q.shape[-2] <= Q.shape[-1] else Q.mT.float()
+    A = torch.bmm(X, X.mT)
+    A.diagonal(dim1=-2, dim2=-1).sub_(1)
+    return A.square().mean(dim=-1).sum(dim=-1).sqrt()

@@ -11,13 +11,14 @@ from torch import Tensor
 from archscale.optim.orthogonalize import COEFFICIENTS, NORMALIZATION
 from archscale.optim.rules import Rule
 
+
 def orthogonalize(M: Tensor, scheme: str) -> Tensor:
     """Q ≈ U Vᵀ of M = U Σ Vᵀ, M (m, n)."""
     if not M.any():
         return torch.zeros_like(M)
     if scheme == "exact":
         U, S, Vh = torch.linalg.svd(M, full_matrices=False)
-        keep = (S > S.max() * max(M.shape) * torch.finfo(M.dtype).eps).to(M.dtype)
+        keep = (S.max() * max(M.shape) * torch.finfo(M.dtype).eps < S).to(M.dtype)
         return (U * keep) @ Vh
     X = (M.mT if M.shape[0] > M.shape[1] else M) / (NORMALIZATION[scheme] * M.norm())
     for a, b, c in COEFFICIENTS[scheme]:
@@ -34,8 +35,21 @@ class ReferenceOptimizer:
         weight_decay: float = 0.0, clip: tuple[float, float] | None = None, eps: float = 1e-6,
         orthogonalizer: str = "polar_express", betas: tuple[float, float] = (0.9, 0.95), adam_eps: float = 1e-8,
     ):  # fmt: skip
-        self.W, self.rule, self.η, self.μ, self.nesterov, self.λ = W, rule, lr, momentum, nesterov, weight_decay
-        self.clip, self.ε, self.scheme, self.betas, self.adam_eps = clip or rule.clip, eps, orthogonalizer, betas, adam_eps
+        self.W, self.rule, self.η, self.μ, self.nesterov, self.λ = (
+            W,
+            rule,
+            lr,
+            momentum,
+            nesterov,
+            weight_decay,
+        )
+        self.clip, self.ε, self.scheme, self.betas, self.adam_eps = (
+            clip or rule.clip,
+            eps,
+            orthogonalizer,
+            betas,
+            adam_eps,
+        )
         self.M, self.V, self.t = torch.zeros_like(W), torch.zeros_like(W), 0
         self.c = None if rule.calibrated else 1.0
         self.R = W.norm()
@@ -73,13 +87,13 @@ class ReferenceOptimizer:
             self.c = 0.2 * max(m, n) ** 0.5 if W.norm() < self.ε else W.norm() / base.norm()
         if rule.sphere and not Q.any():
             return
-        r = 1.0
+        r = W.new_ones(())
         if rule.ratio is not None:
             norm = {"update": D, "direction": Q, "momentum": M_hat}[rule.ratio].norm()
             r = W.norm() / (self.c * norm + self.ε)
             if self.clip is not None:
                 r = torch.clamp(r, *self.clip)
-                r = 1.0 if self.clip[0] == 0 and not W.any() else r
+                r = W.new_ones(()) if self.clip[0] == 0 and not W.any() else r
         W.copy_((1 - η * λd) * W - η * r * D)
         if rule.sphere:
             W.mul_(self.R / W.norm())

@@ -43,7 +43,9 @@ def assign_roles(model: nn.Module) -> list[ParameterRole]:
         roles = getattr(module, "parameter_roles", {})
         own = dict(module.named_parameters(recurse=False))
         for key in roles.keys() - own.keys():
-            raise ConfigError(f"role declared for a parameter {key!r} that does not exist", prefix, "mend parameter_roles")
+            raise ConfigError(
+                f"role declared for a parameter {key!r} that does not exist", prefix, "mend parameter_roles"
+            )
         for key, parameter in own.items():
             name = clean_name(f"{prefix}.{key}" if prefix else key)
             if id(parameter) in claimed or not parameter.requires_grad:

@@ -32,7 +32,9 @@ SHAPE_FACTORS = {
 
 def check_clip(clip: tuple[float, float] | None) -> None:
     if clip is not None and not 0 <= clip[0] <= clip[1]:
-        raise ValueError(f"clip bounds {tuple(clip)} are crossed or negative; give (r_min, r_max) with 0 <= r_min <= r_max")
+        raise ValueError(
+            f"clip bounds {tuple(clip)} are crossed or negative; give (r_min, r_max) with 0 <= r_min <= r_max"
+        )
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,9 @@ class Rule:
 
     def __post_init__(self) -> None:
         if self.shape not in SHAPE_FACTORS:
-            raise ValueError(f"rule {self.name!r}: unknown shape factor {self.shape!r}; one of {', '.join(SHAPE_FACTORS)}")
+            raise ValueError(
+                f"rule {self.name!r}: unknown shape factor {self.shape!r}; one of {', '.join(SHAPE_FACTORS)}"
+            )
         check_clip(self.clip)
         if self.ratio is None and (self.calibrated or self.clip):
             raise ValueError(f"rule {self.name!r}: calibration and clip need a trust ratio; set ratio or drop them")
@@ -177,7 +181,10 @@ def step_coefficients(
     if rule.ratio is None:
         ratio = torch.ones_like(w)
     else:
-        norm = {"update": update_norm, "direction": q.sqrt(), "momentum": _sqrt(products.momentum)}[rule.ratio]
+        norm = {"update": update_norm, "direction": q.sqrt()}.get(rule.ratio)
+        if norm is None:
+            assert products.momentum is not None, "ratio 'momentum' needs ‖M̂‖²"
+            norm = products.momentum.sqrt()
         ratio = weight_norm / (calibration * norm + eps)
     clipped_ratio = ratio if clip is None else ratio.clamp(*clip)
     if clip is not None and clip[0] == 0:
@@ -203,7 +210,3 @@ def step_coefficients(
         weight_norm=weight_norm,
         relative_update=change / weight_norm.clamp(min=eps),
     )
-
-
-def _sqrt(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.sqrt()

@@ -6,7 +6,13 @@ import math
 
 
 def lr_multiplier(
-    kind: str, tokens: float, total: float, *, warmup: float = 0.0, final_ratio: float = 0.1, decay_ratio: float = 2 / 7
+    kind: str,
+    tokens: float,
+    total: float,
+    *,
+    warmup: float = 0.0,
+    final_ratio: float = 0.1,
+    decay_ratio: float = 2 / 7,
 ) -> float:
     """η(tokens) / η_peak.
 

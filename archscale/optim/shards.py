@@ -10,6 +10,7 @@ This file is pure Python on integers; `engine.py` executes the plan.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,9 @@ class MatrixView:
         return self.numel * min(self.rows, self.cols)
 
 
-def matrix_views(name: str, param: int, shape: Sequence[int], blocks: Sequence[tuple[str, int]] | None = None) -> list[MatrixView]:
+def matrix_views(
+    name: str, param: int, shape: Sequence[int], blocks: Sequence[tuple[str, int]] | None = None
+) -> list[MatrixView]:
     """The matrices of one parameter.
 
     Args:
@@ -125,7 +128,9 @@ def plan_exchange(
         for v, cuts in enumerate(segments_holders)
     ]
     plan = ExchangePlan(world, list(views), owners, segments)
-    owned = [sorted((v for v in range(len(views)) if owners[v] == r), key=lambda v: _order(views, v)) for r in range(world)]
+    owned = [
+        sorted((v for v in range(len(views)) if owners[v] == r), key=lambda v: _order(views, v)) for r in range(world)
+    ]
     count = max((math.ceil(sum(views[v].numel for v in mine) / max_batch_elements) for mine in owned), default=0)
     chunks = [_chunk(mine, [views[v].cost for v in mine], count) for mine in owned]
     plan.batches = [Batch([chunks[r][b] for r in range(world)]) for b in range(count)]
@@ -143,7 +148,7 @@ def _cut(view: MatrixView, intervals: Sequence[Sequence[Sequence[Interval]]]) ->
                 held.append((lo, hi, rank))
     points = sorted({0, view.numel, *(x for lo, hi, _ in held for x in (lo, hi))})
     cuts = []
-    for lo, hi in zip(points, points[1:]):
+    for lo, hi in itertools.pairwise(points):
         holders = tuple(sorted(rank for a, b, rank in held if a <= lo and hi <= b))
         if not holders:
             raise ValueError(f"matrix {view.name!r}: no rank holds its elements [{lo}, {hi})")

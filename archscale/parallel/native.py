@@ -25,6 +25,7 @@ class NativeEngine:
         build: makes the model; called on the meta device.
         initialize: fills its parameters, which are by then plain tensors or DTensors on `device`.
         replicate, shard: mesh sizes; their product is the world size.
+        reshard: free a block's gathered parameters between its forward and backward pass.
         dtype: of matrix products; FSDP2 gathers parameters in it and reduces gradients in float32.
 
     Attributes:
@@ -35,19 +36,22 @@ class NativeEngine:
 
     def __init__(
         self, build: Callable[[], nn.Module], initialize: Callable[[nn.Module], None], *, device: torch.device,
-        replicate: int, shard: int, dtype: torch.dtype, compile: bool,
+        replicate: int, shard: int, reshard: bool, dtype: torch.dtype, compile: bool,
     ):  # fmt: skip
         with torch.device("meta"):
             self.module = build()
+        blocks: Any = self.module.blocks
         world = world_size()
         self.shard_group: Any = None
         if world > 1 and shard > 1:
             mesh = build_mesh(device, replicate, shard)
             self.shard_group = mesh["shard"].get_group()
-            policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
+            policy = MixedPrecisionPolicy(
+                param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
+            )
             layout = mesh if replicate > 1 else mesh["shard"]
-            for block in self.module.blocks:
-                fully_shard(block, mesh=layout, mp_policy=policy)
+            for block in blocks:
+                fully_shard(block, mesh=layout, mp_policy=policy, reshard_after_forward=reshard)
             fully_shard(self.module, mesh=layout, mp_policy=policy)  # embedding, head and final norm
             for module in self.module.modules():
                 if isinstance(module, FSDPModule):
@@ -56,7 +60,7 @@ class NativeEngine:
         self.module.to_empty(device=device)
         initialize(self.module)
         if compile:
-            for block in self.module.blocks:
+            for block in blocks:
                 block.compile()
         self.forward: Callable[..., Tensor] = self.module
         self.gradient_scale = 1.0  # multiplies the loss so that the engine's reduction becomes a sum

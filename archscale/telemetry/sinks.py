@@ -21,7 +21,9 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int = 0):
         self.path = path
         if path.exists():
-            kept = [line for line in path.read_text().splitlines(keepends=True) if _step(line, resume_step) <= resume_step]
+            kept = [
+                line for line in path.read_text().splitlines(keepends=True) if _step(line, resume_step) <= resume_step
+            ]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(kept))
             os.replace(temporary, path)
@@ -29,7 +31,7 @@ class MetricsFile:
 
     def write(self, step: int, tokens: int, **values: Any) -> None:
         bad = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
-        line = {"step": step, "tokens": tokens, "time": round(time.time(), 3)}
+        line: dict[str, Any] = {"step": step, "tokens": tokens, "time": round(time.time(), 3)}
         line |= {key: None if key in bad else value for key, value in values.items()}
         if bad:
             line["event"] = f"non-finite {', '.join(bad)}"

@@ -17,7 +17,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from archscale.distributed import agree, on_rank_zero, rank, world_size
 from archscale.errors import CheckpointError
@@ -36,7 +40,9 @@ def step_directory(directory: Path, step: int) -> Path:
     return directory / f"step_{step:08d}"
 
 
-def save_checkpoint(directory: Path, model: nn.Module, optimizer: MatrixOptimizer, state: dict[str, Any], keep: int) -> None:
+def save_checkpoint(
+    directory: Path, model: nn.Module, optimizer: MatrixOptimizer, state: dict[str, Any], keep: int
+) -> None:
     """Write `state["step"]`'s checkpoint on all ranks together, then prune all but the newest `keep`.
 
     Raises:
@@ -50,7 +56,10 @@ def save_checkpoint(directory: Path, model: nn.Module, optimizer: MatrixOptimize
         partial.mkdir(parents=True)
 
     def write() -> None:
-        content = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        content = {
+            "model": get_model_state_dict(model),
+            "optimizer": get_optimizer_state_dict(model, optimizer),
+        }
         dcp.save(content, checkpoint_id=partial)
 
     def finish() -> None:
@@ -69,7 +78,9 @@ def save_checkpoint(directory: Path, model: nn.Module, optimizer: MatrixOptimize
         agree(lambda: torch.save(torch.get_rng_state(), partial / f"rng_{rank()}.pt"))
         on_rank_zero(finish)
     except (OSError, CheckpointException) as error:
-        raise CheckpointError(f"cannot write a checkpoint: {_reason(error)}", str(final), "free disk space or mend permissions") from error
+        raise CheckpointError(
+            f"cannot write a checkpoint: {_reason(error)}", str(final), "free disk space or mend permissions"
+        ) from error
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: MatrixOptimizer | None) -> dict[str, Any]:
@@ -91,7 +102,11 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: MatrixOptimizer | N
             if state["world_size"] == world_size() and random.is_file():
                 torch.set_rng_state(torch.load(random, weights_only=True))
     except (CheckpointException, RuntimeError, ValueError, OSError) as error:
-        raise CheckpointError(f"cannot load: {_reason(error)}", str(path), "use the checkpoint's own config, or an older checkpoint") from error
+        raise CheckpointError(
+            f"cannot load: {_reason(error)}",
+            str(path),
+            "use the checkpoint's own config, or an older checkpoint",
+        ) from error
     return state
 
 
@@ -100,9 +115,13 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         state = json.loads((path / "state.json").read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError("not a complete checkpoint", str(path), "name a directory step_… that holds state.json") from error
+        raise CheckpointError(
+            "not a complete checkpoint", str(path), "name a directory step_… that holds state.json"
+        ) from error
     if state.get("format") != FORMAT:
-        raise CheckpointError(f"format {state.get('format')}, not {FORMAT}", str(path), "load it with the version that wrote it")
+        raise CheckpointError(
+            f"format {state.get('format')}, not {FORMAT}", str(path), "load it with the version that wrote it"
+        )
     return state
 
 

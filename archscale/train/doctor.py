@@ -15,7 +15,9 @@ import archscale
 
 def examine() -> dict[str, str]:
     """Printable facts, in the order in which one asks for them."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    gpus = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
     facts = {
         "archscale": archscale.__version__,
@@ -23,15 +25,21 @@ def examine() -> dict[str, str]:
         "torch": torch.__version__,
         "cpu": f"{os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads a process",
         "gpu": ", ".join(gpus) or "none: the CPU will be used",
-        "backend": f"{'NCCL' if gpus else 'gloo'} between processes" if dist.is_available() else "none: torch without distributed",
+        "backend": f"{'NCCL' if gpus else 'gloo'} between processes"
+        if dist.is_available()
+        else "none: torch without distributed",
         "bf16 products": "yes" if _fast_bf16(bool(gpus)) else "emulated: training.precision fp32 is faster here",
         "compiler": compiler or "none: training.compile needs g++ (or set it to false)",
     }
-    for package, purpose in (("sentencepiece", "tokenizers"), ("transformers", "Hugging Face tokenizers"), ("datasets", "data: huggingface, parquet")):
+    for package, purpose in (
+        ("sentencepiece", "tokenizers"),
+        ("transformers", "Hugging Face tokenizers"),
+        ("datasets", "data: huggingface, parquet"),
+    ):
         try:
             facts[package] = f"{importlib.metadata.version(package)} ({purpose})"
         except importlib.metadata.PackageNotFoundError:
-            facts[package] = f'not installed ({purpose}): pip install "archscale[hf]"'
+            facts[package] = f"not installed ({purpose}): pip install transformers datasets"
     return facts
 
 

@@ -23,7 +23,11 @@ def load_run(run_dir: Path) -> tuple[Config, Transformer, Tokenizer]:
     """
     steps = checkpoint_steps(run_dir / "checkpoints")
     if not (run_dir / "config.yaml").is_file() or not steps:
-        raise CheckpointError("no run with a checkpoint", str(run_dir), "name a run directory, such as runs/<name>, that train has filled")
+        raise CheckpointError(
+            "no run with a checkpoint",
+            str(run_dir),
+            "name a run directory, such as runs/<name>, that train has filled",
+        )
     config = load_config(run_dir / "config.yaml")
     tokenizer = load_tokenizer(config.data.train)
     model = build_model(config, tokenizer.eos_id)

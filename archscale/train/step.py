@@ -57,7 +57,9 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None, shard_g
             same gradients and are not reduced over.
     """
     grads = [local_tensor(p.grad) for p in parameters if p.grad is not None]
-    squares = torch.stack([norm.float().square() for norm in torch._foreach_norm([g for g in grads if g.numel()])] or [torch.zeros(())])
+    squares = torch.stack(
+        [norm.float().square() for norm in torch._foreach_norm([g for g in grads if g.numel()])] or [torch.zeros(())]
+    )
     total = squares.sum()
     if shard_group is not None:
         total = all_reduce(total, group=shard_group)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -25,7 +26,12 @@ from archscale.optim.roles import ParameterRole, assign_roles, parameter_groups
 from archscale.optim.schedule import lr_multiplier
 from archscale.parallel.native import NativeEngine
 from archscale.telemetry.sinks import MetricsFile
-from archscale.train.checkpoint import checkpoint_steps, load_checkpoint, read_state, save_checkpoint, step_directory
+from archscale.train.checkpoint import (
+    checkpoint_steps,
+    load_checkpoint,
+    save_checkpoint,
+    step_directory,
+)
 from archscale.train.evaluate import evaluate
 from archscale.train.progress import Progress
 from archscale.train.step import train_step
@@ -48,13 +54,13 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
     data = TokenSplit(config.data.train, "train", config.model.context)
     config = config.with_vocab(data.vocab_size)
     device = distributed.start()
-    try:
-        distributed.on_rank_zero(lambda: data.check(data.vocab_size))
-        validation = _validation_split(config, data)
-        run = Run(config, run_dir, data, validation, device, shard=shard, accumulation=accumulation)
-        return run.go(resume)
-    finally:
-        distributed.stop()
+    # No clean-up when something fails: a rank that failed alone would wait here for ranks that wait for it elsewhere.
+    distributed.on_rank_zero(lambda: data.check(data.vocab_size))
+    validation = _validation_split(config, data)
+    run = Run(config, run_dir, data, validation, device, shard=shard, accumulation=accumulation)
+    summary = run.go(resume)
+    distributed.stop()
+    return summary
 
 
 class Run:
@@ -64,11 +70,18 @@ class Run:
         self, config: Config, run_dir: Path, data: TokenSplit, validation: TokenSplit | None, device: torch.device,
         *, shard: int, accumulation: int,
     ):  # fmt: skip
-        self.config, self.run_dir, self.data, self.validation, self.device = config, run_dir, data, validation, device
+        self.config, self.run_dir, self.data, self.validation, self.device = (
+            config,
+            run_dir,
+            data,
+            validation,
+            device,
+        )
         self.accumulation = accumulation
         self.engine = NativeEngine(
             lambda: build_model(config, data.eos_id), lambda model: initialize(model, config.seed), device=device,
-            replicate=config.parallel.replicate, shard=shard, dtype=DTYPES[config.training.precision],
+            replicate=config.parallel.replicate, shard=shard,
+            reshard=config.parallel.reshard_after_forward, dtype=DTYPES[config.training.precision],
             compile=config.training.compile,
         )  # fmt: skip
         self.roles = assign_roles(self.engine.module)
@@ -88,14 +101,22 @@ class Run:
         metrics = MetricsFile(self.run_dir / "metrics.jsonl", step) if distributed.rank() == 0 else None
         progress = Progress(config.steps, step, config.name) if distributed.rank() == 0 else None
         loader = Loader(
-            self.data, config.seed, config.batch_size, distributed.rank(), distributed.world_size(), self.accumulation, step
+            self.data,
+            config.seed,
+            config.batch_size,
+            distributed.rank(),
+            distributed.world_size(),
+            self.accumulation,
+            step,
         )
         pending: list[tuple[int, float, dict[str, Tensor]]] = []  # steps whose numbers still lie on the device
         interval = time.monotonic()
         try:
             for micro_batches in loader:
                 lr = self._set_lr(step)
-                measured = train_step(self.engine, self.optimizer, micro_batches, self.device, config.optimizer.grad_clip)
+                measured = train_step(
+                    self.engine, self.optimizer, micro_batches, self.device, config.optimizer.grad_clip
+                )
                 step += 1
                 last = step == config.steps
                 evaluating = self.validation is not None and (step % config.eval.every == 0 or last)
@@ -114,7 +135,13 @@ class Run:
                     progress.update(lines[-1])
                 if saving:
                     state = {"step": step, "tokens": step * config.batch_tokens, "name": config.name}
-                    save_checkpoint(self.run_dir / "checkpoints", self.engine.module, self.optimizer, state, config.checkpoint.keep)
+                    save_checkpoint(
+                        self.run_dir / "checkpoints",
+                        self.engine.module,
+                        self.optimizer,
+                        state,
+                        config.checkpoint.keep,
+                    )
                 pending, interval = [], time.monotonic()
                 if last:
                     break
@@ -140,7 +167,9 @@ class Run:
     def _read(self, pending: list[tuple[int, float, dict[str, Tensor]]], seconds: float) -> list[dict[str, Any]]:
         """The lines of steps since the last reading: the one place where the host waits for the device."""
         keys = list(pending[0][2])
-        table = torch.stack([torch.stack([measured[key].float() for key in keys]) for _, _, measured in pending]).tolist()
+        table = torch.stack(
+            [torch.stack([measured[key].float() for key in keys]) for _, _, measured in pending]
+        ).tolist()
         each, batch = seconds / len(pending), self.config.batch_tokens
         lines = []
         for (step, lr, _), row in zip(pending, table):
@@ -168,7 +197,11 @@ class Run:
         def prepare() -> str | None:
             steps = checkpoint_steps(checkpoints)
             if resume == "never" and (steps or (self.run_dir / "metrics.jsonl").exists()):
-                raise CheckpointError("the run directory holds a run", str(self.run_dir), "give another --run-dir, or drop --resume never")
+                raise CheckpointError(
+                    "the run directory holds a run",
+                    str(self.run_dir),
+                    "give another --run-dir, or drop --resume never",
+                )
             source = None if resume == "never" else str(step_directory(checkpoints, steps[-1])) if steps else None
             source = source if resume in ("auto", "never") else resume
             try:
@@ -180,7 +213,9 @@ class Run:
                 (self.run_dir / "manifest.json").write_text(json.dumps(manifest(self.roles, self.optimizer), indent=1))
             except OSError as error:
                 raise ConfigError(
-                    f"cannot write the run directory: {error.strerror}", str(self.run_dir), "give another with --run-dir"
+                    f"cannot write the run directory: {error.strerror}",
+                    str(self.run_dir),
+                    "give another with --run-dir",
                 ) from error
             return source
 
@@ -209,7 +244,9 @@ class Run:
         metrics = self.run_dir / "metrics.jsonl"
         if metrics.exists():
             last = [json.loads(line) for line in metrics.read_text().splitlines()[-1:]]
-            summary |= {key: last[0][key] for key in ("loss", "val_loss", "val_bits_per_byte") if last and key in last[0]}
+            summary |= {
+                key: last[0][key] for key in ("loss", "val_loss", "val_bits_per_byte") if last and key in last[0]
+            }
         return summary
 
 
@@ -231,8 +268,13 @@ def build_optimizer(config: Config, roles: list[ParameterRole]) -> MatrixOptimiz
     not decay."""
     matrix, element = config.optimizer.matrix, config.optimizer.element
     lr, decay = config.parameterization.base.lr, config.optimizer.weight_decay
-    shared = {"lr": lr * element.lr_ratio, "betas": element.betas, "adam_eps": element.eps, "weight_decay": decay}
-    options = {
+    shared = {
+        "lr": lr * element.lr_ratio,
+        "betas": element.betas,
+        "adam_eps": element.eps,
+        "weight_decay": decay,
+    }
+    options: dict[str, dict[str, Any]] = {
         "matrix": {
             "rule": matrix.rule, "lr": lr, "momentum": matrix.momentum, "nesterov": matrix.nesterov, "weight_decay": decay,
             "clip": matrix.clip, "orthogonalizer": matrix.orthogonalizer, "compute_dtype": DTYPES[config.compute_dtype],
@@ -277,11 +319,14 @@ def optimizer_metrics(optimizer: MatrixOptimizer) -> dict[str, float]:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Versions, git revision and host: what a record needs to be repeated."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "-C", str(here), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    checkout = Path(__file__).parents[2]
+    revision = None
+    if shutil.which("git") and (checkout / ".git").exists():
+        command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
+        revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
     return {
         "archscale": archscale.__version__,
-        "git": git.stdout.strip() or None,
+        "git": revision,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -313,7 +358,11 @@ def _refuse_other_config(config: Config, saved: Path) -> None:
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, dict):
         return {prefix: tree}
-    return {key: value for name, child in tree.items() for key, value in _flat(child, f"{prefix}.{name}" if prefix else name).items()}
+    return {
+        key: value
+        for name, child in tree.items()
+        for key, value in _flat(child, f"{prefix}.{name}" if prefix else name).items()
+    }
 
 
 def _validation_split(config: Config, train_split: TokenSplit) -> TokenSplit | None:
@@ -321,6 +370,10 @@ def _validation_split(config: Config, train_split: TokenSplit) -> TokenSplit | N
         return None
     split = TokenSplit(config.data.val, "validation", config.model.context)
     if split.fingerprint != train_split.fingerprint:
-        raise ConfigError("data.val was made with another tokenizer than data.train", config.data.val, "prepare both with one tokenizer")
+        raise ConfigError(
+            "data.val was made with another tokenizer than data.train",
+            config.data.val,
+            "prepare both with one tokenizer",
+        )
     distributed.on_rank_zero(lambda: split.check(split.vocab_size))
     return split

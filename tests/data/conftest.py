@@ -22,9 +22,7 @@ FINGERPRINT = hashlib.sha256(b"a tokenizer").hexdigest()
 VOCAB = 500
 
 
-def write_dataset(
-    path: Path, train: list[np.ndarray], validation: list[np.ndarray], vocab: int = VOCAB
-) -> Path:
+def write_dataset(path: Path, train: list[np.ndarray], validation: list[np.ndarray], vocab: int = VOCAB) -> Path:
     """A dataset whose shards hold exactly these arrays; its tokenizer file is not a tokenizer."""
     (path / "tokenizer").mkdir(parents=True)
     (path / "tokenizer" / "tokenizer.model").write_bytes(b"a tokenizer")

@@ -44,9 +44,7 @@ def test_batches_are_the_pure_function(split: TokenSplit) -> None:
 
 
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 3), (3, 4)])
-def test_the_batch_does_not_depend_on_world_or_accumulation(
-    split: TokenSplit, world: int, accumulation: int
-) -> None:
+def test_the_batch_does_not_depend_on_world_or_accumulation(split: TokenSplit, world: int, accumulation: int) -> None:
     def steps(rank: int, world: int, accumulation: int) -> list[torch.Tensor]:
         with Loader(split, 0, 24, rank, world, accumulation) as loader:
             return _rows([next(loader) for _ in range(6)])

@@ -68,9 +68,7 @@ def _documents(directory: str | Path, split: str) -> list[str]:
     ids = np.concatenate([open_shard(shard) for shard in shards])
     ends = np.flatnonzero(ids == tokenizer.eos_id)
     assert ends[-1] == len(ids) - 1
-    return [
-        tokenizer.decode(part[part != tokenizer.eos_id].tolist()) for part in np.split(ids, ends[:-1] + 1)
-    ]
+    return [tokenizer.decode(part[part != tokenizer.eos_id].tolist()) for part in np.split(ids, ends[:-1] + 1)]
 
 
 def test_every_document_is_there_once(work: Path) -> None:
@@ -317,9 +315,7 @@ def test_a_missing_or_foreign_recipe(work: Path) -> None:
 
 
 def test_overrides(work: Path) -> None:
-    recipe = load_recipe(
-        "recipe.yaml", ["tokenizer.train.vocab_size=400", "sources.0.weight=0.25", "name=other"]
-    )
+    recipe = load_recipe("recipe.yaml", ["tokenizer.train.vocab_size=400", "sources.0.weight=0.25", "name=other"])
     assert recipe.tokenizer.train is not None
     assert (recipe.tokenizer.train.vocab_size, recipe.sources[0].weight, recipe.name) == (400, 0.25, "other")
     for bad in ("name", "sources.7.weight=1", "name.x=1"):
@@ -349,9 +345,7 @@ def test_bad_sources_name_the_file(work: Path, source: dict, content: bytes, mes
 
 
 @pytest.mark.parametrize("kind", ["parquet", "huggingface"])
-def test_missing_datasets_package_names_the_extra(
-    work: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_missing_datasets_package_names_the_extra(work: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     key = "path" if kind == "parquet" else "name"
     with pytest.raises(DataError, match=r"'datasets' is not installed .*archscale\[hf\]"):

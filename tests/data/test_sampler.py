@@ -85,9 +85,7 @@ def test_far_positions_cost_what_near_ones_cost(monkeypatch: pytest.MonkeyPatch)
     step=st.integers(0, 10**9),
 )
 @settings(max_examples=100, deadline=None)
-def test_ranks_and_micro_batches_partition_the_step(
-    world: int, accumulation: int, micro: int, step: int
-) -> None:
+def test_ranks_and_micro_batches_partition_the_step(world: int, accumulation: int, micro: int, step: int) -> None:
     size = world * accumulation * micro
     parts = [rank_numbers(step, size, rank, world, accumulation) for rank in range(world)]
     assert all(part.shape == (accumulation, micro) for part in parts)

@@ -61,7 +61,16 @@ def test_model_loss_equals_cross_entropy_of_its_logits():
     torch.testing.assert_close(model(x, y), F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum"))
 
 
-@pytest.mark.parametrize("changes", [{}, {"window": 4}, {"mlp": "relu2"}, {"gated_attention": False, "qk_norm": False}, {"tied_embeddings": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"window": 4},
+        {"mlp": "relu2"},
+        {"gated_attention": False, "qk_norm": False},
+        {"tied_embeddings": True},
+    ],
+)
 def test_causality(changes):
     """Logits at a position do not depend on later tokens, nor, with a window, on tokens that left it."""
     model, x = tiny(**changes), tokens()

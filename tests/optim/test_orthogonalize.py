@@ -5,12 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archscale.optim import orthogonalize
-from archscale.optim import reference
+from archscale.optim import orthogonalize, reference
 from archscale.optim.orthogonalize import SCHEMES
 
 # REFERENCE 2: singular values of Q after five iterations, for inputs with σ_i / ‖M‖ ≥ 3e-3.
-INTERVALS = {"polar_express": (0.859, 1.141), "quintic": (0.682, 1.202), "quintic_tuned": (0.978, 1.145), "exact": (1, 1)}
+INTERVALS = {
+    "polar_express": (0.859, 1.141),
+    "quintic": (0.682, 1.202),
+    "quintic_tuned": (0.978, 1.145),
+    "exact": (1, 1),
+}
 BF16_SLACK = 0.02
 
 
@@ -57,7 +61,12 @@ def test_batch_equals_single(scheme):
 def test_scale_invariance(exponent, scheme):
     M = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
     scaled = (M.double() * 10.0**exponent).float()
-    torch.testing.assert_close(orthogonalize(scaled, scheme, torch.float32), orthogonalize(M, scheme, torch.float32), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        orthogonalize(scaled, scheme, torch.float32),
+        orthogonalize(M, scheme, torch.float32),
+        rtol=1e-3,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -51,7 +51,14 @@ def test_clip_override():
     calibrated=st.booleans(), sphere=st.booleans(), weight_decay=st.sampled_from([0.0, 0.03, 0.3]),
 )  # fmt: skip
 def test_any_rule_that_can_be_built(shape, ratio, decay, calibrated, sphere, weight_decay):
-    rule = Rule("mine", shape=shape, ratio=ratio, decay=decay, calibrated=calibrated and ratio is not None, sphere=sphere)
+    rule = Rule(
+        "mine",
+        shape=shape,
+        ratio=ratio,
+        decay=decay,
+        calibrated=calibrated and ratio is not None,
+        sphere=sphere,
+    )
     assert compare(rule, steps=5, weight_decay=0.0 if sphere else weight_decay) < 1e-10
 
 
@@ -83,7 +90,9 @@ def test_orscale_lm_sphere_is_muonh_at_a_rescaled_rate():
     """r c ‖D‖ = ‖W‖ and λ = 0: the step is η/c ‖W‖ Q/‖Q‖ (REFERENCE 1)."""
     generator = torch.Generator().manual_seed(0)
     p = torch.nn.Parameter(torch.randn(12, 20, generator=generator, dtype=torch.float64))
-    optimizer = MatrixOptimizer([p], lr=0.01, rule="orscale_lm_sphere", compute_dtype=torch.float64, eps=0.0, clip=(0, 1e9))
+    optimizer = MatrixOptimizer(
+        [p], lr=0.01, rule="orscale_lm_sphere", compute_dtype=torch.float64, eps=0.0, clip=(0, 1e9)
+    )
     p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
     optimizer.step()
     c = optimizer.state[p]["calibration"].item()

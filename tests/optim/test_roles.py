@@ -41,10 +41,14 @@ def test_tied_weights_are_claimed_once_by_the_first():
 
 def test_groups_hold_every_parameter_once_and_heads_can_be_split():
     model = nn.Sequential(
-        Layer({"weight": {"role": "matrix", "blocks": (("q", 2), ("gate", 2))}}), Layer({"weight": {"role": "head"}})
+        Layer({"weight": {"role": "matrix", "blocks": (("q", 2), ("gate", 2))}}),
+        Layer({"weight": {"role": "head"}}),
     )
     groups = parameter_groups(assign_roles(model), {"matrix": {"lr": 1.0}, "head": {"lr": 2.0}}, per_head=1)
-    assert [(g["role"], g["lr"], g["params"][0][0]) for g in groups] == [("matrix", 1.0, "0.weight"), ("head", 2.0, "1.weight")]
+    assert [(g["role"], g["lr"], g["params"][0][0]) for g in groups] == [
+        ("matrix", 1.0, "0.weight"),
+        ("head", 2.0, "1.weight"),
+    ]
     assert groups[0]["blocks"] == [[("q0", 1), ("q1", 1), ("gate", 2)]]
     assert groups[1]["blocks"] == [None]
 

@@ -37,13 +37,21 @@ def test_every_element_has_one_source_one_owner_and_all_its_holders(layout, limi
         for owner, mine in enumerate(batch.views):
             assert all(plan.owners[v] == owner for v in mine)
             for v in mine:
-                arrived = [e for r in range(world) for s in plan.inbound(batch, r, owner) if s.view == v for e in range(s.lo, s.hi)]
+                arrived = [
+                    e
+                    for r in range(world)
+                    for s in plan.inbound(batch, r, owner)
+                    if s.view == v
+                    for e in range(s.lo, s.hi)
+                ]
                 assert sorted(arrived) == list(range(views[v].numel))
                 for rank in range(world):
                     lo, hi = intervals[rank][v][0]
-                    back = sorted(e for s in plan.outbound(batch, owner, rank) if s.view == v for e in range(s.lo, s.hi))
+                    back = sorted(
+                        e for s in plan.outbound(batch, owner, rank) if s.view == v for e in range(s.lo, s.hi)
+                    )
                     assert back == list(range(lo, hi))
-    for v, segments in enumerate(plan.segments):
+    for segments in plan.segments:
         assert all(len(s.holders) == replicas and s.source in s.holders for s in segments)
 
 
@@ -65,9 +73,18 @@ def test_whole_matrices_stay_where_they_are():
 
 def test_fused_blocks_and_stacks_become_views():
     views = matrix_views("qkv", 0, (12, 5), [("q", 8), ("k", 2), ("v", 2)])
-    assert [(v.name, v.offset, v.rows, v.cols) for v in views] == [("qkv.q", 0, 8, 5), ("qkv.k", 40, 2, 5), ("qkv.v", 50, 2, 5)]
+    assert [(v.name, v.offset, v.rows, v.cols) for v in views] == [
+        ("qkv.q", 0, 8, 5),
+        ("qkv.k", 40, 2, 5),
+        ("qkv.v", 50, 2, 5),
+    ]
     stack = matrix_views("up", 0, (2, 4, 3), [("gate", 2), ("up", 2)])
-    assert [(v.name, v.offset) for v in stack] == [("up[0].gate", 0), ("up[0].up", 6), ("up[1].gate", 12), ("up[1].up", 18)]
+    assert [(v.name, v.offset) for v in stack] == [
+        ("up[0].gate", 0),
+        ("up[0].up", 6),
+        ("up[1].gate", 12),
+        ("up[1].up", 18),
+    ]
 
 
 def test_refusals():

@@ -1,0 +1,108 @@
+"""Invariant 3 and F1: a crash changes nothing."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from archscale.config import dump_config
+from archscale.errors import CheckpointError, ConfigError
+from archscale.train.checkpoint import checkpoint_steps, load_checkpoint, step_directory
+from tests.pool import start
+from tests.train.tiny import config, crash_after, run, tiny_data
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny_data(tmp_path_factory.mktemp("data"))
+
+
+def straight_and_resumed(data: str, folder: str, rule: str, parallel: dict) -> tuple[list[dict], list[dict]]:
+    made = config(data, rule, 10, checkpoint={"every": 5}, parallel=parallel, model={"vocab_size": 317})
+    straight = run(made, folder + "/straight")
+    crash_after(made, folder + "/crashed", 7)
+    return straight, run(made, folder + "/crashed")
+
+
+def curve(lines: list[dict]) -> list[tuple]:
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    return [(line["loss"], line["grad_norm"], line["lr"]) for line in lines]
+
+
+@pytest.mark.parametrize("rule", ["orscale_lm", "muonh", "adamw"])
+def test_ten_steps_equal_five_and_a_crash_and_five_bitwise(pool, data, tmp_path, rule):
+    """A vocabulary that neither 2 nor 3 divides; every layout."""
+    straight, resumed = straight_and_resumed(data, str(tmp_path / "1"), rule, {})
+    assert curve(straight) == curve(resumed)
+    for world, parallel in ((2, {}), (3, {}), (2, {"replicate": 2, "shard": 1})):
+        folder = str(tmp_path / f"{world}-{len(parallel)}")
+        for straight, resumed in pool(world).run(straight_and_resumed, data, folder, rule, parallel, timeout=100):
+            assert curve(straight) == curve(resumed)
+
+
+def test_other_world_sizes_continue_the_same_curve(pool, data, tmp_path):
+    """F10, F15: 2 → 1 → 4 processes."""
+    made = config(data, "orscale_lm", 12, checkpoint={"every": 4})
+    expected = run(made, str(tmp_path / "alone"))
+    folder = str(tmp_path / "moving")
+    pool(2).run(crash_after, made, folder, 4, timeout=100)
+    crash_after(made, folder, 4)
+    for lines in pool(4).run(run, made, folder, timeout=100):
+        np.testing.assert_allclose([line["loss"] for line in lines], [line["loss"] for line in expected], rtol=1e-5)
+
+
+def test_the_command_killed_and_repeated(data, tmp_path):
+    """kill -9 of the whole job, then the same command."""
+    made = config(data, "muonh", 30, checkpoint={"every": 3}, telemetry={"every": 1})
+    dump_config(made, tmp_path / "c.yaml")
+    straight = run(made, str(tmp_path / "straight"))
+    command = ["train", str(tmp_path / "c.yaml"), "--run-dir", str(tmp_path / "r")]
+    job = start(command, processes=2)
+    while not checkpoint_steps(tmp_path / "r" / "checkpoints"):
+        assert job.process.poll() is None, job.output
+    job.signal(signal.SIGKILL)
+    job.kill()
+    assert start(command, processes=2).wait(timeout=100).returncode == 0
+    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 31))
+    np.testing.assert_allclose([line["loss"] for line in lines], [line["loss"] for line in straight], rtol=1e-5)
+    again = start(command, processes=2).wait(timeout=100)
+    assert "already done" in again.stdout
+
+
+def test_a_half_written_checkpoint_is_not_one(data, tmp_path):
+    made = config(data, steps=4, checkpoint={"every": 2, "keep": 5})
+    run(made, str(tmp_path / "r"))
+    checkpoints = tmp_path / "r" / "checkpoints"
+    (checkpoints / ".step_00000009.partial").mkdir()
+    (checkpoints / "step_00000008").mkdir()
+    assert checkpoint_steps(checkpoints) == [2, 4]
+
+
+def test_keep_prunes_by_step(data, tmp_path):
+    run(config(data, steps=6, checkpoint={"every": 2, "keep": 2}), str(tmp_path / "r"))
+    assert checkpoint_steps(tmp_path / "r" / "checkpoints") == [4, 6]
+
+
+def test_refusals(data, tmp_path):
+    run(config(data, steps=4, checkpoint={"every": 2}), str(tmp_path / "r"))
+    with pytest.raises(ConfigError, match=r"seed is 1, the run in this directory has 0.*another run with --run-dir"):
+        run(config(data, steps=4, seed=1), str(tmp_path / "r"))
+    with pytest.raises(CheckpointError, match="the run directory holds a run"):
+        run(config(data, steps=4), str(tmp_path / "r"), resume="never")
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
+        run(config(data, steps=4), str(tmp_path / "new"), resume=str(tmp_path / "nothing"))
+    with pytest.raises(CheckpointError, match="cannot load"):
+        run(
+            config(data, steps=4, model={"width": 32}),
+            str(tmp_path / "new2"),
+            resume=str(step_directory(tmp_path / "r" / "checkpoints", 4)),
+        )
+    model = torch.nn.Linear(2, 2)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "state.json").write_text('{"format": 99}')
+    with pytest.raises(CheckpointError, match="format 99"):
+        load_checkpoint(Path(tmp_path / "broken"), model, None)

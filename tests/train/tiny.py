@@ -1,0 +1,102 @@
+"""A tiny data set, a tiny config, and a run in the present process (of a pool, or alone)."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from archscale.config import Config
+from archscale.data.prepare import prepare
+from archscale.data.shards import TokenSplit
+from archscale.distributed import rank, world_size
+from archscale.train import trainer
+
+RULES = ["muon", "moonlight", "orscale", "orscale_lm", "muonh", "orscale_lm_sphere", "adamw"]
+LAYOUTS = {  # name → (processes, overrides)
+    "ddp2": (2, {"replicate": 2, "shard": 1}),
+    "fsdp2": (2, {}),
+    "fsdp3": (3, {}),
+    "hsdp4": (4, {"replicate": 2, "shard": 2}),
+}
+
+
+def tiny_data(folder: Path) -> str:
+    """A prepared data set of a few hundred short made-up documents; vocabulary 300."""
+    generator = np.random.default_rng(0)
+    words = ["".join(generator.choice(list("abcdefgh"), 4)) for _ in range(60)]
+    (folder / "text").mkdir()
+    for i in range(200):
+        line = " ".join(words[int(w)] for w in generator.zipf(1.3, 60) % 60)
+        (folder / "text" / f"{i:03d}.txt").write_text(line + "\n")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(
+        f"name: tiny\nsources: [{{kind: text, path: '{folder}/text/*.txt'}}]\n"
+        "tokenizer: {kind: sentencepiece, train: {vocab_size: 300}}\n"
+        f"validation: 0.1\noutput: {folder}/tokens\n"
+    )
+    prepare(recipe)
+    return str(folder / "tokens")
+
+
+def config(data: str, rule: str = "muonh", steps: int = 10, **sections) -> Config:
+    """24 sequences of 16 tokens a step: divisible by 1, 2, 3 and 4 processes."""
+    base = {
+        "name": "tiny",
+        "model": {"depth": 2, "width": 24, "head_dim": 8, "kv_heads": 1, "context": 16},
+        "parameterization": {"base": {"lr": 0.003}},
+        "optimizer": {"matrix": {"rule": rule}, "weight_decay": 0.0 if rule in ("muonh", "orscale_lm_sphere") else 0.1},
+        "data": {"train": data, "val": data},
+        "training": {"tokens": steps * 24 * 16, "batch_tokens": 24 * 16, "micro_batch": 2, "precision": "fp32", "compile": False},
+        "checkpoint": {"every": 1000},
+        "eval": {"every": 1000, "batches": 2},
+        "telemetry": {"every": 5},
+    }  # fmt: skip
+    for section, values in sections.items():
+        base[section] = {**base.get(section, {}), **values} if isinstance(values, dict) else values
+    return Config.from_dict(base)
+
+
+def run(config: Config, run_dir: str, resume: str = "auto") -> list[dict]:
+    """Train in this process, in the process group it is in; returns the metrics lines (on every rank)."""
+    data = TokenSplit(config.data.train, "train", config.model.context)
+    validation = TokenSplit(config.data.val, "validation", config.model.context) if config.data.val else None
+    world = world_size()
+    run = trainer.Run(
+        config.with_vocab(data.vocab_size), Path(run_dir), data, validation, torch.device("cpu"),
+        shard=config.shard_size(world), accumulation=config.accumulation(world),
+    )  # fmt: skip
+    run.go(resume)
+    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(
+    data: str, run_dir: str, rule: str, steps: int, parallel: dict | None = None, training: dict | None = None
+) -> list[float]:
+    """The loss of every step, then the validation loss."""
+    lines = run(config(data, rule, steps, parallel=parallel or {}, training=training or {}), run_dir)
+    return [line["loss"] for line in lines] + [lines[-1]["val_loss"]]
+
+
+def crash_after(config: Config, run_dir: str, step: int) -> None:
+    """Train until just before step `step` + 1 and stop without any clean-up, as a crash would."""
+
+    class Crash(Exception):
+        pass
+
+    original, taken = trainer.train_step, [0]
+
+    def stopping(*args, **kwargs):
+        taken[0] += 1
+        if taken[0] > step:
+            raise Crash
+        return original(*args, **kwargs)
+
+    trainer.train_step = stopping
+    try:
+        run(config, run_dir)
+    except Crash:
+        return
+    finally:
+        trainer.train_step = original
+    raise AssertionError(f"rank {rank()} was meant to crash")
