@@ -38,9 +38,6 @@ SPHERE_RULES = ("muonh", "orscale_lm_sphere", "adamh")  # rules that hold every 
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
-# --- sections -----------------------------------------------------------------------------------------------
-
-
 class Section(BaseModel):
     """Base of all sections: frozen, no unknown keys, and its own cross-field checks."""
 

@@ -114,7 +114,11 @@ def on_rank_zero(fn: Callable[[], Any]) -> Any:
 
 
 def _shared(error: Exception) -> Exception:
-    """Marks an error that every rank raises, so that one of them reports it."""
+    """Marks an error that every rank raises, so that one of them reports it.
+
+    The barrier lets every rank hear of it before the first one exits and closes its sockets.
+    """
+    barrier()
     error.on_every_rank = True  # type: ignore[attr-defined]
     return error
 

@@ -14,6 +14,9 @@ class ArchscaleError(Exception):
         self.what, self.where, self.remedy = what, where, remedy
         super().__init__(f"{what} ({where}): {remedy}")
 
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.what, self.where, self.remedy)  # errors travel between ranks
+
 
 class ConfigError(ArchscaleError):
     """The YAML, an override, or a combination of keys is wrong."""

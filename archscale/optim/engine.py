@@ -186,8 +186,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 else:
                     self._runs.append(run)
 
-    # ---------------------------------------------------------------------------------------------------------- state
-
     @torch.no_grad()
     def _init_state(self) -> None:
         count = len(self._views)
@@ -241,8 +239,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 load_state(self._names[self._number[id(p)]], group["rule"], state.get(key, {}), self.state[p])
             fixed = ("params", "param_names", "rule", "role")
             group.update({k: v for k, v in saved_group.items() if k in group and k not in fixed})
-
-    # ----------------------------------------------------------------------------------------------------------- step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -356,8 +352,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if self._world > 1 and tensor.numel():
             dist.all_reduce(tensor, group=self._process_group)
         return tensor
-
-    # ---------------------------------------------------------------------------------------------------- diagnostics
 
     def diagnostics(self) -> dict[str, Tensor]:
         """What the last step did, per matrix, still on the device; `matrix_names()` gives their order.
