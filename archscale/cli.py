@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,8 @@ app = typer.Typer(
 )  # fmt: skip
 data_app = typer.Typer(help="Turn text into token shards and look at them.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+bench_app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")
@@ -119,6 +122,37 @@ def doctor() -> None:
     _print_table(examine())
 
 
+@bench_app.command("optimizer")
+def bench_optimizer(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(metavar="COUNTxMxN", help="Matrices; repeatable. Default 28x512x512 and 4x1024x1024."),
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Measurements of each arm.")] = 7,
+    dtype: Annotated[list[str] | None, typer.Option(help="Of the orthogonalization; repeatable.")] = None,
+    peers: Annotated[bool, typer.Option(help="Measure other libraries too.")] = True,
+    processes: Annotated[int, typer.Option(min=1, help="Also the distributed step on this many ranks.")] = 1,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """One optimizer step: ours and every installed peer on the same matrices, in the same run.
+
+    Example: archscale bench optimizer --shape 28x512x512 --processes 2
+    """
+    from archscale.bench.optimizer import parse_shapes, report
+
+    groups = [parse_shapes(shape)] if shape else [parse_shapes(["28x512x512"]), parse_shapes(["4x1024x1024"])]
+    print(
+        report(
+            groups,
+            rounds=rounds,
+            dtypes=dtype or ["bfloat16", "float32"],
+            peers=peers,
+            processes=processes,
+            as_json=json,
+        )
+    )
+
+
 def _print_table(rows: dict[str, Any]) -> None:
     width = max(map(len, rows))
     for key, value in rows.items():
@@ -126,20 +160,29 @@ def _print_table(rows: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Entry point: an `ArchscaleError` ends in one line on stderr and exit status 2."""
+    """Entry point: an error that a user can cause ends in one line on stderr and exit status 2."""
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except ArchscaleError as error:
         if os.environ.get("ARCHSCALE_DEBUG") == "1":
             raise
-        if os.environ.get("RANK", "0") == "0" or _alone(error):
+        if _reports(error):
             print(f"archscale: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)  # torchrun ends all ranks with the first that exits: let the one that reports be it
         sys.stdout.flush()
         os._exit(2)  # without waiting for ranks and threads that may wait for this one
+    except Exception as error:  # what typer raises for a wrong command line
+        if not hasattr(error, "format_message"):
+            raise
+        where = getattr(getattr(error, "ctx", None), "command_path", None) or "archscale"
+        print(f"archscale: {error.format_message().rstrip('.')} ({where}): see {where} --help", file=sys.stderr)
+        sys.exit(2)
 
 
-def _alone(error: ArchscaleError) -> bool:
-    """Whether this rank may be the only one with the error: after start-up, and not agreed on by all."""
-    torch = sys.modules.get("torch")
-    started = torch is not None and torch.distributed.is_initialized()
-    return started and not getattr(error, "on_every_rank", False)
+def _reports(error: ArchscaleError) -> bool:
+    """Whether this rank prints the error: of one that all ranks share, one line."""
+    distributed = sys.modules.get("archscale.distributed")
+    if distributed is not None and distributed.is_distributed():
+        return os.environ.get("RANK", "0") == "0" or not getattr(error, "on_every_rank", False)
+    return os.environ.get("LOCAL_RANK", "0") == "0"  # before start-up ranks fail alone: one line a machine

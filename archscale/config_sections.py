@@ -35,6 +35,7 @@ MatrixRule = Literal[
 ]  # fmt: skip
 MATRIX_RULES: tuple[str, ...] = get_args(MatrixRule)
 SPHERE_RULES = ("muonh", "orscale_lm_sphere", "adamh")  # rules that hold every matrix at its initial norm
+PLAIN_RULES = ("muon", "muon_spectral", "moonlight", "adamw", "lion", "sgd")  # rules without a trust ratio
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -234,6 +235,10 @@ class MatrixOptimizerConfig(Section):
     """Storage of the momentum."""
 
     def problems(self) -> Iterator[ConfigError]:
+        if self.clip and self.rule in PLAIN_RULES:
+            yield ConfigError(
+                f"{self.rule} has no trust ratio to clip", "optimizer.matrix.clip", "set it to null"
+            )  # fmt: skip
         if self.clip and self.clip[0] > self.clip[1]:
             low, high = self.clip
             yield ConfigError(

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import datetime
 import os
+import pickle
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from archscale.errors import ConfigError
 
 
 def is_distributed() -> bool:
@@ -38,6 +42,11 @@ def start(timeout_seconds: float = 600.0) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"{os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1)} processes on a machine with {torch.cuda.device_count()} GPUs",
+                "--nproc_per_node", "start at most one process per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES=",
+            )  # fmt: skip
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not is_distributed():
         backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
@@ -105,15 +114,24 @@ def on_rank_zero(fn: Callable[[], Any]) -> Any:
         try:
             result[0] = fn()
         except Exception as error:  # carried to every rank: one that raised alone would leave the others waiting
-            result[1] = error
+            result[1] = _portable(error)
     if is_distributed():
         dist.broadcast_object_list(result, src=0)
     if result[1] is not None:
-        raise _shared(result[1])
+        raise same_everywhere(result[1])
     return result[0]
 
 
-def _shared(error: Exception) -> Exception:
+def _portable(error: Exception) -> Exception:
+    """The error, or its text where it would not survive pickling (and would leave the other ranks waiting)."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def same_everywhere(error: Exception) -> Exception:
     """Marks an error that every rank raises, so that one of them reports it.
 
     The barrier lets every rank hear of it before the first one exits and closes its sockets.
@@ -129,16 +147,24 @@ def agree(fn: Callable[[], Any]) -> Any:
     try:
         result = fn()
     except Exception as caught:  # raised below, on every rank together
-        error = caught
+        error = _portable(caught)
     for failure in gather_objects(error):
         if failure is not None:
-            raise _shared(failure)
+            raise same_everywhere(failure)
     return result
 
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """The part of `tensor` that this rank stores (shares memory)."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def shard_rows(tensor: Tensor) -> Tensor:
+    """`tensor`, the same on every rank, as a DTensor with its rows chunked over all ranks; itself on one process."""
+    if not is_distributed():
+        return tensor
+    mesh = init_device_mesh(tensor.device.type, (world_size(),))
+    return distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
 
 
 def local_interval(tensor: Tensor) -> tuple[int, int]:

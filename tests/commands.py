@@ -155,7 +155,7 @@ def start(
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     full = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES | MASTER_VARIABLES}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    full |= {"PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1"}
+    full |= {"PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     if sys.platform == "linux":
         full["GLOO_SOCKET_IFNAME"] = "lo"
     for key, value in (env or {}).items():

@@ -87,6 +87,7 @@ def test_rules_are_those_of_the_optimizer():
 
     assert set(MATRIX_RULES) == set(RULES)
     assert set(SPHERE_RULES) == {name for name, rule in RULES.items() if rule.sphere}
+    assert set(sections_module.PLAIN_RULES) == {name for name, rule in RULES.items() if rule.ratio is None}
 
 
 @pytest.mark.parametrize("text", ["2000000", "2_000_000", "2e6", "2.0e6", "2.0e+6", "'2000000'", "2000000.0"])

@@ -49,15 +49,16 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token ids (B, T) → float32 (B, T, D): the start of the float32 residual stream."""
+    """Token ids (B, T) → float32 (B, T, D), rounded to `dtype`: the start of the float32 residual stream."""
 
-    def __init__(self, vocab_size: int, width: int, std: float):
+    def __init__(self, vocab_size: int, width: int, std: float, dtype: torch.dtype):
         super().__init__()
+        self.dtype = dtype  # FSDP2 gathers the table in it; the others must round alike
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
         self.parameter_roles = {"weight": {"role": "embedding", "init": ("normal", std)}}
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight).float()
+        return F.embedding(tokens, self.weight).to(self.dtype).float()
 
 
 class FeedForward(nn.Module):

@@ -17,12 +17,14 @@ CHUNK_ELEMENTS = 1 << 22  # of float32 logits at a time: 16 MiB
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk_elements: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk_elements: int, training: bool) -> Tensor:
         N, V = x.shape[0], weight.shape[0]
         rows = max(1, min(N, chunk_elements // V))
         dtype = torch.promote_types(x.dtype, torch.float32)
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_w = torch.zeros(weight.shape, device=x.device, dtype=dtype) if ctx.needs_input_grad[1] else None
+        grad_x = torch.empty_like(x) if training and ctx.needs_input_grad[0] else None
+        grad_w = (
+            torch.zeros(weight.shape, device=x.device, dtype=dtype) if training and ctx.needs_input_grad[1] else None
+        )
         total = torch.zeros((), device=x.device, dtype=dtype)
         for start in range(0, N, rows):
             x_c, t_c = x[start : start + rows], targets[start : start + rows]
@@ -48,11 +50,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_x, grad_w = ctx.saved_tensors
         grad_x = None if grad_x is None else grad_x * grads[0].to(grad_x.dtype)
         grad_w = None if grad_w is None else (grad_w * grads[0]).to(ctx.weight_dtype)
-        return grad_x, grad_w, None, None
+        return grad_x, grad_w, None, None, None
 
 
 def cross_entropy_sum(x: Tensor, weight: Tensor, targets: Tensor, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
@@ -62,4 +64,4 @@ def cross_entropy_sum(x: Tensor, weight: Tensor, targets: Tensor, chunk_elements
         x: (N, D). weight: (V, D), same dtype. targets: (N,), `IGNORE` where a token does not count.
         chunk_elements: logits that exist at a time.
     """
-    return _ChunkedCrossEntropy.apply(x, weight, targets, chunk_elements)
+    return _ChunkedCrossEntropy.apply(x, weight, targets, chunk_elements, torch.is_grad_enabled())

@@ -86,7 +86,7 @@ class Transformer(nn.Module):
             raise ValueError("model.vocab_size is not set: take it from the data set")
         self.config, self.eos_id, self.recompute = config, eos_id, recompute
         std = HEAD_STD if config.tied_embeddings else EMBEDDING_STD
-        self.embedding = Embedding(config.vocab_size, config.width, std)
+        self.embedding = Embedding(config.vocab_size, config.width, std, dtype)
         self.blocks = nn.ModuleList(Block(config, dtype) for _ in range(config.depth))
         self.head = Head(config, dtype)
 

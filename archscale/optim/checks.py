@@ -51,6 +51,8 @@ def check_options(options: dict[str, Any]) -> Rule:
     if not 0 <= options["momentum"] < 1:
         raise ValueError(f"momentum {options['momentum']} must lie in [0, 1)")
     check_clip(options["clip"])
+    if options["clip"] is not None and rule.ratio is None:
+        raise ValueError(f"rule {rule.name!r} has no trust ratio to clip: leave clip at None")
     if options["orthogonalizer"] not in SCHEMES:
         raise ValueError(f"unknown orthogonalizer {options['orthogonalizer']!r}; one of {', '.join(SCHEMES)}")
     if rule.sphere and options["weight_decay"]:

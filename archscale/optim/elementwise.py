@@ -24,8 +24,9 @@ def adam_direction_(
 def lion_direction_(grad: Tensor, exp_avg: Tensor, betas: tuple[float, float]) -> None:
     """U = sign(β₁ m + (1 − β₁) g) (Chen et al. 2023)."""
     beta1, beta2 = betas
-    direction = torch.lerp(exp_avg, grad, 1 - beta1).sign_()
-    exp_avg.lerp_(grad, 1 - beta2)
+    own = grad.to(exp_avg.dtype)
+    direction = torch.lerp(exp_avg, own, 1 - beta1).sign_()
+    exp_avg.lerp_(own, 1 - beta2)
     grad.copy_(direction)
 
 

@@ -30,6 +30,7 @@ STATE_OF = {
     "lion": ("exp_avg",),
     "adam": ("exp_avg", "exp_avg_sq"),
 }
+SCHEDULED = ("lr", "momentum", "weight_decay", "betas", "eps", "adam_eps", "clip")  # what a state dict may change
 W, Q, P, MOMENTUM, RESIDUAL = range(5)  # rows of the reduced sums: ‖W‖², ‖Q‖², ⟨W, Q⟩, ‖M̂‖², ‖QQᵀ − I‖²/m
 
 
@@ -125,6 +126,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         check_distinct(self._names, self._params)
         self._device = self._params[0].device
         self._dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._params) else torch.float32
+        self._index_cache: dict[tuple[int, ...], Tensor] = {}
         self._groups: list[_Group] = []
         self._views: list[MatrixView] = []
         exchanges: dict[tuple, list[int]] = {}  # views that travel together, by what they are orthogonalized with
@@ -169,6 +171,13 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def _scalars(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, device=self._device, dtype=self._dtype)
 
+    def _indices(self, views: Sequence[int]) -> Tensor:
+        """`views` as a tensor on the device, made once: every transfer to an accelerator would wait for it."""
+        key = tuple(views)
+        if key not in self._index_cache:
+            self._index_cache[key] = torch.tensor(key, device=self._device)
+        return self._index_cache[key]
+
     def _add_runs(self, plan: ExchangePlan, numbers: list[int]) -> None:
         for v, segments in enumerate(plan.segments):
             view = plan.views[v]
@@ -209,7 +218,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 p = self._params[param]
                 state = self.state[p]
                 for key in STATE_OF[group.rule.direction]:
-                    state[key] = torch.zeros_like(p, dtype=group.options["momentum_dtype"] or self._dtype)
+                    dtype = group.options["momentum_dtype"] if key != "exp_avg_sq" else None
+                    state[key] = torch.zeros_like(p, dtype=dtype or self._dtype)
                 if group.rule.direction == "adam":
                     state["step"] = torch.zeros((), device=self._device)
         # Scalars of a parameter's matrices are views of the stacked ones: one entry per matrix.
@@ -237,8 +247,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for saved_group, group in zip(groups, self.param_groups):
             for key, p in zip(saved_group["params"], group["params"]):
                 load_state(self._names[self._number[id(p)]], group["rule"], state.get(key, {}), self.state[p])
-            fixed = ("params", "param_names", "rule", "role")
-            group.update({k: v for k, v in saved_group.items() if k in group and k not in fixed})
+            group.update({key: saved_group[key] for key in SCHEDULED if key in saved_group})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -267,6 +276,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for group in self._groups:
             options = group.options
             for param in group.params:
+                if group.views.start == group.views.stop:  # no norm will show what is not finite: take it for zero
+                    grads[param].nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
                 state = self.state[self._params[param]]
                 local = {k: local_tensor(state[k]).view(-1) for k in STATE_OF[group.rule.direction]}
                 if group.rule.direction == "adam":
@@ -298,7 +309,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             # Called only before the next iteration, so the loop's variables are the right ones.
             def orthogonalize_stack(stack: Tensor, views: list[int]) -> None:
                 norm = orthogonalize_(stack, scheme, compute_dtype)  # noqa: B023
-                owned = torch.tensor([numbers[v] for v in views], device=self._device)  # noqa: B023
+                owned = self._indices([numbers[v] for v in views])  # noqa: B023
                 sums[Q].index_put_(
                     (owned,), torch.where(norm.isfinite(), 0.0, -torch.inf).to(self._dtype), accumulate=True
                 )
@@ -320,6 +331,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if views.start == views.stop:
                 decay = 1 - options["lr"] * options["weight_decay"] if group.rule.decay == "decoupled" else 1.0
                 members = [i for i in group.params if weights[i].numel()]
+                if not members:
+                    continue
                 torch._foreach_mul_([weights[i] for i in members], decay)
                 torch._foreach_add_([weights[i] for i in members], [grads[i] for i in members], alpha=-options["lr"])
                 continue
@@ -378,6 +391,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def views(self) -> list[tuple[str, str, int, int]]:
         """(parameter, matrix, rows, cols) of every matrix that a rule treats as a whole."""
         return [(self._names[view.param], view.name, view.rows, view.cols) for view in self._views]
+
+    def bytes_sent(self) -> int:
+        """Bytes that this rank sends to others in the exchanges of one step (the all-reduced scalars apart)."""
+        return sum(x.elements_sent * (wire or compute).itemsize for x, _, (_, compute, wire) in self._exchanges)
 
     def matrix_names(self) -> list[str]:
         """Names of the matrices, in the order of `diagnostics()`."""

@@ -53,6 +53,11 @@ class Exchange:
         self.plan, self._local, self._rank, self._group = plan, local, rank, group
         self._routes = [self._route(batch) for batch in plan.batches]
 
+    @property
+    def elements_sent(self) -> int:
+        """Matrix elements that this rank sends to others in one run, both ways."""
+        return sum(sum(route.sends) + sum(route.returns) for route in self._routes)
+
     def run(
         self,
         momenta: dict[int, Tensor],

@@ -47,7 +47,9 @@ class NativeEngine:
             mesh = build_mesh(device, replicate, shard)
             self.shard_group = mesh["shard"].get_group()
             policy = MixedPrecisionPolicy(
-                param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32
+                param_dtype=None if dtype == torch.float32 else dtype,
+                reduce_dtype=torch.float32,
+                cast_forward_inputs=False,  # the residual stream stays float32
             )
             layout = mesh if replicate > 1 else mesh["shard"]
             for block in blocks:

@@ -1,15 +1,18 @@
 """Checkpoints through torch.distributed.checkpoint: any layout saves, any layout loads.
 
 A checkpoint is the directory `step_00001000`: it is written under a temporary name and renamed once every rank has
-finished, so a directory with that name is whole. It holds the model, all optimizer state, and `state.json` (step, tokens,
-data position); the host's random state of each rank stands beside it.
+finished, so a directory with that name is whole. It holds the model, all optimizer state, the host's random state of each
+rank, and `state.json`: step, the config and data that it belongs to, and the size of every file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from archscale.distributed import agree, on_rank_zero, rank, world_size
+from archscale.distributed import agree, on_rank_zero, rank, same_everywhere, world_size
 from archscale.errors import CheckpointError
 from archscale.optim import MatrixOptimizer
 
@@ -36,6 +39,30 @@ def checkpoint_steps(directory: Path) -> list[int]:
     return sorted(int(d.name[5:]) for d in found if d.name[5:].isdigit() and (d / "state.json").is_file())
 
 
+def newest_valid(directory: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose files are all there in their full size; `warn` hears of the ones passed over."""
+    for step in reversed(checkpoint_steps(directory)):
+        path = step_directory(directory, step)
+        problem = damage(path)
+        if problem is None:
+            return path
+        warn(f"checkpoint {path} is damaged ({problem}): trying an older one")
+    return None
+
+
+def damage(path: Path) -> str | None:
+    """What is missing from or cut short in a checkpoint; None when it is whole."""
+    try:
+        files = read_state(path)["files"]
+    except (CheckpointError, KeyError) as error:
+        return str(error)
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size:
+            return f"{name} is {file.stat().st_size if file.is_file() else 0} bytes long instead of {size}"
+    return None
+
+
 def step_directory(directory: Path, step: int) -> Path:
     return directory / f"step_{step:08d}"
 
@@ -44,6 +71,9 @@ def save_checkpoint(
     directory: Path, model: nn.Module, optimizer: MatrixOptimizer, state: dict[str, Any], keep: int
 ) -> None:
     """Write `state["step"]`'s checkpoint on all ranks together, then prune all but the newest `keep`.
+
+    Args:
+        state: plain data that `load_checkpoint` gives back; `step` names the directory.
 
     Raises:
         CheckpointError: the directory cannot be written.
@@ -56,31 +86,35 @@ def save_checkpoint(
         partial.mkdir(parents=True)
 
     def write() -> None:
-        content = {
-            "model": get_model_state_dict(model),
-            "optimizer": get_optimizer_state_dict(model, optimizer),
-        }
-        dcp.save(content, checkpoint_id=partial)
+        content = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        with _quiet():
+            dcp.save(content, checkpoint_id=partial)
+
+    def write_rng() -> None:
+        (partial / f"rng_{rank()}.bin").write_bytes(torch.get_rng_state().numpy().tobytes())
 
     def finish() -> None:
-        (partial / "state.json").write_text(json.dumps({"format": FORMAT, "world_size": world_size(), **state}))
-        for path in partial.iterdir():
+        files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+        text = json.dumps({"format": FORMAT, "world_size": world_size(), "files": files, **state})
+        (partial / "state.json").write_text(text)
+        for path in (*partial.iterdir(), partial):
             _sync(path)
-        shutil.rmtree(final, ignore_errors=True)
+        _discard(final)
         os.replace(partial, final)
         _sync(directory)
-        for step in checkpoint_steps(directory)[:-keep]:
-            shutil.rmtree(step_directory(directory, step))
 
     try:
         on_rank_zero(prepare)
         write()
-        agree(lambda: torch.save(torch.get_rng_state(), partial / f"rng_{rank()}.pt"))
+        agree(write_rng)
         on_rank_zero(finish)
     except (OSError, CheckpointException) as error:
-        raise CheckpointError(
-            f"cannot write a checkpoint: {_reason(error)}", str(final), "free disk space or mend permissions"
-        ) from error
+        where, remedy = str(final), "free disk space or mend permissions"
+        raised = CheckpointError(f"cannot write a checkpoint: {_reason(error)}", where, remedy)
+        raise same_everywhere(raised) if isinstance(error, OSError) else raised from error
+    if rank() == 0:
+        for step in checkpoint_steps(directory)[:-keep]:
+            _discard(step_directory(directory, step))
 
 
 def load_checkpoint(path: Path, model: nn.Module, optimizer: MatrixOptimizer | None) -> dict[str, Any]:
@@ -94,14 +128,15 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: MatrixOptimizer | N
     if optimizer is not None:
         content["optimizer"] = get_optimizer_state_dict(model, optimizer)
     try:
-        dcp.load(content, checkpoint_id=path, no_dist=world_size() == 1)
+        with _quiet():
+            dcp.load(content, checkpoint_id=path)
         model.load_state_dict(content["model"])
         if optimizer is not None:
             set_optimizer_state_dict(model, optimizer, content["optimizer"])
-            random = path / f"rng_{rank()}.pt"
-            if state["world_size"] == world_size() and random.is_file():
-                torch.set_rng_state(torch.load(random, weights_only=True))
-    except (CheckpointException, RuntimeError, ValueError, OSError) as error:
+            if state["world_size"] == world_size():
+                content_rng = (path / f"rng_{rank()}.bin").read_bytes()
+                torch.set_rng_state(torch.frombuffer(bytearray(content_rng), dtype=torch.uint8))
+    except (CheckpointException, RuntimeError, ValueError, OSError, EOFError, KeyError) as error:
         raise CheckpointError(
             f"cannot load: {_reason(error)}",
             str(path),
@@ -125,6 +160,14 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """DCP warns that one process has no process group, which is what a single process is."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        yield
+
+
 def _sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -133,7 +176,16 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _discard(path: Path) -> None:
+    """Delete a checkpoint; a crash half-way leaves a hidden directory, never half a checkpoint."""
+    if path.exists():
+        hidden = path.with_name(f".{path.name}.deleted")
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.replace(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
 def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
-    return " ".join(str(error).split())[:300]
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -18,7 +18,6 @@ def examine() -> dict[str, str]:
     gpus = (
         [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     )
-    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
     facts = {
         "archscale": archscale.__version__,
         "python": platform.python_version(),
@@ -29,7 +28,7 @@ def examine() -> dict[str, str]:
         if dist.is_available()
         else "none: torch without distributed",
         "bf16 products": "yes" if _fast_bf16(bool(gpus)) else "emulated: training.precision fp32 is faster here",
-        "compiler": compiler or "none: training.compile needs g++ (or set it to false)",
+        "compiler": cpp_compiler() or "none: training.compile needs g++ (or set it to false)",
     }
     for package, purpose in (
         ("sentencepiece", "tokenizers"),
@@ -41,6 +40,11 @@ def examine() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             facts[package] = f"not installed ({purpose}): pip install transformers datasets"
     return facts
+
+
+def cpp_compiler() -> str | None:
+    """Path of the C++ compiler that torch.compile would use on a CPU."""
+    return shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
 
 
 def _fast_bf16(cuda: bool) -> bool:

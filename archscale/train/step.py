@@ -33,12 +33,13 @@ def train_step(
         `loss` (nats per target token, global) and `grad_norm` (before clipping), scalars on the device.
     """
     # Mean over the target tokens of ALL ranks and micro-batches, so it is needed before the first backward.
-    count = torch.tensor(float(sum((targets != IGNORE).sum().item() for _, targets in micro_batches)), device=device)
+    here = float(sum((targets != IGNORE).sum().item() for _, targets in micro_batches))  # on the host: no waiting
+    count = torch.full((), here, device=device)
     scale = engine.gradient_scale / all_reduce(count)
     total = torch.zeros((), device=device)
     for i, (inputs, targets) in enumerate(micro_batches):
         with engine.micro_batch(last=i == len(micro_batches) - 1):
-            loss = engine.forward(inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True))
+            loss = engine.forward(_move(inputs, device), _move(targets, device))
             (loss * scale).backward()
         total += loss.detach()
     loss = all_reduce(total) / count
@@ -56,14 +57,21 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None, shard_g
         shard_group: group over which gradients are sharded; None where every rank has them whole. Replicas hold the
             same gradients and are not reduced over.
     """
-    grads = [local_tensor(p.grad) for p in parameters if p.grad is not None]
-    squares = torch.stack(
-        [norm.float().square() for norm in torch._foreach_norm([g for g in grads if g.numel()])] or [torch.zeros(())]
-    )
-    total = squares.sum()
+    grads = [g for p in parameters if p.grad is not None and (g := local_tensor(p.grad)).numel()]
+    device = grads[0].device if grads else torch.device("cpu")
+    total = torch.zeros((), device=device)
+    if grads:
+        total += torch.stack([norm.float().square() for norm in torch._foreach_norm(grads)]).sum()
     if shard_group is not None:
         total = all_reduce(total, group=shard_group)
     norm = total.sqrt()
-    if max_norm is not None:
-        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    if max_norm is not None and grads:
+        # A norm that is not finite drops the whole gradient; what is left, nan · 0, the optimizer does not apply.
+        factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 0.0)
+        torch._foreach_mul_(grads, factor)
     return norm
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    """To the device; from pinned memory on CUDA, because a copy from pageable memory waits."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

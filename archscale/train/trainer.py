@@ -7,6 +7,8 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,12 @@ from archscale.telemetry.sinks import MetricsFile
 from archscale.train.checkpoint import (
     checkpoint_steps,
     load_checkpoint,
+    newest_valid,
+    read_state,
     save_checkpoint,
     step_directory,
 )
+from archscale.train.doctor import cpp_compiler
 from archscale.train.evaluate import evaluate
 from archscale.train.progress import Progress
 from archscale.train.step import train_step
@@ -52,13 +57,20 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
     accumulation = config.accumulation(world)  # refused before any process group starts
     shard = config.shard_size(world)
     data = TokenSplit(config.data.train, "train", config.model.context)
+    validation = _validation_split(config, data)
     config = config.with_vocab(data.vocab_size)
+    if config.training.compile and not torch.cuda.is_available() and not cpp_compiler():
+        raise ConfigError("there is no C++ compiler", "training.compile", "install g++, or set it to false")
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        resume = "auto"  # after a crash of this very job, not back to where it was told to start
     device = distributed.start()
     # No clean-up when something fails: a rank that failed alone would wait here for ranks that wait for it elsewhere.
-    distributed.on_rank_zero(lambda: data.check(data.vocab_size))
-    validation = _validation_split(config, data)
+    source = distributed.on_rank_zero(lambda: choose_checkpoint(config, data, run_dir, resume))
+    for split in (data, validation):
+        if split is not None:
+            distributed.on_rank_zero(lambda: split.check(split.vocab_size))  # noqa: B023
     run = Run(config, run_dir, data, validation, device, shard=shard, accumulation=accumulation)
-    summary = run.go(resume)
+    summary = run.go(source)
     distributed.stop()
     return summary
 
@@ -91,13 +103,15 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
-    def go(self, resume: str) -> dict[str, Any]:
+    def go(self, source: Path | None) -> dict[str, Any]:
+        """Train to the end, from the checkpoint `source` or from the start."""
         config, started = self.config, time.monotonic()
-        step = self._resume(resume)
+        step = 0
+        if source is not None:
+            step = int(load_checkpoint(source, self.engine.module, self.optimizer)["step"])
         if step >= config.steps:
             return self._summary(step, started, already_done=True)
-        if distributed.rank() == 0:
-            self._describe()
+        distributed.on_rank_zero(self._describe)
         metrics = MetricsFile(self.run_dir / "metrics.jsonl", step) if distributed.rank() == 0 else None
         progress = Progress(config.steps, step, config.name) if distributed.rank() == 0 else None
         loader = Loader(
@@ -134,7 +148,7 @@ class Run:
                     metrics.flush()
                     progress.update(lines[-1])
                 if saving:
-                    state = {"step": step, "tokens": step * config.batch_tokens, "name": config.name}
+                    state = {"step": step, "config": config.resolved(), "data": identity(self.data)}
                     save_checkpoint(
                         self.run_dir / "checkpoints",
                         self.engine.module,
@@ -190,42 +204,12 @@ class Run:
 
     # ----------------------------------------------------------------------------------------------- start and finish
 
-    def _resume(self, resume: str) -> int:
-        """Prepare the run directory, load a checkpoint if there is one to load, and return the number of steps done."""
-        checkpoints = self.run_dir / "checkpoints"
-
-        def prepare() -> str | None:
-            steps = checkpoint_steps(checkpoints)
-            if resume == "never" and (steps or (self.run_dir / "metrics.jsonl").exists()):
-                raise CheckpointError(
-                    "the run directory holds a run",
-                    str(self.run_dir),
-                    "give another --run-dir, or drop --resume never",
-                )
-            source = None if resume == "never" else str(step_directory(checkpoints, steps[-1])) if steps else None
-            source = source if resume in ("auto", "never") else resume
-            try:
-                self.run_dir.mkdir(parents=True, exist_ok=True)
-                if (self.run_dir / "config.yaml").exists() and source:
-                    _refuse_other_config(self.config, self.run_dir / "config.yaml")
-                dump_config(self.config, self.run_dir / "config.yaml")
-                (self.run_dir / "environment.json").write_text(json.dumps(environment(self.device), indent=1))
-                (self.run_dir / "manifest.json").write_text(json.dumps(manifest(self.roles, self.optimizer), indent=1))
-            except OSError as error:
-                raise ConfigError(
-                    f"cannot write the run directory: {error.strerror}",
-                    str(self.run_dir),
-                    "give another with --run-dir",
-                ) from error
-            return source
-
-        source = distributed.on_rank_zero(prepare)
-        if source is None:
-            return 0
-        return int(load_checkpoint(Path(source), self.engine.module, self.optimizer)["step"])
-
     def _describe(self) -> None:
+        """What a run directory says of the run before its first step."""
         config = self.config
+        dump_config(config, self.run_dir / "config.yaml")
+        (self.run_dir / "environment.json").write_text(json.dumps(environment(self.device), indent=1))
+        (self.run_dir / "manifest.json").write_text(json.dumps(manifest(self.roles, self.optimizer), indent=1))
         count = sum(row.parameter.numel() for row in self.roles)
         matrices = sum(1 for row in self.roles if row.role == "matrix")
         layout = f"{distributed.world_size()} × {self.device.type}"
@@ -339,20 +323,55 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 # May differ between a checkpoint and the run that resumes it: they do not change the trajectory.
-FREE_KEYS = ("parallel", "telemetry", "eval", "checkpoint", "training.micro_batch", "training.compile", "training.activation_checkpoint", "data.val")  # fmt: skip
+FREE_KEYS = (
+    "name", "parallel", "telemetry", "eval", "checkpoint", "training.micro_batch", "training.compile",
+    "training.activation_checkpoint", "data.train", "data.val",
+)  # fmt: skip
 
 
-def _refuse_other_config(config: Config, saved: Path) -> None:
-    """The run directory belongs to one trajectory: a key that would change it is refused by name."""
-    from archscale.config import load_config
+def choose_checkpoint(config: Config, data: TokenSplit, run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint to continue from, if any, after checking that it belongs to this trajectory and that the run directory
+    can be written.
 
-    before, now = _flat(load_config(saved).resolved()), _flat(config.resolved())
-    for key in sorted(before.keys() | now.keys()):
-        if before.get(key) != now.get(key) and not any(key == free or key.startswith(free + ".") for free in FREE_KEYS):
-            raise ConfigError(
-                f"{key} is {now.get(key)}, the run in this directory has {before.get(key)}", str(saved),
-                "restore the value, or start another run with --run-dir",
-            )  # fmt: skip
+    Raises:
+        ConfigError: a key that would change the trajectory, or a run directory that cannot be written.
+        CheckpointError: `resume` names no checkpoint, or is `never` where there is a run.
+    """
+    checkpoints = run_dir / "checkpoints"
+    if resume == "never" and (checkpoint_steps(checkpoints) or (run_dir / "metrics.jsonl").exists()):
+        remedy = "give another --run-dir, or drop --resume never"
+        raise CheckpointError("the run directory holds a run", str(run_dir), remedy)
+    if resume in ("auto", "never"):
+        source = newest_valid(checkpoints, lambda text: print(f"archscale: warning: {text}", file=sys.stderr))
+    else:
+        source = Path(resume)
+    if source is not None:
+        saved = read_state(source)
+        before, now = (
+            _flat({**saved["config"], "data_set": saved["data"]}),
+            _flat({**config.resolved(), "data_set": identity(data)}),
+        )
+        for key in sorted(before.keys() | now.keys()):
+            if before.get(key) != now.get(key) and not any(
+                key == free or key.startswith(free + ".") for free in FREE_KEYS
+            ):
+                raise ConfigError(
+                    f"{key} is {now.get(key)}, the checkpoint's run has {before.get(key)}", str(source),
+                    "restore the value, or start another run with --run-dir",
+                )  # fmt: skip
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        remedy = "give another with --run-dir"
+        raise ConfigError(f"cannot write the run directory: {error.strerror}", str(run_dir), remedy) from error
+    return source
+
+
+def identity(data: TokenSplit) -> dict[str, Any]:
+    """What makes a data set the same one, wherever it lies."""
+    return {"tokenizer": data.fingerprint, "tokens": data.num_tokens, "origin": data.manifest.origin}
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -375,5 +394,4 @@ def _validation_split(config: Config, train_split: TokenSplit) -> TokenSplit | N
             config.data.val,
             "prepare both with one tokenizer",
         )
-    distributed.on_rank_zero(lambda: split.check(split.vocab_size))
     return split

@@ -58,13 +58,16 @@ def test_radius_and_calibration_survive_perturbed_weights():
     assert torch.equal(second.state[twin[0]]["calibration"], first.state[params[0]]["calibration"])
 
 
-def test_bfloat16_momentum_and_parameters():
+@pytest.mark.parametrize("rule", RULES)
+def test_bfloat16_momentum_and_parameters(rule):
     params = [nn.Parameter(torch.randn(8, 6).bfloat16())]
-    opt = optimizer(params, momentum_dtype=torch.bfloat16)
+    opt = optimizer(params, rule, momentum_dtype=torch.bfloat16)
     gradients(params, 0)
     before = params[0].detach().clone()
     opt.step()
-    assert opt.state[params[0]]["momentum"].dtype == torch.bfloat16
+    state = opt.state[params[0]]
+    assert state.get("momentum", state.get("exp_avg")).dtype == torch.bfloat16
+    assert "exp_avg_sq" not in state or state["exp_avg_sq"].dtype == torch.float32
     assert params[0].dtype == torch.bfloat16
     assert not torch.equal(params[0], before)
 
@@ -111,6 +114,26 @@ def test_non_finite_gradient_skips_the_matrix_and_lets_it_learn_again(rule, bad)
     opt.step()
     assert params[0].isfinite().all()
     assert not torch.equal(params[0], before[0])
+
+
+@pytest.mark.parametrize("rule", ["adamw", "lion", "sgd"])
+def test_elementwise_rules_take_what_is_not_finite_for_zero(rule):
+    params = matrices((6, 8))
+    opt = optimizer(params, rule)
+    gradients(params, 0)
+    params[0].grad[2, 3] = float("nan")
+    params[0].grad[0, 0] = float("inf")
+    before = params[0].detach().clone()
+    opt.step()
+    assert params[0].isfinite().all()
+    assert torch.equal(params[0][2, 3], before[2, 3])
+    assert not torch.equal(params[0][1], before[1])
+
+
+def test_groups_given_later_are_refused():
+    opt = optimizer(matrices((4, 4)))
+    with pytest.raises(ValueError, match="give all groups to MatrixOptimizer"):
+        opt.add_param_group({"params": matrices((4, 4))})
 
 
 def test_zero_initialized_matrix():
@@ -196,6 +219,7 @@ def test_scheduler_and_closure_work():
         (lambda: optimizer(matrices((4, 4)), "moun"), "unknown rule 'moun'.*muon"),
         (lambda: MatrixOptimizer(matrices((4, 4)), lr=-1.0), "lr -1.0"),
         (lambda: optimizer(matrices((4, 4)), clip=(2.0, 1.0)), "crossed"),
+        (lambda: optimizer(matrices((4, 4)), "muon", clip=(0.1, 1.0)), "'muon' has no trust ratio to clip"),
         (lambda: optimizer(matrices((4, 4)) * 2), "parameter 0.*given twice"),
         (lambda: optimizer(matrices((4, 4)), orthogonalizer="svd"), "unknown orthogonalizer 'svd'"),
         (lambda: optimizer(matrices((4, 4)), "muonh", weight_decay=0.1), "no-op on the sphere"),

@@ -12,7 +12,7 @@ from archscale.config import dump_config
 from archscale.errors import CheckpointError, ConfigError
 from archscale.train.checkpoint import checkpoint_steps, load_checkpoint, step_directory
 from tests.pool import start
-from tests.train.tiny import config, crash_after, run, tiny_data
+from tests.train.tiny import LAYOUTS, config, crash_after, run, tiny_data
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def data(tmp_path_factory):
     return tiny_data(tmp_path_factory.mktemp("data"))
 
 
-def straight_and_resumed(data: str, folder: str, rule: str, parallel: dict) -> tuple[list[dict], list[dict]]:
-    made = config(data, rule, 10, checkpoint={"every": 5}, parallel=parallel, model={"vocab_size": 317})
+def straight_and_resumed(data: str, folder: str, rule: str, sections: dict) -> tuple[list[dict], list[dict]]:
+    made = config(data, rule, 10, checkpoint={"every": 5}, model={"vocab_size": 317}, **sections)
     straight = run(made, folder + "/straight")
     crash_after(made, folder + "/crashed", 7)
     return straight, run(made, folder + "/crashed")
@@ -37,9 +37,11 @@ def test_ten_steps_equal_five_and_a_crash_and_five_bitwise(pool, data, tmp_path,
     """A vocabulary that neither 2 nor 3 divides; every layout."""
     straight, resumed = straight_and_resumed(data, str(tmp_path / "1"), rule, {})
     assert curve(straight) == curve(resumed)
-    for world, parallel in ((2, {}), (3, {}), (2, {"replicate": 2, "shard": 1})):
-        folder = str(tmp_path / f"{world}-{len(parallel)}")
-        for straight, resumed in pool(world).run(straight_and_resumed, data, folder, rule, parallel, timeout=100):
+    for layout in ("ddp2", "fsdp2", "fsdp3"):
+        world, sections = LAYOUTS[layout]
+        for straight, resumed in pool(world).run(
+            straight_and_resumed, data, str(tmp_path / layout), rule, sections, timeout=100
+        ):
             assert curve(straight) == curve(resumed)
 
 
@@ -82,6 +84,33 @@ def test_a_half_written_checkpoint_is_not_one(data, tmp_path):
     assert checkpoint_steps(checkpoints) == [2, 4]
 
 
+@pytest.mark.parametrize("harm", ["truncate", "remove"])
+def test_a_damaged_checkpoint_is_passed_over_with_a_warning(data, tmp_path, capfd, harm):
+    """F13: the next newest whole one is used, and the bad file is named."""
+    made = config(data, steps=6, checkpoint={"every": 2, "keep": 5})
+    straight = run(made, str(tmp_path / "r"))
+    bad = next(step_directory(tmp_path / "r" / "checkpoints", 6).glob("*.distcp"))
+    if harm == "remove":
+        bad.unlink()
+    else:
+        bad.write_bytes(bad.read_bytes()[:-7])
+    again = run(made, str(tmp_path / "r"))
+    assert [line["loss"] for line in again] == [line["loss"] for line in straight]
+    assert f"({bad.name} is" in capfd.readouterr().err
+    assert checkpoint_steps(tmp_path / "r" / "checkpoints") == [2, 4, 6]
+
+
+def test_a_checkpoint_of_other_data_is_refused(data, tmp_path):
+    made = config(data, steps=2)
+    run(made, str(tmp_path / "r"))
+    state = step_directory(tmp_path / "r" / "checkpoints", 2) / "state.json"
+    content = json.loads(state.read_text())
+    content["data"]["tokens"] += 1
+    state.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="data_set.tokens"):
+        run(made, str(tmp_path / "r"))
+
+
 def test_keep_prunes_by_step(data, tmp_path):
     run(config(data, steps=6, checkpoint={"every": 2, "keep": 2}), str(tmp_path / "r"))
     assert checkpoint_steps(tmp_path / "r" / "checkpoints") == [4, 6]
@@ -89,18 +118,16 @@ def test_keep_prunes_by_step(data, tmp_path):
 
 def test_refusals(data, tmp_path):
     run(config(data, steps=4, checkpoint={"every": 2}), str(tmp_path / "r"))
-    with pytest.raises(ConfigError, match=r"seed is 1, the run in this directory has 0.*another run with --run-dir"):
+    with pytest.raises(ConfigError, match=r"seed is 1, the checkpoint's run has 0.*another run with --run-dir"):
         run(config(data, steps=4, seed=1), str(tmp_path / "r"))
     with pytest.raises(CheckpointError, match="the run directory holds a run"):
         run(config(data, steps=4), str(tmp_path / "r"), resume="never")
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         run(config(data, steps=4), str(tmp_path / "new"), resume=str(tmp_path / "nothing"))
-    with pytest.raises(CheckpointError, match="cannot load"):
-        run(
-            config(data, steps=4, model={"width": 32}),
-            str(tmp_path / "new2"),
-            resume=str(step_directory(tmp_path / "r" / "checkpoints", 4)),
-        )
+    whole = str(step_directory(tmp_path / "r" / "checkpoints", 4))
+    with pytest.raises(ConfigError, match=r"model.aspect is"):
+        run(config(data, steps=4, model={"width": 32}), str(tmp_path / "new2"), resume=whole)
+    assert not (tmp_path / "new2").exists()
     model = torch.nn.Linear(2, 2)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "state.json").write_text('{"format": 99}')

@@ -1,0 +1,1 @@
+"""Measurements on this machine: ratios within one run, never absolute promises."""

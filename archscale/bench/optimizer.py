@@ -1,0 +1,298 @@
+"""`archscale bench optimizer`: one optimizer step, ours and every installed peer, on the same matrices in the same run.
+
+Arms are interleaved and their order is shuffled every round, so that a noisy machine disturbs all of them alike; medians
+and their ratios are reported. Every arm gets fresh copies of the same gradients outside the timing. FLOPs are the nominal
+direct form, 5 (4 m² n + 2 m³) with m the short side, whatever an implementation saves; the machine's own matmul rate is
+measured between the arms.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from archscale.errors import ConfigError
+from archscale.optim import MatrixOptimizer
+
+OURS = ("muon", "moonlight", "orscale_lm", "muonh")
+PEERS = {  # label → (module, class, options); each orthogonalizes in bfloat16, five iterations
+    "torch.optim.Muon": ("torch.optim", "Muon", {"lr": 0.02}),
+    "pytorch_optimizer.Muon": ("pytorch_optimizer", "Muon", {"lr": 0.02}),
+    "heavyball.Muon": ("heavyball", "Muon", {"lr": 0.02}),
+    "torch.optim.AdamW": ("torch.optim", "AdamW", {"lr": 0.001}),
+}
+Shape = tuple[int, int, int]  # (count, m, n)
+
+
+@dataclass
+class Arm:
+    """One optimizer on its own copy of the matrices."""
+
+    label: str
+    dtype: str  # of the orthogonalization
+    params: list[nn.Parameter]
+    step: Callable[[], Any]
+
+
+@dataclass
+class Row:
+    """What was measured of one arm."""
+
+    label: str
+    dtype: str
+    seconds: float  # median
+    spread: float  # (90th − 10th percentile) / median
+    rate: float | None  # nominal FLOP/s
+    share: float | None  # of the matmul rate in the same dtype
+
+
+def parse_shapes(texts: Sequence[str]) -> list[Shape]:
+    """`28x512x512` is 28 matrices of 512 × 512; `512x512` is one."""
+    shapes: list[Shape] = []
+    for text in texts:
+        parts = text.lower().split("x")
+        if len(parts) not in (2, 3) or not all(part.isdigit() and int(part) > 0 for part in parts):
+            raise ConfigError(f"{text!r} is not a shape", "--shape", "write COUNTxROWSxCOLS, for example 28x512x512")
+        count, m, n = ([1] if len(parts) == 2 else []) + [int(part) for part in parts]
+        shapes.append((count, m, n))
+    return shapes
+
+
+def nominal_flops(shapes: Sequence[Shape]) -> int:
+    """Of orthogonalizing every matrix once: 5 (4 m² n + 2 m³), m the short side."""
+    return sum(count * 5 * (4 * min(m, n) ** 2 * max(m, n) + 2 * min(m, n) ** 3) for count, m, n in shapes)
+
+
+def bench_optimizer(
+    shapes: Sequence[Shape],
+    *,
+    dtypes: Sequence[str] = ("bfloat16", "float32"),
+    rounds: int = 7,
+    peers: bool = True,
+    device: torch.device | None = None,
+) -> dict[str, Any]:
+    """Measure all arms; see the module. Returns {rows, matmul (FLOP/s by dtype), missing (peers and why), machine}."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    gradients = _matrices(shapes, device, seed=1)
+    arms, missing = [], {}
+    for dtype in dtypes:
+        for rule in OURS:
+            params = [nn.Parameter(w) for w in _matrices(shapes, device, seed=0)]
+            optimizer = MatrixOptimizer(params, lr=0.02, rule=rule, compute_dtype=getattr(torch, dtype))
+            arms.append(Arm(f"archscale {rule}", dtype, params, optimizer.step))
+    for label, (module, name, options) in PEERS.items() if peers else ():
+        params = [nn.Parameter(w) for w in _matrices(shapes, device, seed=0)]
+        try:
+            peer = getattr(importlib.import_module(module), name)(params, **options)
+            arm = Arm(label, "-" if name == "AdamW" else "bfloat16", params, peer.step)
+            _time(arm, gradients, device)  # compiles, allocates, or fails
+        except Exception as error:  # a peer that does not run here is reported, not hidden
+            missing[label] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+            continue
+        arms.append(arm)
+    seconds: list[list[float]] = [[] for _ in arms]
+    matmul: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
+    for arm in arms:
+        _time(arm, gradients, device)
+    size = max(min(m, n) for _, m, n in shapes)
+    order = list(range(len(arms)))
+    for round_ in range(rounds):
+        random.Random(round_).shuffle(order)
+        for i in order:
+            seconds[i].append(_time(arms[i], gradients, device))
+        for dtype in dtypes:
+            matmul[dtype].append(_matmul_rate(size, getattr(torch, dtype), device))
+    rates = {dtype: statistics.median(values) for dtype, values in matmul.items()}
+    flops = nominal_flops(shapes)
+    rows = []
+    for arm, measured in zip(arms, seconds):
+        median = statistics.median(measured)
+        deciles = statistics.quantiles(measured, n=10) if len(measured) > 1 else [median, median]
+        rate = flops / median if arm.dtype in rates else None
+        share = rate / rates[arm.dtype] if rate else None
+        rows.append(Row(arm.label, arm.dtype, median, (deciles[-1] - deciles[0]) / median, rate, share))
+    return {"rows": rows, "matmul": rates, "missing": missing, "machine": machine(device), "shapes": list(shapes)}
+
+
+def bench_distributed(
+    shapes: Sequence[Shape], processes: int, *, dtype: str = "float32", rounds: int = 7, rule: str = "orscale_lm"
+) -> dict[str, Any]:
+    """One rank's step against `processes` ranks' on FSDP2 shards, one thread per process in both arms.
+
+    Returns {one, many (median seconds), ratio, bytes (sent in the exchanges, all ranks), packed (what the two packed
+    exchanges carry at least)}.
+    """
+    alone = _spawn(1, shapes, dtype, rounds, rule)
+    together = _spawn(processes, shapes, dtype, rounds, rule)
+    again = _spawn(1, shapes, dtype, rounds, rule)
+    one = statistics.median(alone[0][0] + again[0][0])
+    many = statistics.median([max(times) for times in zip(*(rank[0] for rank in together))])
+    elements = sum(count * m * n for count, m, n in shapes)
+    size = getattr(torch, dtype).itemsize
+    packed = round(2 * elements * (1 - 1 / processes) * size)  # what a rank owns and holds never travels
+    return {
+        "one": one,
+        "many": many,
+        "ratio": many / one,
+        "bytes": sum(rank[1] for rank in together),
+        "packed": packed,
+        "processes": processes,
+        "dtype": dtype,
+    }
+
+
+def _spawn(
+    processes: int, shapes: Sequence[Shape], dtype: str, rounds: int, rule: str
+) -> list[tuple[list[float], int]]:
+    import multiprocessing
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.SimpleQueue()
+    workers = [
+        context.Process(
+            target=_worker, args=(rank, processes, port, list(shapes), dtype, rounds, rule, results), daemon=True
+        )
+        for rank in range(processes)
+    ]
+    for worker in workers:
+        worker.start()
+    measured = dict(results.get() for _ in workers)
+    for worker in workers:
+        worker.join()
+    return [measured[rank] for rank in range(processes)]
+
+
+def _worker(
+    rank: int, world: int, port: int, shapes: list[Shape], dtype: str, rounds: int, rule: str, results: Any
+) -> None:
+    """One rank: times `rounds` steps from barrier to end."""
+    import os
+
+    from archscale import distributed
+
+    os.environ |= {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_RANK": str(rank),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    device = distributed.start()
+    shard_rows = distributed.shard_rows
+    params = [nn.Parameter(shard_rows(w)) for w in _matrices(shapes, device, seed=0)]
+    gradients = [shard_rows(g) for g in _matrices(shapes, device, seed=1)]
+    optimizer = MatrixOptimizer(params, lr=0.02, rule=rule, compute_dtype=getattr(torch, dtype))
+    times = []
+    for _ in range(rounds + 2):
+        for p, g in zip(params, gradients):
+            p.grad = g.clone()
+        distributed.barrier()
+        began = time.perf_counter()
+        optimizer.step()
+        times.append(time.perf_counter() - began)
+    results.put((rank, (times[2:], optimizer.bytes_sent())))
+    distributed.stop()
+
+
+def _time(arm: Arm, gradients: Sequence[Tensor], device: torch.device) -> float:
+    for p, g in zip(arm.params, gradients):
+        p.grad = g.clone()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    arm.step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _matmul_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
+    a = torch.randn(size, size, device=device).to(dtype)
+    repeat = max(1, round(2e9 / size**3))
+    a @ a
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(repeat):
+        a @ a
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return repeat * 2 * size**3 / (time.perf_counter() - began)
+
+
+def _matrices(shapes: Sequence[Shape], device: torch.device, seed: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        (torch.randn(m, n, generator=generator) / n**0.5).to(device) for count, m, n in shapes for _ in range(count)
+    ]
+
+
+def machine(device: torch.device) -> str:
+    """What the figures were taken on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    import os
+
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        name = "CPU"
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def report(
+    groups: Sequence[Sequence[Shape]], *, rounds: int, dtypes: Sequence[str], peers: bool, processes: int, as_json: bool
+) -> str:
+    """All measurements of `archscale bench optimizer`, as Markdown tables or as JSON."""
+    unknown = [dtype for dtype in dtypes if dtype not in ("float32", "bfloat16")]
+    if unknown:
+        raise ConfigError(f"dtype {unknown[0]!r}", "--dtype", "give float32 or bfloat16")
+    results = []
+    for shapes in groups:
+        measured = bench_optimizer(shapes, dtypes=dtypes, rounds=rounds, peers=peers)
+        if processes > 1:
+            measured["distributed"] = [
+                bench_distributed(shapes, processes, dtype=dtype, rounds=rounds) for dtype in dtypes
+            ]
+        results.append(measured)
+    if as_json:
+        return json.dumps([{**r, "rows": [asdict(row) for row in r["rows"]]} for r in results], indent=1)
+    return "\n".join(_table(measured) for measured in results)
+
+
+def _table(measured: dict[str, Any]) -> str:
+    shapes = ", ".join(f"{count} × {m}×{n}" for count, m, n in measured["shapes"])
+    rates = ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in measured["matmul"].items())
+    lines = [f"\n{shapes} on {measured['machine']}; matmul {rates}", ""]
+    lines += [
+        "| optimizer | dtype | ms (median) | spread | time / archscale muon | nominal GFLOP/s | of matmul rate |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    base = {row.dtype: row.seconds for row in measured["rows"] if row.label == "archscale muon"}
+    for row in measured["rows"]:
+        ratio = f"{row.seconds / base[row.dtype]:.3f}" if row.dtype in base else "–"
+        rate = f"{row.rate / 1e9:,.0f} | {row.share:.0%}" if row.rate else "– | –"
+        lines.append(f"| {row.label} | {row.dtype} | {row.seconds * 1e3:,.1f} | {row.spread:.0%} | {ratio} | {rate} |")
+    lines += [f"not measured: {label} ({why})" for label, why in measured["missing"].items()]
+    for d in measured.get("distributed", []):
+        lines.append(
+            f"{d['processes']} ranks, {d['dtype']}: {d['many'] * 1e3:,.1f} ms against {d['one'] * 1e3:,.1f} ms on one "
+            f"(ratio {d['ratio']:.3f}); {d['bytes']:,} bytes sent, {d['bytes'] / d['packed']:.3f} of the two packed exchanges"
+        )
+    return "\n".join(lines)
