@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,6 +13,8 @@ from archscale.config import dump_config
 from archscale.data.shards import HEADER_BYTES
 from tests.pool import launch
 from tests.train.tiny import config, tiny_data
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -191,3 +194,32 @@ def test_debug_shows_the_traceback(tmp_path):
     result = launch(["generate", str(tmp_path), "--prompt", "x"], check=False, env={"ARCHSCALE_DEBUG": "1"})
     assert "Traceback" in result.stderr
     assert sys.version_info >= (3, 11)
+
+
+def test_every_key_is_in_the_table_of_configs():
+    """configs/README.md lists each dotted key of the schema, and no other."""
+    from archscale.config import Config
+
+    def keys(tree, prefix=""):
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                yield from keys(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}"
+
+    resolved = Config.from_dict(
+        {"name": "x", "data": {"train": "d"}, "training": {"tokens": 10**9, "batch_tokens": 2**20}}
+    ).resolved()
+    table = (ROOT / "configs" / "README.md").read_text()
+    listed = set(re.findall(r"^\| `([a-z0-9_.]+)` \|", table, re.M))
+    assert not set(keys(resolved)) - listed
+    moe = {key for key in listed if key.startswith("model.moe.")}
+    assert {key for key in listed - moe - set(keys(resolved)) if not key.endswith(".yaml")} <= {"base"}
+
+
+def test_the_examples_of_the_readme_run():
+    code = re.findall(r"```python\n(import torch.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert len(code) == 1
+    namespace: dict = {}
+    exec(code[0], namespace)
+    assert all(p.isfinite().all() for p in namespace["model"].parameters())

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from archscale.errors import ConfigError
 from archscale.optim import MatrixOptimizer
 
-OURS = ("muon", "moonlight", "orscale_lm", "muonh")
+OURS = ("muon", "orscale_lm", "muonh")
 PEERS = {  # label → (module, class, options); each orthogonalizes in bfloat16, five iterations
     "torch.optim.Muon": ("torch.optim", "Muon", {"lr": 0.02}),
     "pytorch_optimizer.Muon": ("pytorch_optimizer", "Muon", {"lr": 0.02}),
