@@ -348,7 +348,7 @@ def test_bad_sources_name_the_file(work: Path, source: dict, content: bytes, mes
 def test_missing_datasets_package_names_the_extra(work: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     key = "path" if kind == "parquet" else "name"
-    with pytest.raises(DataError, match=r"'datasets' is not installed .*archscale\[hf\]"):
+    with pytest.raises(DataError, match=r"'datasets' is not installed .*pip install transformers datasets"):
         prepare(_recipe(work, sources=[{"kind": kind, key: "corpus/*.txt"}]))
 
 

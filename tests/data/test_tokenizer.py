@@ -103,7 +103,7 @@ def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.Mon
     if package == "tokenizers":
         name = str(tmp_path / "tokenizer.json")
         Path(name).write_text("{}")
-    with pytest.raises(DataError, match=rf"'{package}' is not installed .*archscale\[hf\]"):
+    with pytest.raises(DataError, match=rf"'{package}' is not installed .*pip install transformers datasets"):
         load_tokenizer(name, kind="huggingface")
 
 
