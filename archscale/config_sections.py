@@ -1,7 +1,7 @@
 """The sections of the YAML schema: every key, its unit, its default, and what may stand in it.
 
-Sections are frozen. What one can work out by itself is filled in when it is built (`model.width`, `heads`, `kv_heads` are
-always numbers), so a resolved config loads as an equal one. The whole is `archscale.config.Config`.
+Frozen; what a section can work out by itself (`model.width`, `heads`, `kv_heads`) is filled in when it is built, so that a
+resolved config loads as an equal one. The whole is `archscale.config.Config`.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ MatrixRule = Literal[
 ]  # fmt: skip
 MATRIX_RULES: tuple[str, ...] = get_args(MatrixRule)
 SPHERE_RULES = ("muonh", "orscale_lm_sphere", "adamh")  # rules that hold every matrix at its initial norm
-PLAIN_RULES = ("muon", "muon_spectral", "moonlight", "adamw", "lion", "sgd")  # rules without a trust ratio
+PLAIN_RULES = ("muon", "muon_spectral", "moonlight", "adamw", "lion", "sgd")  # without a trust ratio
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -87,8 +87,7 @@ class MoEConfig(Section):
 class ModelConfig(Section):
     """A decoder-only transformer.
 
-    `width` null is aspect × depth. A width without an aspect sets the aspect (null where depth does not
-    divide the width); when both are written they must agree.
+    `width` null is aspect × depth. A width alone sets the aspect, if depth divides it; two that are written must agree.
     """
 
     depth: Count = 8
@@ -131,8 +130,8 @@ class ModelConfig(Section):
         """Hidden features of the feed-forward (dense, or all active experts together)."""
         return round(self.width * self.mlp_ratio)
 
-    def _fill(self, key: str, value: int | None) -> None:
-        self.__dict__[key] = value  # frozen for users; only while the section is being built
+    def _fill(self, key: str, value: int | None) -> None:  # frozen for users; only while the section is being built
+        self.__dict__[key] = value
 
     def problems(self) -> Iterator[ConfigError]:
         if self.width is None:
@@ -160,10 +159,9 @@ class ModelConfig(Section):
         if self.kv_heads is None:
             self._fill("kv_heads", self.heads)
         if self.heads % self.kv_heads:
-            works = divisors(self.heads)
             yield ConfigError(
                 f"kv_heads {self.kv_heads} does not divide heads {self.heads}", "model.kv_heads",
-                f"set it to {choice(works, self.kv_heads)}",
+                f"set it to {choice(divisors(self.heads), self.kv_heads)}",
             )  # fmt: skip
         if abs(self.width * self.mlp_ratio - self.mlp_hidden) > 1e-6 or self.mlp_hidden < 1:
             yield ConfigError(
@@ -236,9 +234,7 @@ class MatrixOptimizerConfig(Section):
 
     def problems(self) -> Iterator[ConfigError]:
         if self.clip and self.rule in PLAIN_RULES:
-            yield ConfigError(
-                f"{self.rule} has no trust ratio to clip", "optimizer.matrix.clip", "set it to null"
-            )  # fmt: skip
+            yield ConfigError(f"{self.rule} has no trust ratio to clip", "optimizer.matrix.clip", "set it to null")
         if self.clip and self.clip[0] > self.clip[1]:
             low, high = self.clip
             yield ConfigError(
@@ -377,7 +373,7 @@ class WandbConfig(Section):
     """Weights & Biases."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "disabled"
-    """auto: online where a key is configured, otherwise disabled."""
+    """auto: online where a key is configured, otherwise offline."""
     project: Text = "archscale"
     """Project that runs are filed under."""
 

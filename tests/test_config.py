@@ -82,6 +82,11 @@ def test_every_key_says_what_it_means():
     assert not undocumented
 
 
+def test_a_clip_without_a_ratio_is_refused(small):
+    with pytest.raises(ConfigError, match=r"moonlight has no trust ratio to clip \(optimizer.matrix.clip"):
+        load_config(small, ["optimizer.matrix.rule=moonlight", "optimizer.matrix.clip=[0.1, 1]"])
+
+
 def test_rules_are_those_of_the_optimizer():
     from archscale.optim import RULES
 
@@ -468,7 +473,7 @@ def test_auto_dtypes_follow_the_precision():
 
 # --- round trip ---------------------------------------------------------------------------------------------
 
-text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
+text = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(str.isprintable)
 name = text.filter(lambda t: not t.startswith(".") and t.isprintable() and not set(t) & set("/\\"))
 positive = st.floats(1e-12, 1e12)
 below_one = st.floats(0, 1, exclude_max=True)
@@ -491,7 +496,8 @@ def configs(draw) -> dict:
     tokens = draw(st.integers(1, 10**15))
     low, high = sorted([draw(positive), draw(positive)])
     matrix = {"rule": draw(st.sampled_from(MATRIX_RULES)), "momentum": draw(below_one)}
-    matrix["clip"] = draw(st.sampled_from([None, [low, high]]))
+    plain = matrix["rule"] in sections_module.PLAIN_RULES  # no trust ratio to clip
+    matrix["clip"] = None if plain else draw(st.sampled_from([None, [low, high]]))
     element = {"betas": [draw(below_one), draw(below_one)], "eps": draw(positive)}
     return {
         "name": draw(name),

@@ -19,7 +19,7 @@ from torch import Tensor
 from archscale.distributed import gather_objects, is_distributed, local_interval, local_tensor
 from archscale.optim.checks import check_distinct, check_options, check_parameter, load_state, parameter_names
 from archscale.optim.elementwise import adam_direction_, lion_direction_, momentum_direction_
-from archscale.optim.exchange import Exchange
+from archscale.optim.exchange import Exchange, Run, dot
 from archscale.optim.orthogonalize import orthogonality_residual, orthogonalize_
 from archscale.optim.rules import InnerProducts, Rule, Step, step_coefficients
 from archscale.optim.shards import ExchangePlan, Interval, MatrixView, matrix_views, plan_exchange
@@ -44,25 +44,6 @@ class _Group:
     views: slice  # of the stacked per-matrix scalars; empty where a step needs no inner products
     shape_factor: Tensor
     zero_calibration: Tensor
-
-
-@dataclass
-class _Run:
-    """`count` equal pieces of matrices, adjacent in this rank's flat local tensor of one parameter."""
-
-    param: int
-    lo: int
-    length: int
-    count: int
-    view: int  # the first; the others follow
-    counted: bool  # whether this rank counts them in inner products (one holder of each piece does)
-
-    def of(self, flat: Tensor) -> Tensor:
-        return flat[self.lo : self.lo + self.count * self.length].view(self.count, self.length)
-
-    @property
-    def views(self) -> slice:
-        return slice(self.view, self.view + self.count)
 
 
 class MatrixOptimizer(torch.optim.Optimizer):
@@ -157,7 +138,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         if any(other[1:] != everyone[0][1:] for other in everyone):
             raise ValueError("the ranks have different parameters: build the same model and optimizer on every rank")
         self._intervals: list[list[list[Interval]]] = [other[0] for other in everyone]
-        self._runs: list[_Run] = []
+        self._runs: list[Run] = []
         self._exchanges: list[tuple[Exchange, list[int], tuple]] = []
         for key, members in exchanges.items():
             plan = plan_exchange([self._views[v] for v in members], self._intervals)
@@ -185,7 +166,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for s in segments:
                 if self._rank not in s.holders:
                     continue
-                run = _Run(view.param, view.offset + s.lo - start, s.numel, 1, numbers[v], s.source == self._rank)
+                run = Run(view.param, view.offset + s.lo - start, s.numel, 1, numbers[v], s.source == self._rank)
                 last = self._runs[-1] if self._runs else None
                 if (
                     last and last.param == run.param and last.length == run.length and last.counted == run.counted
@@ -203,7 +184,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         weights = [local_tensor(p).view(-1) for p in self._params]
         for run in self._runs:
             if run.counted:
-                sums[run.views] += _dot(run.of(weights[run.param]), run.of(weights[run.param]))
+                sums[run.views] += dot(run.of(weights[run.param]), run.of(weights[run.param]))
         self._radius = self._all_reduce(sums).sqrt()
         for group in self._groups:
             if not group.rule.calibrated:
@@ -265,9 +246,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for run in self._runs:
             if run.counted:
                 w, q = run.of(weights[run.param]), run.of(grads[run.param])
-                sums[W, run.views] += _dot(w, w)
-                sums[Q, run.views] += _dot(q, q)
-                sums[P, run.views] += _dot(w, q)
+                sums[W, run.views] += dot(w, w)
+                sums[Q, run.views] += dot(q, q)
+                sums[P, run.views] += dot(w, q)
         self._all_reduce(sums)
         self._update(weights, grads, sums)
         return loss
@@ -399,12 +380,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
     def matrix_names(self) -> list[str]:
         """Names of the matrices, in the order of `diagnostics()`."""
         return [view.name for view in self._views]
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row-wise inner products of (count, length), float32 or better."""
-    a, b = (x if x.dtype == torch.float64 else x.float() for x in (a, b))
-    return torch.dot(a[0], b[0])[None] if len(a) == 1 else torch.linalg.vecdot(a, b)
 
 
 def _gradient(p: Tensor) -> Tensor:

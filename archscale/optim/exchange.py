@@ -40,6 +40,31 @@ class _Route:
     restores: list[int] = field(default_factory=list)
 
 
+@dataclass
+class Run:
+    """`count` equal pieces of matrices, adjacent in this rank's flat local tensor of one parameter."""
+
+    param: int
+    lo: int
+    length: int
+    count: int
+    view: int  # the first; the others follow
+    counted: bool  # whether this rank counts them in inner products (one holder of each piece does)
+
+    def of(self, flat: Tensor) -> Tensor:
+        return flat[self.lo : self.lo + self.count * self.length].view(self.count, self.length)
+
+    @property
+    def views(self) -> slice:
+        return slice(self.view, self.view + self.count)
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row-wise inner products of (count, length), float32 or better."""
+    a, b = (x if x.dtype == torch.float64 else x.float() for x in (a, b))
+    return torch.dot(a[0], b[0])[None] if len(a) == 1 else torch.linalg.vecdot(a, b)
+
+
 class Exchange:
     """The exchange of one plan on one rank.
 
