@@ -1,3 +1,4 @@
 from archscale.cli import main
 
-main()
+if __name__ == "__main__":  # processes that a command spawns import this module too
+    main()

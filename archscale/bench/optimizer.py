@@ -161,7 +161,7 @@ def _spawn(
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    results = context.SimpleQueue()
+    results = context.Queue()
     workers = [
         context.Process(
             target=_worker, args=(rank, processes, port, list(shapes), dtype, rounds, rule, results), daemon=True
@@ -170,7 +170,7 @@ def _spawn(
     ]
     for worker in workers:
         worker.start()
-    measured = dict(results.get() for _ in workers)
+    measured = dict(results.get(timeout=900) for _ in workers)
     for worker in workers:
         worker.join()
     return [measured[rank] for rank in range(processes)]
