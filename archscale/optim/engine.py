@@ -204,14 +204,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 if group.rule.direction == "adam":
                     state["step"] = torch.zeros((), device=self._device)
         # Scalars of a parameter's matrices are views of the stacked ones: one entry per matrix.
+        first: dict[int, int] = {}
         for v, view in enumerate(self._views):
+            span = slice(first.setdefault(view.param, v), v + 1)
             state = self.state[self._params[view.param]]
-            first = self._first_view(view.param)
-            state["calibration"] = self._calibration[first : v + 1]
-            state["radius"] = self._radius[first : v + 1]
-
-    def _first_view(self, param: int) -> int:
-        return next(v for v, view in enumerate(self._views) if view.param == param)
+            state["calibration"], state["radius"] = self._calibration[span], self._radius[span]
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
