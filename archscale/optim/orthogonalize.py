@@ -135,21 +135,20 @@ def symmetric_product(X: Tensor, add: Tensor | None = None, alpha: float = 1.0, 
 
     def fill(lo: int, hi: int) -> None:
         """The diagonal block of rows [lo, hi)."""
-        parts = [(slice(lo, hi), slice(lo, hi))]
+        rows = cols = slice(lo, hi)
         if hi - lo >= LEAF:
             mid = (lo + hi) // 2
             fill(lo, mid)
             fill(mid, hi)
-            parts = [(slice(lo, mid), slice(mid, hi))]
-        for rows, cols in parts:
-            left, right = X[:, rows], X[:, cols].mT
-            if add is None:
-                block = torch.bmm(left, right)
-            else:
-                block = torch.baddbmm(add[:, rows, cols], left, right, beta=beta, alpha=alpha)
-            out[:, rows, cols] = block
-            if rows != cols:
-                out[:, cols, rows] = block.mT
+            rows, cols = slice(lo, mid), slice(mid, hi)
+        left, right = X[:, rows], X[:, cols].mT
+        if add is None:
+            block = torch.bmm(left, right)
+        else:
+            block = torch.baddbmm(add[:, rows, cols], left, right, beta=beta, alpha=alpha)
+        out[:, rows, cols] = block
+        if rows != cols:
+            out[:, cols, rows] = block.mT
 
     fill(0, m)
     return out

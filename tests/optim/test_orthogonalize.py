@@ -1,5 +1,7 @@
 """Singular values, scale, orientation and edge cases of every scheme."""
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -95,3 +97,15 @@ def test_refusals():
         orthogonalize(torch.ones(2, 2), "newton")
     with pytest.raises(ValueError, match=r"takes \(m, n\) or \(k, m, n\)"):
         orthogonalize(torch.ones(3))
+
+
+@pytest.mark.parametrize(("m", "n"), [(16, 24), (19, 7), (8, 8)])
+def test_cut_symmetric_products_equal_whole_ones(monkeypatch, m, n):
+    module = importlib.import_module("archscale.optim.orthogonalize")
+    monkeypatch.setattr(module, "SPLIT", 8)
+    monkeypatch.setattr(module, "LEAF", 4)
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(2, m, n, generator=generator, dtype=torch.float64)
+    A = X @ X.mT
+    torch.testing.assert_close(module.symmetric_product(X), A)
+    torch.testing.assert_close(module.symmetric_product(A, add=A, alpha=0.3, beta=-2.0), 0.3 * A @ A - 2.0 * A)
