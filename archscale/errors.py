@@ -10,6 +10,8 @@ class ArchscaleError(Exception):
         remedy: what the user can do about it.
     """
 
+    on_every_rank = False  # whether all ranks raise it together, so that one of them reports it
+
     def __init__(self, what: str, where: str, remedy: str):
         self.what, self.where, self.remedy = what, where, remedy
         super().__init__(f"{what} ({where}): {remedy}")

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from archscale.distributed import agree, on_rank_zero, rank, same_everywhere, world_size
+from archscale.distributed import agree, on_rank_zero, rank, world_size
 from archscale.errors import CheckpointError
 from archscale.optim import MatrixOptimizer
 
@@ -111,7 +111,8 @@ def save_checkpoint(
     except (OSError, CheckpointException) as error:
         where, remedy = str(final), "free disk space or mend permissions"
         raised = CheckpointError(f"cannot write a checkpoint: {_reason(error)}", where, remedy)
-        raise same_everywhere(raised) if isinstance(error, OSError) else raised from error
+        raised.on_every_rank = getattr(error, "on_every_rank", False)  # one that failed alone must not wait here
+        raise raised from error
     if rank() == 0:
         for step in checkpoint_steps(directory)[:-keep]:
             _discard(step_directory(directory, step))
