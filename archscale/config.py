@@ -3,21 +3,21 @@
     config = load_config("configs/quickstart.yaml", ["training.micro_batch=4"])
 
 Building a section in Python raises pydantic's ValidationError; `load_config` and `Config.from_dict` raise ConfigError. The
-sections are in `archscale.config_sections`; reading files and the wording of errors are in `archscale.config_io`.
+sections are in `archscale.config_model` and `archscale.config_sections`; reading files and the wording of errors are in `archscale.config_io`.
 """
 
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 from pydantic import Field, ValidationError
 
+from archscale.batch import BatchSchedule
 from archscale.config_io import CountOrZero, Layer, Text, choice, divisors, explain, merge, read_layers, write_yaml
+from archscale.config_model import BaseConfig, ModelConfig, MoEConfig, ParameterizationConfig
 from archscale.config_sections import (
     MATRIX_RULES,
     SPHERE_RULES,
-    BaseConfig,
     CheckpointConfig,
     DataConfig,
     ElementOptimizerConfig,
@@ -25,11 +25,8 @@ from archscale.config_sections import (
     MatrixOptimizerConfig,
     MatrixRule,
     MixtureEntry,
-    ModelConfig,
-    MoEConfig,
     OptimizerConfig,
     ParallelConfig,
-    ParameterizationConfig,
     ScheduleConfig,
     Section,
     TelemetryConfig,
@@ -79,14 +76,6 @@ class NotYet(NamedTuple):
 # Whoever builds a feature deletes its row.
 NOT_YET = [
     NotYet("model.moe", lambda v: v is not None, "a mixture of experts", "set it to null"),
-    NotYet("parameterization.kind", lambda v: v != "standard", "hyperparameter transfer", "set it to standard"),
-    NotYet("training.tokens", lambda v: v == "auto", "a budget of auto", "give a number of tokens, such as 1e9"),
-    NotYet(
-        "training.batch_tokens",
-        lambda v: v == "auto",
-        "a batch of auto",
-        "give a number of tokens, such as 524288",
-    ),
     NotYet("parallel.engine", lambda v: v == "deepspeed", "the deepspeed engine", "set it to native"),
     NotYet("parallel.expert", lambda v: v > 1, "expert parallelism", "set it to 1"),
     NotYet("checkpoint.async", lambda v: v, "asynchronous checkpointing", "set it to false"),
@@ -132,6 +121,34 @@ class Config(Section):
                 "name",
                 "leave out slashes, control characters, leading dots",
             )
+        tokens, batch, context = self.training.tokens, self.training.batch_tokens, self.model.context
+        schedule = self.schedule
+        if batch != "auto" and batch % context:
+            works = [size for size in (batch // context * context, (batch // context + 1) * context) if size]
+            yield ConfigError(
+                f"batch_tokens {batch} is not a multiple of model.context {context}", "training.batch_tokens",
+                f"set it to {choice(works, batch)}",
+            )  # fmt: skip
+        elif schedule.batch_ramp_tokens and self.batch_size % schedule.batch_ramp_stages:
+            yield ConfigError(
+                f"{schedule.batch_ramp_stages} stages do not divide a batch of {self.batch_size} sequences",
+                "schedule.batch_ramp_stages", f"set it to {choice(divisors(self.batch_size), schedule.batch_ramp_stages)}",
+            )  # fmt: skip
+        if tokens != "auto":
+            decay = schedule.decay_ratio if schedule.kind == "wsd" else 0.0
+            for key in ("warmup_tokens", "batch_ramp_tokens"):
+                share = decay if key == "warmup_tokens" else 0.0
+                room, given = int(tokens * (1 - share)), getattr(schedule, key)
+                if given > room:
+                    before = "before the wsd decay" if share else "of training.tokens"
+                    yield ConfigError(
+                        f"{key} {given} exceeds the {room} tokens {before}",
+                        f"schedule.{key}",
+                        f"set it to {room} or less",
+                    )
+
+    def unavailable(self) -> Iterator[ConfigError]:
+        """What the schema has and the code has not: can be planned, is refused by training."""
         values = self.resolved()
         for key, refused, what, remedy in NOT_YET:
             value: Any = values
@@ -139,46 +156,37 @@ class Config(Section):
                 value = value[part]
             if refused(value):
                 yield ConfigError(f"{what} is not available yet", key, remedy)
-        tokens, batch, context = self.training.tokens, self.training.batch_tokens, self.model.context
-        if batch != "auto" and batch % context:
-            works = [size for size in (batch // context * context, (batch // context + 1) * context) if size]
-            yield ConfigError(
-                f"batch_tokens {batch} is not a multiple of model.context {context}", "training.batch_tokens",
-                f"set it to {choice(works, batch)}",
-            )  # fmt: skip
-        if tokens != "auto":
-            decay = self.schedule.decay_ratio if self.schedule.kind == "wsd" else 0.0
-            room = math.floor(tokens * (1 - decay))
-            if self.schedule.warmup_tokens > room:
-                before = "before the wsd decay" if decay else "of training.tokens"
-                yield ConfigError(
-                    f"warmup_tokens {self.schedule.warmup_tokens} exceeds the {room} tokens {before}",
-                    "schedule.warmup_tokens", f"set it to {room} or less",
-                )  # fmt: skip
 
     # Derived numbers.
 
     @property
     def tokens(self) -> int:
-        """Training tokens, as a number."""
-        assert self.training.tokens != "auto", "refused by NOT_YET"
+        """Training tokens, as a number: the config must be resolved (`archscale.scaling.transfer.resolve`) if it says auto."""
+        assert self.training.tokens != "auto", "resolve() the config first"
         return self.training.tokens
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens per optimizer step, as a number."""
-        assert self.training.batch_tokens != "auto", "refused by NOT_YET"
+        """Tokens per optimizer step, as a number; auto is that of the base, to the nearest multiple of the context."""
+        if self.training.batch_tokens == "auto":
+            return nearest_multiple(self.parameterization.base.batch_tokens, self.model.context)
         return self.training.batch_tokens
 
     @property
     def batch_size(self) -> int:
-        """Sequences per optimizer step, over all ranks."""
+        """Sequences per optimizer step, over all ranks, once the batch has grown."""
         return self.batch_tokens // self.model.context
 
     @property
+    def batches(self) -> BatchSchedule:
+        """Sequences of every step."""
+        ramp = self.schedule.batch_ramp_tokens // self.model.context
+        return BatchSchedule(self.batch_size, ramp, self.schedule.batch_ramp_stages if ramp else 1)
+
+    @property
     def steps(self) -> int:
-        """Optimizer steps: tokens / batch_tokens to the nearest whole number (half rounds up), at least 1."""
-        return max(1, (2 * self.tokens + self.batch_tokens) // (2 * self.batch_tokens))
+        """Optimizer steps: as many whole ones as come closest to `tokens`, at least 1."""
+        return self.batches.steps(self.tokens / self.model.context)
 
     @property
     def compute_dtype(self) -> str:
@@ -214,14 +222,24 @@ class Config(Section):
         return shard
 
     def accumulation(self, world_size: int) -> int:
-        """Forward passes per optimizer step on each rank.
+        """Forward passes on each rank per optimizer step of the full batch.
 
         A batch that the ranks cannot divide is refused: rounding it would change the trajectory.
         """
         micro, batch, context = self.training.micro_batch, self.batch_size, self.model.context
+        smallest = self.batches.sizes[0]
+        if batch % (micro * world_size) == 0 and smallest % (micro * world_size):
+            works = [n for n in divisors(batch // (micro * world_size)) if n > 1]
+            remedy = (
+                f"set it to {choice(works, self.schedule.batch_ramp_stages)}" if works else "set batch_ramp_tokens: 0"
+            )
+            raise ConfigError(
+                f"the ramp's smallest batch of {smallest} sequences cannot be divided over {world_size} ranks × "
+                f"micro_batch {micro}", "schedule.batch_ramp_stages", remedy,
+            )  # fmt: skip
         if batch % (micro * world_size) == 0:
             return batch // (micro * world_size)
-        whole = _nearest_multiple(batch, micro * world_size) * context
+        whole = nearest_multiple(batch, micro * world_size) * context
         if batch % world_size == 0:
             per_rank = batch // world_size
             raise ConfigError(
@@ -229,7 +247,7 @@ class Config(Section):
                 "training.micro_batch",
                 f"set it to {_largest_divisor(per_rank, micro)}, or training.batch_tokens: {whole}",
             )
-        close = _nearest_multiple(batch, world_size)
+        close = nearest_multiple(batch, world_size)
         smaller = _largest_divisor(close // world_size, micro)
         other = f", or {close * context} with training.micro_batch: {smaller}" if close * context != whole else ""
         raise ConfigError(
@@ -266,7 +284,7 @@ class Config(Section):
             raise explain(error, cls, layers) from None
 
 
-def _nearest_multiple(value: int, of: int) -> int:
+def nearest_multiple(value: int, of: int) -> int:
     return max(1, (2 * value + of) // (2 * of)) * of
 
 

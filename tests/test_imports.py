@@ -15,7 +15,7 @@ PACKAGE = ROOT / "archscale"
 MAX_LINES = 400
 
 LAYERS = [
-    {"errors", "config", "config_io", "config_sections", "distributed"},
+    {"errors", "batch", "config", "config_io", "config_model", "config_sections", "distributed"},
     {"model", "optim", "data", "parallel", "telemetry"},
     {"scaling", "export"},
     {"train", "report", "bench"},

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from archscale.batch import BatchSchedule
 from archscale.data.sampler import rank_numbers, sample_index
 from archscale.data.shards import TokenSplit
 from archscale.errors import DataError
@@ -36,17 +37,16 @@ def _windows(split: TokenSplit, indices: np.ndarray) -> Batch:
 
 
 class Loader:
-    """Iterates over the steps from `start_step` on, without end; each step is a list of `accumulation`
-    micro-batches.
+    """Iterates over the steps from `start_step` on, without end; each step is a list of micro-batches.
 
     Starting at step 10^9 costs what starting at 0 costs.
 
     Args:
         split: windows to train on.
         seed: of the order.
-        batch_size: sequences per step, over all ranks.
+        batches: sequences of every step, over all ranks.
+        micro_batch: sequences per micro-batch and rank.
         rank, world: this process among those that see different data.
-        accumulation: micro-batches per step and rank.
         start_step: the first step yielded, 0-based.
         ahead: steps prepared in advance.
 
@@ -62,16 +62,17 @@ class Loader:
         self,
         split: TokenSplit,
         seed: int,
-        batch_size: int,
+        batches: BatchSchedule,
+        micro_batch: int,
         rank: int = 0,
         world: int = 1,
-        accumulation: int = 1,
         start_step: int = 0,
         ahead: int = 2,
     ):
-        rank_numbers(start_step, batch_size, rank, world, accumulation)  # refuse before a thread exists
-        self.split, self.seed, self.batch_size = split, seed, batch_size
-        self.rank, self.world, self.accumulation = rank, world, accumulation
+        for size in batches.sizes:
+            rank_numbers(0, size, rank, world, micro_batch)  # refuse before a thread exists
+        self.split, self.seed, self._batches = split, seed, batches
+        self.rank, self.world, self.micro_batch = rank, world, micro_batch
         self.step = start_step
         self._queue: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
@@ -80,7 +81,7 @@ class Loader:
 
     def batches(self, step: int) -> list[Batch]:
         """What this rank trains on in `step`: a pure function."""
-        numbers = rank_numbers(step, self.batch_size, self.rank, self.world, self.accumulation)
+        numbers = rank_numbers(*self._batches.at(step), self.rank, self.world, self.micro_batch)
         indices = sample_index(self.seed, numbers, self.split.num_samples)
         return [_windows(self.split, row) for row in indices]
 

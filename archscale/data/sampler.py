@@ -31,7 +31,7 @@ def sample_index(seed: int, number: np.ndarray | int, num_samples: int) -> np.nd
 
     Args:
         seed: any integer; its low 64 bits count.
-        number: global sample numbers, int64 [...], not negative: step * batch_size + position in the batch.
+        number: global sample numbers, int64 [...], not negative, in the order of the steps.
         num_samples: windows in the split; numbers e * num_samples … (e + 1) * num_samples - 1 visit each
             once.
 
@@ -55,25 +55,23 @@ def sample_index(seed: int, number: np.ndarray | int, num_samples: int) -> np.nd
     return index.astype(np.int64).reshape(numbers.shape)
 
 
-def batch_numbers(step: int, batch_size: int) -> np.ndarray:
-    """int64 [batch_size]: the global sample numbers of a step, counted from 0."""
-    return np.arange(step * batch_size, (step + 1) * batch_size, dtype=np.int64)
-
-
-def rank_numbers(step: int, batch_size: int, rank: int, world: int, accumulation: int) -> np.ndarray:
+def rank_numbers(first: int, size: int, rank: int, world: int, micro_batch: int) -> np.ndarray:
     """The part of a step's sample numbers that one rank trains on.
 
     Over all ranks and micro-batches the parts are the step's numbers, each once, whatever `world` and
-    `accumulation`.
+    `micro_batch`.
+
+    Args:
+        first, size: the step takes the global sample numbers first … first + size - 1.
 
     Returns:
-        int64 [accumulation, batch_size / (world * accumulation)].
+        int64 [size / (world * micro_batch), micro_batch].
 
     Raises:
         ValueError: the batch does not divide, or `rank` is outside the world.
     """
-    if world < 1 or accumulation < 1 or not 0 <= rank < world:
-        raise ValueError(f"rank {rank} of world {world} with accumulation {accumulation}")
-    if batch_size < 1 or batch_size % (world * accumulation):
-        raise ValueError(f"{batch_size} sequences do not divide over {world} ranks x {accumulation} micro-batches")
-    return batch_numbers(step, batch_size).reshape(accumulation, world, -1)[:, rank]
+    if world < 1 or micro_batch < 1 or not 0 <= rank < world:
+        raise ValueError(f"rank {rank} of world {world} with micro-batches of {micro_batch}")
+    if size < 1 or size % (world * micro_batch):
+        raise ValueError(f"{size} sequences do not divide over {world} ranks x micro-batches of {micro_batch}")
+    return np.arange(first, first + size, dtype=np.int64).reshape(-1, world, micro_batch)[:, rank]

@@ -48,8 +48,9 @@ class Head(nn.Module):
     A tied head has no matrix of its own and is given the embedding's at every call.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, scale: float):
         super().__init__()
+        self.scale = scale
         self.norm = RMSNorm(config.width, dtype)
         assert config.vocab_size is not None
         if not config.tied_embeddings:
@@ -58,6 +59,8 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, targets: Tensor | None, tied: Tensor | None) -> Tensor:
         h = self.norm(x)
+        if self.scale != 1:
+            h = h * self.scale
         weight = (self.weight if tied is None else tied).to(h.dtype)
         if targets is None:
             return (h @ weight.mT).float()
@@ -72,6 +75,7 @@ class Transformer(nn.Module):
         dtype: of matrix products and activations (parameters and residual stream stay float32).
         eos_id: token that separates documents; given, attention stays within a document.
         recompute: keep only block inputs for the backward pass (activation checkpointing).
+        logit_scale: multiplies the logits (μP).
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class Transformer(nn.Module):
         dtype: torch.dtype = torch.float32,
         eos_id: int | None = None,
         recompute: bool = False,
+        logit_scale: float = 1.0,
     ):
         super().__init__()
         if config.vocab_size is None:
@@ -88,7 +93,7 @@ class Transformer(nn.Module):
         std = HEAD_STD if config.tied_embeddings else EMBEDDING_STD
         self.embedding = Embedding(config.vocab_size, config.width, std, dtype)
         self.blocks = nn.ModuleList(Block(config, dtype) for _ in range(config.depth))
-        self.head = Head(config, dtype)
+        self.head = Head(config, dtype, logit_scale)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Summed loss in nats over targets that count, or logits (B, T, V) without targets.

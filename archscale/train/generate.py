@@ -10,8 +10,8 @@ from archscale.config import Config, load_config
 from archscale.data.tokenizer import Tokenizer, load_tokenizer
 from archscale.errors import CheckpointError
 from archscale.model import Transformer
+from archscale.train.build import build_model
 from archscale.train.checkpoint import checkpoint_steps, load_checkpoint, step_directory
-from archscale.train.trainer import build_model
 
 
 def load_run(run_dir: Path) -> tuple[Config, Transformer, Tokenizer]:

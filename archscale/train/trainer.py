@@ -22,12 +22,14 @@ from archscale.config import Config, dump_config
 from archscale.data.loader import Loader, validation_batches
 from archscale.data.shards import TokenSplit
 from archscale.errors import CheckpointError, ConfigError
-from archscale.model import Transformer, initialize
+from archscale.model import initialize
 from archscale.optim import MatrixOptimizer
-from archscale.optim.roles import ParameterRole, assign_roles, parameter_groups
+from archscale.optim.roles import assign_roles
 from archscale.optim.schedule import lr_multiplier
 from archscale.parallel.native import NativeEngine
+from archscale.scaling.transfer import resolve, transfer_of
 from archscale.telemetry.sinks import MetricsFile
+from archscale.train.build import DTYPES, build_model, build_optimizer, manifest
 from archscale.train.checkpoint import (
     checkpoint_steps,
     load_checkpoint,
@@ -41,8 +43,6 @@ from archscale.train.evaluate import evaluate
 from archscale.train.progress import Progress
 from archscale.train.step import train_step
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
-
 
 def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]:
     """Run `config` to its end in `run_dir`; returns a summary (steps, tokens, losses, seconds, whether it was done already).
@@ -54,11 +54,13 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
         ArchscaleError: anything the user can mend, before the first step wherever that can be known.
     """
     world = distributed.launched_world_size()
-    accumulation = config.accumulation(world)  # refused before any process group starts
+    for refusal in config.unavailable():
+        raise refusal
+    config.accumulation(world)  # refused before any process group starts
     shard = config.shard_size(world)
     data = TokenSplit(config.data.train, "train", config.model.context)
     validation = _validation_split(config, data)
-    config = config.with_vocab(data.vocab_size)
+    config = resolve(config.with_vocab(data.vocab_size))
     if config.training.compile and not torch.cuda.is_available() and not cpp_compiler():
         raise ConfigError("there is no C++ compiler", "training.compile", "install g++, or set it to false")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
@@ -69,7 +71,7 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
     for split in (data, validation):
         if split is not None:
             distributed.on_rank_zero(lambda: split.check(split.vocab_size))  # noqa: B023
-    run = Run(config, run_dir, data, validation, device, shard=shard, accumulation=accumulation)
+    run = Run(config, run_dir, data, validation, device, shard=shard)
     summary = run.go(source)
     distributed.stop()
     return summary
@@ -80,7 +82,7 @@ class Run:
 
     def __init__(
         self, config: Config, run_dir: Path, data: TokenSplit, validation: TokenSplit | None, device: torch.device,
-        *, shard: int, accumulation: int,
+        *, shard: int,
     ):  # fmt: skip
         self.config, self.run_dir, self.data, self.validation, self.device = (
             config,
@@ -89,7 +91,8 @@ class Run:
             validation,
             device,
         )
-        self.accumulation = accumulation
+        self.batches = config.batches
+        self.transfer = transfer_of(config)
         self.engine = NativeEngine(
             lambda: build_model(config, data.eos_id), lambda model: initialize(model, config.seed), device=device,
             replicate=config.parallel.replicate, shard=shard,
@@ -97,7 +100,7 @@ class Run:
             compile=config.training.compile,
         )  # fmt: skip
         self.roles = assign_roles(self.engine.module)
-        self.optimizer = build_optimizer(config, self.roles)
+        self.optimizer = build_optimizer(config, self.roles, self.transfer.roles)
         if validation is not None:
             self.token_bytes = torch.from_numpy(validation.token_bytes.astype("int64"))
 
@@ -117,10 +120,10 @@ class Run:
         loader = Loader(
             self.data,
             config.seed,
-            config.batch_size,
+            self.batches,
+            config.training.micro_batch,
             distributed.rank(),
             distributed.world_size(),
-            self.accumulation,
             step,
         )
         pending: list[tuple[int, float, dict[str, Tensor]]] = []  # steps whose numbers still lie on the device
@@ -166,17 +169,21 @@ class Run:
                 metrics.close()
         return self._summary(step, started)
 
+    def _tokens(self, step: int) -> int:
+        """Tokens of the first `step` steps."""
+        return self.batches.at(step)[0] * self.config.model.context
+
     def _set_lr(self, step: int) -> float:
         """Learning rate of the step that follows `step` finished ones."""
         config, schedule = self.config, self.config.schedule
         factor = lr_multiplier(
-            schedule.kind, step * config.batch_tokens, config.steps * config.batch_tokens, warmup=schedule.warmup_tokens,
+            schedule.kind, self._tokens(step), self._tokens(config.steps), warmup=schedule.warmup_tokens,
             final_ratio=schedule.final_ratio, decay_ratio=schedule.decay_ratio,
         )  # fmt: skip
+        factor *= (self.batches.at(step)[1] / self.batches.size) ** self.transfer.batch_exponent
         for group in self.optimizer.param_groups:
-            ratio = 1.0 if group["role"] == "matrix" else config.optimizer.element.lr_ratio
-            group["lr"] = config.parameterization.base.lr * ratio * factor
-        return config.parameterization.base.lr * factor
+            group["lr"] = self.transfer.roles[group["role"]].lr * factor
+        return self.transfer.roles["matrix"].lr * factor
 
     def _read(self, pending: list[tuple[int, float, dict[str, Tensor]]], seconds: float) -> list[dict[str, Any]]:
         """The lines of steps since the last reading: the one place where the host waits for the device."""
@@ -184,11 +191,12 @@ class Run:
         table = torch.stack(
             [torch.stack([measured[key].float() for key in keys]) for _, _, measured in pending]
         ).tolist()
-        each, batch = seconds / len(pending), self.config.batch_tokens
-        lines = []
-        for (step, lr, _), row in zip(pending, table):
-            timing = {"step_seconds": each, "tokens_per_second": batch / each}
-            lines.append({"step": step, "tokens": step * batch, **dict(zip(keys, row)), "lr": lr, **timing})
+        trained = self._tokens(pending[-1][0]) - self._tokens(pending[0][0] - 1)
+        timing = {"step_seconds": seconds / len(pending), "tokens_per_second": trained / seconds}
+        lines = [
+            {"step": step, "tokens": self._tokens(step), **dict(zip(keys, row)), "lr": lr, **timing}
+            for (step, lr, _), row in zip(pending, table)
+        ]
         lines[-1] |= optimizer_metrics(self.optimizer)
         return lines
 
@@ -221,7 +229,7 @@ class Run:
 
     def _summary(self, step: int, started: float, already_done: bool = False) -> dict[str, Any]:
         summary: dict[str, Any] = {
-            "steps": step, "tokens": step * self.config.batch_tokens, "seconds": time.monotonic() - started,
+            "steps": step, "tokens": self._tokens(step), "seconds": time.monotonic() - started,
             "already_done": already_done, "run_dir": str(self.run_dir),
             "checkpoint": str(step_directory(self.run_dir / "checkpoints", step)),
         }  # fmt: skip
@@ -232,57 +240,6 @@ class Run:
                 key: last[0][key] for key in ("loss", "val_loss", "val_bits_per_byte") if last and key in last[0]
             }
         return summary
-
-
-# ------------------------------------------------------------------------------------------------------------ builders
-
-
-def build_model(config: Config, eos_id: int) -> Transformer:
-    """The model of a config whose vocabulary is known, on the current default device."""
-    return Transformer(
-        config.model,
-        DTYPES[config.training.precision],
-        eos_id=eos_id if config.data.document_mask else None,
-        recompute=config.training.activation_checkpoint == "block",
-    )
-
-
-def build_optimizer(config: Config, roles: list[ParameterRole]) -> MatrixOptimizer:
-    """Roles to rules: matrices take `optimizer.matrix.rule`, head, embedding and vectors `optimizer.element.kind`. Vectors do
-    not decay."""
-    matrix, element = config.optimizer.matrix, config.optimizer.element
-    lr, decay = config.parameterization.base.lr, config.optimizer.weight_decay
-    shared = {
-        "lr": lr * element.lr_ratio,
-        "betas": element.betas,
-        "adam_eps": element.eps,
-        "weight_decay": decay,
-    }
-    options: dict[str, dict[str, Any]] = {
-        "matrix": {
-            "rule": matrix.rule, "lr": lr, "momentum": matrix.momentum, "nesterov": matrix.nesterov, "weight_decay": decay,
-            "clip": matrix.clip, "orthogonalizer": matrix.orthogonalizer, "compute_dtype": DTYPES[config.compute_dtype],
-            "wire_dtype": DTYPES[config.wire_dtype], "momentum_dtype": DTYPES[matrix.momentum_dtype],
-            "betas": element.betas, "adam_eps": element.eps,
-        },
-        "head": {**shared, "rule": element.kind},
-        "embedding": {**shared, "rule": element.kind},
-        "vector": {**shared, "rule": element.kind, "weight_decay": 0.0},
-    }  # fmt: skip
-    return MatrixOptimizer(parameter_groups(roles, options, config.model.head_dim if matrix.per_head else None), lr=lr)
-
-
-def manifest(roles: list[ParameterRole], optimizer: MatrixOptimizer) -> list[dict[str, Any]]:
-    """Parameter → role → rule, and the matrices that each is updated as."""
-    rules = {id(p): group["rule"] for group in optimizer.param_groups for p in group["params"]}
-    views: dict[str, list[str]] = {}
-    for name, view, rows, cols in optimizer.views():
-        views.setdefault(name, []).append(f"{view} {rows}x{cols}")
-    return [
-        {"parameter": row.name, "shape": list(row.shape), "role": row.role, "rule": rules[id(row.parameter)],
-         "matrices": views.get(row.name, [])}
-        for row in roles
-    ]  # fmt: skip
 
 
 def optimizer_metrics(optimizer: MatrixOptimizer) -> dict[str, float]:

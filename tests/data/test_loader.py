@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from archscale.batch import BatchSchedule
 from archscale.data.loader import IGNORE, Loader, validation_batches
-from archscale.data.sampler import batch_numbers, sample_index
+from archscale.data.sampler import sample_index
 from archscale.data.shards import TokenSplit
 from archscale.errors import DataError
 
@@ -31,12 +32,12 @@ def _rows(steps: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> list[torch.Te
 
 
 def test_batches_are_the_pure_function(split: TokenSplit) -> None:
-    with Loader(split, seed=3, batch_size=8, accumulation=2, start_step=5) as loader:
+    with Loader(split, 3, BatchSchedule(8), 4, start_step=5) as loader:
         for step in range(5, 40):  # over the end of an epoch: 111 windows
             assert loader.step == step
             batches = next(loader)
             assert len(batches) == 2
-            indices = sample_index(3, batch_numbers(step, 8), split.num_samples)
+            indices = sample_index(3, np.arange(8 * step, 8 * step + 8), split.num_samples)
             expected = torch.from_numpy(np.stack([split.sample(i) for i in indices]))
             assert all(inputs.shape == (4, CONTEXT) and inputs.dtype == torch.int64 for inputs, _ in batches)
             assert torch.equal(torch.cat([inputs for inputs, _ in batches]), expected[:, :-1])
@@ -46,7 +47,7 @@ def test_batches_are_the_pure_function(split: TokenSplit) -> None:
 @pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 3), (3, 4)])
 def test_the_batch_does_not_depend_on_world_or_accumulation(split: TokenSplit, world: int, accumulation: int) -> None:
     def steps(rank: int, world: int, accumulation: int) -> list[torch.Tensor]:
-        with Loader(split, 0, 24, rank, world, accumulation) as loader:
+        with Loader(split, 0, BatchSchedule(24), 24 // (world * accumulation), rank, world) as loader:
             return _rows([next(loader) for _ in range(6)])
 
     whole = steps(0, 1, 1)
@@ -58,10 +59,12 @@ def test_the_batch_does_not_depend_on_world_or_accumulation(split: TokenSplit, w
 
 def test_resuming_on_another_world_continues_the_order(split: TokenSplit) -> None:
     """F10: 2 → 1 → 4 processes."""
-    with Loader(split, 0, 8) as straight:
+    with Loader(split, 0, BatchSchedule(8), 8) as straight:
         expected = _rows([next(straight) for _ in range(9)])
     for start, world in ((0, 2), (3, 1), (6, 4)):
-        loaders = [Loader(split, 0, 8, rank, world, start_step=start) for rank in range(world)]
+        loaders = [
+            Loader(split, 0, BatchSchedule(8), 8 // world, rank, world, start_step=start) for rank in range(world)
+        ]
         for step in range(start, start + 3):
             rows = torch.cat([_rows([next(loader)])[0] for loader in loaders])
             assert sorted(rows.tolist()) == sorted(expected[step].tolist())
@@ -69,9 +72,22 @@ def test_resuming_on_another_world_continues_the_order(split: TokenSplit) -> Non
             loader.close()
 
 
+def test_a_growing_batch_takes_every_window_once(split: TokenSplit) -> None:
+    batches = BatchSchedule(12, ramp=40, stages=3)
+    with Loader(split, 0, batches, 2, 0, 2) as even, Loader(split, 0, batches, 2, 1, 2) as odd:
+        sizes, seen = [], []
+        for _ in range(9):
+            micro = next(even) + next(odd)
+            sizes.append(sum(len(inputs) for inputs, _ in micro))
+            seen += torch.cat(_rows([micro])).tolist()
+    assert sizes == [4, 4, 4, 4, 4, 8, 8, 8, 12]
+    order = sample_index(0, np.arange(len(seen)), split.num_samples)
+    assert sorted(seen) == sorted(split.sample(i)[:-1].tolist() for i in order)
+
+
 def test_every_window_once_an_epoch(split: TokenSplit) -> None:
     n = split.num_samples  # 111 = 37 * 3
-    with Loader(split, 0, 3) as loader:
+    with Loader(split, 0, BatchSchedule(3), 3) as loader:
         for _ in range(2):
             rows = torch.cat(_rows([next(loader) for _ in range(n // 3)]))
             assert sorted(rows.tolist()) == sorted(split.sample(i)[:-1].tolist() for i in range(n))
@@ -79,7 +95,7 @@ def test_every_window_once_an_epoch(split: TokenSplit) -> None:
 
 def test_close_ends_the_thread_and_the_iteration(split: TokenSplit) -> None:
     before = threading.active_count()
-    loader = Loader(split, 0, 4)
+    loader = Loader(split, 0, BatchSchedule(4), 4)
     next(loader)
     loader.close()
     loader.close()
@@ -97,7 +113,7 @@ def test_prefetching_is_bounded(split: TokenSplit, monkeypatch: pytest.MonkeyPat
         return plain(self, step)
 
     monkeypatch.setattr(Loader, "batches", counted)
-    with Loader(split, 0, 4, ahead=2) as loader:
+    with Loader(split, 0, BatchSchedule(4), 4, ahead=2) as loader:
         next(loader)
         end = time.monotonic() + 10
         while len(made) < 4 and time.monotonic() < end:
@@ -108,7 +124,7 @@ def test_prefetching_is_bounded(split: TokenSplit, monkeypatch: pytest.MonkeyPat
 
 def test_an_error_in_the_thread_reaches_the_consumer(dataset: Path, split: TokenSplit) -> None:
     (dataset / "train_00002.bin").write_bytes(b"gone")
-    loader = Loader(split, 0, 64)
+    loader = Loader(split, 0, BatchSchedule(64), 64)
     with pytest.raises(DataError, match=r"train_00002\.bin"):
         list(itertools.islice(loader, 4))
     assert not loader._thread.is_alive()
@@ -121,7 +137,7 @@ def test_an_id_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
     manifest.write_text(manifest.read_text().replace('"vocab_size":100', '"vocab_size":99'))
     split = TokenSplit(path, "train", 33)
     with (
-        Loader(split, 0, 3) as loader,
+        Loader(split, 0, BatchSchedule(3), 3) as loader,
         pytest.raises(DataError, match=r"token id 99 .*vocabulary of 99 .*set"),
     ):
         next(loader)
@@ -130,7 +146,7 @@ def test_an_id_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
 def test_an_indivisible_batch_is_refused_before_a_thread_starts(split: TokenSplit) -> None:
     before = threading.active_count()
     with pytest.raises(ValueError, match="6 sequences do not divide over 4 ranks"):
-        Loader(split, 0, 6, 0, 4)
+        Loader(split, 0, BatchSchedule(6), 1, 0, 4)
     assert threading.active_count() == before
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archscale.data.sampler import batch_numbers, rank_numbers, sample_index
+from archscale.data.sampler import rank_numbers, sample_index
 
 
 @given(seed=st.integers(-(2**63), 2**64), epoch=st.integers(0, 10**9), n=st.integers(1, 3000))
@@ -82,27 +82,23 @@ def test_far_positions_cost_what_near_ones_cost(monkeypatch: pytest.MonkeyPatch)
     world=st.integers(1, 6),
     accumulation=st.integers(1, 4),
     micro=st.integers(1, 5),
-    step=st.integers(0, 10**9),
+    first=st.integers(0, 10**12),
 )
 @settings(max_examples=100, deadline=None)
-def test_ranks_and_micro_batches_partition_the_step(world: int, accumulation: int, micro: int, step: int) -> None:
+def test_ranks_and_micro_batches_partition_the_step(world: int, accumulation: int, micro: int, first: int) -> None:
     size = world * accumulation * micro
-    parts = [rank_numbers(step, size, rank, world, accumulation) for rank in range(world)]
+    parts = [rank_numbers(first, size, rank, world, micro) for rank in range(world)]
     assert all(part.shape == (accumulation, micro) for part in parts)
-    assert np.array_equal(np.sort(np.concatenate(parts, axis=None)), batch_numbers(step, size))
-
-
-def test_steps_follow_each_other() -> None:
-    assert np.concatenate([batch_numbers(step, 6) for step in range(5)]).tolist() == list(range(30))
+    assert np.array_equal(np.sort(np.concatenate(parts, axis=None)), np.arange(first, first + size))
 
 
 @pytest.mark.parametrize(
-    ("batch", "rank", "world", "accumulation"),
+    ("batch", "rank", "world", "micro"),
     [(6, 0, 4, 1), (6, 0, 2, 2), (0, 0, 1, 1), (6, 2, 2, 1), (6, -1, 2, 1)],
 )
-def test_what_does_not_divide_is_refused(batch: int, rank: int, world: int, accumulation: int) -> None:
+def test_what_does_not_divide_is_refused(batch: int, rank: int, world: int, micro: int) -> None:
     with pytest.raises(ValueError):
-        rank_numbers(0, batch, rank, world, accumulation)
+        rank_numbers(0, batch, rank, world, micro)
 
 
 def test_bad_numbers_are_refused() -> None:
