@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from archscale.errors import ArchscaleError
+from archscale.errors import ArchscaleError, ConfigError
 
 app = typer.Typer(
     help="Pre-train language models and find their scaling laws.", no_args_is_help=True, add_completion=False,
@@ -50,6 +50,41 @@ def train(
         done = "already done" if summary["already_done"] else f"finished in {summary['seconds']:.0f} s"
         print(f"{resolved.name}: {done}: {summary['steps']} steps, {summary['tokens']:,} tokens{losses}")
         print(f"metrics {summary['run_dir']}/metrics.jsonl, checkpoint {summary['checkpoint']}")
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML config.")],
+    set: Overrides = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="How many; default parallel.replicate × parallel.shard, or 1.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="Plan for this one, such as h100, or cpu (measured); default: compare all known.")
+    ] = None,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the peak that training reaches.")] = 0.4,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """What a config will train, cost and need, and every problem it has. Starts nothing.
+
+    Example: archscale plan configs/hyperp/dense_d12.yaml --devices 8 --device h100
+    """
+    import json as encoder
+
+    from archscale.config import load_config
+    from archscale.scaling.plan_text import render
+    from archscale.train.preflight import plan_config
+
+    try:
+        found = plan_config(load_config(config, set or []), world_size=devices, device=device, mfu=mfu)
+        print(encoder.dumps(found.as_dict(), indent=1) if json else render(found.as_dict()))
+        problems = found.problems
+    except ConfigError as error:  # not a config at all
+        problems = error.all or [error]
+    for problem in problems:
+        print(f"archscale: {problem}", file=sys.stderr)
+    if problems:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -131,6 +166,9 @@ def bench_optimizer(
     rounds: Annotated[int, typer.Option(min=2, help="Measurements of each arm.")] = 7,
     dtype: Annotated[list[str] | None, typer.Option(help="Of the orthogonalization; repeatable.")] = None,
     peers: Annotated[bool, typer.Option(help="Measure other libraries too.")] = True,
+    limit: Annotated[
+        float, typer.Option(min=1, help="Seconds that a peer's first step may take; it may compile.")
+    ] = 60,
     processes: Annotated[int, typer.Option(min=1, help="Also the distributed step on this many ranks.")] = 1,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
@@ -147,6 +185,7 @@ def bench_optimizer(
             rounds=rounds,
             dtypes=dtype or ["bfloat16", "float32"],
             peers=peers,
+            limit=limit,
             processes=processes,
             as_json=json,
         )

@@ -235,11 +235,16 @@ def explain(error: ValidationError, root: type[BaseModel], layers: Sequence[Laye
     """
     found = [item for detail in error.errors(include_url=False) for item in _problems(detail, root)]
     found.sort(key=lambda item: not item.what.startswith("unknown key"))
-    first = found[0]
-    where = f"{first.where} in {_origin(first.where, layers)}" if layers else first.where
-    more = len(found) - 1
+    if layers:
+        found = [
+            ConfigError(item.what, f"{item.where} in {_origin(item.where, layers)}", item.remedy) for item in found
+        ]
+    found = [ConfigError(*(_one_line(part) for part in (item.what, item.where, item.remedy))) for item in found]
+    first, more = found[0], len(found) - 1
     tail = f" (and {more} more {'problem' if more == 1 else 'problems'})" if more else ""
-    return ConfigError(*(_one_line(part) for part in (first.what, where, first.remedy + tail)))
+    summary = ConfigError(first.what, first.where, first.remedy + tail)
+    summary.all = found
+    return summary
 
 
 def show(value: Any) -> str:

@@ -21,7 +21,13 @@ class ArchscaleError(Exception):
 
 
 class ConfigError(ArchscaleError):
-    """The YAML, an override, or a combination of keys is wrong."""
+    """The YAML, an override, or a combination of keys is wrong.
+
+    Attributes:
+        all: every problem found at once, this one first; empty where there is only this one.
+    """
+
+    all: "list[ConfigError]" = []  # noqa: RUF012  replaced, never changed
 
 
 class DataError(ArchscaleError):

@@ -45,6 +45,11 @@ class Weight:
         return math.prod(self.shape)
 
     @property
+    def in_blocks(self) -> bool:
+        """Whether each block has one."""
+        return "*" in self.name
+
+    @property
     def elements(self) -> int:
         """Elements of all copies."""
         return self.copies * self.numel

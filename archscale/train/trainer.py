@@ -27,7 +27,8 @@ from archscale.optim import MatrixOptimizer
 from archscale.optim.roles import assign_roles
 from archscale.optim.schedule import lr_multiplier
 from archscale.parallel.native import NativeEngine
-from archscale.scaling.transfer import resolve, transfer_of
+from archscale.scaling.plan import make_plan
+from archscale.scaling.transfer import transfer_of
 from archscale.telemetry.sinks import MetricsFile
 from archscale.train.build import DTYPES, build_model, build_optimizer, manifest
 from archscale.train.checkpoint import (
@@ -40,6 +41,7 @@ from archscale.train.checkpoint import (
 )
 from archscale.train.doctor import cpp_compiler
 from archscale.train.evaluate import evaluate
+from archscale.train.preflight import refuse, this_device
 from archscale.train.progress import Progress
 from archscale.train.step import train_step
 
@@ -54,13 +56,11 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
         ArchscaleError: anything the user can mend, before the first step wherever that can be known.
     """
     world = distributed.launched_world_size()
-    for refusal in config.unavailable():
-        raise refusal
-    config.accumulation(world)  # refused before any process group starts
-    shard = config.shard_size(world)
     data = TokenSplit(config.data.train, "train", config.model.context)
     validation = _validation_split(config, data)
-    config = resolve(config.with_vocab(data.vocab_size))
+    plan = make_plan(config.with_vocab(data.vocab_size), world_size=world, device=this_device())
+    refuse(plan)  # before any process group starts
+    config, shard = plan.config, plan.config.shard_size(world)
     if config.training.compile and not torch.cuda.is_available() and not cpp_compiler():
         raise ConfigError("there is no C++ compiler", "training.compile", "install g++, or set it to false")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
@@ -216,6 +216,8 @@ class Run:
         """What a run directory says of the run before its first step."""
         config = self.config
         dump_config(config, self.run_dir / "config.yaml")
+        plan = make_plan(config, world_size=distributed.world_size(), device=this_device())
+        (self.run_dir / "plan.json").write_text(json.dumps(plan.as_dict(), indent=1))
         (self.run_dir / "environment.json").write_text(json.dumps(environment(self.device), indent=1))
         (self.run_dir / "manifest.json").write_text(json.dumps(manifest(self.roles, self.optimizer), indent=1))
         count = sum(row.parameter.numel() for row in self.roles)

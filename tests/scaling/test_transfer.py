@@ -14,7 +14,9 @@ BASE = {"depth": 8, "width": 1024, "lr": 0.01, "tokens": 10**10, "batch_tokens":
 
 
 def config(kind: str, rule: str = "muonh", /, **changes) -> Config:
-    model = {key: value for key, value in changes.items() if key in Config.model_fields["model"].annotation.model_fields}
+    model = {
+        key: value for key, value in changes.items() if key in Config.model_fields["model"].annotation.model_fields
+    }
     rest = {key: value for key, value in changes.items() if key not in model}
     return Config.from_dict(
         {
@@ -33,7 +35,8 @@ def lrs(kind: str, rule: str = "muonh", /, **changes) -> dict[str, float]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "rule"), [("standard", r) for r in MATRIX_RULES] + [(k, r) for k, rs in WIDTH_EXPONENTS.items() for r in rs]
+    ("kind", "rule"),
+    [("standard", r) for r in MATRIX_RULES] + [(k, r) for k, rs in WIDTH_EXPONENTS.items() for r in rs],
 )
 def test_at_the_base_nothing_changes(kind, rule):
     assert lrs(kind, rule) == pytest.approx(dict.fromkeys(("matrix", "embedding", "head", "vector"), 0.01))
@@ -167,7 +170,13 @@ def test_one_table_says_what_goes_together(rule):
 @pytest.mark.parametrize(
     ("kind", "rule", "changes", "where", "words"),
     [
-        ("hyperp", "orscale_lm", {}, "optimizer.matrix.rule", "set it to muonh or .*parameterization.kind to mup\\+\\+ or"),
+        (
+            "hyperp",
+            "orscale_lm",
+            {},
+            "optimizer.matrix.rule",
+            "set it to muonh or .*parameterization.kind to mup\\+\\+ or",
+        ),
         ("hyperp", "muonh", {"optimizer": {"matrix": {"clip": [0.1, 5]}}}, "optimizer.matrix.clip", "set it to null"),
         ("mup++", "muon", {"optimizer": {"element": {"kind": "lion"}}}, "optimizer.element.kind", "set it to adamw"),
     ],

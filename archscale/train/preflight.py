@@ -1,0 +1,60 @@
+"""The plan of a config on this machine or another: what `archscale plan` prints and `archscale train` checks first."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from archscale.config import Config
+from archscale.data.shards import read_manifest
+from archscale.errors import ConfigError, DataError
+from archscale.scaling.devices import DEVICES, Device, find_device, physical_memory
+from archscale.scaling.plan import Plan, make_plan
+
+
+def plan_config(config: Config, *, world_size: int | None = None, device: str | None = None, mfu: float = 0.4) -> Plan:
+    """The plan of a config that may never run here. A vocabulary that the config leaves to the data is taken from there.
+
+    Args:
+        world_size: devices; None: parallel.replicate × parallel.shard, or as many as torchrun has started.
+        device: name of the device to plan for; None: compare all that are known.
+    """
+    if world_size is None:
+        shard = config.parallel.shard
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = max(config.parallel.replicate, launched) if shard == "auto" else config.parallel.replicate * shard
+    missing: DataError | None = None
+    if config.model.vocab_size is None:
+        try:
+            config = config.with_vocab(read_manifest(Path(config.data.train)).tokenizer.vocab_size)
+        except DataError as error:
+            missing = error
+    plan = make_plan(
+        config, world_size=world_size, device=find_device(device) if device else None, mfu=mfu,
+        compare=() if device else tuple(DEVICES.values()),
+    )  # fmt: skip
+    if missing:
+        plan.problems.insert(0, ConfigError(missing.what, missing.where, f"{missing.remedy}, or give model.vocab_size"))
+    return plan
+
+
+def refuse(plan: Plan) -> None:
+    """Raise what stands against running a plan: its first problem, and how many more there are."""
+    if plan.problems:
+        first, more = plan.problems[0], len(plan.problems) - 1
+        tail = (
+            f" (and {more} more {'problem' if more == 1 else 'problems'}: `archscale plan` lists them)" if more else ""
+        )
+        raise ConfigError(first.what, first.where, first.remedy + tail)
+
+
+def this_device() -> Device:
+    """What a process of this job trains on, and the memory that it has there. Nothing is measured."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return dataclasses.replace(find_device(properties.name), memory=properties.total_memory)
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return Device("cpu", None, physical_memory() // share, "this machine, shared by its processes")
