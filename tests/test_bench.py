@@ -1,11 +1,15 @@
 """The bench runs and its figures hang together; speed itself is not tested."""
 
 import json
+import time
 
 import pytest
+import torch
 
-from archscale.bench.optimizer import nominal_flops, parse_shapes
+from archscale.bench import optimizer as bench
+from archscale.bench.optimizer import bench_optimizer, nominal_flops, paired_ratio, parse_shapes
 from archscale.errors import ConfigError
+from archscale.optim import engine
 from tests.pool import launch
 
 
@@ -33,7 +37,51 @@ def test_optimizer_bench_measures_ours_peers_and_two_ranks():
     [measured] = json.loads(launch(command).stdout)
     labels = {row["label"] for row in measured["rows"]}
     assert {"archscale muon", "archscale orscale_lm", "archscale muonh", "torch.optim.AdamW"} <= labels
-    assert all(row["seconds"] > 0 for row in measured["rows"])
+    assert all(row["seconds"] >= row["fastest"] > 0 for row in measured["rows"])
+    for row in measured["rows"]:
+        ours = row["label"].startswith("archscale")
+        assert (row["fastest_ratio"] is not None) == (row["paired"] is not None) == (row["rest"] is not None) == ours
+    assert (measured["rows"][0]["fastest_ratio"], measured["rows"][0]["paired"]) == (1, [1, 1, 1])
     [distributed] = measured["distributed"]
     # Half of each matrix travels to its owner and back; what a rank keeps does not.
     assert distributed["bytes"] == distributed["packed"] == 2 * (4 * 64 * 64 // 2) * 4
+
+
+def test_paired_ratio_ignores_what_disturbs_a_whole_round():
+    base = [1.0, 2.0, 3.0, 50.0, 60.0]
+    assert paired_ratio([1.1 * t for t in base], base) == pytest.approx((1.1, 1.1, 1.1))
+    ratio, low, high = paired_ratio([1.2, 2.2, 3.0, 55.0, 66.0], base)  # the medians alone would say 1.0
+    assert ratio == pytest.approx(1.1)
+    assert (low, high) == pytest.approx((1.0, 1.2), abs=0.06)
+    assert low < ratio < high
+
+
+class Slow(torch.optim.SGD):
+    def step(self):
+        time.sleep(60)
+
+
+def test_slow_and_broken_peers_are_reported(monkeypatch):
+    peers = {
+        "slow": (__name__, "Slow", {"lr": 0.1}),
+        "absent": ("no_such_library", "Muon", {}),
+        "torch.optim.AdamW": ("torch.optim", "AdamW", {"lr": 0.1}),
+    }
+    monkeypatch.setattr(bench, "PEERS", peers)
+    began = time.perf_counter()
+    measured = bench_optimizer([(1, 4, 4)], dtypes=["float32"], rounds=2, limit=0.1)
+    assert time.perf_counter() - began < 30
+    assert measured["missing"] == {
+        "slow": "TimeoutError: its first step takes more than 0.1 s",
+        "absent": "ModuleNotFoundError: No module named 'no_such_library'",
+    }
+    assert [row.label for row in measured["rows"]][-1] == "torch.optim.AdamW"
+
+
+def test_step_without_q_orthogonalizes_nothing(monkeypatch):
+    calls = []
+    whole = engine.orthogonalize_
+    monkeypatch.setattr(engine, "orthogonalize_", lambda *args: calls.append(args[0].shape) or whole(*args))
+    measured = bench_optimizer([(2, 4, 4)], dtypes=["float32"], rounds=2, peers=False)
+    assert calls == [(2, 4, 4)] * 3 * (1 + 2)  # three rules; a warm-up and two rounds
+    assert all(row.rest > 0 for row in measured["rows"])

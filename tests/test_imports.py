@@ -28,6 +28,7 @@ ONLY = {  # all that these import of the layers below or beside them
     "scaling": {
         "archscale.scaling",
         "archscale.model.counting",
+        "archscale.model.memory",
         *(f"archscale.{name}" for name in LAYERS[0]),
     },
     "export": {"archscale.export", "archscale.model", *(f"archscale.{name}" for name in LAYERS[0])},

@@ -1,33 +1,38 @@
 """`archscale bench optimizer`: one optimizer step, ours and every installed peer, on the same matrices in the same run.
 
-Arms are interleaved and their order is shuffled every round, so that a noisy machine disturbs all of them alike; medians
-and their ratios are reported. Every arm gets fresh copies of the same gradients outside the timing. FLOPs are the nominal
+Arms are interleaved and their order is shuffled every round, so that a noisy machine disturbs all of them alike. Three
+comparisons with archscale muon in the same dtype: medians and spread, fastest times (which others' load disturbs least), and
+the median over rounds of the ratio within a round, with a 95 % bootstrap interval. `without Q` is our step with its
+orthogonalization left out. Every arm gets fresh copies of the same gradients outside the timing. FLOPs are the nominal
 direct form, 5 (4 m² n + 2 m³) with m the short side, whatever an implementation saves; the machine's own matmul rate is
 measured between the arms.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import random
+import signal
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from archscale.errors import ConfigError
-from archscale.optim import MatrixOptimizer
+from archscale.optim import MatrixOptimizer, engine
 
 OURS = ("muon", "orscale_lm", "muonh")
-PEERS = {  # label → (module, class, options); each orthogonalizes in bfloat16, five iterations
+PEERS = {  # label → (module, class, parameter group); each orthogonalizes in bfloat16, five iterations
     "torch.optim.Muon": ("torch.optim", "Muon", {"lr": 0.02}),
-    "pytorch_optimizer.Muon": ("pytorch_optimizer", "Muon", {"lr": 0.02}),
+    "pytorch_optimizer.Muon": ("pytorch_optimizer", "Muon", {"lr": 0.02, "use_muon": True}),
     "heavyball.Muon": ("heavyball", "Muon", {"lr": 0.02}),
     "torch.optim.AdamW": ("torch.optim", "AdamW", {"lr": 0.001}),
 }
@@ -42,6 +47,7 @@ class Arm:
     dtype: str  # of the orthogonalization
     params: list[nn.Parameter]
     step: Callable[[], Any]
+    ours: bool = False
 
 
 @dataclass
@@ -51,7 +57,11 @@ class Row:
     label: str
     dtype: str
     seconds: float  # median
+    fastest: float  # seconds
     spread: float  # (90th − 10th percentile) / median
+    fastest_ratio: float | None  # of the fastest times, to archscale muon's in the same dtype
+    paired: tuple[float, float, float] | None  # median ratio within a round, ends of its 95 % interval
+    rest: float | None  # fastest step without its orthogonalization, seconds
     rate: float | None  # nominal FLOP/s
     share: float | None  # of the matmul rate in the same dtype
 
@@ -79,9 +89,13 @@ def bench_optimizer(
     dtypes: Sequence[str] = ("bfloat16", "float32"),
     rounds: int = 7,
     peers: bool = True,
+    limit: float = 60.0,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
-    """Measure all arms; see the module. Returns {rows, matmul (FLOP/s by dtype), missing (peers and why), machine}."""
+    """Measure all arms; see the module. Returns {rows, matmul (FLOP/s by dtype), missing (peers and why), machine}.
+
+    A peer whose first step, which may compile, takes longer than `limit` seconds is missing.
+    """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gradients = _matrices(shapes, device, seed=1)
     arms, missing = [], {}
@@ -89,18 +103,20 @@ def bench_optimizer(
         for rule in OURS:
             params = [nn.Parameter(w) for w in _matrices(shapes, device, seed=0)]
             optimizer = MatrixOptimizer(params, lr=0.02, rule=rule, compute_dtype=getattr(torch, dtype))
-            arms.append(Arm(f"archscale {rule}", dtype, params, optimizer.step))
-    for label, (module, name, options) in PEERS.items() if peers else ():
+            arms.append(Arm(f"archscale {rule}", dtype, params, optimizer.step, ours=True))
+    for label, (module, name, group) in PEERS.items() if peers else ():
         params = [nn.Parameter(w) for w in _matrices(shapes, device, seed=0)]
         try:
-            peer = getattr(importlib.import_module(module), name)(params, **options)
+            peer = getattr(importlib.import_module(module), name)([{"params": params, **group}])
             arm = Arm(label, "-" if name == "AdamW" else "bfloat16", params, peer.step)
-            _time(arm, gradients, device)  # compiles, allocates, or fails
+            with _at_most(limit):
+                _time(arm, gradients, device)  # compiles, allocates, or fails
         except Exception as error:  # a peer that does not run here is reported, not hidden
-            missing[label] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:120]
+            missing[label] = " ".join(f"{type(error).__name__}: {error}".split())[:120]
             continue
         arms.append(arm)
     seconds: list[list[float]] = [[] for _ in arms]
+    rests: list[list[float]] = [[] for _ in arms]
     matmul: dict[str, list[float]] = {dtype: [] for dtype in dtypes}
     for arm in arms:
         _time(arm, gradients, device)
@@ -110,18 +126,51 @@ def bench_optimizer(
         random.Random(round_).shuffle(order)
         for i in order:
             seconds[i].append(_time(arms[i], gradients, device))
+            if arms[i].ours:  # what the rules can differ in: momentum, copies, inner products, update
+                with mock.patch.object(engine, "orthogonalize_", lambda stack, *_: stack.new_ones(len(stack))):
+                    rests[i].append(_time(arms[i], gradients, device))
         for dtype in dtypes:
             matmul[dtype].append(_matmul_rate(size, getattr(torch, dtype), device))
     rates = {dtype: statistics.median(values) for dtype, values in matmul.items()}
-    flops = nominal_flops(shapes)
+    base = {arm.dtype: seconds[i] for i, arm in enumerate(arms) if arm.label == "archscale muon"}
     rows = []
-    for arm, measured in zip(arms, seconds):
-        median = statistics.median(measured)
-        deciles = statistics.quantiles(measured, n=10) if len(measured) > 1 else [median, median]
-        rate = flops / median if arm.dtype in rates else None
-        share = rate / rates[arm.dtype] if rate else None
-        rows.append(Row(arm.label, arm.dtype, median, (deciles[-1] - deciles[0]) / median, rate, share))
+    for arm, measured, rest in zip(arms, seconds, rests):
+        median, fastest, muon = statistics.median(measured), min(measured), base.get(arm.dtype)
+        deciles = statistics.quantiles(measured, n=10, method="inclusive")
+        rate = nominal_flops(shapes) / median if arm.dtype in rates else None
+        rows.append(
+            Row(
+                arm.label, arm.dtype, median, fastest, (deciles[-1] - deciles[0]) / median,
+                fastest / min(muon) if muon else None, paired_ratio(measured, muon) if muon else None,
+                min(rest, default=None), rate, rate / rates[arm.dtype] if rate else None,
+            )
+        )  # fmt: skip
     return {"rows": rows, "matmul": rates, "missing": missing, "machine": machine(device), "shapes": list(shapes)}
+
+
+def paired_ratio(times: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
+    """Median over rounds of times / base, and the ends of its 95 % bootstrap interval."""
+    ratios = [a / b for a, b in zip(times, base, strict=True)]
+    generator = random.Random(0)
+    medians = [statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(2000)]
+    ends = statistics.quantiles(medians, n=40, method="inclusive")
+    return statistics.median(ratios), ends[0], ends[-1]
+
+
+@contextlib.contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError in the block after so long, as soon as Python code runs again."""
+
+    def expire(*_: Any) -> None:
+        raise TimeoutError(f"its first step takes more than {seconds:g} s")
+
+    handler = signal.signal(signal.SIGALRM, expire)
+    timer = signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, *timer)
 
 
 def bench_distributed(
@@ -223,7 +272,7 @@ def _time(arm: Arm, gradients: Sequence[Tensor], device: torch.device) -> float:
 
 def _matmul_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
     a = torch.randn(size, size, device=device).to(dtype)
-    repeat = max(1, round(2e9 / size**3))
+    repeat = min(max(1, round(2e9 / size**3)), 1000)
     a @ a
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -257,7 +306,14 @@ def machine(device: torch.device) -> str:
 
 
 def report(
-    groups: Sequence[Sequence[Shape]], *, rounds: int, dtypes: Sequence[str], peers: bool, processes: int, as_json: bool
+    groups: Sequence[Sequence[Shape]],
+    *,
+    rounds: int,
+    dtypes: Sequence[str],
+    peers: bool,
+    limit: float,
+    processes: int,
+    as_json: bool,
 ) -> str:
     """All measurements of `archscale bench optimizer`, as Markdown tables or as JSON."""
     unknown = [dtype for dtype in dtypes if dtype not in ("float32", "bfloat16")]
@@ -265,7 +321,7 @@ def report(
         raise ConfigError(f"dtype {unknown[0]!r}", "--dtype", "give float32 or bfloat16")
     results = []
     for shapes in groups:
-        measured = bench_optimizer(shapes, dtypes=dtypes, rounds=rounds, peers=peers)
+        measured = bench_optimizer(shapes, dtypes=dtypes, rounds=rounds, peers=peers, limit=limit)
         if processes > 1:
             measured["distributed"] = [
                 bench_distributed(shapes, processes, dtype=dtype, rounds=rounds) for dtype in dtypes
@@ -281,14 +337,19 @@ def _table(measured: dict[str, Any]) -> str:
     rates = ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in measured["matmul"].items())
     lines = [f"\n{shapes} on {measured['machine']}; matmul {rates}", ""]
     lines += [
-        "| optimizer | dtype | ms (median) | spread | time / archscale muon | nominal GFLOP/s | of matmul rate |",
-        "|---|---|---|---|---|---|---|",
+        "| optimizer | dtype | ms (median) | spread | fastest | fastest / muon's | paired ratio to muon, 95 % | without Q (fastest) "
+        "| nominal GFLOP/s | of matmul rate |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    base = {row.dtype: row.seconds for row in measured["rows"] if row.label == "archscale muon"}
     for row in measured["rows"]:
-        ratio = f"{row.seconds / base[row.dtype]:.3f}" if row.dtype in base else "–"
+        ratio = f"{row.fastest_ratio:.3f}" if row.fastest_ratio else "–"
+        paired = "{:.3f} [{:.3f}, {:.3f}]".format(*row.paired) if row.paired else "–"
+        rest = f"{row.rest * 1e3:,.1f}" if row.rest else "–"
         rate = f"{row.rate / 1e9:,.0f} | {row.share:.0%}" if row.rate else "– | –"
-        lines.append(f"| {row.label} | {row.dtype} | {row.seconds * 1e3:,.1f} | {row.spread:.0%} | {ratio} | {rate} |")
+        lines.append(
+            f"| {row.label} | {row.dtype} | {row.seconds * 1e3:,.1f} | {row.spread:.0%} | {row.fastest * 1e3:,.1f} | {ratio} "
+            f"| {paired} | {rest} | {rate} |"
+        )
     lines += [f"not measured: {label} ({why})" for label, why in measured["missing"].items()]
     for d in measured.get("distributed", []):
         lines.append(

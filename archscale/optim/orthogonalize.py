@@ -8,6 +8,10 @@ transposed copy. The normalization has no additive ε: Q does not change when M 
 
 from __future__ import annotations
 
+import functools
+import warnings
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -28,6 +32,7 @@ COEFFICIENTS = {  # (a, b, c) of X ← a X + (b A + c A²) X, A = X Xᵀ
         (2.8366, -3.0525, 1.2012),
     ],
 }
+KERNEL = 512  # rows from which the Triton kernel takes symmetric products; by count of its tiles, (t + 1) / 2 t of all
 SPLIT, LEAF = 1024, 512  # rows from which a symmetric product, and a diagonal block of it, is cut in four; measured
 NORMALIZATION = {"polar_express": 1.02, "quintic": 1.0, "quintic_tuned": 1.0}
 SCHEMES = (*COEFFICIENTS, "exact")
@@ -123,7 +128,36 @@ def _iterate_gram(X: Tensor, spare: Tensor, coefficients: list[tuple[float, floa
 
 
 def symmetric_product(X: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """α X Xᵀ + β · add, for X (k, m, n) and symmetric `add` (k, m, m).
+    """α X Xᵀ + β · add, for X (k, m, n) and symmetric `add` (k, m, m): by the Triton kernel on a GPU, where it pays."""
+    kernels = _kernels() if X.is_cuda and X.shape[-2] >= KERNEL else None
+    # float32 in full precision has no tensor cores to gain from: it stays with the library's products (not measured).
+    if kernels and X.dtype in kernels.DTYPES and (X.dtype != torch.float32 or kernels.precision(X.dtype) == "tf32"):
+        return kernels.symmetric_product(X, add, alpha, beta)
+    return plain_symmetric_product(X, add, alpha, beta)
+
+
+@functools.cache
+def _kernels() -> ModuleType | None:
+    """The module of Triton kernels, where they run (NVIDIA, compute capability 8.0 or more); tried once."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability() < (8, 0):
+        return None
+    try:
+        from archscale.optim import kernels
+    except ImportError:  # Triton comes with PyTorch's CUDA wheels for Linux, not with others
+        return None
+    try:
+        X = torch.ones(1, 16, 16, dtype=torch.bfloat16, device="cuda")
+        if bool((kernels.symmetric_product(X, config=kernels.CONFIGS[0]) == 16).all()):
+            return kernels
+        reason = "wrong result"
+    except Exception as error:  # no C compiler, say: PyTorch's products are slower, not different
+        reason = f"{type(error).__name__}: {error}"
+    warnings.warn(f"Triton does not run here, PyTorch's symmetric products take its place: {reason}", stacklevel=2)
+    return None
+
+
+def plain_symmetric_product(X: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+    """`symmetric_product` in plain PyTorch: the reference of the kernel.
 
     A large one is cut in four, and in four again: the upper right blocks are copied to the lower left, which saves 3/8 of the
     work (or less, as blocks get too small to be worth it).

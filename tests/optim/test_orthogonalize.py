@@ -6,9 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
 from archscale.optim import orthogonalize, reference
-from archscale.optim.orthogonalize import SCHEMES
+from archscale.optim.orthogonalize import (
+    COEFFICIENTS,
+    NORMALIZATION,
+    SCHEMES,
+    _iterate,
+    _iterate_direct,
+    _iterate_gram,
+    direct_cost,
+    gram_cost,
+)
 
 # REFERENCE 2: singular values of Q after five iterations, for inputs with σ_i / ‖M‖ ≥ 3e-3.
 INTERVALS = {
@@ -109,3 +119,33 @@ def test_cut_symmetric_products_equal_whole_ones(monkeypatch, m, n):
     A = X @ X.mT
     torch.testing.assert_close(module.symmetric_product(X), A)
     torch.testing.assert_close(module.symmetric_product(A, add=A, alpha=0.3, beta=-2.0), 0.3 * A @ A - 2.0 * A)
+
+
+@pytest.mark.parametrize("scheme", COEFFICIENTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(40, 40), (24, 96), (96, 24), (48, 64)])
+def test_gram_form_equals_direct_form(scheme, dtype, shape):
+    """The same polynomial, so the same Q to rounding (6e-6 and 1e-14 here)."""
+    M = torch.stack([planted(*shape, smallest=3e-3, seed=seed) for seed in range(3)])
+    X = (M / (NORMALIZATION[scheme] * M.norm(dim=(1, 2), keepdim=True))).to(dtype)
+    direct, gram = (
+        form(X.clone(), torch.empty_like(X), COEFFICIENTS[scheme]) for form in (_iterate_direct, _iterate_gram)
+    )
+    assert (direct - gram).abs().max() < {torch.float64: 1e-13, torch.float32: 5e-5}[dtype]
+
+
+@settings(max_examples=40, deadline=None)
+@given(m=st.integers(1, 40), n=st.integers(1, 120), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+def test_form_of_fewer_flops_is_taken(m, n, dtype):
+    """The costs are what the products count up to; bfloat16 stays direct, its Gram matrix loses small singular values."""
+
+    def flops(iterate):
+        X = torch.zeros(1, m, n, dtype=dtype)
+        with FlopCounterMode(display=False) as counter:
+            iterate(X, torch.empty_like(X), COEFFICIENTS["polar_express"])
+        return counter.get_total_flops()
+
+    short, long = sorted((m, n))
+    direct, gram = flops(_iterate_direct), flops(_iterate_gram)
+    assert (direct, gram) == (direct_cost(short, long), gram_cost(short, long))
+    assert flops(_iterate) == (direct if dtype == torch.bfloat16 else min(direct, gram))
