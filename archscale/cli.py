@@ -56,8 +56,8 @@ def train(
 def plan(
     config: Annotated[Path, typer.Argument(help="YAML config.")],
     set: Overrides = None,
-    devices: Annotated[
-        int | None, typer.Option(min=1, help="How many; default parallel.replicate × parallel.shard, or 1.")
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Devices, one process each; default parallel.replicate × parallel.shard.")
     ] = None,
     device: Annotated[
         str | None, typer.Option(help="Plan for this one, such as h100, or cpu (measured); default: compare all known.")
@@ -67,7 +67,7 @@ def plan(
 ) -> None:
     """What a config will train, cost and need, and every problem it has. Starts nothing.
 
-    Example: archscale plan configs/hyperp/dense_d12.yaml --devices 8 --device h100
+    Example: archscale plan configs/hyperp/dense_d12.yaml --processes 8 --device h100
     """
     import json as encoder
 
@@ -76,11 +76,15 @@ def plan(
     from archscale.train.preflight import plan_config
 
     try:
-        found = plan_config(load_config(config, set or []), world_size=devices, device=device, mfu=mfu)
-        print(encoder.dumps(found.as_dict(), indent=1) if json else render(found.as_dict()))
-        problems = found.problems
-    except ConfigError as error:  # not a config at all
-        problems = error.all or [error]
+        found = plan_config(load_config(config, set or []), world_size=processes, device=device, mfu=mfu)
+        problems, content = found.problems, found.as_dict()
+    except ConfigError as error:  # not a config, so there is nothing to plan
+        problems, content = error.all or [error], {}
+        if json:
+            rows = [{"what": p.what, "where": p.where, "remedy": p.remedy} for p in problems]
+            print(encoder.dumps({"problems": rows}, indent=1))
+    if content:
+        print(encoder.dumps(content, indent=1) if json else render(content))
     for problem in problems:
         print(f"archscale: {problem}", file=sys.stderr)
     if problems:

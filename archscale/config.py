@@ -6,6 +6,7 @@ Building a section in Python raises pydantic's ValidationError; `load_config` an
 sections are in `archscale.config_model` and `archscale.config_sections`; reading files and the wording of errors are in `archscale.config_io`.
 """
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Self
@@ -75,7 +76,6 @@ class NotYet(NamedTuple):
 
 # Whoever builds a feature deletes its row.
 NOT_YET = [
-    NotYet("model.moe", lambda v: v is not None, "a mixture of experts", "set it to null"),
     NotYet("parallel.engine", lambda v: v == "deepspeed", "the deepspeed engine", "set it to native"),
     NotYet("parallel.expert", lambda v: v > 1, "expert parallelism", "set it to 1"),
     NotYet("checkpoint.async", lambda v: v, "asynchronous checkpointing", "set it to false"),
@@ -128,6 +128,14 @@ class Config(Section):
             yield ConfigError(
                 f"batch_tokens {batch} is not a multiple of model.context {context}", "training.batch_tokens",
                 f"set it to {choice(works, batch)}",
+            )  # fmt: skip
+        elif schedule.batch_ramp_tokens and (
+            schedule.batch_ramp_stages == 1 or schedule.batch_ramp_tokens < self.batch_tokens
+        ):
+            yield ConfigError(
+                f"a ramp over {schedule.batch_ramp_tokens} tokens in {schedule.batch_ramp_stages} stages changes no batch",
+                "schedule.batch_ramp_tokens",
+                f"set it to 0, or to at least {self.batch_tokens} with batch_ramp_stages of at least 2",
             )  # fmt: skip
         elif schedule.batch_ramp_tokens and self.batch_size % schedule.batch_ramp_stages:
             yield ConfigError(
@@ -219,6 +227,15 @@ class Config(Section):
                 f"replicate {replicate} × shard {shard} is {replicate * shard}, not the {world_size} ranks",
                 "parallel.shard", f"start {replicate * shard} ranks, or set parallel.shard: auto",
             )  # fmt: skip
+        moe, expert = self.model.moe, self.parallel.expert
+        routed = moe.sparsity * moe.top_k - moe.shared_expert if moe else 0
+        for total, what in ((shard, f"the {shard} ranks of a shard group"), (routed, f"the {routed} routed experts")):
+            if expert > 1 and (not total or total % expert):
+                works = [divisor for divisor in divisors(math.gcd(shard, routed)) if routed]
+                raise ConfigError(
+                    f"expert {expert} does not divide {what}" if total else "a model without experts has none to spread",
+                    "parallel.expert", f"set it to {choice(works, expert)}" if works else "set it to 1",
+                )  # fmt: skip
         return shard
 
     def accumulation(self, world_size: int) -> int:

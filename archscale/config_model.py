@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import Field, StrictBool
 
-from archscale.config_io import Count, Derived, NonNegative, Positive, choice, divisors
+from archscale.config_io import Count, Derived, NonNegative, Positive, Share, choice, divisors
 from archscale.config_sections import Section
 from archscale.errors import ConfigError
 
@@ -31,11 +31,26 @@ class MoEConfig(Section):
     balance_weight: NonNegative = 0.1
     """Weight of the load-balance loss in the training loss."""
 
+    @property
+    def routed_per_token(self) -> int:
+        """Routed experts that a token passes."""
+        return self.top_k - self.shared_expert
+
+    @property
+    def counts_first(self) -> bool:
+        """Whether the balance loss needs all of a step's routing decisions before the first backward pass."""
+        return self.balance == "global" and self.balance_weight > 0
+
     def problems(self) -> Iterator[ConfigError]:
         if self.shared_expert and self.top_k < 2:
             yield ConfigError(
                 "with a shared expert, top_k 1 leaves no routed one", "model.moe.top_k",
                 "set top_k of at least 2, or shared_expert: false",
+            )  # fmt: skip
+        elif self.routed_per_token == 1 and self.balance_weight == 0:
+            yield ConfigError(
+                "one routed expert a token has a constant gate, so without a balance loss nothing trains the router",
+                "model.moe.balance_weight", f"set it above 0, or top_k to at least {self.top_k + 1}",
             )  # fmt: skip
 
 
@@ -165,7 +180,7 @@ class ParameterizationConfig(Section):
 
     kind: Literal["hyperp", "mup++", "standard"] = "standard"
     """Transfer rules; standard transfers nothing: the learning rate is base.lr."""
-    token_exponent: NonNegative | None = None
+    token_exponent: Share | None = None
     """Learning rate ∝ tokens^(−exponent); null: 0.32 under hyperp, 0 under mup++. Means nothing to standard."""
     base: BaseConfig = BaseConfig()
     """The base model."""
@@ -175,4 +190,11 @@ class ParameterizationConfig(Section):
             yield ConfigError(
                 "standard transfers nothing, so token_exponent does nothing", "parameterization.token_exponent",
                 "set it to null, or choose the kind hyperp or mup++",
+            )  # fmt: skip
+        needed = ("depth", "width", "lr", "tokens", "batch_tokens")
+        missing = [key for key in needed if key not in self.base.model_fields_set]
+        if self.kind != "standard" and missing:
+            yield ConfigError(
+                f"{self.kind} transfers from a base, and {', '.join(missing)} of it {'is' if len(missing) == 1 else 'are'} missing",
+                "parameterization.base", f"give {', '.join(needed)} of the size at which the learning rate was tuned",
             )  # fmt: skip

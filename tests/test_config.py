@@ -315,7 +315,6 @@ def test_name_must_be_able_to_name_a_directory(small, name):
 # --- what does not exist yet --------------------------------------------------------------------------------
 
 NOT_YET_VALUES = {
-    "model.moe": "{}",
     "parallel.engine": "deepspeed",
     "parallel.expert": "2",
     "checkpoint.async": "true",
@@ -353,6 +352,7 @@ def test_override_through_a_null_section_creates_it(small):
         (["model.kv_heads=8"], "model.kv_heads", "does not divide heads 4.*set it to 4$"),
         (["model.mlp_ratio=2.67"], "model.mlp_ratio", "set it to 2.671875"),
         (["model.moe.top_k=1"], "model.moe.top_k", "leaves no routed one"),
+        (["model.moe={top_k: 2, balance_weight: 0}"], "model.moe.balance_weight", "above 0, or top_k to at least 3$"),
         (["model.moe.top_k=7"], "model.moe.top_k", "does not divide 256 .*set it to 4 or 8"),
         (["optimizer.matrix.clip=[2, 1]"], "optimizer.matrix.clip", "is above the upper bound"),
         (

@@ -1,4 +1,4 @@
-"""Dense transformer language models."""
+"""Transformer language models, dense or with a mixture of experts."""
 
 from archscale.model.initialize import initialize
 from archscale.model.transformer import Transformer

@@ -132,10 +132,10 @@ def memory(
     stream, saved = FP32 * D * N, block_activations(model, c, micro_batch, document_mask)
     hidden = N * c * model.mlp_hidden * (2 if model.mlp == "swiglu" else 3)
     backward = stream + N * c * D + hidden
-    # The loss: gradients of its input and of the head are taken in the forward pass; logits exist by chunks, as float32
-    # logits, their softmax and, from the second chunk on, the previous one.
+    # The loss: gradients of its input and of the head are taken in the forward pass. Logits exist by chunks, beside their
+    # softmax; those of the chunk before are still there when the next ones come.
     rows = max(1, min(N, LOSS_CHUNK // V))
-    logits = FP32 * rows * V * (2 if rows == N else 3)
+    logits = FP32 * V * max(2 * rows, rows + 2 * min(rows, N - rows))
     head_input, loss = c * D * N, c * D * N + FP32 * table
 
     terms = {
@@ -180,10 +180,7 @@ def memory(
 
 
 def block_activations(model: ModelConfig, c: int, micro_batch: int, document_mask: bool = False) -> int:
-    """Bytes that one block saves for its backward pass in eager mode; c bytes of an activation.
-
-    Experts: each of a token's copies is saved as it enters and as it leaves its expert.
-    """
+    """Bytes that one block saves for its backward pass in eager mode; c bytes of an activation."""
     D, H, G, K, T = model.width, model.heads, model.kv_heads, model.head_dim, model.context
     gated, norm, E, k = int(model.gated_attention), int(model.qk_norm), *experts(model)
     token = 2 * (FP32 * D + FP32 + 2 * c * D)  # two norms: their input, 1/RMS, the result without and with the weight
@@ -192,10 +189,16 @@ def block_activations(model: ModelConfig, c: int, micro_batch: int, document_mas
     token += c * (H + G) * K + c * H * K + FP32 * H  # rotated q and k; the output and its log-sum-exp
     token += gated * c * (H + H * K)  # the gate's sigmoid and the gated output
     token += c * model.mlp_hidden * (4 if model.mlp == "swiglu" else 2)  # up, its activation, their product
-    token += 2 * k * c * D + 3 * FP32 * E  # experts' inputs and outputs; router logits, softmax and log-softmax
+    router = 0
+    if model.moe is not None:
+        token += k * c * (D + model.mlp_hidden // model.moe.top_k + 1)  # experts' inputs, gated hidden features, gates
+        token += 2 * FP32 * E + 2 * FP32 * k  # softmax of all logits, twice; of the chosen ones
+        token += 3 * 8 * k  # int64: which are chosen, and the rows' order, there and back
+        if c < FP32:  # float32 copies of the router's input and weight; the input itself is for the shared expert alone
+            router = FP32 * D * (micro_batch * T + E) - (not model.moe.shared_expert) * c * D * micro_batch * T
     mask = c * T * T * (micro_batch if document_mask else 1) if model.window or document_mask else 0
     rope = 0 if c == FP32 else 4 * c * T * K // 2  # casts of the tables
-    return micro_batch * T * token + mask + rope
+    return micro_batch * T * token + router + mask + rope
 
 
 def _optimizer_buffers(
@@ -223,6 +226,8 @@ def _optimizer_buffers(
         work = max(work, stack * max(2 * FP32 * m * n, iterating))
     inward, outward = _exchanged(stored, layout, orthogonal)  # of all batches and all ranks, in elements
     sent, back = inward / layout.world / batches, outward / layout.world / batches
+    # While it works on one batch, the next one's momentum has arrived and the last one's directions are under way; when it
+    # returns one, the stage of the last one is still there.
     orthogonalizing = wire * (batch + sent * (2 if batches == 1 else 1) + (batches > 1) * 2 * back) + work
     returning = wire * (batch * min(2, batches) + 2 * back + (batches > 1) * sent)
     return math.ceil(max(temporary, orthogonalizing, returning))

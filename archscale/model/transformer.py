@@ -1,6 +1,6 @@
 """Pre-norm transformer language model with a float32 residual stream.
 
-Shapes: B batch, T time, D width, V vocabulary, L layers.
+Shapes: B batch, T time, D width, V vocabulary, L layers, E routed experts.
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from archscale.model.attention import Attention, attention_mask, rope_table
+from archscale.model.counting import experts
 from archscale.model.layers import Embedding, FeedForward, RMSNorm
 from archscale.model.loss import cross_entropy_sum
+from archscale.model.moe import MoE, Routing
 
 if TYPE_CHECKING:
     from archscale.config import ModelConfig
@@ -24,9 +26,9 @@ HEAD_STD = 0.02
 
 
 class Block(nn.Module):
-    """x + a · attention(norm(x)), then x + a · mlp(norm(x)); a = 1/√(2L) under Depth-μP, else 1."""
+    """x + a · attention(norm(x)), then x + a · mlp(norm(x)); a = 1/√(2L) under Depth-μP, else 1. The MLP is dense or `MoE`."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, router_logit_scale: float = 1.0):
         super().__init__()
         self.multiplier = 1 / math.sqrt(2 * config.depth) if config.depth_mup else 1.0
         self.attention_norm = RMSNorm(config.width, dtype)
@@ -35,11 +37,25 @@ class Block(nn.Module):
             qk_norm=config.qk_norm, gated=config.gated_attention, dtype=dtype,
         )  # fmt: skip
         self.mlp_norm = RMSNorm(config.width, dtype)
-        self.mlp = FeedForward(config.width, config.mlp_hidden, config.mlp)
+        self.mlp: FeedForward | MoE
+        if config.moe is None:
+            self.mlp = FeedForward(config.width, config.mlp_hidden, config.mlp)
+        else:
+            self.mlp = MoE(
+                config.width, config.mlp_hidden // config.moe.top_k, config.mlp, *experts(config),
+                shared=config.moe.shared_expert, sqrt_gate=config.moe.sqrt_gate, logit_scale=router_logit_scale,
+            )  # fmt: skip
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) → the same; with experts also their load and mass, (B, E) as of `MoE`."""
         x = torch.add(x, self.attention(self.attention_norm(x), rope, mask), alpha=self.multiplier)
-        return torch.add(x, self.mlp(self.mlp_norm(x)), alpha=self.multiplier)
+        h = self.mlp(self.mlp_norm(x))
+        if isinstance(h, Tensor):
+            return torch.add(x, h, alpha=self.multiplier)
+        y, load, mass = h
+        return torch.add(x, y, alpha=self.multiplier), load, mass
 
 
 class Head(nn.Module):
@@ -75,7 +91,7 @@ class Transformer(nn.Module):
         dtype: of matrix products and activations (parameters and residual stream stay float32).
         eos_id: token that separates documents; given, attention stays within a document.
         recompute: keep only block inputs for the backward pass (activation checkpointing).
-        logit_scale: multiplies the logits (μP).
+        logit_scale: multiplies the logits (μP). router_logit_scale: those of the routers.
     """
 
     def __init__(
@@ -85,6 +101,7 @@ class Transformer(nn.Module):
         eos_id: int | None = None,
         recompute: bool = False,
         logit_scale: float = 1.0,
+        router_logit_scale: float = 1.0,
     ):
         super().__init__()
         if config.vocab_size is None:
@@ -92,21 +109,36 @@ class Transformer(nn.Module):
         self.config, self.eos_id, self.recompute = config, eos_id, recompute
         std = HEAD_STD if config.tied_embeddings else EMBEDDING_STD
         self.embedding = Embedding(config.vocab_size, config.width, std, dtype)
-        self.blocks = nn.ModuleList(Block(config, dtype) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(Block(config, dtype, router_logit_scale) for _ in range(config.depth))
         self.head = Head(config, dtype, logit_scale)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, *, routing: bool = False
+    ) -> Tensor | tuple[Tensor | None, Routing]:
         """Summed loss in nats over targets that count, or logits (B, T, V) without targets.
 
         Args:
             tokens, targets: (B, T) int64; targets of `loss.IGNORE` do not count.
+            routing: return (loss, what the experts' routers did) instead; without targets (None, …): no head runs.
         """
         rope = rope_table(tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device)
         mask = attention_mask(tokens, self.config.window, self.eos_id)
         x = self.embedding(tokens)
+        routed: list[tuple[Tensor, Tensor]] = []
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, rope, mask, use_reentrant=False)
             else:
                 x = block(x, rope, mask)
-        return self.head(x, targets, self.embedding.weight if self.config.tied_embeddings else None)
+            if self.config.moe is not None:
+                x, *layer = x
+                routed.append((layer[0], layer[1]))
+        if routing and targets is None:
+            return None, _stack(routed)
+        loss = self.head(x, targets, self.embedding.weight if self.config.tied_embeddings else None)
+        return (loss, _stack(routed)) if routing else loss
+
+
+def _stack(routed: list[tuple[Tensor, Tensor]]) -> Routing:
+    """Of every layer, (L, B, E)."""
+    return Routing(torch.stack([load for load, _ in routed]), torch.stack([mass for _, mass in routed]))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -64,7 +64,7 @@ class NativeEngine:
         if compile:
             for block in blocks:
                 block.compile()
-        self.forward: Callable[..., Tensor] = self.module
+        self.forward: Callable[..., Any] = self.module
         self.gradient_scale = 1.0  # multiplies the loss so that the engine's reduction becomes a sum
         if world > 1 and shard == 1:
             self.forward = DistributedDataParallel(self.module, gradient_as_bucket_view=True)

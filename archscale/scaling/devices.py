@@ -1,4 +1,4 @@
-"""What accelerators can do: dense bf16 peak (without sparsity) and memory, as their makers publish them.
+"""What accelerators can do: dense bf16 peak (without sparsity) and memory, as their makers' data sheets say.
 
 A device that is not here has no peak: its time is n/a, never a guess. `cpu` is measured when it is asked for.
 """
@@ -19,6 +19,13 @@ class Device:
     memory: int | None
     source: str
 
+    @property
+    def room(self) -> int | None:
+        """Bytes that a run may plan for: an accelerator's context, libraries and fragmentation take `RESERVED`."""
+        return self.memory if self.memory is None or self.name == "cpu" else self.memory - RESERVED
+
+
+RESERVED = 2 * 10**9  # bytes of an accelerator's memory left to its context, libraries and fragmentation
 
 DEVICES = {
     device.name: device
@@ -26,21 +33,25 @@ DEVICES = {
         Device("a100", 312e12, 80 * 10**9, "NVIDIA A100 80GB SXM data sheet"),
         Device("h100", 989.4e12, 80 * 10**9, "NVIDIA H100 SXM data sheet"),
         Device("h200", 989.4e12, 141 * 10**9, "NVIDIA H200 SXM data sheet"),
-        Device("b200", 2250e12, 180 * 10**9, "NVIDIA DGX B200 data sheet, an eighth of the system"),
+        Device("b200", 2250e12, 180 * 10**9, "NVIDIA HGX B200 data sheet"),
         Device("mi300x", 1307.4e12, 192 * 10**9, "AMD Instinct MI300X data sheet"),
     )
 }
+# What drivers call exactly these; their PCIe, NVL, 40 GB, Grace and sliced relatives have other figures.
+DRIVER_NAMES = {
+    "nvidia a100-sxm4-80gb": "a100", "nvidia h100 80gb hbm3": "h100", "nvidia h200": "h200", "nvidia b200": "b200",
+    "amd instinct mi300x": "mi300x",
+}  # fmt: skip
 
 
 def find_device(name: str) -> Device:
-    """A device by the name that a user or CUDA gives it ("NVIDIA H100 80GB HBM3"); an unknown one has no figures."""
+    """A device by its name in the table or by what its driver calls it; of any other nothing is known. `cpu` is measured."""
     lowered = name.lower()
     if lowered == "cpu":
         return this_cpu()
-    for device in DEVICES.values():
-        if device.name in lowered.replace(" ", "").replace("-", ""):
-            return device
-    return Device(name, None, None, "not in the table")
+    return DEVICES.get(DRIVER_NAMES.get(lowered, lowered)) or Device(
+        name, None, None, f"not in the table: {', '.join(DEVICES)}, cpu"
+    )
 
 
 def this_cpu() -> Device:

@@ -7,7 +7,7 @@ people is in `archscale.scaling.plan_text`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -57,48 +57,77 @@ def make_plan(config: Config, *, world_size: int = 1, device: Device | None = No
         compare: further devices whose time and fit are worth knowing.
     """
     plan = Plan(config)
-    plan.problems += config.unavailable()
-    plan.problems += rules.problems(config.model, config.parameterization, config.optimizer)
-    consistent = _attempt(plan, lambda: (config.shard_size(world_size), config.accumulation(world_size)))
-    resolved = _attempt(plan, lambda: rules.resolve(config))
-    if resolved is None or config.model.vocab_size is None:
-        if resolved is not None:
-            plan.problems.append(
-                ConfigError(
-                    "the vocabulary is not known, so nothing can be counted", "model.vocab_size",
-                    "prepare data.train, or give its size",
-                )
-            )  # fmt: skip
-        return plan
-    plan.config = config = resolved
-    model, vocab = config.model, counting.vocabulary(config.model)
-    if config.training.precision == "bf16" and vocab % PADDING:
-        plan.advice.append(
+    unknown = list(rules.problems(config.model, config.parameterization, config.optimizer))
+    plan.problems += [*config.unavailable(), *unknown]
+    shard = _attempt(plan, lambda: config.shard_size(world_size))
+    accumulation = _attempt(plan, lambda: config.accumulation(world_size))
+    if config.model.vocab_size is None:
+        plan.problems.append(
             ConfigError(
-                f"a vocabulary of {vocab} is slow on matrix units", "model.vocab_size",
-                f"set it to {-(-vocab // PADDING) * PADDING}; the rest is padding",
+                "the vocabulary is not known, so nothing can be counted", "model.vocab_size",
+                "prepare data.train, or give its size",
             )
         )  # fmt: skip
+        return plan
+    plan.advice += _advice(config)
+    model = config.model
     plan.figures["model"] = {
         **{key: getattr(model, key) for key in ("depth", "width", "heads", "kv_heads", "head_dim", "mlp", "mlp_hidden")},
-        "context": model.context, "vocab_size": vocab, "tied_embeddings": model.tied_embeddings,
+        "context": model.context, "vocab_size": model.vocab_size, "tied_embeddings": model.tied_embeddings,
         "moe": model.moe and model.moe.model_dump(), "parameters": asdict(counting.parameters(model)),
         "published_parameters": counting.published_parameters(model),
     }  # fmt: skip
-    known = not any(rules.problems(model, config.parameterization, config.optimizer))
-    transfer = rules.transfer_of(config) if known else None
+    resolved = _attempt(plan, lambda: rules.resolve(config))
+    if resolved is None:
+        return plan
+    plan.config = config = resolved
+    transfer = None if unknown else rules.transfer_of(config)
     plan.figures["parameterization"] = _parameterization(config, transfer)
     plan.figures["training"] = _training(config, world_size)
-    plan.figures["flops"] = flops = _flops(config)
-    if transfer is None or consistent is None:
+    plan.figures["flops"] = flops = _flops(config, plan.figures["training"]["accumulation"])
+    if transfer is None or shard is None or accumulation is None:
         return plan
-    need = _memory(plan, world_size, transfer)
+    need = _memory(plan, transfer, world_size, shard, accumulation)
     plan.figures["devices"] = [
-        _on_device(d, flops["total"], world_size, mfu, need.peak) for d in ([device] if device else []) + [*compare]
+        _on_device(d, flops, config.steps, sum(plan.figures["communication"].values()), world_size, mfu, need.peak)
+        for d in ([device] if device else []) + [*compare]
     ]
-    if device and device.memory and need.peak > device.memory:
-        plan.problems.append(_does_not_fit(config, device, need.peak, need.terms))
+    if device and device.room is not None and need.peak > device.room:
+        problem = _does_not_fit(config, device, need)
+        # A compiled model keeps less for its backward pass than is planned; how much less is not known beforehand.
+        certain = not config.training.compile or need.peak - need.terms["activations"] > device.room
+        (plan.problems if certain else plan.advice).append(problem)
     return plan
+
+
+def _advice(config: Config) -> Iterator[ConfigError]:
+    model, kind = config.model, config.parameterization.kind
+    vocab = counting.vocabulary(model)
+    if config.training.precision == "bf16" and vocab % PADDING:
+        yield ConfigError(
+            f"a vocabulary of {vocab} is slow on matrix units", "model.vocab_size",
+            f"set it to {-(-vocab // PADDING) * PADDING}; the rest is padding",
+        )  # fmt: skip
+    if model.moe and model.moe.routed_per_token == 1:
+        yield ConfigError(
+            "the gate of one routed expert a token is always 1: the router learns from the balance loss alone",
+            "model.moe.top_k", f"set it to at least {model.moe.top_k + 1}",
+        )  # fmt: skip
+    if kind != "standard" and not model.depth_mup:
+        yield ConfigError(
+            f"without Depth-μP {kind} does not transfer over depth",
+            "model.depth_mup",
+            "set it to true, unless you study it",
+        )
+    if kind == "hyperp" and model.moe and not model.moe.sqrt_gate:
+        yield ConfigError(
+            "without SqrtGate hyperp does not transfer over the number of experts", "model.moe.sqrt_gate",
+            "set it to true, unless you study it",
+        )  # fmt: skip
+    if kind == "hyperp" and config.schedule.warmup_tokens:
+        yield ConfigError(
+            "hyperp's rules were found without warm-up", "schedule.warmup_tokens", "set it to 0, unless you study it"
+        )
 
 
 def _attempt(plan: Plan, compute: Callable[[], Any]) -> Any:
@@ -145,24 +174,33 @@ def _training(config: Config, world_size: int) -> dict[str, Any]:
     }
 
 
-def _flops(config: Config) -> dict[str, Any]:
-    model = config.model
-    per_token = counting.training_flops(model)
+def _flops(config: Config, accumulation: float) -> dict[str, Any]:
+    """`total` is useful work, as MFU counts it. `executed` is all that runs: also what is computed a second time, the counting
+    pass of a load balance (a step's first micro-batch needs none), and the optimizer's orthogonalization."""
+    model, recompute = config.model, config.training.activation_checkpoint == "block"
+    useful = counting.training_flops(model)
+    again = counting.training_flops(model, recompute=recompute) - useful
+    counted = 0.0
+    if model.moe and model.moe.counts_first and accumulation > 1:
+        counted = (counting.training_flops(model, counting_pass=True) - useful) * (accumulation - 1) / accumulation
     elementwise = config.optimizer.matrix.rule in ELEMENTWISE
     optimizer = 0 if elementwise else counting.optimizer_flops(
         model, per_head=model.head_dim if config.optimizer.matrix.per_head else None
     )  # fmt: skip
     return {
         "forward_per_token": counting.forward_flops(model),
-        "training_per_token": per_token,
+        "training_per_token": useful,
         "published_per_token": counting.published_flops_per_token(model),
-        "total": per_token * config.tokens,
+        "recomputation_per_token": again,
+        "counting_pass_per_token": counted,
         "optimizer_per_step": optimizer,
-        "optimizer_share": optimizer / (per_token * config.batch_tokens),
+        "optimizer_share": optimizer / (useful * config.batch_tokens),
+        "total": useful * config.tokens,
+        "executed": (useful + again + counted) * config.tokens + optimizer * config.steps,
     }
 
 
-def _memory(plan: Plan, world_size: int, transfer: rules.Transfer) -> Memory:
+def _memory(plan: Plan, transfer: rules.Transfer, world_size: int, shard: int, accumulation: int) -> Memory:
     """Memory, communication and disk; returns the first."""
     config, model = plan.config, plan.config.model
     matrix, parallel = config.optimizer.matrix, config.parallel
@@ -170,8 +208,8 @@ def _memory(plan: Plan, world_size: int, transfer: rules.Transfer) -> Memory:
     state["matrix"] -= 2 * (matrix.momentum_dtype == "bfloat16")  # of Adam's two buffers only the first one
     step: dict[str, Any] = {
         "precision": config.training.precision, "micro_batch": config.training.micro_batch,
-        "accumulation": config.accumulation(world_size), "engine": parallel.engine, "replicate": parallel.replicate,
-        "shard": config.shard_size(world_size), "expert": parallel.expert, "zero_stage": parallel.zero_stage,
+        "accumulation": accumulation, "engine": parallel.engine, "replicate": parallel.replicate,
+        "shard": shard, "expert": parallel.expert, "zero_stage": parallel.zero_stage,
         "reshard_after_forward": parallel.reshard_after_forward, "orthogonal": () if matrix.rule in ELEMENTWISE else ("matrix",),
         "recompute": config.training.activation_checkpoint == "block",
         "wire_bytes": 4 if config.wire_dtype == "float32" else 2,
@@ -191,30 +229,37 @@ def _memory(plan: Plan, world_size: int, transfer: rules.Transfer) -> Memory:
     return need
 
 
-def _on_device(device: Device, total: float, world_size: int, mfu: float, peak: int) -> dict[str, Any]:
+def _on_device(
+    device: Device, flops: dict[str, Any], steps: int, sent: int, world_size: int, mfu: float, peak: int
+) -> dict[str, Any]:
+    """Time of all that runs at `mfu` of the peak, and the bandwidth that keeps communication from adding to it."""
+    seconds = None if device.peak is None else flops["executed"] / (device.peak * mfu * world_size)
     return {
         "device": device.name,
         "count": world_size,
         "peak_flops": device.peak,
         "memory": device.memory,
-        "fits": None if device.memory is None else peak <= device.memory,
+        "fits": None if device.room is None else peak <= device.room,
         "mfu": mfu,
-        "seconds": None if device.peak is None else total / (device.peak * mfu * world_size),
+        "seconds": seconds,
+        "step_seconds": seconds and seconds / steps,
+        "bandwidth": seconds and sent * steps / seconds,
         "source": device.source,
     }
 
 
-def _does_not_fit(config: Config, device: Device, peak: int, terms: dict[str, int]) -> ConfigError:
-    largest = sorted(terms, key=lambda key: -terms[key])[:2]
+def _does_not_fit(config: Config, device: Device, need: Memory) -> ConfigError:
+    largest = sorted(need.terms, key=lambda key: -need.terms[key])[:2]
     if config.training.micro_batch > 1:
         remedy = f"set training.micro_batch: {config.training.micro_batch // 2}"
     else:
         remedy = "shard over more devices"
     if config.training.activation_checkpoint == "none":
         remedy += ", or training.activation_checkpoint: block"
-    assert device.memory is not None
+    assert device.room is not None
+    eager = " (eager; a compiled model keeps less)" if config.training.compile else ""
     return ConfigError(
-        f"{size(peak)} a device do not fit into the {size(device.memory)} of {device.name}; the most goes to "
-        + " and ".join(f"{key.replace('_', ' ')} ({size(terms[key])})" for key in largest),
+        f"{size(need.peak)} a device{eager} do not fit into the {size(device.room)} that {device.name} has for them; the most "
+        "goes to " + " and ".join(f"{key.replace('_', ' ')} ({size(need.terms[key])})" for key in largest),
         "training.micro_batch", remedy,
     )  # fmt: skip

@@ -16,6 +16,7 @@ def render(plan: Mapping[str, Any]) -> str:
 
     if "model" in f:
         section("model", _model_rows(f["model"]))
+    if "training" in f:
         section(f"parameterization: {f['parameterization']['kind']}", _transfer_rows(f["parameterization"]))
         section("training", _training_rows(f))
         section("FLOPs", _flops_rows(f["flops"]))
@@ -32,7 +33,11 @@ def render(plan: Mapping[str, Any]) -> str:
     if f.get("devices"):
         rows = {}
         for d in f["devices"]:
-            time = "n/a" if d["seconds"] is None else duration(d["seconds"])
+            time = "n/a"
+            if d["seconds"] is not None:
+                time = f"{duration(d['seconds'])}, a step {duration(d['step_seconds'])}"
+                if d["bandwidth"]:
+                    time += f" (communication hidden above {size(d['bandwidth'])}/s a device)"
             fits = {True: "fits", False: "does not fit", None: "memory n/a"}[d["fits"]]
             peak = "peak n/a" if d["peak_flops"] is None else f"{d['peak_flops'] / 1e12:,.4g} TFLOP/s"
             rows[f"{d['count']} × {d['device']}"] = f"{time} at {d['mfu']:.0%} of {peak}, {fits} ({d['source']})"
@@ -86,7 +91,7 @@ def _transfer_rows(p: dict[str, Any]) -> dict[str, str]:
 
 
 def _factor(f: Mapping[str, Any]) -> str:
-    return f"{f['name']} {f['value']:.4g} [{f['formula']}]"
+    return f"{f['name']} {f['value']:.4g} [{f['formula']}{'; ' if f['formula'] else ''}{f['source']}]"
 
 
 def _training_rows(f: Mapping[str, Any]) -> dict[str, str]:
@@ -108,12 +113,27 @@ def _flops_rows(f: dict[str, Any]) -> dict[str, str]:
     forward = ", ".join(
         f"{part.replace('_', ' ')} {flops / 1e6:,.4g}M" for part, flops in f["forward_per_token"].items()
     )
-    return {
+    rows = {
         "a token": f"{f['training_per_token']:.4g} to train (published count, attention in full: {f['published_per_token']:.4g})",
         "a token forward": forward,
-        "in all": f"{f['total']:.4g}",
-        "optimizer": f"{f['optimizer_per_step']:.4g} a step on all devices together, {f['optimizer_share']:.2%} of training's",
+        "in all": f"{f['total']:.4g}, and {f['executed']:.4g} with all that runs beside it",
     }
+    if f["recomputation_per_token"]:
+        rows["recomputation"] = f"{f['recomputation_per_token'] / f['training_per_token']:.1%} on top"
+    if f["counting_pass_per_token"]:
+        rows["counting pass"] = (
+            f"{counting_pass_share(f):.1%} on top, to know all loads before the first backward pass; none at accumulation 1 "
+            "or with sequence balance"
+        )
+    rows["optimizer"] = (
+        f"{f['optimizer_per_step']:.4g} a step on all devices together, {f['optimizer_share']:.2%} of training's"
+    )
+    return rows
+
+
+def counting_pass_share(flops: Mapping[str, Any]) -> float:
+    """Of the FLOPs section: what the counting pass of a global balance loss adds to training's work."""
+    return flops["counting_pass_per_token"] / flops["training_per_token"]
 
 
 def size(count: float) -> str:
@@ -125,6 +145,8 @@ def size(count: float) -> str:
 
 
 def duration(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
     if seconds < 120:
         return f"{seconds:.3g} s"
     for size, unit in ((60, "min"), (3600, "h")):

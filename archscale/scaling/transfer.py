@@ -2,7 +2,7 @@
 
     η(role) = base.lr · lr_ratio · width · depth · tokens · batch
 
-    width    (w / w0)^e, e by parameterization and rule: `WIDTH_EXPONENTS`
+    width    (w / w0)^e, e by parameterization and rule: `TABLE`
     depth    √(d0 / d), with Depth-μP (`model.depth_mup`), which also scales every residual branch by 1/√(2d)
     tokens   (T / T0)^(−x), x = 0.32 under hyperp, 0 under mup++, or `parameterization.token_exponent`
     batch    √(B / B0)
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from archscale.config import Config
 from archscale.config_model import ModelConfig, ParameterizationConfig
@@ -22,24 +23,58 @@ from archscale.config_sections import OptimizerConfig
 from archscale.errors import ConfigError
 from archscale.model.counting import published_parameters
 
-# The one table of which matrix rules go with which parameterization, and how their learning rate follows the width. On the
-# sphere a step of muonh or adamh has relative length η whatever the width. orscale_lm_sphere is muonh at η/c with
-# 1/c ≈ 0.2 √(3 fan_in), and the other rules with Moonlight's factor keep ‖step‖₂ / ‖W‖₂ in the same way. AdamW is μP's.
-WIDTH_EXPONENTS: dict[str, dict[str, float]] = {
-    "hyperp": {"muonh": 0.0, "orscale_lm_sphere": -0.5, "adamh": 0.0},
-    "mup++": {"muon": 0.0, "muon_spectral": 0.0, "orscale": 0.0, "moonlight": -0.5, "orscale_lm": -0.5, "adamw": -1.0},
+
+@dataclass(frozen=True)
+class Row:
+    """How one matrix rule goes with one parameterization.
+
+    Attributes:
+        width: exponent of w/w0 in the matrices' learning rate, and where that comes from.
+        clip: whether `optimizer.matrix.clip` may replace the rule's own bounds.
+        head: rule of an untied head.
+        decay: what decays: nothing, matrices, or matrices by λ d0/d.
+        logits: exponent of w/w0 in the scale of logits and router logits.
+    """
+
+    width: float
+    source: str
+    clip: bool = True
+    head: str = "adamw"
+    decay: Literal["nothing", "matrices", "matrices by depth"] = "nothing"
+    logits: float = 0.0
+
+
+def _mup(width: float, source: str) -> Row:
+    return Row(width, source, decay="matrices by depth")
+
+
+# THE table of what goes together; README.md shows it. Rules with Moonlight's factor keep ‖step‖₂ / ‖W‖₂ by √(w0/w).
+TABLE: dict[str, dict[str, Row]] = {
+    "hyperp": {
+        "muonh": Row(0.0, "HyperP: a relative step", clip=False, head="adamh"),
+        "adamh": Row(0.0, "HyperP: a relative step", clip=False, head="adamh"),
+        "orscale_lm_sphere": Row(-0.5, "MuonH at η/c, 1/c ≈ 0.2 √(3 fan_in)", head="adamh"),
+    },
+    "mup++": {
+        "muon": _mup(0.0, "spectral norm of a step"),
+        "muon_spectral": _mup(0.0, "spectral norm of a step"),
+        "orscale": _mup(0.0, "spectral norm of a step"),
+        "moonlight": _mup(-0.5, "spectral norm of a step"),
+        "orscale_lm": _mup(-0.5, "spectral norm of a step"),
+        "adamw": Row(-1.0, "μP", decay="matrices", logits=-1.0),
+    },
 }
 TOKEN_EXPONENTS = {"hyperp": 0.32, "mup++": 0.0}
-SOURCES = {"hyperp": "HyperP", "mup++": "μP++", "standard": "no transfer"}
 
 
 @dataclass(frozen=True)
 class Factor:
-    """One factor of a learning rate: `name` (width, depth, tokens, batch, lr_ratio), its value and how it came about."""
+    """One factor of a learning rate: `name` (width, depth, tokens, batch, lr_ratio), its value, how and whence."""
 
     name: str
     value: float
     formula: str
+    source: str
 
 
 @dataclass(frozen=True)
@@ -69,17 +104,17 @@ def problems(
     kind, matrix, element = parameterization.kind, optimizer.matrix, optimizer.element
     if kind == "standard":
         return
-    known = WIDTH_EXPONENTS[kind]
+    known = TABLE[kind]
     if matrix.rule not in known:
-        others = [other for other, rules in WIDTH_EXPONENTS.items() if matrix.rule in rules]
+        others = [other for other, rules in TABLE.items() if matrix.rule in rules]
         yield ConfigError(
             f"{kind} does not know how {matrix.rule} transfers", "optimizer.matrix.rule",
             f"set it to {' or '.join(known)}, or parameterization.kind to {' or '.join([*others, 'standard'])}",
         )  # fmt: skip
-    elif kind == "hyperp" and matrix.clip and matrix.rule != "orscale_lm_sphere":
+    elif matrix.clip and not known[matrix.rule].clip:
         yield ConfigError(
-            f"clip {list(matrix.clip)} would bind at every step of {matrix.rule}: its ratio ‖W‖/‖Q‖ is small by itself",
-            "optimizer.matrix.clip", "set it to null",
+            f"{kind} runs {matrix.rule} without a clip: its ratio ‖W‖ / ‖Q‖ is small by itself", "optimizer.matrix.clip",
+            "set it to null",
         )  # fmt: skip
     if element.kind != "adamw":
         yield ConfigError(
@@ -105,32 +140,33 @@ def transfer(
     kind, base = parameterization.kind, parameterization.base
     rule, element, decay = optimizer.matrix.rule, optimizer.element, optimizer.weight_decay
     common = _common_factors(model, parameterization, tokens, batch_tokens)
-    ratio = [Factor("lr_ratio", element.lr_ratio, "optimizer.element.lr_ratio")] if element.lr_ratio != 1 else []
+    ratio = [Factor("lr_ratio", element.lr_ratio, "", "optimizer.element.lr_ratio")] if element.lr_ratio != 1 else []
 
     def settings(role_rule: str, width: list[Factor], weight_decay: float, own: list[Factor]) -> RoleSettings:
         factors = (*width, *common, *own)
         return RoleSettings(role_rule, base.lr * math.prod(f.value for f in factors), weight_decay, factors)
 
-    w0_w = base.width / model.width
-    width: list[Factor] = []
-    matrix_decay, others_decay = decay, decay
-    if kind != "standard":
-        exponent = WIDTH_EXPONENTS[kind][rule]
-        formula = {0.0: "1", -0.5: f"√({base.width}/{model.width})", -1.0: f"{base.width}/{model.width}"}[exponent]
-        width = [Factor("width", w0_w**-exponent, formula)]
-        others_decay = 0.0
-        if kind == "mup++" and rule != "adamw":
-            matrix_decay = decay * base.depth / model.depth
+    w_w0 = model.width / base.width
+    head: str
+    if kind == "standard":
+        head, matrix_decay, others_decay, logits, width = element.kind, decay, decay, 0.0, []
+    else:
+        row = TABLE[kind][rule]
+        head, others_decay, logits = row.head, 0.0, row.logits
+        matrix_decay = {"nothing": 0.0, "matrices": decay, "matrices by depth": decay * base.depth / model.depth}[
+            row.decay
+        ]
+        formula = {0.0: "1", -0.5: f"√({base.width}/{model.width})", -1.0: f"{base.width}/{model.width}"}[row.width]
+        width = [Factor("width", w_w0**row.width, formula, row.source)]
     roles = {
         "matrix": settings(rule, width, matrix_decay, []),
         "embedding": settings(element.kind, [], others_decay, ratio),
-        "head": settings("adamh" if kind == "hyperp" else element.kind, [], others_decay, ratio),
+        "head": settings(head, [], others_decay, ratio),
         "vector": settings(element.kind, [], 0.0, ratio),
     }
     if model.tied_embeddings:
         del roles["head"]
-    scale = w0_w if kind == "mup++" and rule == "adamw" else 1.0
-    return Transfer(roles, scale, scale, 0.0 if kind == "standard" else 0.5)
+    return Transfer(roles, w_w0**logits, w_w0**logits, 0.0 if kind == "standard" else 0.5)
 
 
 def transfer_of(config: Config) -> Transfer:
@@ -147,16 +183,16 @@ def _common_factors(
         return []
     factors = []
     if model.depth_mup:
-        factors.append(Factor("depth", math.sqrt(base.depth / model.depth), f"√({base.depth}/{model.depth})"))
+        root = math.sqrt(base.depth / model.depth)
+        factors.append(Factor("depth", root, f"√({base.depth}/{model.depth})", "Depth-μP"))
     exponent = parameterization.token_exponent
+    source = "HyperP" if exponent is None else "parameterization.token_exponent"
     exponent = TOKEN_EXPONENTS[kind] if exponent is None else exponent
     if exponent:
-        factors.append(
-            Factor("tokens", (tokens / base.tokens) ** -exponent, f"({tokens:.4g}/{base.tokens:.4g})^−{exponent:g}")
-        )
-    factors.append(
-        Factor("batch", math.sqrt(batch_tokens / base.batch_tokens), f"√({batch_tokens}/{base.batch_tokens})")
-    )
+        formula = f"({tokens:.4g}/{base.tokens:.4g})^−{exponent:g}"
+        factors.append(Factor("tokens", (tokens / base.tokens) ** -exponent, formula, source))
+    root = math.sqrt(batch_tokens / base.batch_tokens)
+    factors.append(Factor("batch", root, f"√({batch_tokens}/{base.batch_tokens})", "noise scale, as HyperP"))
     return factors
 
 
@@ -177,8 +213,9 @@ def budget(model: ModelConfig, parameterization: ParameterizationConfig) -> int:
     heads, rest = divmod(model.heads * base.width, model.width)
     if base.heads is None and rest:
         raise ConfigError(
-            f"{model.heads} heads at width {model.width} are no whole number at the base's width {base.width}",
-            "parameterization.base.heads", "give it, or a number for training.tokens",
+            f"the base's heads are not given, and {model.heads} at width {model.width} are no whole number at its width "
+            f"{base.width}", "parameterization.base.heads",
+            f"give them, such as {max(1, base.width // model.head_dim)}, or a number for training.tokens",
         )  # fmt: skip
     heads = base.heads or heads
     kv_heads = base.kv_heads or (heads if model.kv_heads == model.heads else model.kv_heads)

@@ -18,12 +18,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.fl
 
 def build_model(config: Config, eos_id: int) -> Transformer:
     """The model of a resolved config, on the current default device."""
+    transfer = transfer_of(config)
     return Transformer(
         config.model,
         DTYPES[config.training.precision],
         eos_id=eos_id if config.data.document_mask else None,
         recompute=config.training.activation_checkpoint == "block",
-        logit_scale=transfer_of(config).logit_scale,
+        logit_scale=transfer.logit_scale,
+        router_logit_scale=transfer.router_logit_scale,
     )
 
 

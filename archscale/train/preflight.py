@@ -19,25 +19,26 @@ def plan_config(config: Config, *, world_size: int | None = None, device: str | 
     """The plan of a config that may never run here. A vocabulary that the config leaves to the data is taken from there.
 
     Args:
-        world_size: devices; None: parallel.replicate × parallel.shard, or as many as torchrun has started.
+        world_size: devices; None: parallel.replicate × parallel.shard, `auto` counting as one.
         device: name of the device to plan for; None: compare all that are known.
     """
     if world_size is None:
         shard = config.parallel.shard
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
-        world_size = max(config.parallel.replicate, launched) if shard == "auto" else config.parallel.replicate * shard
-    missing: DataError | None = None
-    if config.model.vocab_size is None:
-        try:
-            config = config.with_vocab(read_manifest(Path(config.data.train)).tokenizer.vocab_size)
-        except DataError as error:
-            missing = error
+        world_size = config.parallel.replicate * (1 if shard == "auto" else shard)
+    missing: ConfigError | None = None
+    try:
+        config = config.with_vocab(read_manifest(Path(config.data.train)).tokenizer.vocab_size)
+    except DataError as error:
+        remedy = error.remedy if config.model.vocab_size else f"{error.remedy}, or give model.vocab_size"
+        missing = ConfigError(error.what, error.where, remedy)
     plan = make_plan(
         config, world_size=world_size, device=find_device(device) if device else None, mfu=mfu,
         compare=() if device else tuple(DEVICES.values()),
     )  # fmt: skip
-    if missing:
-        plan.problems.insert(0, ConfigError(missing.what, missing.where, f"{missing.remedy}, or give model.vocab_size"))
+    if missing and config.model.vocab_size:
+        plan.advice.insert(0, missing)  # a plan needs no data, training will
+    elif missing:
+        plan.problems = [missing, *(p for p in plan.problems if p.where != "model.vocab_size")]
     return plan
 
 
@@ -54,7 +55,7 @@ def refuse(plan: Plan) -> None:
 def this_device() -> Device:
     """What a process of this job trains on, and the memory that it has there. Nothing is measured."""
     if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
         return dataclasses.replace(find_device(properties.name), memory=properties.total_memory)
     share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return Device("cpu", None, physical_memory() // share, "this machine, shared by its processes")

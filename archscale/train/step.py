@@ -10,10 +10,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from archscale.config import MoEConfig
 from archscale.distributed import all_reduce, local_tensor
 from archscale.model.loss import IGNORE
 from archscale.optim import MatrixOptimizer
 from archscale.parallel.native import NativeEngine
+from archscale.train.balance import StepBalance
 
 
 def train_step(
@@ -22,31 +24,46 @@ def train_step(
     micro_batches: Sequence[tuple[Tensor, Tensor]],
     device: torch.device,
     grad_clip: float | None,
+    moe: MoEConfig | None = None,
 ) -> dict[str, Tensor]:
     """One update from this rank's share of the batch. Waits for nothing on the host.
 
     Args:
         micro_batches: (inputs, targets), each (micro_batch, context) int64.
         grad_clip: largest global gradient norm; None: no clipping.
+        moe: of a model with experts: their load balance joins the objective.
 
     Returns:
-        `loss` (nats per target token, global) and `grad_norm` (before clipping), scalars on the device.
+        `loss` (nats per target token, global) and `grad_norm` (before clipping), scalars on the device; with experts also
+        `aux_loss` (weighted), `moe/max_violation` and `moe/load_entropy`, of the whole step's batch.
     """
-    # Mean over the target tokens of ALL ranks and micro-batches, so it is needed before the first backward.
+    # Means over the tokens of ALL ranks and micro-batches, so their numbers are needed before the first backward.
     here = float(sum((targets != IGNORE).sum().item() for _, targets in micro_batches))  # on the host: no waiting
-    count = torch.full((), here, device=device)
-    scale = engine.gradient_scale / all_reduce(count)
+    tokens = float(sum(inputs.numel() for inputs, _ in micro_batches))
+    sizes = all_reduce(torch.stack([torch.full((), here, device=device), torch.full((), tokens, device=device)]))
+    scale = engine.gradient_scale / sizes[0]
+    balance = None
+    if moe is not None:
+        balance = StepBalance(moe, sizes[1])
+        balance.count(engine, [_move(inputs, device) for inputs, _ in micro_batches[1:]])
     total = torch.zeros((), device=device)
     for i, (inputs, targets) in enumerate(micro_batches):
         with engine.micro_batch(last=i == len(micro_batches) - 1):
-            loss = engine.forward(_move(inputs, device), _move(targets, device))
-            (loss * scale).backward()
+            if balance is None:
+                loss = engine.forward(_move(inputs, device), _move(targets, device))
+                objective = loss * scale
+            else:
+                loss, routing = engine.forward(_move(inputs, device), _move(targets, device), routing=True)
+                objective = loss * scale + balance.loss(routing) * engine.gradient_scale
+            objective.backward()
         total += loss.detach()
-    loss = all_reduce(total) / count
     norm = clip_gradients(engine.module.parameters(), grad_clip, engine.shard_group)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return {"loss": loss, "grad_norm": norm}
+    if balance is None:
+        return {"loss": all_reduce(total) / sizes[0], "grad_norm": norm}
+    total, auxiliary = all_reduce(torch.stack([total, balance.total]))
+    return {"loss": total / sizes[0], "aux_loss": auxiliary, "grad_norm": norm, **balance.metrics()}
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from archscale.optim.roles import assign_roles
 from archscale.optim.schedule import lr_multiplier
 from archscale.parallel.native import NativeEngine
 from archscale.scaling.plan import make_plan
+from archscale.scaling.plan_text import counting_pass_share
 from archscale.scaling.transfer import transfer_of
 from archscale.telemetry.sinks import MetricsFile
 from archscale.train.build import DTYPES, build_model, build_optimizer, manifest
@@ -131,9 +132,8 @@ class Run:
         try:
             for micro_batches in loader:
                 lr = self._set_lr(step)
-                measured = train_step(
-                    self.engine, self.optimizer, micro_batches, self.device, config.optimizer.grad_clip
-                )
+                clip, moe = config.optimizer.grad_clip, config.model.moe
+                measured = train_step(self.engine, self.optimizer, micro_batches, self.device, clip, moe)
                 step += 1
                 last = step == config.steps
                 evaluating = self.validation is not None and (step % config.eval.every == 0 or last)
@@ -228,6 +228,8 @@ class Run:
             f"{config.steps} steps of {config.batch_tokens:,} tokens on {layout}, run directory {self.run_dir}",
             flush=True,
         )
+        if share := counting_pass_share(plan.figures["flops"]):
+            print(f"balance over the whole batch at accumulation > 1: a counting pass adds {share:.1%} to the work")
 
     def _summary(self, step: int, started: float, already_done: bool = False) -> dict[str, Any]:
         summary: dict[str, Any] = {
@@ -307,7 +309,8 @@ def choose_checkpoint(config: Config, data: TokenSplit, run_dir: Path, resume: s
     if source is not None:
         saved = read_state(source)
         before, now = (
-            _flat({**saved["config"], "data_set": saved["data"]}),
+            # Through the present schema: keys that are newer than the checkpoint have their defaults.
+            _flat({**Config.from_dict(saved["config"]).resolved(), "data_set": saved["data"]}),
             _flat({**config.resolved(), "data_set": identity(data)}),
         )
         for key in sorted(before.keys() | now.keys()):

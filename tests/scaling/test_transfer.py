@@ -7,7 +7,7 @@ import pytest
 from archscale.config import Config
 from archscale.config_sections import MATRIX_RULES, SPHERE_RULES
 from archscale.errors import ConfigError
-from archscale.scaling.transfer import WIDTH_EXPONENTS, budget, problems, resolve, transfer, transfer_of
+from archscale.scaling.transfer import TABLE, budget, problems, resolve, transfer, transfer_of
 
 MODEL = {"depth": 8, "width": 1024, "head_dim": 128, "context": 1024, "vocab_size": 32000, "depth_mup": True}
 BASE = {"depth": 8, "width": 1024, "lr": 0.01, "tokens": 10**10, "batch_tokens": 2**20}
@@ -36,7 +36,7 @@ def lrs(kind: str, rule: str = "muonh", /, **changes) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     ("kind", "rule"),
-    [("standard", r) for r in MATRIX_RULES] + [(k, r) for k, rs in WIDTH_EXPONENTS.items() for r in rs],
+    [("standard", r) for r in MATRIX_RULES] + [(k, r) for k, rs in TABLE.items() for r in rs],
 )
 def test_at_the_base_nothing_changes(kind, rule):
     assert lrs(kind, rule) == pytest.approx(dict.fromkeys(("matrix", "embedding", "head", "vector"), 0.01))
@@ -134,8 +134,6 @@ def test_published_token_budgets(depth, tokens):
         parameterization={"base": published}, training={"tokens": "auto", "batch_tokens": "auto"},
     )  # fmt: skip
     assert (resolve(found).tokens, resolve(found).batch_tokens) == (tokens, 2**21)
-    experts = found.model_copy(update={"model": found.model.model_copy(update={"moe": {"sparsity": 8}})})
-    assert budget(experts.model, experts.parameterization) == tokens  # experts do not count
 
 
 def test_budget_is_the_bases_under_standard():
@@ -160,11 +158,11 @@ def test_resolving_is_idempotent():
 
 @pytest.mark.parametrize("rule", MATRIX_RULES)
 def test_one_table_says_what_goes_together(rule):
-    for kind, known in WIDTH_EXPONENTS.items():
+    for kind, known in TABLE.items():
         found = list(problems(*(getattr(config(kind, rule), s) for s in ("model", "parameterization", "optimizer"))))
         assert bool(found) == (rule not in known)
         assert all(problem.where == "optimizer.matrix.rule" for problem in found)
-    assert set(WIDTH_EXPONENTS["hyperp"]) == set(SPHERE_RULES)
+    assert set(TABLE["hyperp"]) == set(SPHERE_RULES)
 
 
 @pytest.mark.parametrize(
@@ -200,6 +198,15 @@ def test_a_base_whose_heads_are_no_whole_number():
     given = config("hyperp", width=1536, heads=7, head_dim=64, training={"tokens": "auto"},
                    parameterization={"base": {**BASE, "heads": 5, "kv_heads": 5}})  # fmt: skip
     assert resolve(given).tokens > 10**10
+
+
+@pytest.mark.parametrize("kind", ["hyperp", "mup++"])
+def test_a_missing_base_value(kind):
+    with pytest.raises(
+        ConfigError, match="transfers from a base, and lr, tokens of it are missing.*: give depth, width, lr"
+    ):
+        Config.from_dict({"name": "t", "data": {"train": "d"}, "parameterization": {
+            "kind": kind, "base": {key: BASE[key] for key in ("depth", "width", "batch_tokens")}}})  # fmt: skip
 
 
 def test_token_exponent_means_nothing_to_standard():

@@ -4,11 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from archscale.config import Config
 from archscale.errors import ConfigError
-from archscale.scaling.transfer import resolve
-from archscale.train.build import build_model
+from archscale.model import initialize
+from archscale.optim.roles import assign_roles
+from archscale.scaling.transfer import resolve, transfer_of
+from archscale.train.build import build_model, build_optimizer
 from archscale.train.trainer import train
 from tests.train.tiny import config, crash_after, run, tiny_data
 
@@ -86,7 +89,7 @@ def test_auto_budget_and_plan_of_a_run(data, tmp_path):
 
 def test_training_refuses_what_the_plan_refuses(data, tmp_path):
     with pytest.raises(ConfigError, match="hyperp does not know how moonlight transfers"):
-        train(config(data, "moonlight", 10, parameterization={"kind": "hyperp"}), tmp_path / "run")
+        train(config(data, "moonlight", 10, parameterization={"kind": "hyperp", "base": BASE}), tmp_path / "run")
     with pytest.raises(ConfigError, match=r"asynchronous checkpointing is not available yet .*\(and 1 more problem"):
         train(config(data, "muonh", 10, checkpoint={"async": True}, training={
             "tokens": 3840, "batch_tokens": 384, "micro_batch": 7, "precision": "fp32", "compile": False,
@@ -95,9 +98,28 @@ def test_training_refuses_what_the_plan_refuses(data, tmp_path):
 
 
 def test_mup_scales_the_logits(data):
-    sections = {
-        "parameterization": {"kind": "mup++", "base": {**BASE, "width": 12}},
-        "optimizer": {"matrix": {"rule": "adamw"}},
-    }
-    made = resolve(config(data, "adamw", 10, **sections).with_vocab(300))
-    assert build_model(made, 0).head.scale == 0.5
+    """Half the base's width … twice it: the same weights give half the logits."""
+    logits = []
+    for width in (24, 12):
+        base = {**BASE, "width": width}
+        made = config(
+            data, "adamw", 10, parameterization={"kind": "mup++", "base": base}, optimizer={"matrix": {"rule": "adamw"}}
+        )
+        model = build_model(resolve(made.with_vocab(300)), 0)
+        initialize(model, seed=0)
+        logits.append(model(torch.arange(16)[None]))
+    torch.testing.assert_close(logits[1], logits[0] / 2)
+
+
+def test_every_role_decays_as_the_transfer_says(data):
+    made = config(
+        data, "orscale_lm", 10, model={"tied_embeddings": False},
+        parameterization={"kind": "mup++", "base": {**BASE, "depth": 4}},
+        optimizer={"matrix": {"rule": "orscale_lm"}, "weight_decay": 0.1},
+    )  # fmt: skip
+    made = resolve(made.with_vocab(300))
+    model = build_model(made, 0)
+    initialize(model, seed=0)
+    optimizer = build_optimizer(made, assign_roles(model), transfer_of(made).roles)
+    decays = {group["role"]: group["weight_decay"] for group in optimizer.param_groups}
+    assert decays == {"matrix": pytest.approx(0.2), "embedding": 0.0, "head": 0.0, "vector": 0.0}
