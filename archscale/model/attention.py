@@ -32,7 +32,7 @@ class Attention(nn.Module):
         self.scale = math.sqrt(BASE_HEAD_DIM) / head_dim
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """x (B, T, D), rope (T, K/2) twice, mask bool broadcastable to (B, H, T, T) or None for plain causal → (B, T, D)."""
+        """x (B, T, D), rope (T, K/2) twice, mask broadcastable to (B, H, T, T), added to the logits, or None for plain causal → (B, T, D)."""
         B, T, _ = x.shape
         q, k, v, *gate = self.qkv(x).split(self.sizes, dim=-1)
         q = rotate(self.q_norm(q.view(B, T, self.heads, self.head_dim)), rope)
@@ -61,8 +61,11 @@ def rope_table(time: int, head_dim: int, theta: float, device: torch.device) -> 
     return angle.cos(), angle.sin()
 
 
-def attention_mask(tokens: Tensor, window: int | None, eos_id: int | None) -> Tensor | None:
-    """What each position may see, bool (B or 1, 1, T, T), or None when that is simply everything before it.
+def attention_mask(tokens: Tensor, window: int | None, eos_id: int | None, dtype: torch.dtype) -> Tensor | None:
+    """What is added to attention's logits, (B or 1, 1, T, T) in `dtype`: 0 where a position may see, −∞ elsewhere; or None when
+    it sees simply everything before it.
+
+    Not bool: attention would make this of it in every block, and every block would save its own for the backward pass.
 
     Args:
         tokens: (B, T).
@@ -81,4 +84,4 @@ def attention_mask(tokens: Tensor, window: int | None, eos_id: int | None) -> Te
         ended = (tokens == eos_id).cumsum(1)
         document = ended - (tokens == eos_id).to(ended.dtype)
         mask = mask & (document[:, :, None] == document[:, None, :])
-    return mask[:, None]
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -math.inf)[:, None]

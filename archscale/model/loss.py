@@ -34,6 +34,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             lse = torch.logsumexp(logits, dim=-1, keepdim=True)
             total += ((lse - logits.gather(1, index)).squeeze(1) * counted).sum()
             if grad_x is None and grad_w is None:
+                del logits
                 continue
             p = logits.sub_(lse).exp_()  # softmax, in place of the logits
             p.scatter_add_(1, index, p.new_full((), -1.0).expand_as(index))
@@ -45,6 +46,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     grad_w.addmm_(p.mT, x_c)
                 else:
                     grad_w += p.mT @ x_c
+            del logits, p  # or they would stay while the next chunk's are made
         ctx.save_for_backward(grad_x, grad_w)
         ctx.weight_dtype = weight.dtype
         return total

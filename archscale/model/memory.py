@@ -109,7 +109,7 @@ def memory(
         replicate, shard, expert, zero_stage, reshard_after_forward, engine: as in the `parallel` section; world size is
             replicate × shard.
         recompute: only the blocks' inputs are kept for the backward pass.
-        document_mask: attention has a mask of its own per sequence.
+        document_mask: attention has a mask of its own per sequence, and all blocks the same.
         state_bytes: optimizer state per element, by role.
         orthogonal: roles whose rule orthogonalizes whole matrices.
         compute_bytes, wire_bytes: per element, of the orthogonalization and of its exchange; None: by precision.
@@ -129,13 +129,15 @@ def memory(
 
     # What the blocks save, and what their backward pass holds on top of it: gradients of the residual stream, of a branch
     # and of the hidden features, less what they have already freed.
-    stream, saved = FP32 * D * N, block_activations(model, c, micro_batch, document_mask)
+    stream, saved = FP32 * D * N, block_activations(model, c, micro_batch)
     hidden = N * c * model.mlp_hidden * (2 if model.mlp == "swiglu" else 3)
     backward = stream + N * c * D + hidden
+    # One mask of attention for all blocks.
+    masks = micro_batch if document_mask else 1 if model.window else 0
+    mask = masks * c * model.context**2
     # The loss: gradients of its input and of the head are taken in the forward pass. Logits exist by chunks, beside their
-    # softmax; those of the chunk before are still there when the next ones come.
-    rows = max(1, min(N, LOSS_CHUNK // V))
-    logits = FP32 * V * max(2 * rows, rows + 2 * min(rows, N - rows))
+    # softmax.
+    logits = 2 * FP32 * V * max(1, min(N, LOSS_CHUNK // V))
     head_input, loss = c * D * N, c * D * N + FP32 * table
 
     terms = {
@@ -144,7 +146,7 @@ def memory(
         "optimizer_state": sum(state_bytes[w.role] * part[w.name] for w in stored),
         "gradients": FP32 * (local if sharded_gradients or not zero else sum(whole.values())),
         "cast_weights": cast * (1 if recompute else L),
-        "activations": L * (stream if recompute else saved) + stream + N * (FP32 + head_input // N + 16),
+        "activations": mask + L * (stream if recompute else saved) + stream + N * (FP32 + head_input // N + 16),
         "backward": backward + (saved - stream if recompute else 0),
         "loss": loss + max(head_input + logits + casts * c * table, loss + (c < FP32) * c * table),
         # Two blocks at a time (one in use, one arriving), or all; embedding and head throughout.
@@ -170,7 +172,7 @@ def memory(
         "loss": base + loss + head_input + logits + casts * c * table,
         "backward_start": base + 2 * loss + (c < FP32) * c * table,
         "backward_first": base + terms["backward"] + head_gradient + fresh + reducing,
-        "backward_last": fixed + gradients - embedding_last + cast + saved + backward + fresh + reducing
+        "backward_last": fixed + gradients - embedding_last + mask + cast + saved + backward + fresh + reducing
         + layout.gathers * c * (root + min(2, L) * block) + sharded_gradients * c * table,
         "backward_end": fixed + gradients + 2 * stream + (0 if embedding_last or sharded_gradients else FP32 * table)
         + layout.gathers * c * root + sharded_gradients * (c + FP32) * root,
@@ -179,7 +181,7 @@ def memory(
     return Memory(terms, phases)
 
 
-def block_activations(model: ModelConfig, c: int, micro_batch: int, document_mask: bool = False) -> int:
+def block_activations(model: ModelConfig, c: int, micro_batch: int) -> int:
     """Bytes that one block saves for its backward pass in eager mode; c bytes of an activation."""
     D, H, G, K, T = model.width, model.heads, model.kv_heads, model.head_dim, model.context
     gated, norm, E, k = int(model.gated_attention), int(model.qk_norm), *experts(model)
@@ -196,9 +198,8 @@ def block_activations(model: ModelConfig, c: int, micro_batch: int, document_mas
         token += 3 * 8 * k  # int64: which are chosen, and the rows' order, there and back
         if c < FP32:  # float32 copies of the router's input and weight; the input itself is for the shared expert alone
             router = FP32 * D * (micro_batch * T + E) - (not model.moe.shared_expert) * c * D * micro_batch * T
-    mask = c * T * T * (micro_batch if document_mask else 1) if model.window or document_mask else 0
     rope = 0 if c == FP32 else 4 * c * T * K // 2  # casts of the tables
-    return micro_batch * T * token + router + mask + rope
+    return micro_batch * T * token + router + rope
 
 
 def _optimizer_buffers(

@@ -106,7 +106,7 @@ class Transformer(nn.Module):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("model.vocab_size is not set: take it from the data set")
-        self.config, self.eos_id, self.recompute = config, eos_id, recompute
+        self.config, self.dtype, self.eos_id, self.recompute = config, dtype, eos_id, recompute
         std = HEAD_STD if config.tied_embeddings else EMBEDDING_STD
         self.embedding = Embedding(config.vocab_size, config.width, std, dtype)
         self.blocks = nn.ModuleList(Block(config, dtype, router_logit_scale) for _ in range(config.depth))
@@ -122,7 +122,7 @@ class Transformer(nn.Module):
             routing: return (loss, what the experts' routers did) instead; without targets (None, …): no head runs.
         """
         rope = rope_table(tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device)
-        mask = attention_mask(tokens, self.config.window, self.eos_id)
+        mask = attention_mask(tokens, self.config.window, self.eos_id, self.dtype)
         x = self.embedding(tokens)
         routed: list[tuple[Tensor, Tensor]] = []
         for block in self.blocks:

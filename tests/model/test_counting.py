@@ -105,8 +105,8 @@ def test_published_parameters_are_the_exact_ones_without_norms_gates_and_router(
 
 @pytest.mark.parametrize("model", [small(), small(window=5), small(window=100)], ids=["plain", "window", "wide"])
 def test_visible_keys_are_those_of_the_mask(model):
-    mask = attention_mask(torch.zeros(1, 32, dtype=torch.int64), model.window or 32, None)
-    assert visible_keys(model.context, model.window) == mask.sum().item() / 32
+    mask = attention_mask(torch.zeros(1, 32, dtype=torch.int64), model.window or 32, None, torch.float32)
+    assert visible_keys(model.context, model.window) == (mask == 0).sum().item() / 32
 
 
 def counted_flops(model: ModelConfig, dtype: torch.dtype, recompute: bool = False) -> float:

@@ -95,7 +95,7 @@ def test_document_mask_makes_packing_invisible():
     packed = model(torch.cat([first, second], dim=1))
     torch.testing.assert_close(packed[:, :7], model(first))
     torch.testing.assert_close(packed[:, 7:], model(second), rtol=1e-4, atol=1e-5)  # RoPE is relative
-    assert attention_mask(first, None, None) is None
+    assert attention_mask(first, None, None, torch.float32) is None
 
 
 def test_grouped_queries_equal_repeated_heads():
