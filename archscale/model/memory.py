@@ -159,8 +159,8 @@ def memory(
     }  # fmt: skip
     gradients, gathered = terms["gradients"], terms["gathered"]
     fixed = terms["parameters"] + terms["model_copy"] + terms["optimizer_state"]
-    if layout.is_ddp:  # its buckets are there all the time, but gradients without synchronization do not go into them
-        fixed, gradients = fixed + gradients, gradients * (accumulation > 1)
+    if layout.is_ddp:  # its buckets are there all the time
+        fixed, gradients = fixed + gradients, 0
     kept = gradients if accumulation > 1 or zero else 0  # from earlier micro-batches
     collected = layout.is_ddp or sharded_gradients or kept > 0  # a new gradient lies beside where it is summed
     fresh = FP32 * max(w.numel for w in stored if w.in_blocks) if collected and not sharded_gradients else 0

@@ -31,6 +31,7 @@ class NativeEngine:
     Attributes:
         module: the bare model: names, parameters, state dicts.
         forward: what a training step calls.
+        keeps_gradients: they are to be zeroed instead of freed.
         shard_group: process group over which parameters are sharded, None where they are whole.
     """
 
@@ -66,7 +67,9 @@ class NativeEngine:
                 block.compile()
         self.forward: Callable[..., Any] = self.module
         self.gradient_scale = 1.0  # multiplies the loss so that the engine's reduction becomes a sum
-        if world > 1 and shard == 1:
+        # DDP's gradients are views of its buckets. Without them, accumulation would have gradients of its own beside these.
+        self.keeps_gradients = world > 1 and shard == 1
+        if self.keeps_gradients:
             self.forward = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
             self.gradient_scale = float(world)  # DDP averages
 

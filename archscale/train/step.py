@@ -59,7 +59,7 @@ def train_step(
         total += loss.detach()
     norm = clip_gradients(engine.module.parameters(), grad_clip, engine.shard_group)
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=not engine.keeps_gradients)
     if balance is None:
         return {"loss": all_reduce(total) / sizes[0], "grad_norm": norm}
     total, auxiliary = all_reduce(torch.stack([total, balance.total]))

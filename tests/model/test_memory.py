@@ -161,7 +161,7 @@ def check_ranks(model: ModelConfig, resident: int, planned: memory.Memory, run, 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_replicas_take_the_planned_memory(pool, accumulation):
-    """DDP's buckets stay, and what accumulates without synchronization lies beside them."""
+    """DDP's buckets stay, and gradients accumulate in them, also those of micro-batches without synchronization."""
     options = {"precision": "fp32", "micro_batch": 4, "accumulation": accumulation}
     planned = memory.memory(MODELS["activations"], replicate=2, **options)
     resident = sum(planned.terms[key] for key in ("parameters", "optimizer_state", "gradients"))
