@@ -214,8 +214,10 @@ def _optimizer_buffers(
     temporary = FP32 * largest  # √v of Adam; W ∘ Q of fused matrices of equal shape
     if not shapes:
         return temporary
+    inward, outward = _exchanged(stored, layout, orthogonal)  # of all batches and all ranks, in elements
     owned = sum(count * m * n for (m, n), count in shapes.items()) / layout.world
-    batches = max(1, math.ceil(owned / EXCHANGE_BATCH))
+    batches = math.ceil(max(owned, outward / layout.world) / EXCHANGE_BATCH)
+    batches = max(1, min(batches, math.ceil(sum(shapes.values()) / layout.world)))
     batch = max(owned / batches, *(m * n for m, n in shapes))
     work = 0.0
     for (m, n), count in shapes.items():
@@ -225,7 +227,6 @@ def _optimizer_buffers(
         squares = 5 if compute == FP32 and 2 * long > 3 * short else 3
         iterating = compute * (m * n * (1 + (wire != compute)) + squares * short * short)
         work = max(work, stack * max(2 * FP32 * m * n, iterating))
-    inward, outward = _exchanged(stored, layout, orthogonal)  # of all batches and all ranks, in elements
     sent, back = inward / layout.world / batches, outward / layout.world / batches
     # While it works on one batch, the next one's momentum has arrived and the last one's directions are under way; when it
     # returns one, the stage of the last one is still there.

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 Interval = tuple[int, int]  # [lo, hi) of the row-major flattened parameter
-MAX_BATCH_ELEMENTS = 1 << 25  # of whole matrices that one rank orthogonalizes at a time: 64 MiB in bf16
+# Of whole matrices that a rank orthogonalizes at a time, or of the directions that it then sends: 64 MiB in bf16.
+MAX_BATCH_ELEMENTS = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,14 @@ def plan_exchange(
     owned = [
         sorted((v for v in range(len(views)) if owners[v] == r), key=lambda v: _order(views, v)) for r in range(world)
     ]
-    count = max((math.ceil(sum(views[v].numel for v in mine) / max_batch_elements) for mine in owned), default=0)
+    # What an owner holds of a batch: whole matrices, or all the copies of their directions that replicas get back.
+    held = [
+        max(view.numel, sum(s.numel * len({*s.holders} - {owners[v]}) for s in segments[v]))
+        for v, view in enumerate(views)
+    ]
+    count = max(
+        (min(len(mine), math.ceil(sum(held[v] for v in mine) / max_batch_elements)) for mine in owned), default=0
+    )
     chunks = [_chunk(mine, [views[v].cost for v in mine], count) for mine in owned]
     plan.batches = [Batch([chunks[r][b] for r in range(world)]) for b in range(count)]
     return plan

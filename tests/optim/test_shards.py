@@ -63,6 +63,17 @@ def test_work_is_balanced():
     assert max(load) == min(load)
 
 
+@pytest.mark.parametrize("world", [1, 2, 8])
+def test_batches_are_bounded_also_by_what_replicas_get_back(world):
+    """DDP: an owner sends each direction to all other replicas, so the more there are, the fewer matrices a batch has."""
+    views = [v for i in range(64) for v in matrix_views(f"p{i}", i, (8, 8))]
+    plan = plan_exchange(views, [[[(0, 64)]] * 64] * world, max_batch_elements=512)
+    for batch in plan.batches:
+        for mine in batch.views:
+            assert len(mine) * 64 * max(1, world - 1) <= 512 + 64 * world
+    assert len(plan.batches) == max(64 // world, 64 * (world - 1) // world) * 64 // 512
+
+
 def test_whole_matrices_stay_where_they_are():
     """Experts spread over ranks: nothing to send."""
     views = [v for i in range(2) for v in matrix_views(f"p{i}", i, (8, 4, 4))]
