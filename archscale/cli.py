@@ -81,8 +81,7 @@ def plan(
     except ConfigError as error:  # not a config, so there is nothing to plan
         problems, content = error.all or [error], {}
         if json:
-            rows = [{"what": p.what, "where": p.where, "remedy": p.remedy} for p in problems]
-            print(encoder.dumps({"problems": rows}, indent=1))
+            print(encoder.dumps({"problems": [problem.as_dict() for problem in problems]}, indent=1))
     if content:
         print(encoder.dumps(content, indent=1) if json else render(content))
     for problem in problems:

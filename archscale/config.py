@@ -189,7 +189,7 @@ class Config(Section):
     def batches(self) -> BatchSchedule:
         """Sequences of every step."""
         ramp = self.schedule.batch_ramp_tokens // self.model.context
-        return BatchSchedule(self.batch_size, ramp, self.schedule.batch_ramp_stages if ramp else 1)
+        return BatchSchedule(self.batch_size, ramp, self.schedule.batch_ramp_stages)
 
     @property
     def steps(self) -> int:
@@ -228,7 +228,7 @@ class Config(Section):
                 "parallel.shard", f"start {replicate * shard} ranks, or set parallel.shard: auto",
             )  # fmt: skip
         moe, expert = self.model.moe, self.parallel.expert
-        routed = moe.sparsity * moe.top_k - moe.shared_expert if moe else 0
+        routed = moe.routed_experts if moe else 0
         for total, what in ((shard, f"the {shard} ranks of a shard group"), (routed, f"the {routed} routed experts")):
             if expert > 1 and (not total or total % expert):
                 works = [divisor for divisor in divisors(math.gcd(shard, routed)) if routed]

@@ -239,12 +239,9 @@ def explain(error: ValidationError, root: type[BaseModel], layers: Sequence[Laye
         found = [
             ConfigError(item.what, f"{item.where} in {_origin(item.where, layers)}", item.remedy) for item in found
         ]
-    found = [ConfigError(*(_one_line(part) for part in (item.what, item.where, item.remedy))) for item in found]
-    first, more = found[0], len(found) - 1
-    tail = f" (and {more} more {'problem' if more == 1 else 'problems'})" if more else ""
-    summary = ConfigError(first.what, first.where, first.remedy + tail)
-    summary.all = found
-    return summary
+    return ConfigError.several(
+        [ConfigError(*(_one_line(part) for part in (item.what, item.where, item.remedy))) for item in found]
+    )
 
 
 def show(value: Any) -> str:

@@ -32,6 +32,11 @@ class MoEConfig(Section):
     """Weight of the load-balance loss in the training loss."""
 
     @property
+    def routed_experts(self) -> int:
+        """Slots but the shared one."""
+        return self.sparsity * self.top_k - self.shared_expert
+
+    @property
     def routed_per_token(self) -> int:
         """Routed experts that a token passes."""
         return self.top_k - self.shared_expert

@@ -16,6 +16,10 @@ class ArchscaleError(Exception):
         self.what, self.where, self.remedy = what, where, remedy
         super().__init__(f"{what} ({where}): {remedy}")
 
+    def as_dict(self) -> dict[str, str]:
+        """For JSON."""
+        return {"what": self.what, "where": self.where, "remedy": self.remedy}
+
     def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
         return type(self), (self.what, self.where, self.remedy)  # errors travel between ranks
 
@@ -28,6 +32,15 @@ class ConfigError(ArchscaleError):
     """
 
     all: "list[ConfigError]" = []  # noqa: RUF012  replaced, never changed
+
+    @classmethod
+    def several(cls, problems: "list[ConfigError]", hint: str = "") -> "ConfigError":
+        """The first of `problems` in one line, which says how many more there are, and then `hint`."""
+        first, more = problems[0], len(problems) - 1
+        tail = f" (and {more} more {'problem' if more == 1 else 'problems'}{hint})" if more else ""
+        summary = cls(first.what, first.where, first.remedy + tail)
+        summary.all = problems
+        return summary
 
 
 class DataError(ArchscaleError):

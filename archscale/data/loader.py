@@ -71,7 +71,7 @@ class Loader:
     ):
         for size in batches.sizes:
             rank_numbers(0, size, rank, world, micro_batch)  # refuse before a thread exists
-        self.split, self.seed, self._batches = split, seed, batches
+        self.split, self.seed, self._schedule = split, seed, batches
         self.rank, self.world, self.micro_batch = rank, world, micro_batch
         self.step = start_step
         self._queue: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=ahead)
@@ -81,7 +81,7 @@ class Loader:
 
     def batches(self, step: int) -> list[Batch]:
         """What this rank trains on in `step`: a pure function."""
-        numbers = rank_numbers(*self._batches.at(step), self.rank, self.world, self.micro_batch)
+        numbers = rank_numbers(*self._schedule.at(step), self.rank, self.world, self.micro_batch)
         indices = sample_index(self.seed, numbers, self.split.num_samples)
         return [_windows(self.split, row) for row in indices]
 

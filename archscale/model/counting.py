@@ -133,8 +133,7 @@ def experts(model: ModelConfig) -> tuple[int, int]:
     """(routed experts, of which a token passes): S k and k, each less one when a slot is the shared expert; 0, 0 if dense."""
     if model.moe is None:
         return 0, 0
-    shared = int(model.moe.shared_expert)
-    return model.moe.sparsity * model.moe.top_k - shared, model.moe.top_k - shared
+    return model.moe.routed_experts, model.moe.routed_per_token
 
 
 def _feed_forward(model: ModelConfig, part: str, hidden: int, E: int | None = None, active: int = 1) -> list[Weight]:

@@ -42,8 +42,8 @@ class Plan:
         return {
             "name": self.config.name,
             **self.figures,
-            "problems": [{"what": p.what, "where": p.where, "remedy": p.remedy} for p in self.problems],
-            "advice": [{"what": p.what, "where": p.where, "remedy": p.remedy} for p in self.advice],
+            "problems": [problem.as_dict() for problem in self.problems],
+            "advice": [advice.as_dict() for advice in self.advice],
         }
 
 

@@ -45,11 +45,7 @@ def plan_config(config: Config, *, world_size: int | None = None, device: str | 
 def refuse(plan: Plan) -> None:
     """Raise what stands against running a plan: its first problem, and how many more there are."""
     if plan.problems:
-        first, more = plan.problems[0], len(plan.problems) - 1
-        tail = (
-            f" (and {more} more {'problem' if more == 1 else 'problems'}: `archscale plan` lists them)" if more else ""
-        )
-        raise ConfigError(first.what, first.where, first.remedy + tail)
+        raise ConfigError.several(plan.problems, ": `archscale plan` lists them")
 
 
 def this_device() -> Device:

@@ -42,18 +42,19 @@ def train_step(
     tokens = float(sum(inputs.numel() for inputs, _ in micro_batches))
     sizes = all_reduce(torch.stack([torch.full((), here, device=device), torch.full((), tokens, device=device)]))
     scale = engine.gradient_scale / sizes[0]
+    moved = [(_move(inputs, device), _move(targets, device)) for inputs, targets in micro_batches]
     balance = None
     if moe is not None:
         balance = StepBalance(moe, sizes[1])
-        balance.count(engine, [_move(inputs, device) for inputs, _ in micro_batches[1:]])
+        balance.count(engine, [inputs for inputs, _ in moved[1:]])
     total = torch.zeros((), device=device)
-    for i, (inputs, targets) in enumerate(micro_batches):
-        with engine.micro_batch(last=i == len(micro_batches) - 1):
+    for i, (inputs, targets) in enumerate(moved):
+        with engine.micro_batch(last=i == len(moved) - 1):
             if balance is None:
-                loss = engine.forward(_move(inputs, device), _move(targets, device))
+                loss = engine.forward(inputs, targets)
                 objective = loss * scale
             else:
-                loss, routing = engine.forward(_move(inputs, device), _move(targets, device), routing=True)
+                loss, routing = engine.forward(inputs, targets, routing=True)
                 objective = loss * scale + balance.loss(routing) * engine.gradient_scale
             objective.backward()
         total += loss.detach()
