@@ -77,7 +77,6 @@ class NotYet(NamedTuple):
 # Whoever builds a feature deletes its row.
 NOT_YET = [
     NotYet("parallel.engine", lambda v: v == "deepspeed", "the deepspeed engine", "set it to native"),
-    NotYet("parallel.expert", lambda v: v > 1, "expert parallelism", "set it to 1"),
     NotYet("checkpoint.async", lambda v: v, "asynchronous checkpointing", "set it to false"),
     NotYet("telemetry.wandb.mode", lambda v: v != "disabled", "W&B logging", "set it to disabled"),
     NotYet("telemetry.per_layer", lambda v: v, "telemetry per layer", "set it to false"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import pickle
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from archscale.errors import ConfigError
 
@@ -170,10 +173,11 @@ def shard_rows(tensor: Tensor) -> Tensor:
 def local_interval(tensor: Tensor) -> tuple[int, int]:
     """[lo, hi) of the row-major flattened whole tensor that this rank stores.
 
-    A plain tensor is stored whole. FSDP2 chunks dim 0 by ceiling, so the last ranks can be short or empty.
+    A plain tensor is stored whole. FSDP2 chunks dim 0 by ceiling, so the last ranks can be short or empty. Where FSDP2
+    shards what expert parallelism has sharded before, its placement stands first and applies last (`_StridedShard`).
 
     Raises:
-        ValueError: a placement other than Replicate and Shard(0).
+        ValueError: a placement other than Replicate, Shard(0), or FSDP2's on top of Shard(0).
     """
     if not isinstance(tensor, DTensor):
         return 0, tensor.numel()
@@ -181,13 +185,42 @@ def local_interval(tensor: Tensor) -> tuple[int, int]:
     coordinate = mesh.get_coordinate()  # not the rank in a group, which a permuted mesh orders otherwise
     if coordinate is None:
         return 0, 0
-    lo, hi = 0, rows
+    first: list[int] = []  # mesh dimensions in the order in which they cut
+    then: list[int] = []
     for dim, placement in enumerate(tensor.placements):
+        inner = [d for d in range(dim + 1, mesh.ndim) if type(tensor.placements[d]) is Shard]
         if type(placement) is Shard and placement.dim == 0:
-            chunk = -(-(hi - lo) // mesh.size(dim))
-            start = min(lo + chunk * coordinate[dim], hi)
-            lo, hi = start, min(start + chunk, hi)
+            first.append(dim)
+        elif (
+            isinstance(placement, _StridedShard)
+            and placement.dim == 0
+            and placement.split_factor == math.prod(mesh.size(d) for d in inner)
+        ):
+            then.append(dim)
         elif not isinstance(placement, Replicate):
             raise ValueError(f"placement {placement} is not supported: only Replicate and Shard(0)")
+    lo, hi = 0, rows
+    for dim in first + then:
+        chunk = -(-(hi - lo) // mesh.size(dim))
+        start = min(lo + chunk * coordinate[dim], hi)
+        lo, hi = start, min(start + chunk, hi)
     row = tensor.numel() // rows if rows else 0
     return lo * row, hi * row
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """What this rank stores of a tensor of `shape`: elements [lo, lo + len(data)) of its row-major flattening.
+
+    Attributes:
+        data: 1-D, in the memory of the tensor itself.
+    """
+
+    shape: tuple[int, ...]
+    lo: int
+    data: Tensor
+
+
+def fragment(tensor: Tensor) -> Fragment:
+    """Of a plain tensor or a DTensor."""
+    return Fragment(tuple(tensor.shape), local_interval(tensor)[0], local_tensor(tensor).detach().view(-1))

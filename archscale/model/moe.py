@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from archscale.model.expert_parallel import held_here, run_elsewhere, spread
 from archscale.model.layers import FeedForward
 
 
@@ -64,14 +65,13 @@ class ExpertProjection(nn.Module):
         self.parameter_roles = {"weight": {"role": "matrix", "blocks": blocks, "init": init}}
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        return grouped_linear(x, self.weight.to(x.dtype), ends)
+        return grouped_linear(x, held_here(self.weight).to(x.dtype), ends)
 
 
 class Experts(nn.Module):
     """All routed experts: each one's SwiGLU or relu² of its rows, times the row's gate.
 
-    Rows come sorted by expert, so an expert-parallel rank's share of them is contiguous: what sends rows to the ranks that
-    hold their experts goes around this module and leaves routing and combination alone.
+    Under expert parallelism: of those that this rank holds, for the rows of all ranks that chose them.
     """
 
     def __init__(self, experts: int, width: int, hidden: int, kind: str):
@@ -123,6 +123,13 @@ class MoE(nn.Module):
         self.router = Router(width, experts, logit_scale)
         self.experts = Experts(experts, width, hidden, kind)
         self.shared = FeedForward(width, hidden, kind) if shared else None
+        self.spread_over: Any = None  # mesh
+
+    def spread_experts(self, mesh: Any) -> Experts:
+        """Spread the experts over the ranks of a 1-D device mesh; the model must still be on the meta device."""
+        spread(self.experts, mesh)
+        self.spread_over = mesh
+        return self.experts
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, T, D) → y (B, T, D), and of each sequence `Routing.load` and `Routing.mass`, (B, E)."""
@@ -137,10 +144,14 @@ class MoE(nn.Module):
 
         order = chosen.flatten().argsort(stable=True)  # by expert, then by token: assignment n K + j of each row
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        ends = load.sum(0).cumsum(0).to(torch.int32)
         rows = _Dispatch.apply(tokens, order, place, self.active)
         row_gates = _Dispatch.apply(gates.flatten()[:, None], order, place, 1)
-        y = _Combine.apply(self.experts(rows, row_gates, ends), order, place, self.active).view_as(x)
+        count = load.sum(0)
+        if self.spread_over is None:
+            outputs = self.experts(rows, row_gates, count.cumsum(0).to(torch.int32))
+        else:
+            outputs = run_elsewhere(self.experts, rows, row_gates, count, self.spread_over)
+        y = _Combine.apply(outputs, order, place, self.active).view_as(x)
         if self.shared is not None:
             y = torch.add(y, self.shared(x), alpha=self.share)
         return y, load, mass

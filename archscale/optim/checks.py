@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,14 @@ def check_distinct(names: Sequence[str], params: Sequence[Tensor]) -> None:
         seen[id(p)] = name
 
 
-def check_parameter(name: str, p: Tensor) -> None:
+def check_parameter(name: str, p: Tensor, fragment: tuple[Sequence[int], int] | None = None) -> None:
+    if fragment is not None:
+        shape, lo = fragment
+        if p.ndim != 1 or not 0 <= lo <= lo + p.numel() <= math.prod(shape):
+            raise ValueError(
+                f"parameter {name!r}: a tensor of shape {tuple(p.shape)} at {lo} is no fragment of {tuple(shape)}: give a "
+                "1-D tensor and where it begins in the row-major flattened parameter"
+            )
     if p.is_meta:
         raise ValueError(f"parameter {name!r} is on the meta device: materialize and initialize the model first")
     if not p.is_floating_point():

@@ -8,6 +8,7 @@ A single process is the degenerate case: it owns every matrix and the exchange i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from archscale.distributed import gather_objects, is_distributed, local_interval, local_tensor
+from archscale.distributed import Fragment, gather_objects, is_distributed, local_interval, local_tensor
 from archscale.optim.checks import check_distinct, check_options, check_parameter, load_state, parameter_names
 from archscale.optim.elementwise import adam_direction_, lion_direction_, momentum_direction_
 from archscale.optim.exchange import Exchange, Run, dot
@@ -66,7 +67,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
         betas, adam_eps: of the adam and lion directions.
         process_group: the ranks that hold the parameters; None: the default group if there is one. Plain tensors are
             taken as replicas over it: the work is divided over the ranks. Keys of a parameter group override all of the
-            above; `blocks` gives, per parameter, None or the (name, rows) blocks of a fused projection.
+            above; `blocks` gives, per parameter, None or the (name, rows) blocks of a fused projection, and `fragments`
+            the (whole shape, lo) of parameters that are 1-D tensors holding only their elements from `lo` on, row-major.
 
     Raises:
         ValueError: naming the parameter and the remedy.
@@ -82,7 +84,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         defaults = {
             "lr": lr, "rule": rule, "momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay, "clip": clip, "eps": eps,
             "orthogonalizer": orthogonalizer, "compute_dtype": compute_dtype, "wire_dtype": wire_dtype,
-            "momentum_dtype": momentum_dtype, "betas": betas, "adam_eps": adam_eps, "blocks": None,
+            "momentum_dtype": momentum_dtype, "betas": betas, "adam_eps": adam_eps, "blocks": None, "fragments": None,
         }  # fmt: skip
         super().__init__(params, defaults)
         self._process_group = process_group
@@ -103,24 +105,30 @@ class MatrixOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
 
     def _build(self) -> None:
-        """Plan the exchanges and create all state eagerly, so that a checkpoint never meets a missing entry."""
+        """Plan the exchanges and create all state eagerly, so that a checkpoint never misses an entry."""
         check_distinct(self._names, self._params)
         self._device = self._params[0].device
         self._dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._params) else torch.float32
         self._index_cache: dict[tuple[int, ...], Tensor] = {}
         self._groups: list[_Group] = []
         self._views: list[MatrixView] = []
+        self._shapes: list[tuple[int, ...]] = [()] * len(self._params)  # of the whole parameters
+        mine: list[list[Interval]] = [[]] * len(self._params)
         exchanges: dict[tuple, list[int]] = {}  # views that travel together, by what they are orthogonalized with
         for options in self.param_groups:
             rule = check_options(options)
             members = [self._number[id(p)] for p in options["params"]]
             blocks = options.pop("blocks") or [None] * len(members)
+            fragments = options.pop("fragments") or [None] * len(members)
             first = len(self._views)
-            for param, block in zip(members, blocks, strict=True):
-                check_parameter(self._names[param], self._params[param])
+            for param, block, of in zip(members, blocks, fragments, strict=True):
+                p = self._params[param]
+                check_parameter(self._names[param], p, of)
+                shape, lo = of or (tuple(p.shape), local_interval(p)[0])
+                self._shapes[param], mine[param] = shape, [(lo, lo + local_tensor(p).numel())]
                 if rule.direction == "orthogonal" or rule.needs_norms:
-                    p = self._params[param]
-                    shape = p.shape if rule.direction == "orthogonal" or p.ndim in (2, 3) else (p.numel(), 1)
+                    if rule.direction != "orthogonal" and len(shape) not in (2, 3):
+                        shape = (math.prod(shape), 1)
                     self._views += matrix_views(self._names[param], param, shape, block)
             if rule.direction == "orthogonal":
                 key = tuple(options[k] for k in ("orthogonalizer", "compute_dtype", "wire_dtype"))
@@ -133,8 +141,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                     self._scalars([0.2 * max(v.rows, v.cols) ** 0.5 for v in views]),
                 )
             )  # fmt: skip
-        mine = [[local_interval(p)] for p in self._params]
-        everyone = gather_objects((mine, self._names, [tuple(p.shape) for p in self._params]), self._process_group)
+        everyone = gather_objects((mine, self._names, self._shapes), self._process_group)
         if any(other[1:] != everyone[0][1:] for other in everyone):
             raise ValueError("the ranks have different parameters: build the same model and optimizer on every rank")
         self._intervals: list[list[list[Interval]]] = [other[0] for other in everyone]
@@ -260,13 +267,8 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 local = {k: local_tensor(state[k]).view(-1) for k in STATE_OF[group.rule.direction]}
                 if group.rule.direction == "adam":
                     state["step"] += 1
-                    adam_direction_(
-                        grads[param],
-                        **local,
-                        step=state["step"],
-                        betas=options["betas"],
-                        eps=options["adam_eps"],
-                    )
+                    betas, eps = options["betas"], options["adam_eps"]
+                    adam_direction_(grads[param], **local, step=state["step"], betas=betas, eps=eps)
                 elif group.rule.direction == "lion":
                     lion_direction_(grads[param], **local, betas=options["betas"])
                 elif group.rule.direction == "momentum":
@@ -365,6 +367,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
             for key, value in row.items():
                 columns.setdefault(key, []).append(value)
         return {key: torch.cat(values) for key, values in columns.items()}
+
+    def fragments(self) -> dict[str, dict[str, Fragment | Tensor]]:
+        """The state by parameter name, in its own memory: a `Fragment` where it is laid out as the parameter, and tensors
+        that every rank has alike (c and R of each of its matrices, Adam's step count)."""
+        places = zip(self._names, self._shapes, self._intervals[self._rank], self._params)
+        return {
+            name: {
+                key: value if key in ("calibration", "radius", "step") else Fragment(shape, lo, local_tensor(value).view(-1))
+                for key, value in self.state[p].items()
+            }
+            for name, shape, [(lo, _)], p in places
+        }  # fmt: skip
 
     def views(self) -> list[tuple[str, str, int, int]]:
         """(parameter, matrix, rows, cols) of every matrix that a rule treats as a whole."""

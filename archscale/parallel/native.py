@@ -1,5 +1,6 @@
 """The native engine: a plain module on one process, DDP when shard is 1, FSDP2 when replicate is 1, HSDP otherwise.
 
+Experts may be spread over part of the ranks of a shard group (`expert`); FSDP2 then shards each one's part over the rest.
 Gradients are SUMMED over ranks whatever the layout; the step divides by the global number of target tokens.
 """
 
@@ -10,21 +11,24 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from archscale.distributed import world_size
-from archscale.parallel.mesh import build_mesh
+from archscale.distributed import Fragment, fragment, world_size
+from archscale.parallel.engine import Optimizer, clip_gradients
+from archscale.parallel.mesh import build_expert_mesh, build_mesh
 
 
 class NativeEngine:
     """Owns a model's layout.
 
     Args:
-        build: makes the model; called on the meta device.
+        build: makes the model; called on the meta device. What can spread experts over ranks has a method
+            `spread_experts(mesh)`, which returns the module that FSDP2 is to shard over the others.
         initialize: fills its parameters, which are by then plain tensors or DTensors on `device`.
-        replicate, shard: mesh sizes; their product is the world size.
+        replicate, shard: mesh sizes; their product is the world size. expert: divides shard.
         reshard: free a block's gathered parameters between its forward and backward pass.
         dtype: of matrix products; FSDP2 gathers parameters in it and reduces gradients in float32.
 
@@ -37,7 +41,7 @@ class NativeEngine:
 
     def __init__(
         self, build: Callable[[], nn.Module], initialize: Callable[[nn.Module], None], *, device: torch.device,
-        replicate: int, shard: int, reshard: bool, dtype: torch.dtype, compile: bool,
+        replicate: int, shard: int, reshard: bool, dtype: torch.dtype, compile: bool, expert: int = 1,
     ):  # fmt: skip
         with torch.device("meta"):
             self.module = build()
@@ -52,10 +56,19 @@ class NativeEngine:
                 reduce_dtype=torch.float32,
                 cast_forward_inputs=False,  # the residual stream stays float32
             )
-            layout = mesh if replicate > 1 else mesh["shard"]
+
+            def sharded(mesh: DeviceMesh) -> DeviceMesh:
+                return mesh["replicate", "shard"] if replicate > 1 else mesh["shard"]
+
+            if expert > 1:
+                experts = build_expert_mesh(device, replicate, shard, expert)
+                spreading: list[Any] = [m for m in self.module.modules() if hasattr(m, "spread_experts")]
+                for module in spreading:
+                    part = module.spread_experts(experts["expert"])
+                    fully_shard(part, mesh=sharded(experts), mp_policy=policy, reshard_after_forward=reshard)
             for block in blocks:
-                fully_shard(block, mesh=layout, mp_policy=policy, reshard_after_forward=reshard)
-            fully_shard(self.module, mesh=layout, mp_policy=policy)  # embedding, head and final norm
+                fully_shard(block, mesh=sharded(mesh), mp_policy=policy, reshard_after_forward=reshard)
+            fully_shard(self.module, mesh=sharded(mesh), mp_policy=policy)  # embedding, head and final norm
             for module in self.module.modules():
                 if isinstance(module, FSDPModule):
                     module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
@@ -72,6 +85,22 @@ class NativeEngine:
         if self.keeps_gradients:
             self.forward = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
             self.gradient_scale = float(world)  # DDP averages
+
+    def backward(self, objective: Tensor) -> None:
+        objective.backward()
+
+    def update(self, optimizer: Optimizer, grad_clip: float | None) -> Tensor:
+        grads = (p.grad for p in self.module.parameters() if p.grad is not None)
+        norm = clip_gradients(grads, grad_clip, self.shard_group)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=not self.keeps_gradients)
+        return norm
+
+    def weights(self) -> dict[str, Fragment]:
+        return {name: fragment(parameter) for name, parameter in self.module.named_parameters()}
+
+    def weights_changed(self) -> None:
+        """Nothing is kept beside the parameters themselves."""
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:

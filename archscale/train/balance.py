@@ -10,7 +10,7 @@ from torch import Tensor
 from archscale.config import MoEConfig
 from archscale.distributed import all_reduce
 from archscale.model.moe import Routing, balance_loss, load_metrics, load_share
-from archscale.parallel.native import NativeEngine
+from archscale.parallel.engine import Engine
 
 
 class StepBalance:
@@ -36,7 +36,7 @@ class StepBalance:
         self._reduced = False
 
     @torch.no_grad()
-    def count(self, engine: NativeEngine, inputs: Sequence[Tensor]) -> None:
+    def count(self, engine: Engine, inputs: Sequence[Tensor]) -> None:
         """The counting pass, over all micro-batches but the first."""
         if self.moe.counts_first:
             for tokens in inputs:

@@ -12,25 +12,21 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import (
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 
-from archscale.distributed import agree, on_rank_zero, rank, world_size
+from archscale.distributed import Fragment, agree, on_rank_zero, rank, world_size
 from archscale.errors import CheckpointError
 from archscale.optim import MatrixOptimizer
+from archscale.train.fragments import Stored
 
-FORMAT = 1
+FORMAT = 2
 
 
 def checkpoint_steps(directory: Path) -> list[int]:
@@ -68,11 +64,12 @@ def step_directory(directory: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    directory: Path, model: nn.Module, optimizer: MatrixOptimizer, state: dict[str, Any], keep: int
+    directory: Path, weights: Mapping[str, Fragment], optimizer: MatrixOptimizer, state: dict[str, Any], keep: int
 ) -> None:
     """Write `state["step"]`'s checkpoint on all ranks together, then prune all but the newest `keep`.
 
     Args:
+        weights: float32 parameters by name.
         state: plain data that `load_checkpoint` gives back; `step` names the directory.
 
     Raises:
@@ -86,9 +83,8 @@ def save_checkpoint(
         partial.mkdir(parents=True)
 
     def write() -> None:
-        content = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
         with _quiet():
-            dcp.save(content, checkpoint_id=partial)
+            dcp.save(_content(weights, optimizer), checkpoint_id=partial)
 
     def write_rng() -> None:
         (partial / f"rng_{rank()}.bin").write_bytes(torch.get_rng_state().numpy().tobytes())
@@ -118,25 +114,25 @@ def save_checkpoint(
             _discard(step_directory(directory, step))
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: MatrixOptimizer | None) -> dict[str, Any]:
-    """Restore model and optimizer in place, in whatever layout they have now; returns the saved `state`.
+def load_checkpoint(
+    path: Path, weights: Mapping[str, Fragment], optimizer: MatrixOptimizer | None = None
+) -> dict[str, Any]:
+    """Restore weights and optimizer in place, in whatever layout they have now; returns the saved `state`.
 
     Raises:
         CheckpointError: missing, of another format, model or rule, or damaged.
     """
     state = read_state(path)
-    content: dict[str, Any] = {"model": get_model_state_dict(model)}
-    if optimizer is not None:
-        content["optimizer"] = get_optimizer_state_dict(model, optimizer)
+    content = _content(weights, optimizer)
     try:
+        saved = set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
+        if extra := sorted(name for name in saved - content.keys() if optimizer or name.startswith("model.")):
+            raise ValueError(f"it holds {extra[0]}, which this run has not")
         with _quiet():
             dcp.load(content, checkpoint_id=path)
-        model.load_state_dict(content["model"])
-        if optimizer is not None:
-            set_optimizer_state_dict(model, optimizer, content["optimizer"])
-            if state["world_size"] == world_size():
-                content_rng = (path / f"rng_{rank()}.bin").read_bytes()
-                torch.set_rng_state(torch.frombuffer(bytearray(content_rng), dtype=torch.uint8))
+        if optimizer is not None and state["world_size"] == world_size():
+            content_rng = (path / f"rng_{rank()}.bin").read_bytes()
+            torch.set_rng_state(torch.frombuffer(bytearray(content_rng), dtype=torch.uint8))
     except (CheckpointException, RuntimeError, ValueError, OSError, EOFError, KeyError) as error:
         raise CheckpointError(
             f"cannot load: {_reason(error)}",
@@ -144,6 +140,15 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: MatrixOptimizer | N
             "use the checkpoint's own config, or an older checkpoint",
         ) from error
     return state
+
+
+def _content(weights: Mapping[str, Fragment], optimizer: MatrixOptimizer | None) -> dict[str, Tensor]:
+    """What DCP writes and fills, by `model.<name>` and `optimizer.<name>.<key>`."""
+    content: dict[str, Fragment | Tensor] = {f"model.{name}": value for name, value in weights.items()}
+    if optimizer is not None:
+        for name, state in optimizer.fragments().items():
+            content |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
+    return {name: Stored(value) if isinstance(value, Fragment) else value for name, value in content.items()}
 
 
 def read_state(path: Path) -> dict[str, Any]:

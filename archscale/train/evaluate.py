@@ -10,12 +10,12 @@ from torch import Tensor
 
 from archscale.distributed import all_reduce
 from archscale.model.loss import IGNORE
-from archscale.parallel.native import NativeEngine
+from archscale.parallel.engine import Engine
 
 
 @torch.no_grad()
 def evaluate(
-    engine: NativeEngine, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor, device: torch.device
+    engine: Engine, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor, device: torch.device
 ) -> dict[str, float]:
     """`val_loss` (nats per token) and `val_bits_per_byte` over this rank's `batches`, reduced over all ranks.
 

@@ -8,6 +8,7 @@ import torch
 
 from archscale.config import Config, load_config
 from archscale.data.tokenizer import Tokenizer, load_tokenizer
+from archscale.distributed import fragment
 from archscale.errors import CheckpointError
 from archscale.model import Transformer
 from archscale.train.build import build_model
@@ -31,7 +32,8 @@ def load_run(run_dir: Path) -> tuple[Config, Transformer, Tokenizer]:
     config = load_config(run_dir / "config.yaml")
     tokenizer = load_tokenizer(config.data.train)
     model = build_model(config, tokenizer.eos_id)
-    load_checkpoint(step_directory(run_dir / "checkpoints", steps[-1]), model, optimizer=None)
+    weights = {name: fragment(parameter) for name, parameter in model.named_parameters()}
+    load_checkpoint(step_directory(run_dir / "checkpoints", steps[-1]), weights)
     return config, model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 

@@ -5,21 +5,21 @@ Every quantity is global: no result depends on how the batch is spread over rank
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from archscale.config import MoEConfig
-from archscale.distributed import all_reduce, local_tensor
+from archscale.distributed import all_reduce
 from archscale.model.loss import IGNORE
 from archscale.optim import MatrixOptimizer
-from archscale.parallel.native import NativeEngine
+from archscale.parallel.engine import Engine
 from archscale.train.balance import StepBalance
 
 
 def train_step(
-    engine: NativeEngine,
+    engine: Engine,
     optimizer: MatrixOptimizer,
     micro_batches: Sequence[tuple[Tensor, Tensor]],
     device: torch.device,
@@ -56,38 +56,13 @@ def train_step(
             else:
                 loss, routing = engine.forward(inputs, targets, routing=True)
                 objective = loss * scale + balance.loss(routing) * engine.gradient_scale
-            objective.backward()
+            engine.backward(objective)
         total += loss.detach()
-    norm = clip_gradients(engine.module.parameters(), grad_clip, engine.shard_group)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=not engine.keeps_gradients)
+    norm = engine.update(optimizer, grad_clip)
     if balance is None:
         return {"loss": all_reduce(total) / sizes[0], "grad_norm": norm}
     total, auxiliary = all_reduce(torch.stack([total, balance.total]))
     return {"loss": total / sizes[0], "aux_loss": auxiliary, "grad_norm": norm, **balance.metrics()}
-
-
-@torch.no_grad()
-def clip_gradients(parameters: Iterable[Tensor], max_norm: float | None, shard_group: object = None) -> Tensor:
-    """Scale all gradients so that their global norm is at most `max_norm`; returns the norm before.
-
-    Args:
-        shard_group: group over which gradients are sharded; None where every rank has them whole. Replicas hold the
-            same gradients and are not reduced over.
-    """
-    grads = [g for p in parameters if p.grad is not None and (g := local_tensor(p.grad)).numel()]
-    device = grads[0].device if grads else torch.device("cpu")
-    total = torch.zeros((), device=device)
-    if grads:
-        total += torch.stack([norm.float().square() for norm in torch._foreach_norm(grads)]).sum()
-    if shard_group is not None:
-        total = all_reduce(total, group=shard_group)
-    norm = total.sqrt()
-    if max_norm is not None and grads:
-        # A norm that is not finite drops the whole gradient; what is left, nan · 0, the optimizer does not apply.
-        factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 0.0)
-        torch._foreach_mul_(grads, factor)
-    return norm
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

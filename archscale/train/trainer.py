@@ -98,7 +98,7 @@ class Run:
             lambda: build_model(config, data.eos_id), lambda model: initialize(model, config.seed), device=device,
             replicate=config.parallel.replicate, shard=shard,
             reshard=config.parallel.reshard_after_forward, dtype=DTYPES[config.training.precision],
-            compile=config.training.compile,
+            compile=config.training.compile, expert=config.parallel.expert,
         )  # fmt: skip
         self.roles = assign_roles(self.engine.module)
         self.optimizer = build_optimizer(config, self.roles, self.transfer.roles)
@@ -112,7 +112,8 @@ class Run:
         config, started = self.config, time.monotonic()
         step = 0
         if source is not None:
-            step = int(load_checkpoint(source, self.engine.module, self.optimizer)["step"])
+            step = int(load_checkpoint(source, self.engine.weights(), self.optimizer)["step"])
+            self.engine.weights_changed()
         if step >= config.steps:
             return self._summary(step, started, already_done=True)
         distributed.on_rank_zero(self._describe)
@@ -154,7 +155,7 @@ class Run:
                     state = {"step": step, "config": config.resolved(), "data": identity(self.data)}
                     save_checkpoint(
                         self.run_dir / "checkpoints",
-                        self.engine.module,
+                        self.engine.weights(),
                         self.optimizer,
                         state,
                         config.checkpoint.keep,

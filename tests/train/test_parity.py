@@ -9,7 +9,7 @@ import pytest
 from archscale.distributed import local_tensor, rank, world_size
 from archscale.model.transformer import Block
 from archscale.optim import engine as engine_module
-from archscale.train import step as step_module
+from archscale.parallel import native
 from tests.train.tiny import LAYOUTS, RULES, config, losses, run, tiny_data
 
 STEPS = 50
@@ -124,20 +124,20 @@ def test_bf16_curves_agree_statistically(pool, data, tmp_path):
 
 def nan_run(data: str, folder: str) -> list[dict]:
     """Step 3's gradient of one matrix is NaN on the last rank."""
-    original, taken = step_module.clip_gradients, [0]
+    original, taken = native.clip_gradients, [0]
 
-    def poisoned(parameters, max_norm, group):
-        parameters = list(parameters)
+    def poisoned(grads, max_norm, group):
+        grads = list(grads)
         taken[0] += 1
         if taken[0] == 3 and rank() == world_size() - 1:
-            local_tensor(parameters[4].grad).view(-1)[0] = float("nan")
-        return original(parameters, max_norm, group)
+            local_tensor(grads[4]).view(-1)[0] = float("nan")
+        return original(grads, max_norm, group)
 
-    step_module.clip_gradients = poisoned
+    native.clip_gradients = poisoned
     try:
         return run(config(data, "orscale_lm", 8), folder)
     finally:
-        step_module.clip_gradients = original
+        native.clip_gradients = original
 
 
 def test_a_nan_gradient_does_not_reach_the_weights(pool, data, tmp_path):

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from archscale.config import dump_config
 from archscale.errors import CheckpointError, ConfigError
@@ -128,8 +127,7 @@ def test_refusals(data, tmp_path):
     with pytest.raises(ConfigError, match=r"model.aspect is"):
         run(config(data, steps=4, model={"width": 32}), str(tmp_path / "new2"), resume=whole)
     assert not (tmp_path / "new2").exists()
-    model = torch.nn.Linear(2, 2)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "state.json").write_text('{"format": 99}')
     with pytest.raises(CheckpointError, match="format 99"):
-        load_checkpoint(Path(tmp_path / "broken"), model, None)
+        load_checkpoint(Path(tmp_path / "broken"), {})
