@@ -72,6 +72,53 @@ def test_every_layout_gives_the_one_process_result(pool, rule, world, kind):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+def partitioned(rule: str, steps: int) -> list[tuple[int, torch.Tensor]]:
+    """All parameters laid end to end and cut into equal parts, as ZeRO does: a matrix may be cut anywhere, or lie wholly on
+    one rank. Returns of each parameter where this rank's fragment begins, and the fragment."""
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(s, generator=generator, dtype=torch.float64) for s in SHAPES]
+    world, me = dist.get_world_size(), dist.get_rank()
+    part = -(-sum(w.numel() for w in whole) // world) + 1
+    ends = torch.tensor([0, *(w.numel() for w in whole)]).cumsum(0).tolist()
+    spans = []  # of each parameter, [lo, hi) held here
+    for start, w in zip(ends, whole):
+        lo, hi = (min(max(me * part + i * part - start, 0), w.numel()) for i in (0, 1))
+        spans.append((lo, hi))
+    params = [nn.Parameter(w.view(-1)[lo:hi].clone()) for w, (lo, hi) in zip(whole, spans)]
+    group = {
+        "params": [(f"params.{i}", p) for i, p in enumerate(params)],
+        "fragments": [(s, lo) for s, (lo, _) in zip(SHAPES, spans)],
+    }
+    decay = 0.0 if RULES[rule].sphere else 0.1
+    opt = MatrixOptimizer([group], lr=0.02, rule=rule, weight_decay=decay, compute_dtype=torch.float64)
+    for seed in range(steps):
+        generator = torch.Generator().manual_seed(100 + seed)
+        for p, shape, (lo, hi) in zip(params, SHAPES, spans):
+            p.grad = torch.randn(shape, generator=generator, dtype=torch.float64).view(-1)[lo:hi].clone()
+        opt.step()
+    return [(lo, p.detach()) for p, (lo, _) in zip(params, spans)]
+
+
+@pytest.mark.parametrize("rule", ["orscale_lm", "muonh", "muon", "adamw", "lamb"])
+@pytest.mark.parametrize("world", [2, 3])
+def test_a_partition_that_cuts_matrices_anywhere(pool, rule, world):
+    alone = result("replica", rule)
+    parts = pool(world).run(partitioned, rule, 4, timeout=60)
+    cuts = 0
+    for i, expected in enumerate(alone):
+        held = [part[i] for part in parts if part[i][1].numel()]
+        cuts += any(lo % expected.shape[-1] for lo, _ in held)
+        found = torch.cat([fragment for _, fragment in sorted(held, key=lambda at: at[0])])
+        torch.testing.assert_close(found, expected.view(-1), rtol=1e-7, atol=1e-9)
+    assert cuts  # within a row
+
+
+def test_what_is_no_fragment_is_refused():
+    for value, at in ((torch.zeros(3, 4), 0), (torch.zeros(5), 8)):
+        with pytest.raises(ValueError, match="is no fragment of"):
+            MatrixOptimizer([{"params": [nn.Parameter(value)], "fragments": [((3, 4), at)]}], lr=0.1)
+
+
 @pytest.mark.parametrize("rule", ["adamh", "lamb", "adamw", "lion", "sgd"])
 def test_elementwise_rules_too(pool, rule):
     alone = result("replica", rule)

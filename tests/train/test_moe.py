@@ -13,10 +13,18 @@ from archscale.scaling.transfer import resolve
 from archscale.train import balance as balance_module
 from archscale.train.balance import StepBalance
 from archscale.train.generate import generate
-from tests.train.tiny import LAYOUTS, config, crash_after, run, tiny_data
+from tests.train.tiny import LAYOUTS as DATA_PARALLEL
+from tests.train.tiny import config, crash_after, run, tiny_data
 
+LAYOUTS = {
+    **DATA_PARALLEL,
+    "ep2": (2, {"parallel": {"expert": 2}}),
+    "ep2 fsdp2": (4, {"parallel": {"expert": 2}}),
+    "ep2 hsdp": (4, {"parallel": {"replicate": 2, "shard": 2, "expert": 2}}),
+}
 STEPS = 50
-MOE = {"sparsity": 4, "top_k": 3}  # 11 routed experts, of which a token passes 2, and a shared one
+MOE = {"sparsity": 3, "top_k": 3}  # 8 routed experts, of which a token passes 2, and a shared one
+UNEVEN = {"sparsity": 4, "top_k": 3}  # 11 routed experts
 TOKENS = 24 * 16  # of one step of `config`
 
 
@@ -73,7 +81,7 @@ def assert_same(curve: dict, expected: dict) -> None:
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("layout", ["one", "ddp2", "fsdp2"])
+@pytest.mark.parametrize("layout", ["one", "ddp2", "fsdp2", "ep2", "ep2 fsdp2"])
 def test_one_trajectory(pool, data, alone, tmp_path, layout, accumulation):
     world, sections = LAYOUTS.get(layout, (1, {}))
     sections = {**sections, **SLOW, "training": {"micro_batch": 24 // (world * accumulation)}}
@@ -93,7 +101,11 @@ OPTIONS: dict[str, dict] = {
     "recompute": {"training": {"activation_checkpoint": "block"}},
     "no balance": {"moe": {**MOE, "balance_weight": 0.0}},
     "no reshard": {"parallel": {"reshard_after_forward": False}},
-    "no fast path": {"moe": {"sparsity": 4, "top_k": 2}, "model": {"mlp_ratio": 1.25}},  # 15 hidden features
+    "uneven": {"moe": UNEVEN},
+    "no fast path": {
+        "moe": {"sparsity": 4, "top_k": 2, "shared_expert": False},
+        "model": {"mlp_ratio": 1.25},
+    },  # 15 hidden features
 }
 
 
@@ -102,16 +114,24 @@ def test_options_on_two_ranks_with_accumulation(pool, data, tmp_path, option):
     sections = {**SLOW, **OPTIONS[option]}
     training = {"training": {**sections.pop("training", {}), "micro_batch": 6}}
     expected = watched(data, str(tmp_path / "one"), 5, training={"micro_batch": 24}, **sections)
-    for curve in pool(2).run(watched, data, str(tmp_path / "two"), 5, **sections, **training, timeout=60):
-        assert_same(curve, expected)
+    parallel = sections.pop("parallel", {})
+    for expert in (1, 2):
+        if option == "uneven" and expert == 2:
+            continue
+        layout = {**training, "parallel": {**parallel, "expert": expert}}
+        for curve in pool(2).run(watched, data, str(tmp_path / f"{expert}"), 5, **sections, **layout, timeout=60):
+            assert_same(curve, expected)
     assert (expected["aux_loss"] > 0).all() == (option != "no balance")
 
 
-def test_hsdp_on_four_ranks(pool, data, tmp_path):
-    expected = watched(data, str(tmp_path / "one"), 5, training={"micro_batch": 24}, **SLOW)
-    _, sections = LAYOUTS["hsdp4"]
-    training = {"micro_batch": 3}
-    for curve in pool(4).run(watched, data, str(tmp_path / "4"), 5, training=training, timeout=60, **sections, **SLOW):
+@pytest.mark.parametrize("layout", ["hsdp4", "ep2 hsdp", "ep2 fsdp2 uneven"])
+def test_four_ranks(pool, data, tmp_path, layout):
+    """Uneven: 6 experts over 2 × 2 ranks, so that the two that share a half hold 2 and 1."""
+    moe = {"sparsity": 2, "top_k": 3, "shared_expert": False} if "uneven" in layout else MOE
+    expected = watched(data, str(tmp_path / "one"), 5, moe, training={"micro_batch": 24}, **SLOW)
+    _, sections = LAYOUTS[layout.removesuffix(" uneven")]
+    sections = {**sections, **SLOW, "training": {"micro_batch": 3}}
+    for curve in pool(4).run(watched, data, str(tmp_path / "4"), 5, moe, timeout=60, **sections):
         assert_same(curve, expected)
 
 
@@ -120,7 +140,7 @@ def test_bf16_layouts_route_alike(pool, data, tmp_path):
     layout only sends 12 there with this seed. (Two are allowed to kernels that sum differently.)"""
     bf16 = {"training": {"precision": "bf16", "micro_batch": 12}, "seed": 1}
     expected = watched(data, str(tmp_path / "one"), 5, **bf16)
-    for layout in ("ddp2", "fsdp2"):
+    for layout in ("ddp2", "fsdp2", "ep2"):
         world, sections = LAYOUTS[layout]
         for curve in pool(world).run(watched, data, str(tmp_path / layout), 5, timeout=60, **bf16, **sections):
             assert np.abs(curve["load"][0] - expected["load"][0]).sum() <= 4
@@ -138,7 +158,7 @@ def compiled(data: str, folder: str, **sections) -> dict:
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2"])
+@pytest.mark.parametrize("layout", ["ddp2", "fsdp2", "ep2"])
 def test_compiled_blocks(pool, data, tmp_path, layout):
     world, sections = LAYOUTS[layout]
     expected = watched(data, str(tmp_path / "eager"), 3, training={"micro_batch": 24}, **SLOW)
@@ -146,20 +166,37 @@ def test_compiled_blocks(pool, data, tmp_path, layout):
         assert_same(curve, expected)
 
 
-def straight_and_resumed(data: str, folder: str) -> list[list[float]]:
-    made = config(data, "muonh", 6, model={"moe": MOE}, checkpoint={"every": 3})
+def straight_and_resumed(data: str, folder: str, moe: dict, expert: int = 1) -> list[list[float]]:
+    made = config(data, "muonh", 6, model={"moe": moe}, checkpoint={"every": 3}, parallel={"expert": expert})
     crash_after(made, folder + "/crashed", 4)
     runs = run(made, folder + "/straight"), run(made, folder + "/crashed")
     return [[line[key] for line in lines for key in ("loss", "aux_loss", "grad_norm")] for lines in runs]
 
 
 def test_a_crash_changes_nothing(pool, data, tmp_path):
-    """11 experts, whose stacks two ranks shard unevenly; bitwise."""
+    """11 experts, whose stacks two ranks shard unevenly, and 8 spread over two; bitwise."""
     for straight, resumed in [
-        straight_and_resumed(data, str(tmp_path / "1")),
-        *pool(2).run(straight_and_resumed, data, str(tmp_path / "2"), timeout=60),
+        straight_and_resumed(data, str(tmp_path / "1"), UNEVEN),
+        *pool(2).run(straight_and_resumed, data, str(tmp_path / "2"), UNEVEN, timeout=60),
+        *pool(2).run(straight_and_resumed, data, str(tmp_path / "ep"), MOE, expert=2, timeout=60),
+        *pool(4).run(straight_and_resumed, data, str(tmp_path / "ep fsdp"), MOE, expert=2, timeout=60),
     ]:
         assert straight == resumed
+
+
+def test_checkpoints_reshard_between_expert_parallel_degrees(pool, data, tmp_path):
+    """EP 2 → one process → EP 2 · FSDP2 2 → EP 4 → FSDP2 2, two steps each."""
+    sections = {"model": {"moe": MOE}, "checkpoint": {"every": 2}, **SLOW}
+    expected = run(config(data, "orscale_lm", 10, **sections), str(tmp_path / "alone"))
+    folder = str(tmp_path / "moving")
+    pool(2).run(crash_after, config(data, "orscale_lm", 10, parallel={"expert": 2}, **sections), folder, 2, timeout=60)
+    crash_after(config(data, "orscale_lm", 10, **sections), folder, 2)
+    for expert in (2, 4):
+        made = config(data, "orscale_lm", 10, parallel={"expert": expert}, **sections)
+        pool(4).run(crash_after, made, folder, 2, timeout=60)
+    for lines in pool(2).run(run, config(data, "orscale_lm", 10, **sections), folder, timeout=60):
+        for key in ("loss", "aux_loss", "grad_norm"):
+            np.testing.assert_allclose([line[key] for line in lines], [line[key] for line in expected], rtol=1e-5)
 
 
 def test_a_trained_model_generates(data, tmp_path):
@@ -179,10 +216,10 @@ def test_every_assignment_is_counted_once(data, tmp_path, micro_batch, recompute
     training = {"micro_batch": micro_batch, "activation_checkpoint": recompute}
     for balance in ("global", "sequence"):
         found = watched(data, str(tmp_path / balance), 3, moe={**MOE, "balance": balance}, training=training)
-        assert found["load"].shape == (3, 2, 11)
+        assert found["load"].shape == (3, 2, 8)
         assert (found["load"].sum(-1) == 2 * TOKENS).all()
         f = found["load"] / found["load"].sum(-1, keepdims=True)
-        np.testing.assert_allclose(found["moe/max_violation"], (f.max(-1) * 11 - 1).mean(-1), rtol=1e-5)
+        np.testing.assert_allclose(found["moe/max_violation"], (f.max(-1) * 8 - 1).mean(-1), rtol=1e-5)
         np.testing.assert_allclose(
             found["moe/load_entropy"], -(f * np.log(np.where(f > 0, f, 1))).sum(-1).mean(-1), rtol=1e-5
         )
@@ -194,14 +231,16 @@ SHAPE = {"depth": 2, "width": 32, "head_dim": 8, "context": 8, "vocab_size": 40}
 GLOBAL_BATCH = torch.randint(0, 40, (8, 8), generator=torch.Generator().manual_seed(3))
 
 
-def balance_gradients(balance: str, accumulation: int, shard: int, recompute: bool = False) -> tuple[float, dict]:
+def balance_gradients(
+    balance: str, accumulation: int, shard: int, recompute: bool = False, expert: int = 1
+) -> tuple[float, dict]:
     """Balance loss of `GLOBAL_BATCH` over all ranks, and the whole gradients of it alone, by parameter."""
     moe = MoEConfig(**MOE, balance=balance, balance_weight=0.1)
     model = ModelConfig(**SHAPE, mlp_ratio=3, moe=moe)
     engine = NativeEngine(
         lambda: Transformer(model, recompute=recompute), lambda module: initialize(module, 0),
         device=torch.device("cpu"), replicate=world_size() // shard, shard=shard, reshard=True, dtype=torch.float32,
-        compile=False,
+        compile=False, expert=expert,
     )  # fmt: skip
     mine = GLOBAL_BATCH.chunk(world_size())[rank()].chunk(accumulation)
     step = StepBalance(moe, torch.tensor(float(GLOBAL_BATCH.numel())))
@@ -227,8 +266,8 @@ def definition(balance: str) -> tuple[float, dict]:
     for layer in logits:
         scopes = [layer] if balance == "global" else layer.chunk(8)
         for scope in scopes:
-            f = torch.nn.functional.one_hot(scope.topk(2).indices, 11).float().mean((0, 1))
-            total = total + 0.1 * 11 * (f * scope.softmax(-1).mean(0)).sum() / len(scopes)
+            f = torch.nn.functional.one_hot(scope.topk(2).indices, 8).float().mean((0, 1))
+            total = total + 0.1 * 8 * (f * scope.softmax(-1).mean(0)).sum() / len(scopes)
     total.backward()
     return total.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
@@ -241,6 +280,7 @@ def test_balance_loss_and_its_gradient_know_no_ranks_and_no_micro_batches(pool, 
     for accumulation in (1, 2):
         for shard in (1, 2):
             found += pool(2).run(balance_gradients, balance, accumulation, shard, timeout=60)
+        found += pool(2).run(balance_gradients, balance, accumulation, 2, expert=2, timeout=60)
     for loss, grads in found:
         assert loss == pytest.approx(value, rel=1e-6)
         for name, grad in expected.items():
