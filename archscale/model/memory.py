@@ -129,7 +129,7 @@ def memory(
 
     # What the blocks save, and what their backward pass holds on top of it: gradients of the residual stream, of a branch
     # and of the hidden features, less what they have already freed.
-    stream, saved = FP32 * D * N, block_activations(model, c, micro_batch)
+    stream, saved = FP32 * D * N, block_activations(model, c, micro_batch, expert > 1)
     hidden = N * c * model.mlp_hidden * (2 if model.mlp == "swiglu" else 3)
     backward = stream + N * c * D + hidden
     # One mask of attention for all blocks.
@@ -181,8 +181,9 @@ def memory(
     return Memory(terms, phases)
 
 
-def block_activations(model: ModelConfig, c: int, micro_batch: int) -> int:
-    """Bytes that one block saves for its backward pass in eager mode; c bytes of an activation."""
+def block_activations(model: ModelConfig, c: int, micro_batch: int, spread: bool = False) -> int:
+    """Bytes that one block saves for its backward pass in eager mode; c bytes of an activation. spread: experts are, over
+    ranks, and each receives as many rows as it sends."""
     D, H, G, K, T = model.width, model.heads, model.kv_heads, model.head_dim, model.context
     gated, norm, E, k = int(model.gated_attention), int(model.qk_norm), *experts(model)
     token = 2 * (FP32 * D + FP32 + 2 * c * D)  # two norms: their input, 1/RMS, the result without and with the weight
@@ -195,7 +196,9 @@ def block_activations(model: ModelConfig, c: int, micro_batch: int) -> int:
     if model.moe is not None:
         token += k * c * (D + model.mlp_hidden // model.moe.top_k + 1)  # experts' inputs, gated hidden features, gates
         token += 2 * FP32 * E + 2 * FP32 * k  # softmax of all logits, twice; of the chosen ones
-        token += 3 * 8 * k  # int64: which are chosen, and the rows' order, there and back
+        token += (
+            (3 + 2 * spread) * 8 * k
+        )  # int64: which are chosen, and the rows' order, there and back, here and elsewhere
         if c < FP32:  # float32 copies of the router's input and weight; the input itself is for the shared expert alone
             router = FP32 * D * (micro_batch * T + E) - (not model.moe.shared_expert) * c * D * micro_batch * T
     rope = 0 if c == FP32 else 4 * c * T * K // 2  # casts of the tables
@@ -270,7 +273,7 @@ def communication(
 
     parameters: all-gathers for the forward pass, and for the backward pass of blocks that were freed. gradients: float32,
     reduced at every micro-batch, by DDP and by ZeRO-1 once. optimizer: momentum to the owners of matrices and directions
-    back. experts: tokens to their experts and back.
+    back. experts: rows to their experts and back, with equal loads; one gate a row left out.
     """
     layout = _Layout(engine, replicate, shard, expert, zero_stage)
     c = 2 if precision == "bf16" else FP32
@@ -290,8 +293,10 @@ def communication(
         sent["gradients"] += reductions * FP32 * elements * (ring + 2 * over_replicas / ways)
     sent["optimizer"] = (wire_bytes or c) * sum(_exchanged(stored, layout, orthogonal)) / world
     tokens = micro_batch * model.context * experts(model)[1] * (1 - 1 / expert)
-    passes = 6 if recompute else 4  # there and back, in the forward and the backward pass
-    sent["experts"] = accumulation * model.depth * passes * c * model.width * tokens
+    passes = accumulation * (6 if recompute else 4)  # there and back, in the forward and the backward pass
+    if model.moe and model.moe.counts_first:
+        passes += 2 * (accumulation - 1)  # the counting pass
+    sent["experts"] = model.depth * passes * c * model.width * tokens
     return {purpose: round(size) for purpose, size in sent.items()}
 
 

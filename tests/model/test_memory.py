@@ -8,8 +8,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from archscale.config import ModelConfig
-from archscale.distributed import all_reduce, local_tensor, world_size
-from archscale.model import Transformer, initialize, loss, memory
+from archscale.distributed import all_reduce, local_tensor, rank, world_size
+from archscale.model import Transformer, expert_parallel, initialize, loss, memory
 from archscale.model.counting import experts, parameters, weights
 from archscale.model.memory import block_activations, checkpoint_bytes, communication
 from archscale.optim import MatrixOptimizer, shards
@@ -36,6 +36,7 @@ SHAPES["relu2 experts"] = SHAPES["experts"] | {
 MODELS = {name: ModelConfig(**shape) for name, shape in SHAPES.items()}
 MICRO_BATCH = {"activations": 4, "vocabulary": 8, "optimizer": 1, "relu2": 8, "window": 4, "experts": 4}
 MOE = MODELS["experts"]
+SPREAD = ModelConfig(**SHAPES["experts"] | {"moe": {"sparsity": 4, "top_k": 4, "shared_expert": False}})  # 16 experts
 
 
 @pytest.fixture(autouse=True)
@@ -47,13 +48,21 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def build(model: ModelConfig, precision: str, shard: int, reshard: bool = True, recompute: bool = False, eos=None):
+def build(
+    model: ModelConfig,
+    precision: str,
+    shard: int,
+    reshard: bool = True,
+    recompute: bool = False,
+    eos=None,
+    expert: int = 1,
+):
     """Engine and optimizer as a run has them, on all ranks of this process's group."""
     dtype = DTYPES[precision]
     engine = NativeEngine(
         lambda: Transformer(model, dtype, recompute=recompute, eos_id=eos), lambda module: initialize(module, 0),
         device=torch.device("cpu"), replicate=world_size() // shard, shard=shard, reshard=reshard, dtype=dtype,
-        compile=False,
+        compile=False, expert=expert,
     )  # fmt: skip
     element = {"rule": "adamw", "lr": 1e-3}
     options = dict.fromkeys(("embedding", "head", "vector"), element)
@@ -61,30 +70,44 @@ def build(model: ModelConfig, precision: str, shard: int, reshard: bool = True, 
     return engine, MatrixOptimizer(parameter_groups(assign_roles(engine.module), options), lr=1e-3)
 
 
+def release(engine: NativeEngine) -> None:
+    """gloo's threads hold the buffers of their last calls."""
+    spread = {id(group): group for m in engine.module.modules() if (group := group_of(m)) is not None}
+    for group in (None, engine.shard_group, *spread.values()) * 4:
+        all_reduce(torch.zeros(1), group)
+
+
+def group_of(module: torch.nn.Module) -> object:
+    mesh = getattr(module, "spread_over", None)
+    return mesh and mesh.get_group()
+
+
 def measure(
     model: ModelConfig, precision: str, *, micro_batch: int, accumulation: int = 1, shard: int = 1,
-    reshard_after_forward: bool = True, recompute: bool = False, document_mask: bool = False, steps: int = 2,
+    reshard_after_forward: bool = True, recompute: bool = False, document_mask: bool = False, expert: int = 1,
+    steps: int = 2,
 ) -> dict[str, int]:  # fmt: skip
     """Live bytes on this rank from the profiler: what stays between steps, and the peaks of forward and backward (`passes`)
     and of `optimizer`. Least of all steps but the first, because gloo frees buffers late."""
     gc.collect()  # an earlier engine must not be freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         engine, optimizer = build(
-            model, precision, shard, reshard_after_forward, recompute, 0 if document_mask else None
+            model, precision, shard, reshard_after_forward, recompute, 0 if document_mask else None, expert
         )
         step = optimizer.step
 
         def marked() -> None:
+            if expert > 1:
+                release(engine)
             with record_function("OPTIMIZER"):
                 step()
 
         optimizer.step = marked  # type: ignore[method-assign]
         batch = [tuple(torch.randint(1, 512, (2, micro_batch, model.context))) for _ in range(accumulation)]
         for _ in range(steps):
-            for group in (None, engine.shard_group) * 4:  # gloo's threads hold the buffers of their last calls
-                all_reduce(torch.zeros(1), group)
+            release(engine)
             with record_function("STEP"):
-                train_step(engine, optimizer, batch, torch.device("cpu"), 1.0)
+                train_step(engine, optimizer, batch, torch.device("cpu"), 1.0, model.moe)
     events = record.profiler.kineto_results.events()
     live, timeline = 0, []
     spans: dict[str, list[tuple[int, int]]] = {"STEP": [], "OPTIMIZER": []}
@@ -109,11 +132,14 @@ def measure(
     }
 
 
-def check(measured: dict[str, int], planned: memory.Memory, resident: int, tolerance: float) -> None:
+def check(
+    measured: dict[str, int], planned: memory.Memory, resident: int, tolerance: float, optimizer: bool = True
+) -> None:
+    """optimizer: also that phase, where it is not the peak."""
     passes = max(size for name, size in planned.phases.items() if name != "optimizer")
     assert resident == pytest.approx(measured["resident"], rel=0.02)
     assert passes == pytest.approx(measured["passes"], rel=tolerance)
-    assert planned.phases["optimizer"] == pytest.approx(measured["optimizer"], rel=tolerance)
+    assert not optimizer or planned.phases["optimizer"] == pytest.approx(measured["optimizer"], rel=tolerance)
     assert planned.peak == pytest.approx(max(measured["passes"], measured["optimizer"]), rel=tolerance)
 
 
@@ -153,7 +179,8 @@ def check_ranks(model: ModelConfig, resident: int, planned: memory.Memory, run, 
     for attempt in range(4):
         ranks = run(measure, model, steps=6, timeout=300, **options)
         try:
-            return check({key: min(rank[key] for rank in ranks) for key in ranks[0]}, planned, resident, 0.1)
+            found = {key: min(rank[key] for rank in ranks) for key in ranks[0]}
+            return check(found, planned, resident, 0.1, optimizer=options.get("expert", 1) == 1)
         except AssertionError:
             if attempt == 3:
                 raise
@@ -177,6 +204,44 @@ def test_shards_take_the_planned_memory(pool, name, reshard, precision):
     planned = memory.memory(MODELS[name], **options)
     resident = planned.terms["parameters"] + planned.terms["optimizer_state"]
     check_ranks(MODELS[name], resident, planned, pool(2).run, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("expert", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_spread_experts_take_the_planned_memory(pool, precision, expert):
+    """With spread experts gloo keeps more buffers through the optimizer's phase, which is not the fullest: it is left out."""
+    options = {"precision": precision, "micro_batch": 4, "shard": 2, "expert": expert}
+    planned = memory.memory(SPREAD, **options)
+    resident = planned.terms["parameters"] + planned.terms["optimizer_state"]
+    check_ranks(SPREAD, resident, planned, pool(2).run, **options)
+
+
+def routed(expert: int, accumulation: int) -> int:
+    """Bytes of rows that this rank sends to other ranks' experts in one step."""
+    engine, optimizer = build(SPREAD, "fp32", world_size(), expert=expert)
+    batch = [tuple(torch.randint(1, 512, (2, 2, SPREAD.context))) for _ in range(accumulation)]
+    sent, original, me = [0], expert_parallel._exchange, rank() % expert
+
+    def counting(x, sends, receives, group):
+        if x.shape[1] > 1:  # rows, not gates
+            sent[0] += x[:1].nbytes * (sum(sends) - sends[me])
+        return original(x, sends, receives, group)
+
+    expert_parallel._exchange = counting
+    try:
+        train_step(engine, optimizer, batch, torch.device("cpu"), 1.0, SPREAD.moe)
+    finally:
+        expert_parallel._exchange = original
+    return sent[0]
+
+
+@pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (4, 2)])
+def test_experts_are_sent_the_planned_bytes(pool, world, accumulation):
+    """The plan takes equal loads; those of a fresh router are nearly so."""
+    ranks = pool(world).run(routed, 2, accumulation, timeout=100)
+    layout = {"precision": "fp32", "micro_batch": 2, "accumulation": accumulation, "shard": world, "expert": 2}
+    assert sum(ranks) / world == pytest.approx(communication(SPREAD, **layout)["experts"], rel=0.1)
 
 
 class Traffic(TorchDispatchMode):
@@ -311,6 +376,8 @@ def test_experts_and_their_tokens_are_spread():
     assert none["experts"] == 0
     assert four["experts"] == MOE.depth * tokens * 2 * MOE.width * 4  # there and back, forward and backward
     assert four["parameters"] < none["parameters"]
+    thrice = communication(MOE, expert=4, accumulation=3, **layout)  # two of the three micro-batches pass once more
+    assert thrice["experts"] == four["experts"] * (3 + 2 * 2 / 4)
     alone = memory.memory(MOE, precision="bf16", micro_batch=4)
     spread = memory.memory(MOE, precision="bf16", micro_batch=4, shard=8, expert=4)
     assert alone.terms["parameters"] == 4 * parameters(MOE).total

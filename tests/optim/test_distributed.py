@@ -78,7 +78,7 @@ def partitioned(rule: str, steps: int) -> list[tuple[int, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(s, generator=generator, dtype=torch.float64) for s in SHAPES]
     world, me = dist.get_world_size(), dist.get_rank()
-    part = -(-sum(w.numel() for w in whole) // world) + 1
+    part = -(-sum(w.numel() for w in whole) // world) + 2
     ends = torch.tensor([0, *(w.numel() for w in whole)]).cumsum(0).tolist()
     spans = []  # of each parameter, [lo, hi) held here
     for start, w in zip(ends, whole):
