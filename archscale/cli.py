@@ -195,6 +195,23 @@ def bench_optimizer(
     )
 
 
+@bench_app.command("train")
+def bench_train(
+    config: Annotated[Path, typer.Argument(help="YAML config.")],
+    set: Overrides = None,
+    rounds: Annotated[int, typer.Option(min=2, help="Measurements of each model.")] = 7,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Forward, backward and optimizer of a config's model; with experts, beside the dense model of equal active parameters.
+
+    Example: archscale bench train configs/small/hyperp_moe.yaml --set training.micro_batch=8
+    """
+    from archscale.bench.train import report
+    from archscale.config import load_config
+
+    print(report(load_config(config, set or []), rounds=rounds, as_json=json))
+
+
 def _print_table(rows: dict[str, Any]) -> None:
     width = max(map(len, rows))
     for key, value in rows.items():

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from archscale.bench import optimizer as bench
-from archscale.bench.optimizer import bench_optimizer, nominal_flops, paired_ratio, parse_shapes
+from archscale.bench.optimizer import bench_optimizer, nominal_flops, parse_shapes
+from archscale.bench.timing import paired_ratio
 from archscale.errors import ConfigError
 from archscale.optim import engine
 from tests.pool import launch

@@ -19,13 +19,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from archscale.bench.timing import machine, matmul_rate, paired_ratio, spread, synchronize
 from archscale.errors import ConfigError
 from archscale.optim import MatrixOptimizer, engine
 
@@ -130,31 +130,21 @@ def bench_optimizer(
                 with mock.patch.object(engine, "orthogonalize_", lambda stack, *_: stack.new_ones(len(stack))):
                     rests[i].append(_time(arms[i], gradients, device))
         for dtype in dtypes:
-            matmul[dtype].append(_matmul_rate(size, getattr(torch, dtype), device))
+            matmul[dtype].append(matmul_rate(size, getattr(torch, dtype), device))
     rates = {dtype: statistics.median(values) for dtype, values in matmul.items()}
     base = {arm.dtype: seconds[i] for i, arm in enumerate(arms) if arm.label == "archscale muon"}
     rows = []
     for arm, measured, rest in zip(arms, seconds, rests):
         median, fastest, muon = statistics.median(measured), min(measured), base.get(arm.dtype)
-        deciles = statistics.quantiles(measured, n=10, method="inclusive")
         rate = nominal_flops(shapes) / median if arm.dtype in rates else None
         rows.append(
             Row(
-                arm.label, arm.dtype, median, fastest, (deciles[-1] - deciles[0]) / median,
+                arm.label, arm.dtype, median, fastest, spread(measured),
                 fastest / min(muon) if muon else None, paired_ratio(measured, muon) if muon else None,
                 min(rest, default=None), rate, rate / rates[arm.dtype] if rate else None,
             )
         )  # fmt: skip
     return {"rows": rows, "matmul": rates, "missing": missing, "machine": machine(device), "shapes": list(shapes)}
-
-
-def paired_ratio(times: Sequence[float], base: Sequence[float]) -> tuple[float, float, float]:
-    """Median over rounds of times / base, and the ends of its 95 % bootstrap interval."""
-    ratios = [a / b for a, b in zip(times, base, strict=True)]
-    generator = random.Random(0)
-    medians = [statistics.median(generator.choices(ratios, k=len(ratios))) for _ in range(2000)]
-    ends = statistics.quantiles(medians, n=40, method="inclusive")
-    return statistics.median(ratios), ends[0], ends[-1]
 
 
 @contextlib.contextmanager
@@ -261,27 +251,11 @@ def _worker(
 def _time(arm: Arm, gradients: Sequence[Tensor], device: torch.device) -> float:
     for p, g in zip(arm.params, gradients):
         p.grad = g.clone()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     began = time.perf_counter()
     arm.step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - began
-
-
-def _matmul_rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
-    a = torch.randn(size, size, device=device).to(dtype)
-    repeat = min(max(1, round(2e9 / size**3)), 1000)
-    a @ a
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    for _ in range(repeat):
-        a @ a
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return repeat * 2 * size**3 / (time.perf_counter() - began)
 
 
 def _matrices(shapes: Sequence[Shape], device: torch.device, seed: int) -> list[Tensor]:
@@ -289,20 +263,6 @@ def _matrices(shapes: Sequence[Shape], device: torch.device, seed: int) -> list[
     return [
         (torch.randn(m, n, generator=generator) / n**0.5).to(device) for count, m, n in shapes for _ in range(count)
     ]
-
-
-def machine(device: torch.device) -> str:
-    """What the figures were taken on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    import os
-
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        name = "CPU"
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def report(

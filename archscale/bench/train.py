@@ -1,0 +1,203 @@
+"""`archscale bench train`: forward and backward pass of a config's model; with experts, beside the dense model of equal active
+parameters.
+
+Both are trained as `archscale train` would train them, on one process and random tokens. Arms alternate within a round, and
+their order is shuffled. The optimizer's time depends on the matrices and not on the batch, so it stands apart: with the batch
+from which on it takes less than 2 % of a step. FLOPs are structural with the causal half of attention, as in MFU; the
+machine's matmul rate in the same dtype is measured between the arms. Peak memory is that of one whole step, on an accelerator
+by its allocator and on the CPU by the profiler's record of live bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from archscale.bench.timing import machine, matmul_rate, paired_ratio, spread, synchronize
+from archscale.config import Config
+from archscale.distributed import Fragment
+from archscale.model import initialize
+from archscale.model.counting import parameters, training_flops
+from archscale.optim import MatrixOptimizer
+from archscale.optim.roles import assign_roles
+from archscale.parallel.native import NativeEngine
+from archscale.scaling.transfer import transfer_of
+from archscale.train.balance import StepBalance
+from archscale.train.build import DTYPES, build_model, build_optimizer
+from archscale.train.preflight import plan_config, refuse
+
+OPTIMIZER_SHARE = 0.02  # of a step
+
+
+@dataclass
+class Arm:
+    """One model with its optimizer on the device."""
+
+    label: str
+    config: Config
+    planned: int  # bytes at the peak
+    engine: NativeEngine
+    optimizer: MatrixOptimizer
+    passes: Callable[[], Any]  # forward and backward of one micro-batch
+    seconds: list[float] = field(default_factory=list)
+    updates: list[float] = field(default_factory=list)
+
+    def update(self) -> None:
+        self.engine.update(self.optimizer, self.config.optimizer.grad_clip)
+
+    def resident(self) -> int:
+        """Bytes that stay between steps."""
+        state = [t for of in self.optimizer.fragments().values() for t in of.values()]
+        tensors = [t.data if isinstance(t, Fragment) else t for t in state]
+        return sum(t.nbytes for t in (*self.engine.module.parameters(), *tensors))
+
+
+@dataclass
+class Row:
+    """What was measured of one arm."""
+
+    label: str
+    parameters: int
+    active: int
+    seconds: float  # forward and backward of a micro-batch, median
+    spread: float
+    tokens_per_second: float  # of forward and backward
+    share: float  # of the matmul rate
+    ratio: tuple[float, float, float] | None  # tokens/s to the dense model's: median within a round, 95 % interval
+    optimizer: float  # seconds, median
+    batch: int  # tokens from which on the optimizer takes less than OPTIMIZER_SHARE
+    peak: int  # bytes
+    planned: int
+
+
+def bench_train(config: Config, *, rounds: int = 7) -> dict[str, Any]:
+    """Measure; see the module. Returns {rows, matmul (FLOP/s), dtype, micro_batch, context, machine}.
+
+    Raises:
+        ConfigError: what `archscale plan` would say of the model or the optimizer.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    labels = ("dense", "experts") if config.model.moe else ("dense",)
+    arms = [_build(label, config, device) for label in labels]
+    peaks = [_peak_bytes(arm, device) for arm in arms]  # warms up too
+    model, dtype = arms[0].config.model, DTYPES[config.training.precision]
+    rates = []
+    order = list(arms)
+    for round_ in range(rounds):
+        random.Random(round_).shuffle(order)
+        for arm in order:
+            arm.seconds.append(_time(arm.passes, device))
+            arm.updates.append(_time(arm.update, device))
+        rates.append(matmul_rate(1024, dtype, device))
+    rate, tokens = statistics.median(rates), config.training.micro_batch * model.context
+    rows = []
+    for arm, peak in zip(arms, peaks):
+        seconds, update = statistics.median(arm.seconds), statistics.median(arm.updates)
+        count = parameters(arm.config.model)
+        rows.append(
+            Row(
+                arm.label, count.total, count.active, seconds, spread(arm.seconds), tokens / seconds,
+                training_flops(arm.config.model) * tokens / seconds / rate,
+                paired_ratio(arms[0].seconds, arm.seconds) if arm is not arms[0] else None,
+                update, round(update * (1 / OPTIMIZER_SHARE - 1) * tokens / seconds), peak, arm.planned,
+            )
+        )  # fmt: skip
+    return {
+        "rows": rows, "matmul": rate, "dtype": str(dtype).removeprefix("torch."), "machine": machine(device),
+        "micro_batch": config.training.micro_batch, "context": model.context,
+    }  # fmt: skip
+
+
+def _build(label: str, config: Config, device: torch.device) -> Arm:
+    values = config.resolved()
+    values["model"]["moe"] = values["model"]["moe"] if label == "experts" else None
+    values["training"]["batch_tokens"] = config.training.micro_batch * config.model.context
+    values["schedule"]["batch_ramp_tokens"] = 0
+    values["parallel"] = {}
+    plan = plan_config(Config.from_dict(values), world_size=1)
+    refuse(plan)
+    config = plan.config
+    transfer = transfer_of(config)
+    engine = NativeEngine(
+        lambda: build_model(config, 0), lambda model: initialize(model, config.seed), device=device, replicate=1, shard=1,
+        reshard=False, dtype=DTYPES[config.training.precision], compile=config.training.compile,
+    )  # fmt: skip
+    optimizer = build_optimizer(config, assign_roles(engine.module), transfer.roles)
+    model, micro_batch = config.model, config.training.micro_batch
+    assert model.vocab_size is not None
+    tokens = torch.randint(1, model.vocab_size, (micro_batch, model.context + 1)).to(device)
+    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    count = torch.tensor(float(targets.numel()), device=device)
+
+    def passes() -> None:
+        if model.moe is None:
+            objective = engine.forward(inputs, targets) / count
+        else:
+            loss, routing = engine.forward(inputs, targets, routing=True)
+            objective = loss / count + StepBalance(model.moe, count).loss(routing)
+        engine.backward(objective)
+
+    return Arm(label, config, plan.figures["memory"]["peak"], engine, optimizer, passes)
+
+
+def _time(run: Callable[[], Any], device: torch.device) -> float:
+    synchronize(device)
+    began = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def _peak_bytes(arm: Arm, device: torch.device) -> int:
+    """Live bytes at the fullest moment of the second step, parameters and optimizer state included; other arms' left out."""
+    arm.passes()
+    arm.update()
+    held = arm.resident()
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        arm.passes()
+        arm.update()
+        torch.cuda.synchronize()
+        return held + torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        arm.passes()
+        arm.update()
+    assert record.profiler is not None
+    changes = [(e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for _, size in sorted(changes):
+        live += size
+        peak = max(peak, live)
+    return held + peak
+
+
+def report(config: Config, *, rounds: int, as_json: bool) -> str:
+    """All of `archscale bench train`, as a Markdown table or as JSON."""
+    measured = bench_train(config, rounds=rounds)
+    if as_json:
+        return json.dumps({**measured, "rows": [asdict(row) for row in measured["rows"]]}, indent=1)
+    lines = [
+        f"\n{config.name}: {measured['micro_batch']} × {measured['context']} tokens, {measured['dtype']}, on "
+        f"{measured['machine']}; matmul {measured['matmul'] / 1e9:,.0f} GFLOP/s",
+        "",
+        "| model | parameters | active | forward and backward, ms | spread | tokens/s | of matmul rate | to dense, 95 % "
+        f"| optimizer, ms | under {OPTIMIZER_SHARE:.0%} of a step from | peak memory, MB | planned |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in measured["rows"]:
+        ratio = "{:.3f} [{:.3f}, {:.3f}]".format(*row.ratio) if row.ratio else "–"
+        lines.append(
+            f"| {row.label} | {row.parameters:,} | {row.active:,} | {row.seconds * 1e3:,.1f} | {row.spread:.0%} "
+            f"| {row.tokens_per_second:,.0f} | {row.share:.0%} | {ratio} | {row.optimizer * 1e3:,.1f} "
+            f"| {row.batch:,} tokens | {row.peak / 1e6:,.1f} | {row.planned / 1e6:,.1f} |"
+        )
+    return "\n".join(lines)
