@@ -79,8 +79,6 @@ NOT_YET = [
     NotYet("parallel.engine", lambda v: v == "deepspeed", "the deepspeed engine", "set it to native"),
     NotYet("checkpoint.async", lambda v: v, "asynchronous checkpointing", "set it to false"),
     NotYet("telemetry.wandb.mode", lambda v: v != "disabled", "W&B logging", "set it to disabled"),
-    NotYet("telemetry.per_layer", lambda v: v, "telemetry per layer", "set it to false"),
-    NotYet("telemetry.spectrum_every", lambda v: v > 0, "spectral telemetry", "set it to 0"),
     NotYet("data.mixture", lambda v: v is not None, "a data mixture", "set it to null and give data.train"),
 ]
 

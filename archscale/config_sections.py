@@ -229,11 +229,12 @@ class TelemetryConfig(Section):
     """What is measured while training."""
 
     every: Count = 10
-    """Optimizer steps between readings of the device; every step has its line, the last of a reading `optimizer/*` too."""
-    per_layer: StrictBool = False
-    """Stability indicators per layer beside their means."""
+    """Optimizer steps between readings of the device; every step has its line, the last of a reading also what was looked
+    into: `stability/*`, `optimizer/*`, `spectrum/*`."""
+    per_layer: StrictBool = True
+    """Stability indicators and expert loads of each layer, trust ratios and spectra of each matrix, beside their means."""
     spectrum_every: CountOrZero = 0
-    """Optimizer steps between spectral diagnostics; 0: never."""
+    """Optimizer steps between singular value decompositions of gradients and momenta, at readings; 0: never."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
 

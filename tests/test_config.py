@@ -316,11 +316,8 @@ def test_name_must_be_able_to_name_a_directory(small, name):
 
 NOT_YET_VALUES = {
     "parallel.engine": "deepspeed",
-    "parallel.expert": "2",
     "checkpoint.async": "true",
     "telemetry.wandb.mode": "auto",
-    "telemetry.per_layer": "true",
-    "telemetry.spectrum_every": "10",
     "data.mixture": "[{path: a, weight: 1}]",
 }
 

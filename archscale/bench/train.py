@@ -141,7 +141,7 @@ def _build(label: str, config: Config, device: torch.device) -> Arm:
         if model.moe is None:
             objective = engine.forward(inputs, targets) / count
         else:
-            loss, routing = engine.forward(inputs, targets, routing=True)
+            loss, routing, _ = engine.forward(inputs, targets, routing=True)
             objective = loss / count + StepBalance(model.moe, count).loss(routing)
         engine.backward(objective)
 

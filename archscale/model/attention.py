@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from archscale.model.layers import Projection, RMSNorm
+from archscale.model.layers import Probe, Projection, RMSNorm
 
 BASE_HEAD_DIM = 128  # d_head0 of the attention scale √d_head0 / d_head (HyperP)
 
@@ -31,20 +31,24 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(head_dim, dtype) if qk_norm else nn.Identity()
         self.scale = math.sqrt(BASE_HEAD_DIM) / head_dim
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """x (B, T, D), rope (T, K/2) twice, mask broadcastable to (B, H, T, T), added to the logits, or None for plain causal → (B, T, D)."""
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, probe: Probe | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """x (B, T, D), rope (T, K/2) twice, mask broadcastable to (B, H, T, T), added to the logits, or None for plain causal
+        → (B, T, D), and what a probe sees in the logits."""
         B, T, _ = x.shape
         q, k, v, *gate = self.qkv(x).split(self.sizes, dim=-1)
         q = rotate(self.q_norm(q.view(B, T, self.heads, self.head_dim)), rope)
         k = rotate(self.k_norm(k.view(B, T, self.kv_heads, self.head_dim)), rope)
-        v = v.view(B, T, self.kv_heads, self.head_dim)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v.view(B, T, self.kv_heads, self.head_dim)))
         o = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
+            q, k, v,
             attn_mask=mask, is_causal=mask is None, scale=self.scale, enable_gqa=self.heads != self.kv_heads,
         ).transpose(1, 2)  # fmt: skip
         if gate:
             o = o * torch.sigmoid(gate[0]).unsqueeze(-1)
-        return self.out(o.reshape(B, T, -1))
+        seen = None if probe is None else probe.attention(q, k, self.scale, mask)
+        return self.out(o.reshape(B, T, -1)), seen
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -10,12 +10,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPS = 1e-5
+
+
+class Probe(Protocol):
+    """What looks into a forward pass (`telemetry.stability`): each method sums something over a micro-batch."""
+
+    def attention(self, q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+        """Of rotated queries (B, H, T, K) and keys (B, G, T, K); scalar."""
+
+    def router(self, logits: Tensor) -> Tensor:
+        """Of (N, E); scalar."""
+
+    def branch(self, h: Tensor, multiplier: float) -> Tensor:
+        """Of a branch's output (B, T, D) before its multiplier; (2,)."""
 
 
 class Projection(nn.Module):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archscale.model.expert_parallel import held_here, run_elsewhere, spread
-from archscale.model.layers import FeedForward
+from archscale.model.layers import FeedForward, Probe
 
 
 class Routing(NamedTuple):
@@ -33,7 +33,7 @@ class Routing(NamedTuple):
 
 
 class Router(nn.Module):
-    """x (N, D) → logits (N, E) times `scale`, float32 or better: the one place to look for router telemetry.
+    """x (N, D) → logits (N, E) times `scale`, float32 or better.
 
     The product is float32, the weight is rounded to x's dtype first as in every projection: FSDP2 gathers it in that dtype,
     and a layout that did not round would route some tokens elsewhere.
@@ -131,8 +131,9 @@ class MoE(nn.Module):
         self.spread_over = mesh
         return self.experts
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D) → y (B, T, D), and of each sequence `Routing.load` and `Routing.mass`, (B, E)."""
+    def forward(self, x: Tensor, probe: Probe | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x (B, T, D) → y (B, T, D), of each sequence `Routing.load` and `Routing.mass`, (B, E), and what a probe sees in the
+        router's logits."""
         B, T, _ = x.shape
         tokens = x.flatten(0, 1)
         logits = self.router(tokens)
@@ -154,7 +155,7 @@ class MoE(nn.Module):
         y = _Combine.apply(outputs, order, place, self.active).view_as(x)
         if self.shared is not None:
             y = torch.add(y, self.shared(x), alpha=self.share)
-        return y, load, mass
+        return y, load, mass, None if probe is None else probe.router(logits)
 
     def gates(self, logits: Tensor) -> Tensor:
         """a of the chosen logits (N, K). √g as exp(½ log g): √ of a g that has underflown has an infinite derivative."""

@@ -6,7 +6,7 @@ Shapes: B batch, T time, D width, V vocabulary, L layers, E routed experts.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from archscale.model.attention import Attention, attention_mask, rope_table
 from archscale.model.counting import experts
-from archscale.model.layers import Embedding, FeedForward, RMSNorm
+from archscale.model.layers import Embedding, FeedForward, Probe, RMSNorm
 from archscale.model.loss import cross_entropy_sum
 from archscale.model.moe import MoE, Routing
 
@@ -47,15 +47,33 @@ class Block(nn.Module):
             )  # fmt: skip
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None
-    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        """x (B, T, D) → the same; with experts also their load and mass, (B, E) as of `MoE`."""
-        x = torch.add(x, self.attention(self.attention_norm(x), rope, mask), alpha=self.multiplier)
-        h = self.mlp(self.mlp_norm(x))
-        if isinstance(h, Tensor):
-            return torch.add(x, h, alpha=self.multiplier)
-        y, load, mass = h
-        return torch.add(x, y, alpha=self.multiplier), load, mass
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, probe: Probe | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """x (B, T, D) → the same; with experts their load and mass, (B, E) as of `MoE`; with a probe its sums, (6,): attention,
+        router (NaN without experts), Σ h² of attention and MLP, outliers of attention and MLP."""
+        h, attention_seen = self.attention(self.attention_norm(x), rope, mask, probe)
+        x = torch.add(x, h, alpha=self.multiplier)
+        load = mass = router_seen = None
+        if isinstance(self.mlp, MoE):
+            y, load, mass, router_seen = self.mlp(self.mlp_norm(x), probe)
+        else:
+            y = self.mlp(self.mlp_norm(x))
+        x = torch.add(x, y, alpha=self.multiplier)
+        if probe is None:
+            return x, load, mass, None
+        assert attention_seen is not None
+        logits = torch.stack([attention_seen, attention_seen * math.nan if router_seen is None else router_seen])
+        outputs = torch.stack([probe.branch(h, self.multiplier), probe.branch(y, self.multiplier)], 1)
+        return x, load, mass, torch.cat([logits.float(), outputs.flatten()])
+
+
+class Output(NamedTuple):
+    """What a forward pass returns where more than the loss is asked for."""
+
+    loss: Tensor | None
+    routing: Routing | None
+    seen: Tensor | None
+    """Sums of a probe, (L, 6) as of `Block`."""
 
 
 class Head(nn.Module):
@@ -113,32 +131,31 @@ class Transformer(nn.Module):
         self.head = Head(config, dtype, logit_scale)
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, *, routing: bool = False
-    ) -> Tensor | tuple[Tensor | None, Routing]:
+        self, tokens: Tensor, targets: Tensor | None = None, *, routing: bool = False, probe: Probe | None = None
+    ) -> Tensor | Output:
         """Summed loss in nats over targets that count, or logits (B, T, V) without targets.
 
         Args:
             tokens, targets: (B, T) int64; targets of `loss.IGNORE` do not count.
-            routing: return (loss, what the experts' routers did) instead; without targets (None, …): no head runs.
+            routing: return an `Output` with what the experts' routers did; without targets no head runs and its loss is None.
+            probe: return an `Output` with what this sees.
         """
         rope = rope_table(tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device)
         mask = attention_mask(tokens, self.config.window, self.eos_id, self.dtype)
         x = self.embedding(tokens)
-        routed: list[tuple[Tensor, Tensor]] = []
+        layers = []
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, rope, mask, use_reentrant=False)
+                x, *layer = checkpoint(block, x, rope, mask, probe, use_reentrant=False)
             else:
-                x = block(x, rope, mask)
-            if self.config.moe is not None:
-                x, *layer = x
-                routed.append((layer[0], layer[1]))
-        if routing and targets is None:
-            return None, _stack(routed)
-        loss = self.head(x, targets, self.embedding.weight if self.config.tied_embeddings else None)
-        return (loss, _stack(routed)) if routing else loss
-
-
-def _stack(routed: list[tuple[Tensor, Tensor]]) -> Routing:
-    """Of every layer, (L, B, E)."""
-    return Routing(torch.stack([load for load, _ in routed]), torch.stack([mass for _, mass in routed]))
+                x, *layer = block(x, rope, mask, probe)
+            layers.append(layer)
+        tied = self.embedding.weight if self.config.tied_embeddings else None
+        if not routing and probe is None:
+            return self.head(x, targets, tied)
+        loss = None if targets is None and routing else self.head(x, targets, tied)
+        loads, masses, seen = zip(*layers)
+        return Output(
+            loss, Routing(torch.stack(loads), torch.stack(masses)) if routing else None,
+            None if probe is None else torch.stack(seen),
+        )  # fmt: skip

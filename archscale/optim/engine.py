@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from archscale.distributed import Fragment, gather_objects, is_distributed, local_interval, local_tensor
+from archscale.distributed import all_reduce, gather_objects, is_distributed, local_interval, local_tensor
 from archscale.optim.checks import check_distinct, check_options, check_parameter, load_state, parameter_names
+from archscale.optim.describe import Described, Group, measure_gradients
 from archscale.optim.elementwise import adam_direction_, lion_direction_, momentum_direction_
-from archscale.optim.exchange import Exchange, Run, dot
-from archscale.optim.orthogonalize import orthogonality_residual, orthogonalize_
-from archscale.optim.rules import InnerProducts, Rule, Step, step_coefficients
+from archscale.optim.exchange import Exchange, Run, Watch, dot
+from archscale.optim.orthogonalize import orthogonalize_
+from archscale.optim.rules import InnerProducts, Rule, step_coefficients
 from archscale.optim.shards import ExchangePlan, Interval, MatrixView, matrix_views, plan_exchange
 
 STATE_OF = {
@@ -32,22 +32,10 @@ STATE_OF = {
     "adam": ("exp_avg", "exp_avg_sq"),
 }
 SCHEDULED = ("lr", "momentum", "weight_decay", "betas", "eps", "adam_eps", "clip")  # what a state dict may change
-W, Q, P, MOMENTUM, RESIDUAL = range(5)  # rows of the reduced sums: ‖W‖², ‖Q‖², ⟨W, Q⟩, ‖M̂‖², ‖QQᵀ − I‖²/m
+W, Q, P, MOMENTUM, WATCH = range(5)  # rows of the reduced sums: ‖W‖², ‖Q‖², ⟨W, Q⟩, ‖M̂‖², and what is watched
 
 
-@dataclass
-class _Group:
-    """What the engine derives once from a parameter group."""
-
-    options: dict[str, Any]  # the torch parameter group itself, so that schedulers act on it
-    rule: Rule
-    params: list[int]  # numbers of its parameters
-    views: slice  # of the stacked per-matrix scalars; empty where a step needs no inner products
-    shape_factor: Tensor
-    zero_calibration: Tensor
-
-
-class MatrixOptimizer(torch.optim.Optimizer):
+class MatrixOptimizer(Described, torch.optim.Optimizer):
     """Every optimizer of `archscale.optim.RULES`, for plain tensors, DDP replicas and FSDP2/HSDP shards.
 
     `step()` destroys gradients: each direction overwrites the gradient it came from. All ranks of `process_group` must
@@ -63,8 +51,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         eps: ε of the trust ratio.
         orthogonalizer: scheme of `orthogonalize`.
         compute_dtype: of the orthogonalization. wire_dtype: of the exchange; None: the compute dtype.
-        momentum_dtype: storage of the momentum; None: float32.
-        betas, adam_eps: of the adam and lion directions.
+        momentum_dtype: storage of the momentum; None: float32. betas, adam_eps: of the adam and lion directions.
         process_group: the ranks that hold the parameters; None: the default group if there is one. Plain tensors are
             taken as replicas over it: the work is divided over the ranks. Keys of a parameter group override all of the
             above; `blocks` gives, per parameter, None or the (name, rows) blocks of a fused projection, and `fragments`
@@ -93,7 +80,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._params: list[Tensor] = [p for group in self.param_groups for p in group["params"]]
         self._names = parameter_names(self.param_groups)
         self._number = {id(p): i for i, p in enumerate(self._params)}
-        self.sample_residual = False  # measure ‖QQᵀ − I‖/√m at each step: one extra product per matrix
+        self.watch: Watch | None = None  # what to measure of whole matrices in every step; None: nothing
         self._build()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -110,7 +97,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         self._device = self._params[0].device
         self._dtype = torch.float64 if any(p.dtype == torch.float64 for p in self._params) else torch.float32
         self._index_cache: dict[tuple[int, ...], Tensor] = {}
-        self._groups: list[_Group] = []
+        self._groups: list[Group] = []
         self._views: list[MatrixView] = []
         self._shapes: list[tuple[int, ...]] = [()] * len(self._params)  # of the whole parameters
         mine: list[list[Interval]] = [[]] * len(self._params)
@@ -135,7 +122,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 exchanges.setdefault(key, []).extend(range(first, len(self._views)))
             views = self._views[first:]
             self._groups.append(
-                _Group(
+                Group(
                     options, rule, members, slice(first, len(self._views)),
                     self._scalars([rule.shape_factor(v.rows, v.cols) for v in views]),
                     self._scalars([0.2 * max(v.rows, v.cols) ** 0.5 for v in views]),
@@ -243,8 +230,10 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 loss = closure()
         weights = [local_tensor(p).view(-1) for p in self._params]
         grads = [local_tensor(_gradient(p)).view(-1) for p in self._params]
-        rows = 5 if self.sample_residual else 4 if any(g.rule.ratio == "momentum" for g in self._groups) else 3
+        rows = 4 if self.watch or any(g.rule.ratio == "momentum" for g in self._groups) else 3
+        rows += len(self.watch.keys) if self.watch else 0
         sums = torch.zeros(rows, len(self._views), device=self._device, dtype=self._dtype)
+        gradients = measure_gradients(self, grads) if self.watch and self.watch.gradients else {}
         self._elementwise_directions(grads)
         self._whole_matrix_directions(grads, sums)
         for run in self._runs:
@@ -255,6 +244,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 sums[P, run.views] += dot(w, q)
         self._all_reduce(sums)
         self._update(weights, grads, sums)
+        self._watched |= gradients
         return loss
 
     def _elementwise_directions(self, grads: list[Tensor]) -> None:
@@ -288,15 +278,15 @@ class MatrixOptimizer(torch.optim.Optimizer):
         for exchange, numbers, (scheme, compute_dtype, wire_dtype) in self._exchanges:
             # Called only before the next iteration, so the loop's variables are the right ones.
             def orthogonalize_stack(stack: Tensor, views: list[int]) -> None:
+                momentum = stack.clone() if self.watch else None  # the iteration overwrites it
                 norm = orthogonalize_(stack, scheme, compute_dtype)  # noqa: B023
                 owned = self._indices([numbers[v] for v in views])  # noqa: B023
-                sums[Q].index_put_(
-                    (owned,), torch.where(norm.isfinite(), 0.0, -torch.inf).to(self._dtype), accumulate=True
-                )
+                spoiled = torch.where(norm.isfinite(), 0.0, -torch.inf).to(self._dtype)
+                sums[Q].index_put_((owned,), spoiled, accumulate=True)
                 if len(sums) > MOMENTUM:
                     sums[MOMENTUM, owned] = norm.square().to(self._dtype)
-                if len(sums) > RESIDUAL:
-                    sums[RESIDUAL, owned] = orthogonality_residual(stack).square().to(self._dtype)
+                if self.watch and momentum is not None:
+                    sums[WATCH:, owned] = self.watch(momentum, stack).to(self._dtype)
 
             local_grads = {param: grads[param] for param in momenta}
             exchange.run(momenta, local_grads, look_ahead, orthogonalize_stack, wire_dtype or compute_dtype)
@@ -305,7 +295,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
         """W ← keep · W − apply · Q, with the coefficients of every matrix from the reduced sums."""
         keep, apply = torch.ones_like(sums[W]), torch.zeros_like(sums[W])
         bad = torch.zeros_like(sums[W], dtype=torch.bool)
-        self._steps: list[tuple[_Group, Step]] = []
+        self._steps = []
         for group in self._groups:
             options, views = group.options, group.views
             if views.start == views.stop:
@@ -326,7 +316,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
             self._calibration[views] = step.calibration
             keep[views], apply[views], bad[views] = step.keep, step.apply, step.bad
             self._steps.append((group, step))
-        self._residual = sums[RESIDUAL].sqrt() if len(sums) > RESIDUAL else None
+        self._watched = dict(zip(self.watch.keys, sums[WATCH:])) if self.watch else {}
         reset = self._device.type != "cpu" or bool(bad.any())  # no host synchronization on an accelerator
         for run in self._runs:
             w, q = run.of(weights[run.param]), run.of(grads[run.param])
@@ -342,55 +332,7 @@ class MatrixOptimizer(torch.optim.Optimizer):
                 w.copy_(w * a - q * b)
 
     def _all_reduce(self, tensor: Tensor) -> Tensor:
-        if self._world > 1 and tensor.numel():
-            dist.all_reduce(tensor, group=self._process_group)
-        return tensor
-
-    def diagnostics(self) -> dict[str, Tensor]:
-        """What the last step did, per matrix, still on the device; `matrix_names()` gives their order.
-
-        Keys: `trust_ratio` (raw), `clipped_ratio`, `clipped`, `bad`, `calibration`, `weight_norm`, `relative_update`,
-        `norm_drift` (‖W‖/‖W₀‖ − 1), `effective_decay` (η r̂ λ, or η λ), `orthogonality_residual` (‖QQᵀ − I‖/√m of the short
-        side; only after a step with `sample_residual`).
-        """
-        assert hasattr(self, "_steps"), "diagnostics() describes a step: call step() first"
-        columns: dict[str, list[Tensor]] = {}
-        for group, step in self._steps:
-            decay = group.options["lr"] * group.options["weight_decay"] if group.rule.decay != "none" else 0.0
-            row = {
-                "trust_ratio": step.ratio, "clipped_ratio": step.clipped_ratio, "clipped": step.clipped, "bad": step.bad,
-                "calibration": step.calibration, "weight_norm": step.weight_norm, "relative_update": step.relative_update,
-                "norm_drift": step.weight_norm / self._radius[group.views] - 1, "effective_decay": decay * step.clipped_ratio,
-            }  # fmt: skip
-            if self._residual is not None:
-                row["orthogonality_residual"] = self._residual[group.views]
-            for key, value in row.items():
-                columns.setdefault(key, []).append(value)
-        return {key: torch.cat(values) for key, values in columns.items()}
-
-    def fragments(self) -> dict[str, dict[str, Fragment | Tensor]]:
-        """The state by parameter name, in its own memory: a `Fragment` where it is laid out as the parameter, and tensors
-        that every rank has alike (c and R of each of its matrices, Adam's step count)."""
-        places = zip(self._names, self._shapes, self._intervals[self._rank], self._params)
-        return {
-            name: {
-                key: value if key in ("calibration", "radius", "step") else Fragment(shape, lo, local_tensor(value).view(-1))
-                for key, value in self.state[p].items()
-            }
-            for name, shape, [(lo, _)], p in places
-        }  # fmt: skip
-
-    def views(self) -> list[tuple[str, str, int, int]]:
-        """(parameter, matrix, rows, cols) of every matrix that a rule treats as a whole."""
-        return [(self._names[view.param], view.name, view.rows, view.cols) for view in self._views]
-
-    def bytes_sent(self) -> int:
-        """Bytes that this rank sends to others in the exchanges of one step (the all-reduced scalars apart)."""
-        return sum(x.elements_sent * (wire or compute).itemsize for x, _, (_, compute, wire) in self._exchanges)
-
-    def matrix_names(self) -> list[str]:
-        """Names of the matrices, in the order of `diagnostics()`."""
-        return [view.name for view in self._views]
+        return all_reduce(tensor, self._process_group) if self._world > 1 and tensor.numel() else tensor
 
 
 def _gradient(p: Tensor) -> Tensor:

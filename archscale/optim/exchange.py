@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +57,24 @@ class Run:
     @property
     def views(self) -> slice:
         return slice(self.view, self.view + self.count)
+
+
+class Watch(Protocol):
+    """Measures whole matrices on the ranks that own them.
+
+    Attributes:
+        keys: names of what it measures of M̂ and Q.
+        gradients: names of what it measures of gradients, which takes an exchange of its own; none: no exchange.
+    """
+
+    keys: tuple[str, ...]
+    gradients: tuple[str, ...]
+
+    def __call__(self, momentum: Tensor, direction: Tensor) -> Tensor:
+        """Of M̂ and its Q, stacks (k, m, n) in the wire's dtype → (keys, k). Neither may be written to."""
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        """Of a stack (k, m, n) of gradients → (gradients, k)."""
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ class StepBalance:
         """The counting pass, over all micro-batches but the first."""
         if self.moe.counts_first:
             for tokens in inputs:
-                self._add(engine.forward(tokens, routing=True)[1])
+                self._add(engine.forward(tokens, routing=True).routing)
 
     def loss(self, routing: Routing) -> Tensor:
         """Of one micro-batch, in the order of the step: a scalar with gradient."""

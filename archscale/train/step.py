@@ -6,16 +6,30 @@ Every quantity is global: no result depends on how the batch is spread over rank
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from archscale.config import MoEConfig
 from archscale.distributed import all_reduce
+from archscale.model.layers import Probe
 from archscale.model.loss import IGNORE
 from archscale.optim import MatrixOptimizer
 from archscale.parallel.engine import Engine
 from archscale.train.balance import StepBalance
+
+
+class Seen(NamedTuple):
+    """Of every layer, over the whole step's batch, on the device.
+
+    Attributes:
+        sums: of a probe, (L, 6) as `telemetry.stability` wants them.
+        load: assignments to each expert, (L, E) int64.
+    """
+
+    sums: Tensor | None
+    load: Tensor | None
 
 
 def train_step(
@@ -25,17 +39,20 @@ def train_step(
     device: torch.device,
     grad_clip: float | None,
     moe: MoEConfig | None = None,
-) -> dict[str, Tensor]:
+    probe: Probe | None = None,
+) -> tuple[dict[str, Tensor], Seen]:
     """One update from this rank's share of the batch. Waits for nothing on the host.
 
     Args:
         micro_batches: (inputs, targets), each (micro_batch, context) int64.
         grad_clip: largest global gradient norm; None: no clipping.
         moe: of a model with experts: their load balance joins the objective.
+        probe: looks into the forward passes.
 
     Returns:
         `loss` (nats per target token, global) and `grad_norm` (before clipping), scalars on the device; with experts also
-        `aux_loss` (weighted), `moe/max_violation` and `moe/load_entropy`, of the whole step's batch.
+        `aux_loss` (weighted), `moe/max_violation` and `moe/load_entropy`, of the whole step's batch. Beside these, what was
+        seen of every layer.
     """
     # Means over the tokens of ALL ranks and micro-batches, so their numbers are needed before the first backward.
     here = float(sum((targets != IGNORE).sum().item() for _, targets in micro_batches))  # on the host: no waiting
@@ -48,21 +65,28 @@ def train_step(
         balance = StepBalance(moe, sizes[1])
         balance.count(engine, [inputs for inputs, _ in moved[1:]])
     total = torch.zeros((), device=device)
+    sums: list[Tensor] = []
     for i, (inputs, targets) in enumerate(moved):
         with engine.micro_batch(last=i == len(moved) - 1):
-            if balance is None:
+            if balance is None and probe is None:
                 loss = engine.forward(inputs, targets)
                 objective = loss * scale
             else:
-                loss, routing = engine.forward(inputs, targets, routing=True)
-                objective = loss * scale + balance.loss(routing) * engine.gradient_scale
+                loss, routing, seen = engine.forward(inputs, targets, routing=balance is not None, probe=probe)
+                objective = loss * scale
+                if balance is not None:
+                    objective = objective + balance.loss(routing) * engine.gradient_scale
+                if seen is not None:
+                    sums.append(seen)
             engine.backward(objective)
         total += loss.detach()
     norm = engine.update(optimizer, grad_clip)
+    of_layers = Seen(all_reduce(torch.stack(sums).sum(0)) if sums else None, None)
     if balance is None:
-        return {"loss": all_reduce(total) / sizes[0], "grad_norm": norm}
+        return {"loss": all_reduce(total) / sizes[0], "grad_norm": norm}, of_layers
     total, auxiliary = all_reduce(torch.stack([total, balance.total]))
-    return {"loss": total / sizes[0], "aux_loss": auxiliary, "grad_norm": norm, **balance.metrics()}
+    measured = {"loss": total / sizes[0], "aux_loss": auxiliary, "grad_norm": norm, **balance.metrics()}
+    return measured, of_layers._replace(load=balance.load)
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import archscale
 from archscale import distributed
@@ -23,7 +22,6 @@ from archscale.data.loader import Loader, validation_batches
 from archscale.data.shards import TokenSplit
 from archscale.errors import CheckpointError, ConfigError
 from archscale.model import initialize
-from archscale.optim import MatrixOptimizer
 from archscale.optim.roles import assign_roles
 from archscale.optim.schedule import lr_multiplier
 from archscale.parallel.native import NativeEngine
@@ -44,6 +42,7 @@ from archscale.train.doctor import cpp_compiler
 from archscale.train.evaluate import evaluate
 from archscale.train.preflight import refuse, this_device
 from archscale.train.progress import Progress
+from archscale.train.readings import Readings
 from archscale.train.step import train_step
 
 
@@ -128,22 +127,25 @@ class Run:
             distributed.world_size(),
             step,
         )
-        pending: list[tuple[int, float, dict[str, Tensor]]] = []  # steps whose numbers still lie on the device
+        readings = Readings(config, self.optimizer)
         interval = time.monotonic()
         try:
             for micro_batches in loader:
                 lr = self._set_lr(step)
-                clip, moe = config.optimizer.grad_clip, config.model.moe
-                measured = train_step(self.engine, self.optimizer, micro_batches, self.device, clip, moe)
                 step += 1
                 last = step == config.steps
                 evaluating = self.validation is not None and (step % config.eval.every == 0 or last)
                 saving = step % config.checkpoint.every == 0 or last
-                reading = step % config.telemetry.every == 0 or evaluating or saving
-                pending.append((step, lr, measured))
+                reading = readings.due(step) or evaluating or saving
+                look = readings.look(step, reading)
+                measured, seen = train_step(
+                    self.engine, self.optimizer, micro_batches, self.device, config.optimizer.grad_clip,
+                    config.model.moe, look and look.probe,
+                )  # fmt: skip
+                readings.add(step, lr, measured)
                 if not reading:
                     continue
-                lines = self._read(pending, time.monotonic() - interval)
+                lines = readings.read(seen, time.monotonic() - interval)
                 if evaluating:
                     lines[-1] |= self._evaluate()
                 if metrics and progress:
@@ -160,7 +162,7 @@ class Run:
                         state,
                         config.checkpoint.keep,
                     )
-                pending, interval = [], time.monotonic()
+                interval = time.monotonic()
                 if last:
                     break
         finally:
@@ -185,21 +187,6 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.transfer.roles[group["role"]].lr * factor
         return self.transfer.roles["matrix"].lr * factor
-
-    def _read(self, pending: list[tuple[int, float, dict[str, Tensor]]], seconds: float) -> list[dict[str, Any]]:
-        """The lines of steps since the last reading: the one place where the host waits for the device."""
-        keys = list(pending[0][2])
-        table = torch.stack(
-            [torch.stack([measured[key].float() for key in keys]) for _, _, measured in pending]
-        ).tolist()
-        trained = self._tokens(pending[-1][0]) - self._tokens(pending[0][0] - 1)
-        timing = {"step_seconds": seconds / len(pending), "tokens_per_second": trained / seconds}
-        lines = [
-            {"step": step, "tokens": self._tokens(step), **dict(zip(keys, row)), "lr": lr, **timing}
-            for (step, lr, _), row in zip(pending, table)
-        ]
-        lines[-1] |= optimizer_metrics(self.optimizer)
-        return lines
 
     def _evaluate(self) -> dict[str, float]:
         assert self.validation is not None
@@ -245,22 +232,6 @@ class Run:
                 key: last[0][key] for key in ("loss", "val_loss", "val_bits_per_byte") if last and key in last[0]
             }
         return summary
-
-
-def optimizer_metrics(optimizer: MatrixOptimizer) -> dict[str, float]:
-    """The `optimizer/*` lines of metrics.jsonl, over all matrices whose rule uses norms."""
-    seen = optimizer.diagnostics()
-    if not seen:
-        return {}
-    values = {
-        "trust_ratio_mean": seen["trust_ratio"].mean(), "trust_ratio_min": seen["trust_ratio"].min(),
-        "trust_ratio_max": seen["trust_ratio"].max(), "clip_fraction": seen["clipped"].float().mean(),
-        "calibration_mean": seen["calibration"].mean(), "effective_decay": seen["effective_decay"].mean(),
-        "relative_update_mean": seen["relative_update"].mean(), "relative_update_max": seen["relative_update"].max(),
-        "weight_norm_drift": seen["norm_drift"].abs().max(),
-    }  # fmt: skip
-    numbers = torch.stack([value.float() for value in values.values()]).tolist()
-    return {f"optimizer/{key}": number for key, number in zip(values, numbers)}
 
 
 def environment(device: torch.device) -> dict[str, Any]:

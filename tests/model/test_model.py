@@ -143,7 +143,7 @@ def test_recomputation_changes_nothing():
 def test_residual_stream_is_float32_under_bfloat16():
     model, seen = tiny(torch.bfloat16), []
     for block in model.blocks:
-        block.register_forward_hook(lambda m, i, o: seen.append((o.dtype, m.mlp.up(m.mlp_norm(o)).dtype)))
+        block.register_forward_hook(lambda m, i, o: seen.append((o[0].dtype, m.mlp.up(m.mlp_norm(o[0])).dtype)))
     model(tokens(), tokens())
     assert seen == [(torch.float32, torch.bfloat16)] * 2
 

@@ -67,7 +67,7 @@ def test_output_and_gradients_equal_the_reference(kind, shared, sqrt_gate):
     m = layer(torch.float64, shared, sqrt_gate, kind=kind, logit_scale=0.7)
     x = inputs(torch.float64).requires_grad_()
     for other in (m, lambda x: reference(m, x, kind)):
-        y, load, mass = other(x)
+        y, load, mass, *_ = other(x)
         probe = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
         objective = (y * probe).sum() + (mass * torch.arange(7)).sum()
         grads = torch.autograd.grad(objective, [x, *m.parameters()])
@@ -82,7 +82,7 @@ def test_output_and_gradients_equal_the_reference(kind, shared, sqrt_gate):
 def passes(m: MoE, x: torch.Tensor) -> list[torch.Tensor]:
     """Outputs and gradients."""
     x = x.clone().requires_grad_()
-    y, load, mass = m(x)
+    y, load, mass, _ = m(x)
     grads = torch.autograd.grad((y.float() * y.float().detach()).sum() + mass.square().sum(), [x, *m.parameters()])
     return [y, load, mass, *grads]
 
@@ -141,7 +141,7 @@ def test_the_order_of_the_experts_means_nothing():
     with torch.no_grad():
         for a, b in zip((m.router, m.experts.up, m.experts.down), (other.router, other.experts.up, other.experts.down)):
             b.weight.copy_(a.weight[order])
-    (y, load, mass), (y2, load2, mass2) = m(x), other(x)
+    (y, load, mass, _), (y2, load2, mass2, _) = m(x), other(x)
     torch.testing.assert_close(y, y2, rtol=0, atol=0)
     torch.testing.assert_close(load[:, order], load2, rtol=0, atol=0)
     torch.testing.assert_close(mass[:, order], mass2)
@@ -296,7 +296,7 @@ def test_recomputation_changes_and_counts_nothing():
     for recompute in (False, True):
         model, tokens = Transformer(small(), recompute=recompute), torch.arange(64).view(2, 32)
         initialize(model, 0)
-        loss, routing = model(tokens, tokens, routing=True)
+        loss, routing, _ = model(tokens, tokens, routing=True)
         (loss + routing.mass.square().sum()).backward()
         assert routing.load.sum((1, 2)).tolist() == [64 * 3] * 2
         found.append([loss, *routing, *(p.grad for p in model.parameters())])
@@ -306,9 +306,9 @@ def test_recomputation_changes_and_counts_nothing():
 def test_counting_without_a_head():
     model, tokens = Transformer(small()), torch.arange(64).view(2, 32)
     initialize(model, 0)
-    _, expected = model(tokens, tokens, routing=True)
+    _, expected, _ = model(tokens, tokens, routing=True)
     model.head.forward = None
-    loss, routing = model(tokens, routing=True)
+    loss, routing, _ = model(tokens, routing=True)
     assert loss is None
     torch.testing.assert_close(routing, expected, rtol=0, atol=0)
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from archscale.optim import RULES, MatrixOptimizer, Rule
+from archscale.optim.orthogonalize import orthogonality_residual
 
 
 def matrices(*shapes, seed=0):
@@ -167,11 +168,23 @@ def test_blocks_and_experts_are_separate_matrices():
     assert one.state[fused]["radius"].shape == (3,)
 
 
+class Watching:
+    keys = ("residual", "norm")
+    gradients = ("norm",)
+
+    def __call__(self, momentum, direction):
+        return torch.stack([orthogonality_residual(direction), momentum.flatten(1).norm(dim=1)])
+
+    def of_gradient(self, gradient):
+        return gradient.flatten(1).norm(dim=1)[None]
+
+
 def test_diagnostics():
     params = matrices((16, 8), (4, 8, 8))
     opt = optimizer([("a", params[0]), ("b", params[1])], "orscale_lm", weight_decay=0.1)
-    opt.sample_residual = True
+    opt.watch = Watching()
     gradients(params, 0)
+    given = [params[0].grad.clone(), *params[1].grad.clone()]
     before = [p.detach().clone() for p in params]
     opt.step()
     seen = opt.diagnostics()
@@ -181,8 +194,15 @@ def test_diagnostics():
     torch.testing.assert_close(seen["relative_update"], torch.stack(moved), rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(seen["weight_norm"][0], before[0].norm())
     torch.testing.assert_close(seen["effective_decay"], torch.full((5,), 0.02 * 0.1), rtol=1e-4, atol=0)
-    assert (seen["orthogonality_residual"] < 0.35).all()
-    assert (seen["orthogonality_residual"] > 1e-6).all()
+    assert (seen["residual"] < 0.35).all()
+    assert (seen["residual"] > 1e-6).all()
+    norms = [params[0].new_tensor(1.95).mul(g.norm()) for g in given]  # M̂ = μ M + G = 1.95 G at the first step
+    torch.testing.assert_close(seen["norm"], torch.stack(norms))
+    torch.testing.assert_close(seen["gradient_norm"], torch.stack(norms) / 1.95)
+    opt.watch = None
+    gradients(params, 1)
+    opt.step()
+    assert "residual" not in opt.diagnostics()
 
 
 def test_user_rule():

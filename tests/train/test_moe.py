@@ -247,7 +247,7 @@ def balance_gradients(
     step.count(engine, mine[1:])
     for i, tokens in enumerate(mine):
         with engine.micro_batch(last=i == accumulation - 1):
-            loss, routing = engine.forward(tokens, tokens, routing=True)
+            loss, routing, _ = engine.forward(tokens, tokens, routing=True)
             (loss * 0 + step.loss(routing) * engine.gradient_scale).backward()
     whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g  # noqa: E731
     grads = {name: whole(p.grad) for name, p in engine.module.named_parameters()}

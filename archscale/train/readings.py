@@ -1,0 +1,178 @@
+"""What training measures, read from the device once an interval: the lines of metrics.jsonl.
+
+Numbers of every step, and what a look into the last one showed (`Look`), travel in a single transfer: the one place where the
+host waits for the device.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from archscale.batch import BatchSchedule
+from archscale.config import Config
+from archscale.model.moe import load_share
+from archscale.optim import MatrixOptimizer
+from archscale.optim.orthogonalize import orthogonality_residual
+from archscale.telemetry.spectrum import nuclear_norm_estimate
+from archscale.telemetry.spectrum import spectrum as spectrum_of
+from archscale.telemetry.stability import Probe, stability_metrics
+from archscale.train.step import Seen
+
+SPECTRUM = ("sigma_mean", "effective_rank", "sigma_max", "flattening_gain")
+PER_MATRIX = ("trust_ratio", "relative_update")  # beside the means, with telemetry.per_layer
+
+
+class MatrixWatch:
+    """What the ranks that own whole matrices measure of M̂ and its Q on the steps that are read.
+
+    Args:
+        spectrum: also what takes a decomposition: σ_max and the flattening gain; and exact singular values for the rest.
+    """
+
+    def __init__(self, spectrum: bool):
+        self.spectrum = spectrum
+        self.keys: tuple[str, ...] = ("orthogonality_residual", *(SPECTRUM if spectrum else SPECTRUM[:2]))
+        self.gradients: tuple[str, ...] = SPECTRUM if spectrum else ()
+
+    def __call__(self, momentum: Tensor, direction: Tensor) -> Tensor:
+        residual = orthogonality_residual(direction)
+        if self.spectrum:
+            of = spectrum_of(momentum)
+            return torch.stack([residual, *(of[key] for key in self.keys[1:])])
+        nuclear, square = nuclear_norm_estimate(momentum, direction), momentum.flatten(1).float().square().sum(-1)
+        rank = torch.where(square == 0, 0.0, nuclear.square() / square)
+        return torch.stack([residual, nuclear / min(momentum.shape[-2:]), rank])
+
+    def of_gradient(self, gradient: Tensor) -> Tensor:
+        of = spectrum_of(gradient)
+        return torch.stack([of[key] for key in SPECTRUM])
+
+
+class Look(NamedTuple):
+    """What is watched during one step."""
+
+    probe: Probe
+    watch: MatrixWatch
+
+
+class Readings:
+    """Collects steps, and turns them into lines.
+
+    Args:
+        config: resolved. optimizer: whose `watch` is set on the steps that are looked into.
+    """
+
+    def __init__(self, config: Config, optimizer: MatrixOptimizer):
+        self.model, self.telemetry, self.optimizer = config.model, config.telemetry, optimizer
+        self.batches: BatchSchedule = config.batches
+        self._pending: list[tuple[int, float, dict[str, Tensor]]] = []
+        self._rows: tuple[Tensor, list[str], Tensor] | None = None
+
+    def look(self, step: int, reading: bool) -> Look | None:
+        """What to watch during `step` (1-based), which is read or not; tells the optimizer."""
+        found = Look(Probe(), MatrixWatch(self._spectral(step))) if reading else None
+        self.optimizer.watch = found and found.watch
+        return found
+
+    def due(self, step: int) -> bool:
+        """Whether `step` (1-based) is to be read for its own sake."""
+        return step % self.telemetry.every == 0 or self._spectral(step)
+
+    def _spectral(self, step: int) -> bool:
+        every = self.telemetry.spectrum_every
+        return every > 0 and step % every == 0
+
+    def add(self, step: int, lr: float, measured: dict[str, Tensor]) -> None:
+        self._pending.append((step, lr, measured))
+
+    def read(self, seen: Seen, seconds: float) -> list[dict[str, Any]]:
+        """The lines of the steps since the last reading, the last one with what was seen in it.
+
+        Args:
+            seconds: that they took together.
+        """
+        keys = list(self._pending[0][2])
+        table = torch.stack([measured[key].float() for _, _, measured in self._pending for key in keys])
+        extra = {key: value.float() for key, value in self._seen(seen).items()}
+        numbers = torch.cat([table, *(value.reshape(-1) for value in extra.values())]).tolist()
+        first, last = self._pending[0][0], self._pending[-1][0]
+        tokens = self._tokens(last) - self._tokens(first - 1)
+        timing = {"step_seconds": seconds / len(self._pending), "tokens_per_second": tokens / seconds}
+        lines: list[dict[str, Any]] = [
+            {
+                "step": step,
+                "tokens": self._tokens(step),
+                **dict(zip(keys, numbers[i * len(keys) :])),
+                "lr": lr,
+                **timing,
+            }
+            for i, (step, lr, _) in enumerate(self._pending)
+        ]
+        at = table.numel()
+        for key, value in extra.items():
+            lines[-1][key] = numbers[at] if value.ndim == 0 else numbers[at : at + value.numel()]
+            at += value.numel()
+        self._pending = []
+        return lines
+
+    def _tokens(self, step: int) -> int:
+        return self.batches.at(step)[0] * self.model.context
+
+    def _seen(self, seen: Seen) -> dict[str, Tensor]:
+        """Of the last step: scalars, and vectors over experts."""
+        step, found = self._pending[-1][0], dict[str, Tensor]()
+        per_layer, model = self.telemetry.per_layer, self.model
+        if seen.sums is not None:
+            tokens = self._tokens(step) - self._tokens(step - 1)
+            of_layers = stability_metrics(seen.sums, tokens, model.heads, model.width, per_layer)
+            found |= {key: value for key, value in of_layers.items() if model.moe or not key.endswith("router_z")}
+        if seen.load is not None and per_layer:
+            found |= {f"moe/layer_{i:02d}/load": share for i, share in enumerate(load_share(seen.load))}
+        return found | self._of_optimizer(self.optimizer.diagnostics())
+
+    def _of_optimizer(self, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+        """`optimizer/*` and `spectrum/*`, over all matrices whose rule uses norms."""
+        if not seen:
+            return {}
+        found = {
+            "optimizer/trust_ratio_mean": seen["trust_ratio"].mean(),
+            "optimizer/trust_ratio_min": seen["trust_ratio"].min(),
+            "optimizer/trust_ratio_max": seen["trust_ratio"].max(),
+            "optimizer/clip_fraction": seen["clipped"].float().mean(),
+            "optimizer/calibration_mean": seen["calibration"].mean(),
+            "optimizer/effective_decay": seen["effective_decay"].mean(),
+            "optimizer/relative_update_mean": seen["relative_update"].mean(),
+            "optimizer/relative_update_max": seen["relative_update"].max(),
+            "optimizer/weight_norm_drift": seen["norm_drift"].abs().max(),
+        }
+        orthogonal = self.optimizer.orthogonal()
+        if not orthogonal.numel():
+            return found
+        found["optimizer/orthogonality_residual"] = seen["orthogonality_residual"][orthogonal].mean()
+        spectral = {f"spectrum/{key}": seen[key] for key in SPECTRUM if key in seen}
+        spectral |= {
+            f"spectrum/gradient/{key}": seen[f"gradient_{key}"] for key in SPECTRUM if f"gradient_{key}" in seen
+        }
+        found |= {key: values[orthogonal].mean() for key, values in spectral.items()}
+        if self.telemetry.per_layer:
+            names, index, counts = self._matrices(orthogonal.device)
+            each = {f"optimizer/matrix/{key}": seen[key] for key in PER_MATRIX} | spectral
+            for group, values in each.items():
+                means = counts.new_zeros(len(names)).index_add_(0, index, values.float()) / counts
+                path, key = group.rsplit("/", 1)
+                found |= zip((f"{path}/{name}/{key}" for name in names), means.unbind())
+        return found
+
+    def _matrices(self, device: torch.device) -> tuple[list[str], Tensor, Tensor]:
+        """Names of the matrices, those of a stack of experts under one; which name each has, and how many have it."""
+        if self._rows is None:
+            each = [re.sub(r"\[\d+\]", "", name) for name in self.optimizer.matrix_names()]
+            names = list(dict.fromkeys(each))
+            index = torch.tensor([names.index(name) for name in each], device=device)
+            self._rows = index, names, torch.bincount(index, minlength=len(names)).float()
+        index, names, counts = self._rows
+        return names, index, counts
