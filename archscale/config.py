@@ -78,7 +78,6 @@ class NotYet(NamedTuple):
 NOT_YET = [
     NotYet("parallel.engine", lambda v: v == "deepspeed", "the deepspeed engine", "set it to native"),
     NotYet("checkpoint.async", lambda v: v, "asynchronous checkpointing", "set it to false"),
-    NotYet("telemetry.wandb.mode", lambda v: v != "disabled", "W&B logging", "set it to disabled"),
     NotYet("data.mixture", lambda v: v is not None, "a data mixture", "set it to null and give data.train"),
 ]
 

@@ -225,6 +225,21 @@ class WandbConfig(Section):
     """Project that runs are filed under."""
 
 
+class GuardConfig(Section):
+    """What happens when a step is not finite or spikes."""
+
+    mode: Literal["off", "warn", "act"] = "warn"
+    """warn: an event in the metrics; act: also skip the step, then fall back, then stop (waits for the device every step)."""
+    window: Annotated[int, Field(ge=16)] = 64
+    """Steps that loss and gradient norm are compared with."""
+    spike: Positive = 12.0
+    """Robust standard deviations above the window's median from which on they are a spike."""
+    max_skips: CountOrZero = 5
+    """Steps in a row that act may skip before it falls back to an older checkpoint."""
+    max_fallbacks: CountOrZero = 2
+    """Returns to older checkpoints before act stops the run."""
+
+
 class TelemetryConfig(Section):
     """What is measured while training."""
 
@@ -235,6 +250,10 @@ class TelemetryConfig(Section):
     """Stability indicators and expert loads of each layer, trust ratios and spectra of each matrix, beside their means."""
     spectrum_every: CountOrZero = 0
     """Optimizer steps between singular value decompositions of gradients and momenta, at readings; 0: never."""
+    stuck_after: NonNegative = 900.0
+    """Seconds without a finished step, evaluation or checkpoint after which every rank writes its stacks and ends; 0: never."""
+    guard: GuardConfig = GuardConfig()
+    """Steps that go wrong."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
 

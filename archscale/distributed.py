@@ -76,6 +76,13 @@ def all_reduce(tensor: Tensor, group: Any = None, op: Any = None) -> Tensor:
     return tensor
 
 
+def from_rank_zero(tensor: Tensor) -> Tensor:
+    """Rank 0's values on every rank, in place; returns the tensor."""
+    if is_distributed():
+        dist.broadcast(tensor, src=0)
+    return tensor
+
+
 class _Done:
     """The work of an exchange with nobody."""
 

@@ -49,3 +49,7 @@ class DataError(ArchscaleError):
 
 class CheckpointError(ArchscaleError):
     """A checkpoint is missing, incomplete, corrupt or of another model."""
+
+
+class TrainingError(ArchscaleError):
+    """Training cannot go on."""

@@ -317,7 +317,6 @@ def test_name_must_be_able_to_name_a_directory(small, name):
 NOT_YET_VALUES = {
     "parallel.engine": "deepspeed",
     "checkpoint.async": "true",
-    "telemetry.wandb.mode": "auto",
     "data.mixture": "[{path: a, weight: 1}]",
 }
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from archscale.distributed import Fragment, all_reduce, local_tensor
 
+Allow = Callable[[Tensor], bool]
+
 
 class Optimizer(Protocol):
     """What an engine needs of an optimizer."""
@@ -39,8 +41,12 @@ class Engine(Protocol):
     def backward(self, objective: Tensor) -> None:
         """Add the gradient of one micro-batch's objective."""
 
-    def update(self, optimizer: Optimizer, grad_clip: float | None) -> Tensor:
-        """Once a step: clip, step, drop the gradients; returns their global norm before clipping, on the device."""
+    def update(self, optimizer: Optimizer, grad_clip: float | None, allow: Allow | None = None) -> Tensor:
+        """Once a step: clip, step, drop the gradients; returns their global norm before clipping, on the device.
+
+        Args:
+            allow: told the norm; where it says no, the optimizer does nothing. All ranks must say the same.
+        """
 
     def weights(self) -> dict[str, Fragment]:
         """The float32 parameters that the optimizer updates, by name: what checkpoints save, and load in place."""

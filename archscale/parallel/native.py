@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from archscale.distributed import Fragment, fragment, world_size
-from archscale.parallel.engine import Optimizer, clip_gradients
+from archscale.parallel.engine import Allow, Optimizer, clip_gradients
 from archscale.parallel.mesh import build_expert_mesh, build_mesh
 
 
@@ -89,10 +89,11 @@ class NativeEngine:
     def backward(self, objective: Tensor) -> None:
         objective.backward()
 
-    def update(self, optimizer: Optimizer, grad_clip: float | None) -> Tensor:
+    def update(self, optimizer: Optimizer, grad_clip: float | None, allow: Allow | None = None) -> Tensor:
         grads = (p.grad for p in self.module.parameters() if p.grad is not None)
         norm = clip_gradients(grads, grad_clip, self.shard_group)
-        optimizer.step()
+        if allow is None or allow(norm):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         return norm
 

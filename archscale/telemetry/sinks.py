@@ -29,13 +29,15 @@ class MetricsFile:
             os.replace(temporary, path)
         self._file = path.open("a")
 
-    def write(self, step: int, tokens: int, **values: Any) -> None:
+    def write(self, step: int, tokens: int, **values: Any) -> dict[str, Any]:
+        """Append a line; returns it as it was written."""
         bad = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
         line: dict[str, Any] = {"step": step, "tokens": tokens, "time": round(time.time(), 3)}
         line |= {key: None if key in bad else value for key, value in values.items()}
         if bad:
-            line["event"] = f"non-finite {', '.join(bad)}"
+            line["event"] = "; ".join(filter(None, [line.get("event"), f"non-finite {', '.join(bad)}"]))
         self._file.write(json.dumps(line) + "\n")
+        return line
 
     def flush(self) -> None:
         self._file.flush()

@@ -35,9 +35,12 @@ def checkpoint_steps(directory: Path) -> list[int]:
     return sorted(int(d.name[5:]) for d in found if d.name[5:].isdigit() and (d / "state.json").is_file())
 
 
-def newest_valid(directory: Path, warn: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint whose files are all there in their full size; `warn` hears of the ones passed over."""
+def newest_valid(directory: Path, warn: Callable[[str], None], before: int | None = None) -> Path | None:
+    """The newest checkpoint (of a step below `before`) whose files are all there in their full size; `warn` hears of the ones
+    passed over."""
     for step in reversed(checkpoint_steps(directory)):
+        if before is not None and step >= before:
+            continue
         path = step_directory(directory, step)
         problem = damage(path)
         if problem is None:

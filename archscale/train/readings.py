@@ -14,9 +14,12 @@ from torch import Tensor
 
 from archscale.batch import BatchSchedule
 from archscale.config import Config
+from archscale.distributed import from_rank_zero
+from archscale.model.counting import training_flops
 from archscale.model.moe import load_share
 from archscale.optim import MatrixOptimizer
 from archscale.optim.orthogonalize import orthogonality_residual
+from archscale.telemetry.guard import Guard
 from archscale.telemetry.spectrum import nuclear_norm_estimate
 from archscale.telemetry.spectrum import spectrum as spectrum_of
 from archscale.telemetry.stability import Probe, stability_metrics
@@ -64,9 +67,11 @@ class Readings:
 
     Args:
         config: resolved. optimizer: whose `watch` is set on the steps that are looked into.
+        peak: dense FLOP/s of all devices together; None where it is not known: then there is no `mfu`.
     """
 
-    def __init__(self, config: Config, optimizer: MatrixOptimizer):
+    def __init__(self, config: Config, optimizer: MatrixOptimizer, peak: float | None = None):
+        self._per_token = None if peak is None else training_flops(config.model) / peak
         self.model, self.telemetry, self.optimizer = config.model, config.telemetry, optimizer
         self.batches: BatchSchedule = config.batches
         self._pending: list[tuple[int, float, dict[str, Tensor]]] = []
@@ -89,19 +94,21 @@ class Readings:
     def add(self, step: int, lr: float, measured: dict[str, Tensor]) -> None:
         self._pending.append((step, lr, measured))
 
-    def read(self, seen: Seen, seconds: float) -> list[dict[str, Any]]:
+    def read(self, seen: Seen, seconds: float, applied: bool = True) -> list[dict[str, Any]]:
         """The lines of the steps since the last reading, the last one with what was seen in it.
 
         Args:
-            seconds: that they took together.
+            seconds: that they took together. applied: whether the optimizer took part in the last one.
         """
         keys = list(self._pending[0][2])
         table = torch.stack([measured[key].float() for _, _, measured in self._pending for key in keys])
-        extra = {key: value.float() for key, value in self._seen(seen).items()}
+        extra = {key: value.float() for key, value in self._seen(seen, applied).items()}
         numbers = torch.cat([table, *(value.reshape(-1) for value in extra.values())]).tolist()
         first, last = self._pending[0][0], self._pending[-1][0]
         tokens = self._tokens(last) - self._tokens(first - 1)
         timing = {"step_seconds": seconds / len(self._pending), "tokens_per_second": tokens / seconds}
+        if self._per_token is not None:
+            timing["mfu"] = self._per_token * tokens / seconds
         lines: list[dict[str, Any]] = [
             {
                 "step": step,
@@ -122,7 +129,7 @@ class Readings:
     def _tokens(self, step: int) -> int:
         return self.batches.at(step)[0] * self.model.context
 
-    def _seen(self, seen: Seen) -> dict[str, Tensor]:
+    def _seen(self, seen: Seen, applied: bool) -> dict[str, Tensor]:
         """Of the last step: scalars, and vectors over experts."""
         step, found = self._pending[-1][0], dict[str, Tensor]()
         per_layer, model = self.telemetry.per_layer, self.model
@@ -132,7 +139,7 @@ class Readings:
             found |= {key: value for key, value in of_layers.items() if model.moe or not key.endswith("router_z")}
         if seen.load is not None and per_layer:
             found |= {f"moe/layer_{i:02d}/load": share for i, share in enumerate(load_share(seen.load))}
-        return found | self._of_optimizer(self.optimizer.diagnostics())
+        return found | (self._of_optimizer(self.optimizer.diagnostics()) if applied else {})
 
     def _of_optimizer(self, seen: dict[str, Tensor]) -> dict[str, Tensor]:
         """`optimizer/*` and `spectrum/*`, over all matrices whose rule uses norms."""
@@ -176,3 +183,50 @@ class Readings:
             self._rows = index, names, torch.bincount(index, minlength=len(names)).float()
         index, names, counts = self._rows
         return names, index, counts
+
+
+class FallBack(Exception):
+    """Raised on all ranks together when the guard has skipped too many steps in a row."""
+
+    def __init__(self, step: int, cause: str):
+        super().__init__(cause)
+        self.step = step
+
+
+class Judgement:
+    """The guard's word on every step: before the update where it acts, at the reading where it only warns."""
+
+    def __init__(self, guard: Guard | None):
+        self._guard = guard
+        self._causes: list[str | None] = []  # of the steps since the last reading, if it acts
+        self.cause = ""  # of the last bad step
+
+    def allow(self, loss: Tensor, norm: Tensor) -> bool:
+        """Whether a step may be applied; the same on all ranks. Waits for the device."""
+        assert self._guard is not None
+        values = from_rank_zero(torch.stack([loss.float(), norm.float()])).tolist()
+        cause = self._guard.judge(dict(zip(("loss", "grad_norm"), values)))
+        self._causes.append(cause)
+        self.cause = cause or self.cause
+        return cause is None
+
+    @property
+    def applied(self) -> bool:
+        """Whether the last step was."""
+        return not self._causes or self._causes[-1] is None
+
+    def told(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The lines with an `event` each where something was wrong."""
+        if self._guard is None:
+            return lines
+        if self._guard.acts:
+            causes = [cause and f"skipped: {cause}" for cause in self._causes]
+        else:
+            causes = [self._guard.judge(line) for line in lines]
+        self._causes = []
+        for line, cause in zip(lines, causes, strict=True):
+            if cause:
+                line["event"] = cause
+        if wrong := self._guard.watch(lines[-1]):
+            lines[-1]["event"] = "; ".join(filter(None, [lines[-1].get("event"), wrong]))
+        return lines

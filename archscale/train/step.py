@@ -5,7 +5,7 @@ Every quantity is global: no result depends on how the batch is spread over rank
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,8 @@ def train_step(
     grad_clip: float | None,
     moe: MoEConfig | None = None,
     probe: Probe | None = None,
+    allow: Callable[[Tensor, Tensor], bool] | None = None,
+    first_reduce: Callable[[Tensor], Tensor] = all_reduce,
 ) -> tuple[dict[str, Tensor], Seen]:
     """One update from this rank's share of the batch. Waits for nothing on the host.
 
@@ -48,6 +50,8 @@ def train_step(
         grad_clip: largest global gradient norm; None: no clipping.
         moe: of a model with experts: their load balance joins the objective.
         probe: looks into the forward passes.
+        allow: told the loss and the gradient norm; where it says no, the update is left out. All ranks must say the same.
+        first_reduce: sums over ranks in the step's first collective (who times it sees which rank arrives last).
 
     Returns:
         `loss` (nats per target token, global) and `grad_norm` (before clipping), scalars on the device; with experts also
@@ -57,7 +61,7 @@ def train_step(
     # Means over the tokens of ALL ranks and micro-batches, so their numbers are needed before the first backward.
     here = float(sum((targets != IGNORE).sum().item() for _, targets in micro_batches))  # on the host: no waiting
     tokens = float(sum(inputs.numel() for inputs, _ in micro_batches))
-    sizes = all_reduce(torch.stack([torch.full((), here, device=device), torch.full((), tokens, device=device)]))
+    sizes = first_reduce(torch.stack([torch.full((), here, device=device), torch.full((), tokens, device=device)]))
     scale = engine.gradient_scale / sizes[0]
     moved = [(_move(inputs, device), _move(targets, device)) for inputs, targets in micro_batches]
     balance = None
@@ -80,13 +84,15 @@ def train_step(
                     sums.append(seen)
             engine.backward(objective)
         total += loss.detach()
-    norm = engine.update(optimizer, grad_clip)
-    of_layers = Seen(all_reduce(torch.stack(sums).sum(0)) if sums else None, None)
     if balance is None:
-        return {"loss": all_reduce(total) / sizes[0], "grad_norm": norm}, of_layers
-    total, auxiliary = all_reduce(torch.stack([total, balance.total]))
-    measured = {"loss": total / sizes[0], "aux_loss": auxiliary, "grad_norm": norm, **balance.metrics()}
-    return measured, of_layers._replace(load=balance.load)
+        measured = {"loss": all_reduce(total) / sizes[0]}
+    else:
+        total, auxiliary = all_reduce(torch.stack([total, balance.total]))
+        measured = {"loss": total / sizes[0], "aux_loss": auxiliary, **balance.metrics()}
+    judged = None if allow is None else lambda norm: allow(measured["loss"], norm)
+    measured["grad_norm"] = engine.update(optimizer, grad_clip, judged)
+    seen_sums = all_reduce(torch.stack(sums).sum(0)) if sums else None
+    return measured, Seen(seen_sums, None if balance is None else balance.load)
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

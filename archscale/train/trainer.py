@@ -20,7 +20,7 @@ from archscale import distributed
 from archscale.config import Config, dump_config
 from archscale.data.loader import Loader, validation_batches
 from archscale.data.shards import TokenSplit
-from archscale.errors import CheckpointError, ConfigError
+from archscale.errors import CheckpointError, ConfigError, TrainingError
 from archscale.model import initialize
 from archscale.optim.roles import assign_roles
 from archscale.optim.schedule import lr_multiplier
@@ -28,7 +28,7 @@ from archscale.parallel.native import NativeEngine
 from archscale.scaling.plan import make_plan
 from archscale.scaling.plan_text import counting_pass_share
 from archscale.scaling.transfer import transfer_of
-from archscale.telemetry.sinks import MetricsFile
+from archscale.telemetry.guard import Guard
 from archscale.train.build import DTYPES, build_model, build_optimizer, manifest
 from archscale.train.checkpoint import (
     checkpoint_steps,
@@ -41,9 +41,10 @@ from archscale.train.checkpoint import (
 from archscale.train.doctor import cpp_compiler
 from archscale.train.evaluate import evaluate
 from archscale.train.preflight import refuse, this_device
-from archscale.train.progress import Progress
-from archscale.train.readings import Readings
+from archscale.train.readings import FallBack, Judgement, Readings
+from archscale.train.record import Recorder
 from archscale.train.step import train_step
+from archscale.train.watchdog import Arrivals, Watchdog
 
 
 def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]:
@@ -65,7 +66,8 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
         raise ConfigError("there is no C++ compiler", "training.compile", "install g++, or set it to false")
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         resume = "auto"  # after a crash of this very job, not back to where it was told to start
-    device = distributed.start()
+    stuck = config.telemetry.stuck_after
+    device = distributed.start(stuck + 60 if stuck else 3600.0)  # the watchdog comes first, with stacks
     # No clean-up when something fails: a rank that failed alone would wait here for ranks that wait for it elsewhere.
     source = distributed.on_rank_zero(lambda: choose_checkpoint(config, data, run_dir, resume))
     for split in (data, validation):
@@ -101,33 +103,45 @@ class Run:
         )  # fmt: skip
         self.roles = assign_roles(self.engine.module)
         self.optimizer = build_optimizer(config, self.roles, self.transfer.roles)
+        of = config.telemetry.guard
+        self.guard = None if of.mode == "off" else Guard(**of.model_dump())
+        self._fallen: int | None = None  # step that the last fall-back went to
         if validation is not None:
             self.token_bytes = torch.from_numpy(validation.token_bytes.astype("int64"))
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
     def go(self, source: Path | None) -> dict[str, Any]:
-        """Train to the end, from the checkpoint `source` or from the start."""
-        config, started = self.config, time.monotonic()
-        step = 0
-        if source is not None:
-            step = int(load_checkpoint(source, self.engine.weights(), self.optimizer)["step"])
-            self.engine.weights_changed()
-        if step >= config.steps:
+        """Train to the end, from the checkpoint `source` or from the start.
+
+        Raises:
+            TrainingError: the guard has run out of checkpoints to fall back to.
+        """
+        started = time.monotonic()
+        step = 0 if source is None else self._restore(source)
+        if step >= self.config.steps:
             return self._summary(step, started, already_done=True)
         distributed.on_rank_zero(self._describe)
-        metrics = MetricsFile(self.run_dir / "metrics.jsonl", step) if distributed.rank() == 0 else None
-        progress = Progress(config.steps, step, config.name) if distributed.rank() == 0 else None
+        self.watchdog = Watchdog(self.run_dir, self.config.telemetry.stuck_after)
+        with Recorder(self.config, self.run_dir, step) as recorder:
+            while step < self.config.steps:
+                try:
+                    step = self._train(step, recorder)
+                except FallBack as cause:
+                    step = self._fall_back(cause, recorder)
+        self.watchdog.close()
+        return self._summary(step, started)
+
+    def _train(self, step: int, recorder: Recorder) -> int:
+        """From `step` finished ones to the last; returns its number."""
+        config, guard = self.config, self.guard
         loader = Loader(
-            self.data,
-            config.seed,
-            self.batches,
-            config.training.micro_batch,
-            distributed.rank(),
-            distributed.world_size(),
-            step,
-        )
-        readings = Readings(config, self.optimizer)
+            self.data, config.seed, self.batches, config.training.micro_batch, distributed.rank(),
+            distributed.world_size(), step,
+        )  # fmt: skip
+        device = this_device()
+        readings = Readings(config, self.optimizer, device.peak and device.peak * distributed.world_size())
+        arrivals, judged = Arrivals(self.device), Judgement(guard)
         interval = time.monotonic()
         try:
             for micro_batches in loader:
@@ -140,37 +154,67 @@ class Run:
                 look = readings.look(step, reading)
                 measured, seen = train_step(
                     self.engine, self.optimizer, micro_batches, self.device, config.optimizer.grad_clip,
-                    config.model.moe, look and look.probe,
+                    config.model.moe, look and look.probe, judged.allow if guard and guard.acts else None, arrivals.all_reduce,
                 )  # fmt: skip
                 readings.add(step, lr, measured)
+                if guard and guard.exhausted:
+                    raise FallBack(step, judged.cause)
+                self.watchdog.pat()
                 if not reading:
                     continue
-                lines = readings.read(seen, time.monotonic() - interval)
+                lines = judged.told(readings.read(seen, time.monotonic() - interval, judged.applied))
+                lines[-1] |= arrivals.read()
                 if evaluating:
                     lines[-1] |= self._evaluate()
-                if metrics and progress:
-                    for line in lines:
-                        metrics.write(**line)
-                    metrics.flush()
-                    progress.update(lines[-1])
+                recorder.write(lines)
                 if saving:
-                    state = {"step": step, "config": config.resolved(), "data": identity(self.data)}
-                    save_checkpoint(
-                        self.run_dir / "checkpoints",
-                        self.engine.weights(),
-                        self.optimizer,
-                        state,
-                        config.checkpoint.keep,
-                    )
+                    self._save(step)
+                self.watchdog.pat()
                 interval = time.monotonic()
                 if last:
                     break
         finally:
             loader.close()
-            if metrics and progress:
-                progress.close()
-                metrics.close()
-        return self._summary(step, started)
+        return step
+
+    def _restore(self, source: Path) -> int:
+        """The state of a checkpoint; returns its step."""
+        state = load_checkpoint(source, self.engine.weights(), self.optimizer)
+        self.engine.weights_changed()
+        if self.guard and state.get("guard"):
+            self.guard.load(state["guard"])
+        return int(state["step"])
+
+    def _save(self, step: int) -> None:
+        state = {"step": step, "config": self.config.resolved(), "data": identity(self.data)}
+        state["guard"] = self.guard and self.guard.state()
+        keep = self.config.checkpoint.keep
+        save_checkpoint(self.run_dir / "checkpoints", self.engine.weights(), self.optimizer, state, keep)
+
+    def _fall_back(self, cause: FallBack, recorder: Recorder) -> int:
+        """To the newest checkpoint from before the bad steps, or from before the last fall-back if no good step has followed it;
+        returns its step."""
+        assert self.guard is not None
+        directory = self.run_dir / "checkpoints"
+        first = cause.step - self.guard.skipped + 1
+        before = self._fallen if self._fallen is not None and first == self._fallen + 1 else first
+        source = distributed.on_rank_zero(lambda: newest_valid(directory, recorder.event, before))
+        self.guard.fallbacks += 1
+        if source is None or self.guard.fallbacks > self.guard.max_fallbacks:
+            spent = self.guard.fallbacks > self.guard.max_fallbacks
+            why = f"{self.guard.max_fallbacks} fall-backs did not help" if spent else "there is no older checkpoint"
+            raise distributed.same_everywhere(
+                TrainingError(
+                    f"{self.guard.skipped} steps in a row were skipped at step {cause.step} ({cause}), and {why}",
+                    str(self.run_dir), "lower the learning rate or look at the data of these steps; the checkpoints are kept",
+                )
+            )  # fmt: skip
+        step = self._restore(source)
+        self.guard.skipped = 0
+        self._fallen = step
+        recorder.rewind(step)
+        recorder.event(f"fell back from step {cause.step} to the checkpoint of step {step} ({cause})")
+        return step
 
     def _tokens(self, step: int) -> int:
         """Tokens of the first `step` steps."""

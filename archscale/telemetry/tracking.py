@@ -1,0 +1,142 @@
+"""Tracking services beside metrics.jsonl: best effort, on a thread of their own, never in training's way.
+
+Lines wait in a bounded queue; when the service is slow or gone the oldest are dropped, with one warning. What metrics.jsonl
+holds is complete all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import netrc
+import os
+import queue
+import sys
+import threading
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from archscale.errors import ConfigError
+
+WAITING = 10_000  # lines at most
+PATIENCE = 30.0  # seconds that the end of a run waits for what is left
+
+
+class Tracker(Protocol):
+    """A service that is connected."""
+
+    def log(self, line: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class BestEffort:
+    """Runs a tracker on a thread.
+
+    Args:
+        connect: called on the thread; may block and may raise. name: for warnings.
+    """
+
+    def __init__(self, name: str, connect: Callable[[], Tracker], waiting: int = WAITING, patience: float = PATIENCE):
+        self.name, self._patience = name, patience
+        self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(waiting)
+        self._dropped = 0
+        self._thread = threading.Thread(target=self._run, args=(connect,), daemon=True, name=name)
+        self._thread.start()
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Returns at once."""
+        self._put(dict(line))
+
+    def close(self) -> None:
+        """Give the service a while for what is left."""
+        self._put(None)
+        self._thread.join(self._patience)
+        if self._thread.is_alive():
+            self._warn(f"did not take everything within {self._patience:g} s; metrics.jsonl has it all")
+
+    def _put(self, line: dict[str, Any] | None) -> None:
+        while True:
+            try:
+                return self._lines.put_nowait(line)
+            except queue.Full:
+                if not self._dropped:
+                    self._warn("is too slow: old lines are dropped, metrics.jsonl has them all")
+                self._dropped += 1
+                with contextlib.suppress(queue.Empty):
+                    self._lines.get_nowait()
+
+    def _run(self, connect: Callable[[], Tracker]) -> None:
+        try:
+            tracker = connect()
+            while (line := self._lines.get()) is not None:
+                tracker.log(line)
+            tracker.close()
+        except Exception as error:  # an outage of a service must not become one of training
+            text = " ".join(str(error).split())[:200]
+            self._warn(f"is not used any more ({type(error).__name__}: {text}); metrics.jsonl has everything")
+            while self._lines.get() is not None:  # so that nothing piles up
+                pass
+
+    def _warn(self, text: str) -> None:
+        print(f"archscale: warning: {self.name} {text}", file=sys.stderr, flush=True)
+
+
+def wandb_tracker(mode: str, project: str, name: str, config: dict[str, Any], run_dir: Path) -> BestEffort | None:
+    """Weights & Biases, or None when disabled. A resumed run goes on under its own id, kept in `run_dir`.
+
+    Args:
+        mode: auto (online where a key is configured, otherwise offline), online, offline or disabled. What is offline lies
+            in `run_dir`/wandb for `wandb sync`.
+
+    Raises:
+        ConfigError: the package is missing.
+    """
+    if mode == "disabled":
+        return None
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(
+            "wandb is not installed", "telemetry.wandb.mode", "pip install wandb, or set it to disabled"
+        ) from None
+    mode = ("online" if has_wandb_key() else "offline") if mode == "auto" else mode
+    identity = run_dir / "wandb_id"
+    if not identity.exists():
+        identity.write_text(uuid.uuid4().hex[:12])
+    options: dict[str, Any] = {
+        "project": project, "name": name, "id": identity.read_text().strip(), "resume": "allow", "mode": mode,
+        "config": config, "tags": tags(config), "dir": str(run_dir),
+    }  # fmt: skip
+
+    class Run:
+        def __init__(self) -> None:
+            self._run = wandb.init(**options, settings=wandb.Settings(silent=True, init_timeout=120))
+
+        def log(self, line: dict[str, Any]) -> None:
+            self._run.log({key: value for key, value in line.items() if value is not None}, step=line["step"])
+
+        def close(self) -> None:
+            self._run.finish()
+
+    return BestEffort("wandb", Run)
+
+
+def has_wandb_key() -> bool:
+    """Whether a key is in the environment or in ~/.netrc."""
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
+    try:
+        return netrc.netrc().authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def tags(config: dict[str, Any]) -> list[str]:
+    """Rule, parameterization, size and experts of a resolved config."""
+    model, moe = config["model"], config["model"]["moe"]
+    found = [config["optimizer"]["matrix"]["rule"], config["parameterization"]["kind"]]
+    found.append(f"d{model['depth']}w{model['width']}")
+    return found + ([f"moe{moe['sparsity']}x{moe['top_k']}"] if moe else ["dense"])

@@ -1,0 +1,99 @@
+"""Ranks that hold others up: who arrives last, and what everybody does when nobody gets any further."""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from archscale import distributed
+
+GRACE = 10.0  # seconds after which the interpreter itself is taken for stuck
+
+
+class Watchdog:
+    """Ends this process when `pat` is not called for `seconds`, after writing the stacks of all threads to
+    `folder`/stacks_rank_<n>.txt. Every rank has one, so that all of them tell where they wait.
+
+    Args:
+        seconds: 0: never.
+    """
+
+    def __init__(self, folder: Path, seconds: float):
+        self.seconds = seconds
+        self._file: TextIO | None = None
+        if seconds:
+            self._path = folder / f"stacks_rank_{distributed.rank()}.txt"
+            self._file = self._path.open("w")
+            self._last, self._stopped = time.monotonic(), threading.Event()
+            self.pat()
+            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+
+    def pat(self) -> None:
+        """There is progress."""
+        if self._file:
+            self._last = time.monotonic()
+            # In C, for a thread that holds the interpreter's lock for good.
+            faulthandler.dump_traceback_later(self.seconds + GRACE, exit=True, file=self._file)
+
+    def close(self) -> None:
+        if self._file:
+            self._stopped.set()
+            faulthandler.cancel_dump_traceback_later()
+            self._file.close()
+            self._path.unlink(missing_ok=True)
+
+    def _watch(self) -> None:
+        often = min(1.0, self.seconds / 4)
+        while not self._stopped.wait(often):
+            waited = time.monotonic() - self._last
+            if waited > self.seconds:
+                assert self._file is not None
+                faulthandler.dump_traceback(self._file, all_threads=True)
+                text = f"rank {distributed.rank()} made no progress for {waited:.0f} s (telemetry.stuck_after)"
+                print(f"archscale: {text}: its stacks are in {self._path}", file=sys.stderr, flush=True)
+                time.sleep(3 * often)  # the launcher ends all ranks with the first one: let the others write theirs
+                os._exit(3)
+
+
+class Arrivals:
+    """How long this rank waits for the others in the first collective of each step: the last one to arrive waits least."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._waits: list[float] = []
+        self._events: list[Any] = []
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place, timed without waiting for the device."""
+        if self._device.type == "cuda":
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            distributed.all_reduce(tensor)
+            end.record()
+            self._events.append((start, end))
+        else:
+            began = time.perf_counter()
+            distributed.all_reduce(tensor)
+            self._waits.append(time.perf_counter() - began)
+        return tensor
+
+    def read(self) -> dict[str, Any]:
+        """Since the last reading: `straggler/wait_seconds`, the mean wait a step of the rank that waited most over that of the
+        one that waited least, and `straggler/rank`, who that is. Empty on one process; a collective otherwise."""
+        waits = self._waits + [start.elapsed_time(end) / 1e3 for start, end in self._events]
+        self._waits, self._events = [], []
+        everyone = distributed.gather_objects(sum(waits) / max(len(waits), 1))
+        if len(everyone) == 1:
+            return {}
+        return {
+            "straggler/wait_seconds": max(everyone) - min(everyone),
+            "straggler/rank": everyone.index(min(everyone)),
+        }
