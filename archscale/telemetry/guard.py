@@ -53,7 +53,7 @@ class Guard:
     def _problem(self, key: str, value: float) -> str | None:
         name, history = {"loss": "loss", "grad_norm": "gradient norm"}[key], self._history[key]
         if not math.isfinite(value):
-            return f"non-finite {name}"
+            return f"non-finite {key}"
         if len(history) < MIN_HISTORY:
             return None
         z = robust_z(value, history)

@@ -34,8 +34,9 @@ class MetricsFile:
         bad = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
         line: dict[str, Any] = {"step": step, "tokens": tokens, "time": round(time.time(), 3)}
         line |= {key: None if key in bad else value for key, value in values.items()}
-        if bad:
-            line["event"] = "; ".join(filter(None, [line.get("event"), f"non-finite {', '.join(bad)}"]))
+        told = line.get("event", "")
+        if untold := [key for key in bad if key not in told]:
+            line["event"] = "; ".join(filter(None, [told, f"non-finite {', '.join(untold)}"]))
         self._file.write(json.dumps(line) + "\n")
         return line
 

@@ -61,7 +61,7 @@ def test_a_bad_step_is_skipped_on_all_ranks_with_state_untouched(pool, data, tmp
     for lines, states in [poisoned(*args)] if world == 1 else pool(2).run(poisoned, *args, timeout=60):
         assert [line["step"] for line in lines] == list(range(1, 9))
         assert [line.get("event", "") for line in lines[:3]] == [""] * 3
-        assert lines[3]["event"].startswith("skipped: non-finite gradient norm")
+        assert lines[3]["event"].startswith("skipped: non-finite grad_norm")
         assert states[3] == states[2]
         assert states[4] != states[3]
         assert all(np.isfinite(line["loss"]) for line in lines)
@@ -73,7 +73,7 @@ def test_too_many_skips_fall_back_to_a_checkpoint(pool, data, tmp_path):
     clean = run(config(data, "orscale_lm", 8, **sections), str(tmp_path / "clean"))
     for lines, _ in pool(2).run(poisoned, data, str(tmp_path / "r"), [6, 7, 8], sections, timeout=60):
         assert [line["step"] for line in lines] == list(range(1, 9))
-        assert "fell back from step 8 to the checkpoint of step 4 (non-finite gradient norm)" in lines[4]["event"]
+        assert "fell back from step 8 to the checkpoint of step 4 (non-finite grad_norm)" in lines[4]["event"]
         assert sum("event" in line for line in lines) == 1
         np.testing.assert_allclose([line["loss"] for line in lines], [line["loss"] for line in clean], rtol=1e-5)
 
@@ -106,7 +106,7 @@ def test_warning_changes_nothing_but_says_so(data, tmp_path):
         lines, _ = poisoned(data, str(tmp_path / mode), [4] if mode != "act" else [], guard)
         curves.append([line["loss"] for line in lines])
         if mode == "warn":
-            assert "non-finite gradient norm" in lines[3]["event"]
+            assert "non-finite grad_norm" in lines[3]["event"]
     assert curves[0] == curves[1]
     assert curves[0][:4] == curves[2][:4]
 
