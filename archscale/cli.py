@@ -200,6 +200,7 @@ def bench_train(
     config: Annotated[Path, typer.Argument(help="YAML config.")],
     set: Overrides = None,
     rounds: Annotated[int, typer.Option(min=2, help="Measurements of each model.")] = 7,
+    telemetry: Annotated[bool, typer.Option("--telemetry", help="Also what telemetry costs.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Forward, backward and optimizer of a config's model; with experts, beside the dense model of equal active parameters.
@@ -209,7 +210,7 @@ def bench_train(
     from archscale.bench.train import report
     from archscale.config import load_config
 
-    print(report(load_config(config, set or []), rounds=rounds, as_json=json))
+    print(report(load_config(config, set or []), rounds=rounds, telemetry=telemetry, as_json=json))
 
 
 def _print_table(rows: dict[str, Any]) -> None:

@@ -86,3 +86,28 @@ def test_step_without_q_orthogonalizes_nothing(monkeypatch):
     measured = bench_optimizer([(2, 4, 4)], dtypes=["float32"], rounds=2, peers=False)
     assert calls == [(2, 4, 4)] * 3 * (1 + 2)  # three rules; a warm-up and two rounds
     assert all(row.rest > 0 for row in measured["rows"])
+
+
+def test_train_bench_measures_experts_beside_the_dense_model():
+    command = ["bench", "train", "configs/small/hyperp_moe.yaml", "--rounds", "2", "--telemetry", "--json"]
+    sizes = [
+        "model.vocab_size=64",
+        "model.context=32",
+        "training.micro_batch=2",
+        "parameterization.base.batch_tokens=64",
+    ]
+    measured = json.loads(launch(command + [part for size in sizes for part in ("--set", size)]).stdout)
+    dense, experts = measured["rows"]
+    assert (dense["label"], experts["label"]) == ("dense", "experts")
+    assert dense["active"] == dense["parameters"] < experts["parameters"]
+    assert experts["active"] - dense["active"] == 2 * 15 * 64  # the routers
+    assert dense["ratio"] is None
+    assert experts["ratio"][1] <= experts["ratio"][0] <= experts["ratio"][2]
+    for row in (dense, experts):
+        assert row["peak"] == pytest.approx(row["planned"], rel=0.1)
+        assert row["tokens_per_second"] == pytest.approx(64 / row["seconds"])
+        assert row["batch"] == pytest.approx(49 * row["optimizer"] * row["tokens_per_second"], abs=1)
+    assert measured["telemetry"].keys() == {"dense", "experts"}
+    assert measured["telemetry"]["dense"]["share"] == pytest.approx(
+        (measured["telemetry"]["dense"]["ratio"][0] - 1) / 10
+    )

@@ -6,6 +6,9 @@ their order is shuffled. The optimizer's time depends on the matrices and not on
 from which on it takes less than 2 % of a step. FLOPs are structural with the causal half of attention, as in MFU; the
 machine's matmul rate in the same dtype is measured between the arms. Peak memory is that of one whole step, on an accelerator
 by its allocator and on the CPU by the profiler's record of live bytes.
+
+With `telemetry`, whole training steps are timed with and without a look into them (`telemetry` section of the config, all
+layers): what a reading costs more, divided by the steps between readings, is telemetry's share of a step.
 """
 
 from __future__ import annotations
@@ -29,10 +32,13 @@ from archscale.model.counting import parameters, training_flops
 from archscale.optim import MatrixOptimizer
 from archscale.optim.roles import assign_roles
 from archscale.parallel.native import NativeEngine
+from archscale.scaling.plan import make_plan
 from archscale.scaling.transfer import transfer_of
 from archscale.train.balance import StepBalance
 from archscale.train.build import DTYPES, build_model, build_optimizer
 from archscale.train.preflight import plan_config, refuse
+from archscale.train.readings import Readings
+from archscale.train.step import train_step
 
 OPTIMIZER_SHARE = 0.02  # of a step
 
@@ -47,6 +53,7 @@ class Arm:
     engine: NativeEngine
     optimizer: MatrixOptimizer
     passes: Callable[[], Any]  # forward and backward of one micro-batch
+    step: Callable[[bool], Any]  # a whole training step; whether to look into it and read it
     seconds: list[float] = field(default_factory=list)
     updates: list[float] = field(default_factory=list)
 
@@ -78,8 +85,9 @@ class Row:
     planned: int
 
 
-def bench_train(config: Config, *, rounds: int = 7) -> dict[str, Any]:
-    """Measure; see the module. Returns {rows, matmul (FLOP/s), dtype, micro_batch, context, machine}.
+def bench_train(config: Config, *, rounds: int = 7, telemetry: bool = False) -> dict[str, Any]:
+    """Measure; see the module. Returns {rows, matmul (FLOP/s), dtype, micro_batch, context, machine, telemetry}, the last by
+    model: {plain, read (median seconds of a step), ratio (within a round, 95 %), share (of a step at `telemetry.every`)}.
 
     Raises:
         ConfigError: what `archscale plan` would say of the model or the optimizer.
@@ -110,8 +118,9 @@ def bench_train(config: Config, *, rounds: int = 7) -> dict[str, Any]:
                 update, round(update * (1 / OPTIMIZER_SHARE - 1) * tokens / seconds), peak, arm.planned,
             )
         )  # fmt: skip
+    looks = {arm.label: _telemetry(arm, rounds, device) for arm in arms} if telemetry else {}
     return {
-        "rows": rows, "matmul": rate, "dtype": str(dtype).removeprefix("torch."), "machine": machine(device),
+        "telemetry": looks, "rows": rows, "matmul": rate, "dtype": str(dtype).removeprefix("torch."), "machine": machine(device),
         "micro_batch": config.training.micro_batch, "context": model.context,
     }  # fmt: skip
 
@@ -122,7 +131,8 @@ def _build(label: str, config: Config, device: torch.device) -> Arm:
     values["training"]["batch_tokens"] = config.training.micro_batch * config.model.context
     values["schedule"]["batch_ramp_tokens"] = 0
     values["parallel"] = {}
-    plan = plan_config(Config.from_dict(values), world_size=1)
+    config = Config.from_dict(values)  # random tokens need no data, unless the vocabulary is to come from there
+    plan = make_plan(config) if config.model.vocab_size else plan_config(config, world_size=1)
     refuse(plan)
     config = plan.config
     transfer = transfer_of(config)
@@ -145,7 +155,33 @@ def _build(label: str, config: Config, device: torch.device) -> Arm:
             objective = loss / count + StepBalance(model.moe, count).loss(routing)
         engine.backward(objective)
 
-    return Arm(label, config, plan.figures["memory"]["peak"], engine, optimizer, passes)
+    readings = Readings(config, optimizer)
+    clip = config.optimizer.grad_clip
+
+    def step(looking: bool) -> None:
+        look = readings.look(1, looking)
+        measured, seen = train_step(
+            engine, optimizer, [(inputs, targets)], device, clip, model.moe, look and look.probe
+        )
+        readings.add(1, 0.0, measured)
+        if looking:
+            readings.read(seen, 1.0)
+        else:
+            readings.forget()
+
+    return Arm(label, config, plan.figures["memory"]["peak"], engine, optimizer, passes, step)
+
+
+def _telemetry(arm: Arm, rounds: int, device: torch.device) -> dict[str, Any]:
+    times: dict[bool, list[float]] = {False: [], True: []}
+    for round_ in range(-1, rounds):
+        for looking in random.Random(round_).sample((False, True), 2):
+            seconds = _time(lambda: arm.step(looking), device)  # noqa: B023
+            if round_ >= 0:
+                times[looking].append(seconds)
+    ratio = paired_ratio(times[True], times[False])
+    plain, read = (statistics.median(times[key]) for key in (False, True))
+    return {"plain": plain, "read": read, "ratio": ratio, "share": (ratio[0] - 1) / arm.config.telemetry.every}
 
 
 def _time(run: Callable[[], Any], device: torch.device) -> float:
@@ -180,9 +216,9 @@ def _peak_bytes(arm: Arm, device: torch.device) -> int:
     return held + peak
 
 
-def report(config: Config, *, rounds: int, as_json: bool) -> str:
+def report(config: Config, *, rounds: int, telemetry: bool, as_json: bool) -> str:
     """All of `archscale bench train`, as a Markdown table or as JSON."""
-    measured = bench_train(config, rounds=rounds)
+    measured = bench_train(config, rounds=rounds, telemetry=telemetry)
     if as_json:
         return json.dumps({**measured, "rows": [asdict(row) for row in measured["rows"]]}, indent=1)
     lines = [
@@ -199,5 +235,11 @@ def report(config: Config, *, rounds: int, as_json: bool) -> str:
             f"| {row.label} | {row.parameters:,} | {row.active:,} | {row.seconds * 1e3:,.1f} | {row.spread:.0%} "
             f"| {row.tokens_per_second:,.0f} | {row.share:.0%} | {ratio} | {row.optimizer * 1e3:,.1f} "
             f"| {row.batch:,} tokens | {row.peak / 1e6:,.1f} | {row.planned / 1e6:,.1f} |"
+        )
+    for label, of in measured["telemetry"].items():
+        ratio = "{:.3f} [{:.3f}, {:.3f}]".format(*of["ratio"])
+        lines.append(
+            f"telemetry, {label}: a step that is read takes {of['read'] * 1e3:,.1f} ms against {of['plain'] * 1e3:,.1f} ms ({ratio}); "
+            f"every {config.telemetry.every} steps that is {of['share']:.1%} of training"
         )
     return "\n".join(lines)

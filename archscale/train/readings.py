@@ -126,6 +126,10 @@ class Readings:
         self._pending = []
         return lines
 
+    def forget(self) -> None:
+        """Drop the steps since the last reading."""
+        self._pending = []
+
     def _tokens(self, step: int) -> int:
         return self.batches.at(step)[0] * self.model.context
 
