@@ -12,19 +12,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from archscale.errors import DataError
-from archscale.scaling.fit import Estimate, Fit, Settings, estimates_of, fit_law, response
+from archscale.scaling.fit import Fit, Settings, estimates_of, fit_law, response
 from archscale.scaling.intervals import Sample, standard_errors
 from archscale.scaling.laws import LAWS, joint_quadratic
 from archscale.scaling.least_squares import Array, solve
 
 
-def optimum_law(fits: Sequence[Fit], t: Sequence[float], settings: Settings, where: str, names: Sequence[str]) -> Fit:
+def optimum_law(fits: Sequence[Fit], t: ArrayLike, settings: Settings, where: str, names: Sequence[str]) -> Fit:
     """optimum = coefficient · t^exponent through the optima of `fits`, by least squares in `settings.space`.
 
     Intervals carry both errors. The variance of each ln optimum is that of its own fit, v_g (delta method), plus τ², how far
-    optima scatter about the law beyond that: the moment estimate from the residuals, at least 0 (DerSimonian and Laird 1986).
+    optima scatter about the law beyond that: the moment estimate from the residuals, at least 0 (DerSimonian and Laird 1986), taken for the median of few squares.
     A replicate takes each group's replicate of the first stage, moves it onto the fitted law, scatters it with τ, and is
     fitted and studentized with its own v_g and τ².
 
@@ -51,7 +52,7 @@ def optimum_law(fits: Sequence[Fit], t: Sequence[float], settings: Settings, whe
     law = LAWS["power"]
     base = fit_law("power", law, T[None], np.exp(eta[0]), plain, where)
     u = np.log(T)[None] - base.centre[:, None]
-    z, model = response(law, u, np.exp(eta[0]), base.space)
+    _, model = response(law, u, np.exp(eta[0]), base.space)
 
     def influence(theta: Array, values: Array) -> tuple[Array, Array, Array]:
         """∂θ/∂η (B, 2, G), residuals of η (B, G), and ∂residuals/∂η (B, G, G)."""
@@ -63,11 +64,16 @@ def optimum_law(fits: Sequence[Fit], t: Sequence[float], settings: Settings, whe
         back = J if base.space == "log" else J / f[..., None]
         return of_theta, values - fitted, np.eye(len(T)) - back @ of_theta
 
+    few = 2 / (9 * (len(T) - 2))
+    unbiased = (
+        1 / (1 - few) ** 3
+    )  # a sum of so few squares lies below its mean more often than not (Wilson and Hilferty)
+
     def spread(theta: Array, values: Array, v: Array) -> tuple[Array, Array]:
         """Covariance of θ (B, 2, 2) and τ² (B,)."""
         of_theta, residuals, of_residuals = influence(theta, values)
         weight = (of_residuals**2).sum(1)  # of each group's variance in the sum of squared residuals
-        tau2 = np.maximum(0.0, ((residuals**2).sum(1) - (weight * v).sum(1)) / weight.sum(1))
+        tau2 = np.maximum(0.0, (unbiased * (residuals**2).sum(1) - (weight * v).sum(1)) / weight.sum(1))
         return np.einsum("bpg,bg,bqg->bpq", of_theta, v + tau2[:, None], of_theta), tau2
 
     theta = base.sample.theta[:1]
@@ -86,8 +92,8 @@ def optimum_law(fits: Sequence[Fit], t: Sequence[float], settings: Settings, whe
     return replace(base, sample=sample, estimates=found)
 
 
-def joint_law(points: Sequence[tuple[Array, Array]], fits: Sequence[Fit], t: Sequence[float], settings: Settings,
-              where: str) -> Fit:  # fmt: skip
+def joint_law(points: Sequence[tuple[Array, Array]], fits: Sequence[Fit], t: ArrayLike, settings: Settings,
+              where: str, against: str = "t") -> Fit:  # fmt: skip
     """optimum = coefficient · t^exponent, fitted to all points at once with a minimum and a curvature of each group.
 
     Errors are taken to be of one size in all groups, and optima to lie on the law.
@@ -96,21 +102,23 @@ def joint_law(points: Sequence[tuple[Array, Array]], fits: Sequence[Fit], t: Seq
         points: (x, y) of each group.
         fits: of quadratic_log to each, the start.
         t: of each group.
+        against: the name of t, for errors.
 
     Raises:
         DataError: as `optimum_law`, which this starts from.
     """
-    start = optimum_law(fits, t, replace(settings, space="log"), where, ("t", "x"))
+    start = optimum_law(fits, t, replace(settings, space="log"), where, (against, "x"))
+    T = np.asarray(t, dtype=float)
     x, y = (np.concatenate([group[i] for group in points]) for i in (0, 1))
     number = np.repeat(np.arange(len(points)), [len(group[0]) for group in points])
-    of_t = np.log(np.asarray(t, dtype=float))[number]
+    of_t = np.log(T)[number]
     centre = np.array([np.log(x).mean(), of_t.mean()])
     u = np.stack([np.log(x) - centre[0], of_t - centre[1], number])
     level, exponent = start.sample.theta[0]
     minima, curvatures = ([fit.estimates[name].value for fit in fits] for name in ("minimum", "curvature"))
     first = [level + exponent * (centre[1] - start.centre[0]) - centre[0], exponent, *minima, *curvatures]
     found = fit_law("joint_quadratic", joint_quadratic(first), u, y, settings, where, centre=centre)
-    return replace(found, lows=np.array([min(t)]), highs=np.array([max(t)]))
+    return replace(found, lows=T.min(keepdims=True), highs=T.max(keepdims=True))
 
 
 def _optima(fits: Sequence[Fit]) -> tuple[Array, Array]:

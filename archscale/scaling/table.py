@@ -138,7 +138,8 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, Cell]]]:
                     raise DataError(
                         f"{len(values)} values for {len(header)} columns", where, "quote values that hold a comma"
                     )
-                yield where, {"file": str(path)} | dict(zip(header, map(_cell, values)))
+                row: dict[str, Cell] = {"file": str(path)}
+                yield where, row | {name: _cell(value) for name, value in zip(header, values)}
     except FileNotFoundError:
         raise DataError("there is no such file or directory", str(path), "check the path") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
