@@ -291,6 +291,9 @@ def _best(model: Callable[[Array], tuple[Array, Array]], z: Array, starts: Array
           settings: Settings) -> tuple[Solution, float | None]:  # fmt: skip
     """The best of all starts, and δ. A δ that is not given follows the residuals' median until it settles."""
     delta = settings.delta if settings.loss == "huber" else None
+    # A start far off can creep along a valley for long: all take a few steps, the best of them go to the end.
+    few = solve(model, z[None], starts, delta=delta, limit=12)
+    starts = few.theta[np.argsort(few.objective)[:3]]
     solution = _least(solve(model, z[None], starts, delta=delta))
     if settings.loss != "huber" or settings.delta is not None:
         return solution, delta

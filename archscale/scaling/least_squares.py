@@ -40,7 +40,13 @@ class Solution:
 
 
 def solve(
-    model: Model, z: Array, theta: Array, *, delta: float | None = None, weights: Array | None = None
+    model: Model,
+    z: Array,
+    theta: Array,
+    *,
+    delta: float | None = None,
+    weights: Array | None = None,
+    limit: int = LIMIT,
 ) -> Solution:
     """Minimizes Σ w ρ(z − model(θ)) by Levenberg–Marquardt with Marquardt's scaling, each fit with its own damping.
 
@@ -49,6 +55,7 @@ def solve(
         theta: (B, p), starts.
         delta: ρ is Huber's: r²/2 up to |r| = delta, linear beyond (iteratively reweighted); None: r²/2.
         weights: (B, n), w; None: 1.
+        limit: iterations.
     """
     theta = np.array(theta, dtype=float)
     B, p = theta.shape
@@ -59,7 +66,7 @@ def solve(
     converged = np.zeros(B, dtype=bool)
     rounding = 1e-30 * (w * z * z).sum(1)  # residuals of a perfect fit
     active = np.flatnonzero(np.isfinite(objective))
-    for _ in range(LIMIT):
+    for _ in range(limit):
         if not len(active):
             break
         J, r = jacobian[active], residuals[active]

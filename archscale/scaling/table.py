@@ -52,7 +52,7 @@ class Table:
                   left_out: Sequence[tuple[str, str]] = ()) -> Table:  # fmt: skip
         """Of mappings, which need not have the same keys."""
         keys = dict.fromkeys(key for row in rows for key in row)
-        return cls(source, {key: [row.get(key) for row in rows] for key in keys}, list(names), list(left_out))
+        return cls(source, {key: [_plain(row.get(key)) for row in rows] for key in keys}, list(names), list(left_out))
 
     def find(self, name: str) -> str:
         """The column that `name` means: that name, else the only one that is it in other case or behind a prefix.
@@ -78,6 +78,15 @@ class Table:
             f"there is no column {show(name)}", self.source,
             (f"did you mean {close}? " if close else "") + f"The columns are {shown}{more}",
         )  # fmt: skip
+
+
+def _plain(value: Any) -> Cell:
+    """Any scalar as a cell; TypeError for a list or mapping."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return json.dumps(value)
+    return float(value)
 
 
 def number(value: Cell, column: str, row: str) -> float:
@@ -192,7 +201,7 @@ def _last_values(path: Path) -> dict[str, Cell]:
     for count, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         try:
             values = json.loads(line)
-            found |= {k: math.nan if v is None else v if isinstance(v, str) else float(v) for k, v in values.items()}
+            found |= {k: math.nan if v is None else _plain(v) for k, v in values.items()}
         except (ValueError, TypeError, AttributeError):
             if line.endswith("\n"):
                 raise DataError(
@@ -205,10 +214,8 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, C
     for key, value in section.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield prefix + key, float(value)
         else:
-            yield prefix + key, value if isinstance(value, str) else json.dumps(value)
+            yield prefix + key, json.dumps(value) if isinstance(value, list) else _plain(value)
 
 
 def _structure(config: Config, tokens: Cell) -> dict[str, Cell]:

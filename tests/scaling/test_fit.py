@@ -129,7 +129,7 @@ def test_huber_is_least_squares_until_an_outlier_comes(form):
     same = fit(form, GRID[form], y, Settings(replicates=99, loss="huber", delta=1e6))
     assert values(same) == pytest.approx(values(squares), rel=1e-5)
     spoilt = y.copy()
-    spoilt[4] *= 1.3
+    spoilt[4] *= 1 + 10 * NOISE[form]
     robust, fooled = (
         fit(form, GRID[form], spoilt, Settings(replicates=99, loss=loss)) for loss in ("huber", "squares")
     )
@@ -138,7 +138,7 @@ def test_huber_is_least_squares_until_an_outlier_comes(form):
     assert off[0] < 0.5 * off[1]
 
 
-def covered(form: str, draws: int, loss: str = "squares", space: str | None = None, replicates: int = 199) -> dict:
+def covered(form: str, draws: int, loss: str = "squares", space: str | None = None, replicates: int = 99) -> dict:
     """Share of draws whose 95 % intervals hold the truth."""
     generator, hits = np.random.default_rng(5), dict.fromkeys(TRUTH[form], 0)
     for seed in range(draws):
@@ -160,7 +160,7 @@ def test_intervals_cover(form):
 @pytest.mark.parametrize("loss", ["squares", "huber"])
 @pytest.mark.parametrize("space", ["log", "linear"])
 def test_intervals_cover_long(form, loss, space):
-    shares = covered(form, 1000, loss, space)
+    shares = covered(form, 1000, loss, space, 199)
     print(form, loss, space, shares)
     assert all(0.92 <= share <= 0.98 for share in shares.values()), shares
 
@@ -250,12 +250,16 @@ def test_intervals_of_the_law_of_the_optima_cover():
 
 
 def test_the_joint_fit_agrees_with_two_stages_and_is_narrower():
-    points, fits, tokens = bowls(0.005, np.random.default_rng(10))
-    two = optimum_law(fits, tokens, Settings(), "w", ("tokens", "lr")).estimates["exponent"]
-    joint = joint_law(points, fits, tokens, Settings(), "w").estimates["exponent"]
-    assert joint.low < two.value < joint.high
-    assert abs(joint.value + 0.32) < 0.02
-    assert joint.high - joint.low < two.high - two.low
+    found = []
+    for seed in range(8):
+        points, fits, tokens = bowls(0.005, np.random.default_rng(seed))
+        two = optimum_law(fits, tokens, Settings(), "w", ("tokens", "lr")).estimates["exponent"]
+        joint = joint_law(points, fits, tokens, Settings(), "w").estimates["exponent"]
+        assert two.low < joint.value < two.high
+        found.append((two.high - two.low, joint.high - joint.low, joint.value))
+    two_stages, jointly, exponent = np.mean(found, 0)
+    assert jointly < two_stages
+    assert exponent == pytest.approx(-0.32, abs=0.01)
     points, fits, tokens = bowls(0.0, np.random.default_rng(10))
     exact = joint_law(points, fits, tokens, Settings(replicates=99), "w")
     assert values(exact) == pytest.approx({"coefficient": 20, "exponent": -0.32}, rel=1e-6)
@@ -296,6 +300,7 @@ def test_leverage_over_a_curve_that_ends_above():
     assert high.ratio.value == np.inf
 
 
+@pytest.mark.slow
 def test_intervals_of_leverage_and_prediction_cover():
     generator, hits = np.random.default_rng(12), np.zeros(2)
     for seed in range(400):
@@ -342,8 +347,8 @@ def test_leverage_refusals():
         ("chinchilla", [N, 20 * N * (1 + 1e-3 * np.sin(D))], N, {}, r"^x and y move together|^N and D move together"),
         ("chinchilla", [N, np.where(D > 5e9, 1e9, 2e9)], N, {}, r"needs 3 different values of D, there are 2"),
         ("quadratic_log", [1, 2, 4, 8], [1, 2, 2, 1], {}, r"^the bowl of y opens downwards.*\(here\): add runs on both sides"),
-        ("quadratic_log", [1, 2, 4, 8], [9, 4, 1.1, 0.1], {}, r"^the optimal x .* lies above the grid, which spans 1 to 8 \(here\): add runs with a higher x"),
-        ("quadratic_log", [1, 2, 4, 8], [0.1, 1.1, 4, 9], {}, r"lies below the grid.*lower x"),
+        ("quadratic_log", [1, 2, 4, 8], [9, 6, 3.5, 1.5], {}, r"^the optimal x .* lies above the grid, which spans 1 to 8 \(here\): add runs with a higher x"),
+        ("quadratic_log", [1, 2, 4, 8], [1.5, 3.5, 6, 9], {}, r"lies below the grid.*lower x"),
         ("power_irreducible", [1, 2, 4, 8, 16, 32], [6, 5, 4, 3, 2, 1], {}, r"does not settle.*fewer parameters"),
     ],
 )  # fmt: skip
