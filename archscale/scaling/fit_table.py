@@ -257,5 +257,5 @@ def _order(key: Key) -> tuple[tuple[int, float, str], ...]:
 
 
 def _why_none(excluded: Sequence[tuple[str, str]], table: Table) -> str:
-    reasons = [*table.left_out, *excluded]
-    return f"{reasons[0][0]}: {reasons[0][1]} (and {len(reasons) - 1} more)" if reasons else "add rows"
+    reasons = [f"{row}: {reason}" for row, reason in [*table.left_out, *excluded]]
+    return reasons[0] + (f" (and {len(reasons) - 1} more)" if reasons[1:] else "") if reasons else "add rows"

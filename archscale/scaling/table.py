@@ -18,13 +18,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from archscale.config import Config, load_config
 from archscale.config_io import nearest, show
 from archscale.errors import ConfigError, DataError
-from archscale.model import counting
-from archscale.scaling.transfer import resolve
+
+if TYPE_CHECKING:
+    from archscale.config import Config
 
 Cell = float | str | None  # None: missing
 SEPARATORS = ("/", ".", " - ", " ", ":", "_")  # before a name that has a prefix, as in W&B's exports
@@ -168,6 +168,9 @@ def _cell(text: str) -> Cell:
 
 def _runs(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, dict[str, Cell]]]:
     """Every finished run below `folder`, or `folder` itself, in the order of their names."""
+    from archscale.config import load_config  # with torch behind it, which a CSV file does not need
+    from archscale.scaling.transfer import resolve
+
     for path, inner, files in os.walk(folder):
         inner.sort()
         if "config.yaml" not in files:
@@ -220,6 +223,8 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, C
 
 def _structure(config: Config, tokens: Cell) -> dict[str, Cell]:
     """What follows from the model; nothing while its vocabulary is not known."""
+    from archscale.model import counting
+
     model = config.model
     if model.vocab_size is None:
         return {}
