@@ -1,7 +1,7 @@
 """Fits one law to one set of points: parameters, intervals, leave-one-out and extrapolation error. Arrays in, arrays out.
 
     fit("power", tokens, best_lr).estimates["exponent"]          # Estimate(value=…, low=…, high=…)
-    fit("chinchilla", [parameters, tokens], loss, loss_kind="huber", delta=1e-3)
+    fit("chinchilla", [parameters, tokens], loss, Settings(loss="huber", delta=1e-3))  # as Hoffmann et al. 2022
 
 Tables with columns and groups are in `archscale.scaling.fit_table`, the forms in `laws`, how intervals are made in `intervals`.
 """
