@@ -330,9 +330,9 @@ def _noise(solution: Solution, delta: float | None, settings: Settings, scale: f
 def _errors_without(model: Callable[[Array], tuple[Array, Array]], z: Array, u: Array, law: Law, solution: Solution,
                     delta: float | None, left_out: Array) -> float | None:  # fmt: skip
     """Root mean square error of the points that each row of `left_out` (rows, n) leaves out, predicted from the others."""
-    for row in left_out:
-        if np.unique(u[:, row == 0], axis=1).shape[1] < law.parameters:
-            return None
+    place = np.unique(u, axis=1, return_inverse=True)[1].ravel()  # numbers of the different x
+    if any(len(np.unique(place[row == 0])) < law.parameters for row in left_out):
+        return None
     start = np.repeat(solution.theta, len(left_out), 0)
     without = solve(model, z[None], start, delta=delta, weights=1.0 - left_out)
     errors = without.residuals[left_out == 1]
