@@ -28,7 +28,7 @@ def optimum_law(fits: Sequence[Fit], t: ArrayLike, settings: Settings, where: st
     optima scatter about the law beyond that: the moment estimate from the residuals, at least 0 (DerSimonian and Laird 1986), taken for the median of few squares.
     A replicate takes each group's replicate of the first stage, moves it onto the fitted law, scatters it with τ, and is
     fitted and studentized with its own v_g and τ². Measured coverage with five optima, 95 % intervals: 95 % on the law; 90 % where
-    they scatter about it several times as far as their own errors, because five points hardly tell τ.
+    they scatter about it two to three times as far as their own errors, because five points hardly tell τ.
 
     Args:
         fits: of quadratic_log, whose replicates are independent (other seeds).
