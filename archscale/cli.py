@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +25,12 @@ app.add_typer(bench_app, name="bench")
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")
 ]
+
+
+# Names of `archscale.scaling.laws.LAWS` and of the settings of fits, here so that --help needs no numpy; a test compares them.
+Form = StrEnum("Form", ["power", "power_irreducible", "quadratic_log", "chinchilla"])
+Space = StrEnum("Space", ["log", "linear"])
+Loss = StrEnum("Loss", ["squares", "huber"])
 
 
 @app.command()
@@ -88,6 +95,61 @@ def plan(
         print(f"archscale: {problem}", file=sys.stderr)
     if problems:
         raise typer.Exit(2)
+
+
+@app.command()
+def fit(
+    targets: Annotated[list[Path], typer.Argument(metavar="FILE_OR_DIR...", help="CSV files, or directories of runs.")],
+    x: Annotated[list[str], typer.Option("--x", metavar="COLUMN", help="Of the law; twice for chinchilla: N, then D.")],
+    y: Annotated[str, typer.Option("--y", metavar="COLUMN", help="What the law predicts.")],
+    form: Annotated[Form, typer.Option(help="Of the law.")],
+    group: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="A fit for each of its values; repeatable.")
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="With quadratic_log: a power law of the optimal x in this column."),
+    ] = None,
+    joint: Annotated[
+        bool, typer.Option("--joint", help="That law by one fit of all points, not in two stages.")
+    ] = False,
+    leverage: Annotated[
+        tuple[str, str] | None, typer.Option(metavar="A B", help="How many times the x of group A group B needs.")
+    ] = None,
+    at: Annotated[
+        list[float] | None,
+        typer.Option(metavar="X", help="Where to take the leverage; repeatable. Default: common range."),
+    ] = None,
+    space: Annotated[Space | None, typer.Option(help="Residuals of ln y or of y; default by form.")] = None,
+    loss: Annotated[Loss, typer.Option(help="huber for data with outliers.")] = Loss.squares,
+    delta: Annotated[
+        float | None,
+        typer.Option(min=1e-12, help="Of Huber's loss; default 1.345 standard deviations, estimated robustly."),
+    ] = None,
+    replicates: Annotated[int, typer.Option(min=99, max=100_000, help="Of the bootstrap.")] = 999,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.99, help="Of the intervals.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Fit a scaling law to CSV files or directories of runs, by group, with intervals.
+
+    Example: archscale fit runs/lr_transfer --form quadratic_log --x parameterization.base.lr --y val_loss --group model.width
+    """
+    import json as encoder
+
+    from archscale.scaling.fit import Settings
+    from archscale.scaling.fit_table import fit_table
+    from archscale.scaling.fit_text import render
+    from archscale.scaling.table import read_table
+
+    settings = Settings(space and space.value, loss.value, delta, replicates, confidence, seed)
+    found = fit_table(
+        read_table(targets), form.value, x, y, group or [], against=against, joint=joint, over=leverage, at=at or [],
+        settings=settings,
+    )  # fmt: skip
+    print(encoder.dumps(found.as_dict(), indent=1) if json else render(found))
+    if refusal := found.refusal:
+        raise refusal
 
 
 @app.command()
