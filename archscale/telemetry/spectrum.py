@@ -70,5 +70,15 @@ def nuclear_norm_estimate(M: Tensor, Q: Tensor) -> Tensor:
     return torch.linalg.vecdot(M, Q)
 
 
+def heterogeneity_gain(nuclear: Tensor, rank: Tensor) -> Tensor:
+    """κ_eff of layers with nuclear norms a_ℓ = ‖G_ℓ‖_* and ranks q_ℓ = ‖Q_ℓ‖², (k,) each: scalar, at least 1.
+
+    One step size for all orthogonalized layers guarantees a decrease of (Σ a_ℓ)² / (2 L Σ q_ℓ), a step size for each
+    Σ a_ℓ² / (2 L q_ℓ); κ_eff is the second over the first (Cauchy–Schwarz; 1 where a_ℓ / q_ℓ = σ̄_ℓ is the same everywhere).
+    OrScale names such a gain without a formula that was to be had; this one follows from REFERENCE 6's descent bound.
+    """
+    return _ratio((nuclear.square() / rank).sum() * rank.sum(), nuclear.sum().square())
+
+
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
     return torch.where(b == 0, torch.zeros_like(a), a / b)

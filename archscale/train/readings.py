@@ -20,7 +20,7 @@ from archscale.model.moe import load_share
 from archscale.optim import MatrixOptimizer
 from archscale.optim.orthogonalize import orthogonality_residual
 from archscale.telemetry.guard import Guard
-from archscale.telemetry.spectrum import nuclear_norm_estimate
+from archscale.telemetry.spectrum import heterogeneity_gain, nuclear_norm_estimate
 from archscale.telemetry.spectrum import spectrum as spectrum_of
 from archscale.telemetry.stability import Probe, stability_metrics
 from archscale.train.step import Seen
@@ -76,6 +76,7 @@ class Readings:
         self.batches: BatchSchedule = config.batches
         self._pending: list[tuple[int, float, dict[str, Tensor]]] = []
         self._rows: tuple[Tensor, list[str], Tensor] | None = None
+        self._short: Tensor | None = None
 
     def look(self, step: int, reading: bool) -> Look | None:
         """What to watch during `step` (1-based), which is read or not; tells the optimizer."""
@@ -169,6 +170,11 @@ class Readings:
             f"spectrum/gradient/{key}": seen[f"gradient_{key}"] for key in SPECTRUM if f"gradient_{key}" in seen
         }
         found |= {key: values[orthogonal].mean() for key, values in spectral.items()}
+        if "gradient_sigma_mean" in seen:
+            rank = self._ranks(orthogonal)
+            nuclear = seen["gradient_sigma_mean"][orthogonal].float() * rank
+            found["spectrum/gradient/nuclear_norm"] = nuclear.sum()
+            found["spectrum/gradient/heterogeneity_gain"] = heterogeneity_gain(nuclear, rank)
         if self.telemetry.per_layer:
             names, index, counts = self._matrices(orthogonal.device)
             each = {f"optimizer/matrix/{key}": seen[key] for key in PER_MATRIX} | spectral
@@ -177,6 +183,13 @@ class Readings:
                 path, key = group.rsplit("/", 1)
                 found |= zip((f"{path}/{name}/{key}" for name in names), means.unbind())
         return found
+
+    def _ranks(self, matrices: Tensor) -> Tensor:
+        """min(m, n) of each."""
+        if self._short is None:
+            short = [float(min(rows, cols)) for _, _, rows, cols in self.optimizer.views()]
+            self._short = torch.tensor(short, device=matrices.device)
+        return self._short[matrices]
 
     def _matrices(self, device: torch.device) -> tuple[list[str], Tensor, Tensor]:
         """Names of the matrices, those of a stack of experts under one; which name each has, and how many have it."""

@@ -6,6 +6,7 @@ import torch
 from archscale.optim import orthogonalize
 from archscale.telemetry.spectrum import (
     gram_singular_values,
+    heterogeneity_gain,
     largest_singular_value,
     nuclear_norm_estimate,
     singular_values,
@@ -76,3 +77,14 @@ def test_the_nuclear_norm_at_the_cost_of_an_inner_product():
     torch.testing.assert_close(nuclear_norm_estimate(M, orthogonalize(M, "exact", torch.float64)), nuclear)
     five = nuclear_norm_estimate(M, orthogonalize(M, dtype=torch.float32).double())
     torch.testing.assert_close(five, nuclear, rtol=0.025, atol=0)
+
+
+def test_heterogeneity_gains_what_steps_of_their_own_would():
+    """Against the best common and the best own step sizes of Σ η a − (L/2) η² q, found by search."""
+    a, q = torch.tensor([3.0, 0.5, 8.0]), torch.tensor([4.0, 2.0, 16.0])
+    steps = torch.linspace(0, 3, 30001)
+    gains = steps[:, None] * a - steps[:, None] ** 2 * q / 2
+    expected = gains.amax(0).sum() / gains.sum(1).amax()
+    assert heterogeneity_gain(a, q) == pytest.approx(expected.item(), rel=1e-6)
+    assert heterogeneity_gain(q * 0.3, q) == pytest.approx(1)
+    assert heterogeneity_gain(q * 0, q) == 0

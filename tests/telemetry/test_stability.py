@@ -159,6 +159,9 @@ def test_what_a_reading_holds(alone):
         assert set(stability) <= line.keys()
         assert {"optimizer/orthogonality_residual", "spectrum/sigma_mean", "spectrum/effective_rank"} <= line.keys()
         assert ("spectrum/sigma_max" in line) == ("spectrum/gradient/sigma_max" in line) == (line["step"] % 3 == 0)
+        if "spectrum/gradient/heterogeneity_gain" in line:
+            assert 1 < line["spectrum/gradient/heterogeneity_gain"] < 100
+            assert line["spectrum/gradient/nuclear_norm"] > line["grad_norm"]
         for layer in range(2):
             assert len(line[f"moe/layer_{layer:02d}/load"]) == 8
             assert sum(line[f"moe/layer_{layer:02d}/load"]) == pytest.approx(1)
