@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -122,17 +123,16 @@ class Run:
         if step >= self.config.steps:
             return self._summary(step, started, already_done=True)
         distributed.on_rank_zero(self._describe)
-        self.watchdog = Watchdog(self.run_dir, self.config.telemetry.stuck_after)
-        with Recorder(self.config, self.run_dir, step) as recorder:
+        watchdog = Watchdog(self.run_dir, self.config.telemetry.stuck_after)
+        with contextlib.closing(watchdog), Recorder(self.config, self.run_dir, step) as recorder:
             while step < self.config.steps:
                 try:
-                    step = self._train(step, recorder)
+                    step = self._train(step, recorder, watchdog)
                 except FallBack as cause:
                     step = self._fall_back(cause, recorder)
-        self.watchdog.close()
         return self._summary(step, started)
 
-    def _train(self, step: int, recorder: Recorder) -> int:
+    def _train(self, step: int, recorder: Recorder, watchdog: Watchdog) -> int:
         """From `step` finished ones to the last; returns its number."""
         config, guard = self.config, self.guard
         loader = Loader(
@@ -159,7 +159,7 @@ class Run:
                 readings.add(step, lr, measured)
                 if guard and guard.exhausted:
                     raise FallBack(step, judged.cause)
-                self.watchdog.pat()
+                watchdog.pat()
                 if not reading:
                     continue
                 lines = judged.told(readings.read(seen, time.monotonic() - interval, judged.applied))
@@ -169,7 +169,7 @@ class Run:
                 recorder.write(lines)
                 if saving:
                     self._save(step)
-                self.watchdog.pat()
+                watchdog.pat()
                 interval = time.monotonic()
                 if last:
                     break
