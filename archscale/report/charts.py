@@ -12,8 +12,9 @@ from archscale.report.scale import Scale, bucket_means, number, thin
 
 HEIGHT = 10_000  # of a plot, in SVG units: the resolution with which values are kept
 AXES = {"step": "steps", "tokens": "tokens", "flops": "training FLOPs"}
+FEW = 12  # readings up to which each is marked
 MOST_EVENTS = 60  # lines on one chart; more are thinned
-MANY = 3  # times as many points as buckets: a curve is then drawn with its running mean
+MANY = 2  # times as many points as buckets: a curve is then drawn with its running mean
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,11 @@ class Axis:
 
 
 def line_chart(title: str, definition: str, key: str, curves: Sequence[Curve], axis: Axis, *,
-               buckets: int, wide: bool = False, scale: Scale | None = None) -> str:  # fmt: skip
-    """A figure. `key` is the metrics key, or several separated by spaces. `buckets` bounds the points of each curve."""
-    scale = scale or Scale.around(np.concatenate([curve.values for curve in curves]))
+               buckets: int, wide: bool = False, scale: Scale | None = None, top: float | None = None) -> str:  # fmt: skip
+    """A figure. `key` is the metrics key, or several separated by spaces. `buckets` bounds the points of each curve.
+    `top`: where the frame ends; what lies higher is cut off."""
+    values = np.concatenate([curve.values for curve in curves])
+    scale = scale or Scale.around(values if top is None else np.minimum(values, top))
     start, width = axis.box
     bottom, left = scale.ticks(5 if wide else 4), _x_ticks(axis, wide)
     marks = [f"M{start} {_y(scale, value)}h{width}" for value, _ in bottom]
@@ -76,7 +79,7 @@ def line_chart(title: str, definition: str, key: str, curves: Sequence[Curve], a
     if axis.kind != "step":
         data += f' data-xlo="{axis.scale.lo!r}" data-xhi="{axis.scale.hi!r}"' + (" data-xlog" if axis.scale.log else "")
     svg = (
-        f'<svg class="line" {data} viewBox="{start} 0 {width} {HEIGHT}" preserveAspectRatio="none" role="img" '
+        f'<svg class="line{"" if top is None else " clip"}" {data} viewBox="{start} 0 {width} {HEIGHT}" preserveAspectRatio="none" role="img" '
         f'aria-label="{escape(title)} by {AXES[axis.kind]}">{"".join(lines)}</svg>'
     )
     notes = " (log)" if scale.log else ""
@@ -135,6 +138,9 @@ def _curve(curve: Curve, axis: Axis, scale: Scale, buckets: int) -> str:
     if curve.dots:
         return f'<path class="dot {look}" {label} d="{"".join(f"M{a} {b}h0" for a, b in zip(x, y))}"/>'
     raw = path(x, y, missing[chosen])
+    if np.isfinite(curve.values).sum() <= FEW:
+        points = "".join(f"M{a} {b}h0" for a, b in zip(x, y))
+        return f'<path class="{look}" {label} d="{raw}"/><path class="dot {look}" data-run="{curve.run}" d="{points}"/>'
     if np.isfinite(curve.values).sum() <= MANY * buckets:
         return f'<path class="{look}" {label} d="{raw}"/>'
     at, mean = bucket_means(order, curve.values, buckets // 2)

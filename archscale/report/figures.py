@@ -17,9 +17,11 @@ from archscale.report.scale import Scale, columns, merge_rows
 CURVE_POINTS = 25_000  # of all small charts together; a point takes about 7 bytes twice
 CELLS = 600_000  # of all maps together; a cell takes at most 4/3 bytes
 MOST_COLUMNS, FEWEST_COLUMNS = 160, 24
+TALLEST, TALLEST_OF_MANY = 480, 200  # pixels, of a map and of one of a series of maps
 MOST_ROWS = 400  # of a map; with more, the experts of a layer share a row
 WIDE_BUCKETS, MOST_BUCKETS, FEWEST_BUCKETS = 400, 180, 30
 
+Figures = tuple[list[str], list[str]]  # HTML of curves, of maps
 Elements = dict[str, Series]  # by name of layer or matrix
 
 
@@ -33,7 +35,7 @@ class _Sorted:
     keys: dict[str, Key] = field(default_factory=dict)  # by key or pattern
 
 
-def make_figures(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
+def make_figures(runs: Sequence[RunRecord]) -> dict[str, Figures]:
     """HTML of all figures by section, in the order of `SECTIONS`; a section without figures is left out."""
     runs_with_lines = [run for run in runs if len(run.steps)]
     if not runs_with_lines:
@@ -43,20 +45,19 @@ def make_figures(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     places = tuple((number, float(step)) for number, run in enumerate(runs) for step, _ in run.events)
     axis = Axis("step", Scale(lo, max(hi, lo + 1)), places)
     charts: list[tuple[Key, str]] = []
+    maps = _maps(found, runs, axis)
     groups = list(_groups(found))
     curves = sum(len(group) for group, _ in groups) * len(runs)
     buckets = min(MOST_BUCKETS, max(FEWEST_BUCKETS, CURVE_POINTS // 2 // max(1, curves)))
     for group, key in groups:
-        drawn = _curves(found, group, [run.name for run in runs])
-        charts.append(
-            (key, line_chart(_title(group, key), key.definition, " ".join(group), drawn, axis, buckets=buckets))
-        )
-    charts += _maps(found, runs, axis)
-    sections: dict[str, list[str]] = {name: [] for name in SECTIONS}
-    sections["loss"] = _loss(found, runs, axis)
-    for key, html in sorted(charts, key=lambda chart: order(chart[0])):
-        sections[key.section].append(html)
-    return {name: figures for name, figures in sections.items() if figures}
+        together = _curves(found, group, [run.name for run in runs])
+        charts.append((key, line_chart(*_titles(group, key), " ".join(group), together, axis, buckets=buckets)))
+    sections: dict[str, Figures] = {name: ([], []) for name in SECTIONS}
+    sections["loss"][0].extend(_loss(found, runs, axis))
+    for place, drawn in enumerate((charts, maps)):
+        for key, html in sorted(drawn, key=lambda chart: order(chart[0])):
+            sections[key.section][place].append(html)
+    return {name: figures for name, figures in sections.items() if any(figures)}
 
 
 def _sort(runs: Sequence[RunRecord]) -> _Sorted:
@@ -110,11 +111,12 @@ def _groups(found: _Sorted) -> Iterator[tuple[list[str], Key]]:
             yield [name], found.keys[name]
 
 
-def _title(group: Sequence[str], key: Key) -> str:
+def _titles(group: Sequence[str], key: Key) -> tuple[str, str]:
+    """(title, definition)."""
     if len(group) == 1:
-        return key.title
-    stem = key.metric.rpartition("_")[0]
-    return f"{INDICATORS[stem][0]}: mean, extremes"
+        return key.title, key.definition
+    title, definition = INDICATORS[key.metric.rpartition("_")[0]]
+    return title, f"{definition}; mean and extremes over matrices"
 
 
 def _curves(found: _Sorted, group: Sequence[str], runs: Sequence[str]) -> list[Curve]:
@@ -150,7 +152,13 @@ def _loss(found: _Sorted, runs: Sequence[RunRecord], axis: Axis) -> list[str]:
             continue
         title, definition = "Loss", "cross-entropy, nats per token"
         if kind == "step":
-            figures.append(line_chart(title, definition, " ".join(keys), curves, axis, buckets=WIDE_BUCKETS, wide=True))
+            top, until = _frame(curves)
+            note = f"; higher until step {until:,}, see the other axes" if until else ""
+            figures.append(
+                line_chart(
+                    title, definition + note, " ".join(keys), curves, axis, buckets=WIDE_BUCKETS, wide=True, top=top
+                )
+            )
             continue
         scale = Scale.around(np.concatenate([curve.x for curve in curves]), pad=0, log=True)
         events = [
@@ -169,6 +177,23 @@ def _loss(found: _Sorted, runs: Sequence[RunRecord], axis: Axis) -> list[str]:
                        buckets=MOST_BUCKETS, scale=y)
         )  # fmt: skip
     return figures
+
+
+def _frame(curves: Sequence[Curve]) -> tuple[float | None, int]:
+    """(where the frame of the loss ends, last step above it): the fall of the first 1 % would take most of the height.
+
+    No later step is cut off. (None, 0) where there is little to cut.
+    """
+    later = [curve.values[curve.x > curve.x[0] + (curve.x[-1] - curve.x[0]) / 100] for curve in curves]
+    finite = [values[np.isfinite(values)] for values in later]
+    if not any(len(values) for values in finite):
+        return None, 0
+    top = max(float(values.max()) for values in finite if len(values))
+    bottom = min(float(values.min()) for values in finite if len(values))
+    top += 0.04 * (top - bottom)
+    above = [int(curve.x[curve.values > top].max(initial=0)) for curve in curves]
+    highest = max(float(np.nanmax(curve.values, initial=-np.inf)) for curve in curves)
+    return (top, max(above)) if highest - bottom > 1.3 * (top - bottom) else (None, 0)
 
 
 def _position(run: RunRecord, kind: str, steps: np.ndarray) -> np.ndarray | None:
@@ -194,6 +219,8 @@ class _Map:
     table: np.ndarray
     steps: np.ndarray
     share: str  # maps with the same one have the same color scale
+    definition: str = ""  # where it says more than the key's
+    tallest: int = TALLEST
 
 
 def _maps(found: _Sorted, runs: Sequence[RunRecord], axis: Axis) -> list[tuple[Key, str]]:
@@ -211,8 +238,9 @@ def _maps(found: _Sorted, runs: Sequence[RunRecord], axis: Axis) -> list[tuple[K
         own = Axis("step", shown, tuple(event for event in axis.events if event[0] == one.run))
         name = f"{one.title} · {runs[one.run].name}" if len(runs) > 1 else one.title
         html = heat_map(
-            name, one.key.definition, one.data_key, one.names, one.bands, cells, own, scales[one.share], run=one.run
-        )
+            name, one.definition or one.key.definition, one.data_key, one.names, one.bands, cells, own, scales[one.share],
+            run=one.run, tallest=one.tallest,
+        )  # fmt: skip
         out.append((one.key, html))
     return out
 
@@ -275,14 +303,6 @@ def _list_maps(found: _Sorted) -> Iterator[_Map]:
             bands = [(str(row) if row % every == 0 else "", 1) for row in range(count)]
             element = re.sub(r"_0*(\d)", r" \1", key.element or "")
             title = f"{key.title}, {element}" if element else key.title
-            yield _Map(
-                key,
-                title,
-                name,
-                run,
-                [str(row) for row in range(count)],
-                bands,
-                series.values.T,
-                series.steps,
-                key.pattern,
-            )
+            names, table = [str(row) for row in range(count)], series.values.T
+            more = f"{key.definition}; even is 1/{count}" if key.metric == "load" else ""
+            yield _Map(key, title, name, run, names, bands, table, series.steps, key.pattern, more, TALLEST_OF_MANY)

@@ -50,20 +50,22 @@ def to_levels(table: np.ndarray, scale: Scale) -> np.ndarray:
 
 
 def heat_map(title: str, definition: str, key: str, names: Sequence[str], bands: Sequence[tuple[str, int]],
-             table: np.ndarray, axis: Axis, scale: Scale, *, run: int, classes: str = "") -> str:  # fmt: skip
+             table: np.ndarray, axis: Axis, scale: Scale, *, run: int, tallest: int) -> str:  # fmt: skip
     """A figure.
 
     Args:
         names: what stands in place of `*` in `key`, one for each row.
         bands: (label, number of rows) from top to bottom.
         table: (rows, columns), columns of equal width over the axis, which shows steps.
+        tallest: most pixels of height.
     """
     rows = len(table)
     start, width = axis.box
-    tall = min(30 * 16, max(4 * 16, rows * (14 if rows <= 12 else 8)))
+    tall = min(tallest, max(4 * 16, rows * (14 if rows <= 12 else 8)))
     image = base64.b64encode(png(to_levels(table, scale))).decode()
     above = np.cumsum([0, *(count for _, count in bands)])
-    edges = "".join(f"M{start} {at}h{width}" for at in above[1:-1])
+    kinds = any(count > 1 for _, count in bands)  # rows one by one need no line between them
+    edges = "".join(f"M{start} {at}h{width}" for at in above[1:-1]) if kinds else ""
     svg = (
         f'<svg class="heat" data-x="step" data-run="{run}" data-lo="{scale.lo!r}" data-hi="{scale.hi!r}"'
         f'{" data-log" if scale.log else ""} viewBox="{start} 0 {width} {rows}" preserveAspectRatio="none" role="img" '
@@ -80,5 +82,14 @@ def heat_map(title: str, definition: str, key: str, names: Sequence[str], bands:
     )
     ticks = x_labels(axis.scale.ticks(4), axis.scale, "steps")
     plot = f'<div class="ys" style="height:{tall}px">{labels}</div>{svg}{ticks}'
+    widest = max(len(label) for label, _ in bands)
     joined = escape(" ".join(names))
-    return figure(title, definition, key, legend, plot, f"map {classes}".strip(), f' data-rows="{joined}"')
+    return figure(
+        title,
+        definition,
+        key,
+        legend,
+        plot,
+        "map",
+        f' data-rows="{joined}" style="--label:{widest}"',
+    )

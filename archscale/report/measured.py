@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from archscale.report.read import RunRecord
-from archscale.report.scale import number
+from archscale.report.scale import compact, number
 from archscale.scaling.plan_text import duration, size
 
 
@@ -60,15 +60,16 @@ def head(run: RunRecord) -> list[Row]:
         planned = run.planned_steps
         rows.append(Row("steps", "", f"{step:,}", f"of {planned:,}" if planned else ""))
         target = training.get("trained_tokens") or training.get("tokens")
-        rows.append(Row("tokens", "", number(tokens), f"of {target:,.0f}" if target else ""))
+        notes = [f"of {target:,.0f}"] if target else []
         if per_token := run.flops_per_token:
-            rows.append(Row("training FLOPs", "", number(tokens * per_token, 3), f"{number(per_token, 3)} a token"))
+            notes.append(f"{compact(tokens * per_token)} training FLOPs")
+        rows.append(Row("tokens", "", number(tokens), "; ".join(notes)))
         rows += _losses(run)
         if (seconds := run.seconds) is not None:
             rows.append(Row("training time", "", duration(seconds), _wall(run, seconds)))
         if "tokens_per_second" in run.series:
             speed = float(np.nanmedian(run.series["tokens_per_second"].values))
-            rows.append(Row("speed", "", f"{number(speed)} tokens/s", f"median; {_world(run)}"))
+            rows.append(Row("tokens/s", "", number(speed), f"median; {_world(run)}"))
     first = run.events[0] if run.events else None
     text = "none" if not first else f"{len(run.events):,} event{'s' * (len(run.events) > 1)}"
     note = f"first at step {first[0]:,}: {first[1][:80]}" if first else "no event, every number finite"
@@ -127,15 +128,13 @@ def plan_rows(run: RunRecord) -> list[Row]:
     roles = plan.get("parameterization", {}).get("roles", {})
     lr = run.series.get("lr")
     peak = float(np.nanmax(lr.values)) if lr is not None and lr.last is not None else None
-    rows.append(_compare("highest learning rate", roles.get("matrix", {}).get("lr"), peak, exact=True))
+    rows.append(_times_planned("highest learning rate", roles.get("matrix", {}).get("lr"), peak))
     seconds = _median(run, "step_seconds")
     per_step = device.get("step_seconds")
     rows.append(_times("a step", per_step, seconds, "median" if seconds else ""))
     planned_speed = training["tokens"] / device["seconds"] if device.get("seconds") and training.get("tokens") else None
     speed = _median(run, "tokens_per_second")
-    rows.append(
-        Row("tokens/s", _text(planned_speed), _text(speed), _ratio(planned_speed, speed) or ("median" if speed else ""))
-    )
+    rows.append(_times_planned("tokens/s", planned_speed, speed, "median" if speed else ""))
     rows.append(_times("training time", device.get("seconds"), run.seconds, ""))
     rows.append(_mfu(run, device, speed))
     if memory := plan.get("memory", {}).get("peak"):
@@ -165,17 +164,27 @@ def _compare(name: str, planned: Any, measured: Any, exact: bool = False) -> Row
     return Row(name, _text(p), _text(m), note, kind)
 
 
+def _times_planned(name: str, planned: Any, measured: float | None, note: str = "") -> Row:
+    return Row(name, _text(planned), _text(measured), _ratio(planned, measured) or note)
+
+
 def _times(name: str, planned: Any, measured: float | None, note: str) -> Row:
     before, found = ("n/a" if v is None else duration(v) for v in (planned, measured))
     return Row(name, before, found, _ratio(planned, measured) or note)
 
 
 def _ratio(planned: Any, measured: float | None) -> str:
-    return f"{measured / planned:.3g} × planned" if planned and measured is not None else ""
+    if not planned or measured is None:
+        return ""
+    return "as planned" if math.isclose(planned, measured, rel_tol=1e-3) else f"{measured / planned:.3g} × planned"
+
+
+def _percent(value: float) -> str:
+    return f"{value:.1%}" if value >= 0.01 else f"{100 * value:.2g}%"
 
 
 def _text(value: float | None) -> str:
-    return "n/a" if value is None else number(value)
+    return "n/a" if value is None else compact(value)
 
 
 def _median(run: RunRecord, key: str) -> float | None:
@@ -191,4 +200,4 @@ def _mfu(run: RunRecord, device: dict[str, Any], speed: float | None) -> Row:
         written = speed * run.flops_per_token / (peak * device.get("count", 1))
     planned = f"{assumed:.0%} assumed" if assumed and peak else "n/a"
     note = "" if peak else f"the peak of {device['device']} is not known" if device.get("device") else ""
-    return Row("MFU", planned, "n/a" if written is None else f"{written:.1%}", note)
+    return Row("MFU", planned, "n/a" if written is None else _percent(written), note)

@@ -17,7 +17,7 @@
     const size = Math.abs(value);
     if (value === 0) return '0';
     if (size >= 1e15 || size < 1e-3) { const [m, e] = value.toExponential(2).split('e'); return +m + 'e' + +e; }
-    for (const [unit, letter] of SI) if (size >= (unit === 1e3 ? 1e4 : unit)) return decimals(value / unit, step / unit) + letter;
+    for (const [unit, letter] of SI) if (size >= unit) return decimals(value / unit, step / unit) + letter;
     return decimals(value, step);
   };
   const shown = value => {
@@ -34,7 +34,7 @@
       return out;
     }
     const raw = (hi - lo) / count, unit = 10 ** Math.floor(Math.log10(raw));
-    const step = unit * [1, 2, 5, 10].find(f => f * unit >= raw * 0.999), out = [];
+    const step = unit * [1, 2, 5, 10].find(f => f * unit >= raw * 0.75), out = [];
     for (let k = Math.ceil(lo / step - 1e-9); k <= Math.floor(hi / step + 1e-9); k++) out.push([k * step, label(k * step, step)]);
     return out;
   };

@@ -14,6 +14,7 @@ import yaml
 
 from archscale import __version__
 from archscale.report.charts import AXES
+from archscale.report.figures import Figures
 from archscale.report.heat import PALETTE
 from archscale.report.indicators import ABOUT, SECTIONS
 from archscale.report.measured import Row, head, plan_rows, state, trained
@@ -24,10 +25,11 @@ MOST_KINDS = 40  # kinds of events that are listed
 READ_OUT_EVENTS = 200  # events that the read-out under the pointer knows
 
 
-def render(runs: Sequence[RunRecord], figures: dict[str, list[str]]) -> str:
+def render(runs: Sequence[RunRecord], figures: dict[str, Figures]) -> str:
     """The whole file."""
     title = " beside ".join(run.name for run in runs)
-    parts = [f"<h1>{escape(title)}</h1>", *(_head(run, number, len(runs)) for number, run in enumerate(runs))]
+    heads = "".join(_head(run, number, len(runs)) for number, run in enumerate(runs))
+    parts = [f"<h1>{escape(title)}</h1>", f'<div class="pair">{heads}</div>' if len(runs) > 1 else heads]
     warnings = [f"<li>{escape(_of(run, runs) + text)}</li>" for run in runs for text in run.warnings]
     if warnings:
         parts.append(f'<ul class="warnings">{"".join(warnings)}</ul>')
@@ -36,10 +38,12 @@ def render(runs: Sequence[RunRecord], figures: dict[str, list[str]]) -> str:
     )
     if figures:
         parts.append(_controls(runs))
-    for name, made in figures.items():
-        about = f'<p class="about">{ABOUT[name]}</p>' if name in ABOUT else ""
-        parts.append(_section(name, SECTIONS[name], f'{about}<div class="grid">{"".join(made)}</div>'))
-    if figures and any('class="heat"' in figure for made in figures.values() for figure in made):
+    for name, (curves, maps) in figures.items():
+        content = f'<p class="about">{ABOUT[name]}</p>' if name in ABOUT else ""
+        content += f'<div class="grid">{"".join(curves)}</div>' if curves else ""
+        content += f'<div class="grid {"pairs" if len(runs) > 1 else ""}">{"".join(maps)}</div>' if maps else ""
+        parts.append(_section(name, SECTIONS[name], content))
+    if any(maps for _, maps in figures.values()):
         parts.append(
             '<p class="about">A cell of a map shows the value of its steps that lies farthest from its row\'s median, so peaks '
             "and dips both survive. Curves keep the extremes of every few steps; where they have many, the bold line is their mean."

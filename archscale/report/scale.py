@@ -23,6 +23,11 @@ def number(value: float | None, digits: int = 4) -> str:
     return f"{value:.{digits - 1}e}".replace("e+", "e").replace("e0", "e").replace("e-0", "e-")
 
 
+def compact(value: float) -> str:
+    """A large count in three digits: `2.3e11`."""
+    return number(value) if abs(value) < 1e9 else f"{value:.2e}".replace("e+", "e").replace("e0", "e")
+
+
 def tick_label(value: float, step: float = 0.0) -> str:
     """A tick: `20k`, `0.25`, `1e-5`, `2e18`. `step`, the distance of ticks, sets how many decimals are needed.
 
@@ -35,7 +40,7 @@ def tick_label(value: float, step: float = 0.0) -> str:
         mantissa, _, exponent = f"{value:.2e}".partition("e")
         return f"{float(mantissa):g}e{int(exponent)}"
     for unit, letter in SI:
-        if size >= (1e4 if unit == 1e3 else unit):
+        if size >= unit:
             return f"{_decimals(value / unit, step / unit)}{letter}"
     return _decimals(value, step)
 
@@ -91,7 +96,7 @@ class Scale:
             return [(self.lo, tick_label(self.lo))]
         raw = (self.hi - self.lo) / count
         unit = 10.0 ** math.floor(math.log10(raw))
-        step = unit * next(f for f in (1, 2, 5, 10) if f * unit >= raw * 0.999)
+        step = unit * next(f for f in (1, 2, 5, 10) if f * unit >= raw * 0.75)
         first, last = math.ceil(self.lo / step - 1e-9), math.floor(self.hi / step + 1e-9)
         return [(k * step, tick_label(k * step, step)) for k in range(first, last + 1)]
 

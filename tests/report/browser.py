@@ -119,6 +119,8 @@ class Browser:
         return image
 
     def pdf(self, path: Path) -> None:
+        """As it prints, with the style sheet of print."""
+        self.call("Emulation.setEmulatedMedia", media="")
         path.write_bytes(
             base64.b64decode(self.call("Page.printToPDF", printBackground=False, preferCSSPageSize=True)["data"])
         )

@@ -69,9 +69,10 @@ def _reading(step: int, layers: int, experts: int, rng: np.random.Generator) -> 
     for layer in range(layers):
         for number, matrix in enumerate(MATRICES):
             name, value = f"blocks.{layer}.{matrix}", 0.5 + number / 10 + float(rng.random()) / 10
-            line |= {f"optimizer/matrix/{name}/{key}": value * (1 + layer / layers) for key in MATRIX_KEYS}
-            for prefix in ("spectrum/", "spectrum/gradient/"):
-                line |= {f"{prefix}{name}/{key}": value * (1 + i) for i, key in enumerate(SPECTRUM_KEYS)}
+            keys = [f"optimizer/matrix/{name}/{key}" for key in MATRIX_KEYS]
+            keys += [f"spectrum/{kind}{name}/{key}" for kind in ("", "gradient/") for key in SPECTRUM_KEYS]
+            noise = rng.random(len(keys))  # of its own for every key: nothing that compresses well
+            line |= {key: round(float(value + x / 5) * (1 + layer / layers), 6) for key, x in zip(keys, noise)}
         if experts:
             share = rng.dirichlet(np.full(experts, 20.0))
             line[f"moe/layer_{layer:02d}/load"] = [round(float(v), 6) for v in share]
