@@ -234,12 +234,11 @@ def _maps(found: _Sorted, runs: Sequence[RunRecord], axis: Axis) -> list[tuple[K
     out = []
     for one in made:
         cells = columns(one.table, one.steps, width)
-        shown = Scale(int(one.steps[0]), int(one.steps[-1]) + 1)
-        own = Axis("step", shown, tuple(event for event in axis.events if event[0] == one.run))
+        own = Axis("step", axis.scale, tuple(event for event in axis.events if event[0] == one.run))
         name = f"{one.title} · {runs[one.run].name}" if len(runs) > 1 else one.title
         html = heat_map(
             name, one.definition or one.key.definition, one.data_key, one.names, one.bands, cells, own, scales[one.share],
-            run=one.run, tallest=one.tallest,
+            steps=(int(one.steps[0]), int(one.steps[-1])), run=one.run, tallest=one.tallest,
         )  # fmt: skip
         out.append((one.key, html))
     return out

@@ -50,13 +50,14 @@ def to_levels(table: np.ndarray, scale: Scale) -> np.ndarray:
 
 
 def heat_map(title: str, definition: str, key: str, names: Sequence[str], bands: Sequence[tuple[str, int]],
-             table: np.ndarray, axis: Axis, scale: Scale, *, run: int, tallest: int) -> str:  # fmt: skip
+             table: np.ndarray, axis: Axis, scale: Scale, *, steps: tuple[int, int], run: int, tallest: int) -> str:  # fmt: skip
     """A figure.
 
     Args:
         names: what stands in place of `*` in `key`, one for each row.
         bands: (label, number of rows) from top to bottom.
-        table: (rows, columns), columns of equal width over the axis, which shows steps.
+        table: (rows, columns), columns of equal width over `steps`, first and last.
+        axis: of steps; may reach farther than the table, so that maps line up with curves and other runs.
         tallest: most pixels of height.
     """
     rows = len(table)
@@ -70,7 +71,7 @@ def heat_map(title: str, definition: str, key: str, names: Sequence[str], bands:
         f'<svg class="heat" data-x="step" data-run="{run}" data-lo="{scale.lo!r}" data-hi="{scale.hi!r}"'
         f'{" data-log" if scale.log else ""} viewBox="{start} 0 {width} {rows}" preserveAspectRatio="none" role="img" '
         f'aria-label="{escape(title)}, {rows} rows by steps" style="height:{tall}px">'
-        f'<image x="{start}" y="0" width="{width}" height="{rows}" preserveAspectRatio="none" '
+        f'<image x="{steps[0]}" y="0" width="{max(1, steps[1] - steps[0])}" height="{rows}" preserveAspectRatio="none" '
         f'href="data:image/png;base64,{image}"/><path class="edge" d="{edges}"/>{event_marks(axis, rows)}</svg>'
     )
     labels = "".join(

@@ -131,7 +131,7 @@ def plan_rows(run: RunRecord) -> list[Row]:
     rows.append(_times_planned("highest learning rate", roles.get("matrix", {}).get("lr"), peak))
     seconds = _median(run, "step_seconds")
     per_step = device.get("step_seconds")
-    rows.append(_times("a step", per_step, seconds, "median" if seconds else ""))
+    rows.append(_times("time of a step", per_step, seconds, "median" if seconds else ""))
     planned_speed = training["tokens"] / device["seconds"] if device.get("seconds") and training.get("tokens") else None
     speed = _median(run, "tokens_per_second")
     rows.append(_times_planned("tokens/s", planned_speed, speed, "median" if speed else ""))
@@ -143,7 +143,8 @@ def plan_rows(run: RunRecord) -> list[Row]:
         found = run.checkpoint
         note = f"of step {found[0]:,}" if found else ""
         rows.append(Row("a checkpoint", size(disk), size(found[1]) if found else "n/a", note))
-    return [row for row in rows if row.planned not in ("", "n/a") or row.measured not in ("", "n/a")]
+    known = [row for row in rows if row.planned not in ("", "n/a") or row.measured not in ("", "n/a")]
+    return [row for row in rows if row in known or (known and row.name == "MFU")]
 
 
 def _counted(run: RunRecord) -> Row:

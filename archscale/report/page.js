@@ -183,9 +183,12 @@
   };
   const readHeat = async (svg, f, g) => {
     const {w, h, rgba} = await levels(svg), set = svg.dataset, first = read(svg).first;
-    const column = Math.min(w - 1, Math.floor(f * w)), row = Math.min(h - 1, Math.floor(g * h)), i = 4 * (row * w + column);
+    const image = svg.querySelector('image'), start = +image.getAttribute('x'), span = +image.getAttribute('width');
+    const inside = (first.xlo + f * (first.xhi - first.xlo) - start) / span;
+    if (inside < 0 || inside > 1) return [];
+    const column = Math.min(w - 1, Math.floor(inside * w)), row = Math.min(h - 1, Math.floor(g * h)), i = 4 * (row * w + column);
     const name = svg.closest('figure').dataset.rows.split(' ')[row];
-    const step = first.xlo + column / w * (first.xhi - first.xlo);
+    const step = start + column / w * (span + 1);
     const level = rgba[i + 3] ? colors.get(rgba[i] << 16 | rgba[i + 1] << 8 | rgba[i + 2]) : undefined;
     const v = level === undefined ? 'no value' : '≈ ' + shown(+value(level / (data.palette.length / 6 - 1), +set.lo, +set.hi, 'log' in set).toPrecision(3));
     return [line(`${/^\d+$/.test(name) ? 'entry ' : ''}${name}: ${v}`), line('from ' + where(+set.run, Math.ceil(step)))];

@@ -108,15 +108,22 @@ class Browser:
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
-    def screenshot(self, path: Path | None = None, whole: bool = True) -> bytes:
-        """A PNG of the whole page."""
+    def height(self) -> int:
+        """Of the whole page, in pixels."""
+        return int(self.call("Page.getLayoutMetrics")["cssContentSize"]["height"])
+
+    def screenshot(self, top: int = 0, height: int | None = None) -> bytes:
+        """A PNG of the page from `top` on; of more than 16,384 pixels of height Chromium draws nothing."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
-        more = {"clip": clip, "captureBeyondViewport": True} if whole else {}
-        image = base64.b64decode(self.call("Page.captureScreenshot", format="png", **more)["data"])
-        if path is not None:
-            path.write_bytes(image)
-        return image
+        clip = {
+            "x": 0,
+            "y": top,
+            "width": size["width"],
+            "height": min(height or 1 << 30, size["height"] - top),
+            "scale": 1,
+        }
+        shot = self.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
+        return base64.b64decode(shot["data"])
 
     def pdf(self, path: Path) -> None:
         """As it prints, with the style sheet of print."""
