@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from archscale.report.read import RunRecord
+from archscale.report.read import RunRecord, is_number, lookup
 from archscale.report.scale import compact, number
 from archscale.scaling.plan_text import duration, size
+
+SHAPE = (("depth", "depth"), ("width", "width"), ("context", "context"), ("vocabulary", "vocab_size"))
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Row:
 
 def state(run: RunRecord) -> tuple[str, str, float | None]:
     """(in a word, its color, share of the planned steps)."""
-    planned = run.planned_steps
+    planned = run.planned("training", "steps")
     if not len(run.steps):
         return "no metrics yet", "partial", 0.0 if planned else None
     if planned is None:
@@ -38,37 +41,36 @@ def state(run: RunRecord) -> tuple[str, str, float | None]:
 
 def trained(run: RunRecord) -> str:
     """What was trained, in a sentence."""
-    model, plan = run.plan.get("model", {}), run.plan
-    count = model.get("parameters", {})
-    if not count:
-        return "No plan.json: what was trained is not known."
-    experts = model.get("moe")
-    kind = f"mixture of experts ({count['active']:,} active parameters)" if experts else "dense model"
-    shape = f"depth {model['depth']}, width {model['width']}, context {model['context']}, vocabulary {model['vocab_size']:,}"
-    roles = plan.get("parameterization", {}).get("roles", {})
-    matrix = roles.get("matrix", {})
-    by = f"{matrix['rule']} at learning rate {matrix['lr']:.4g} ({plan['parameterization']['kind']})" if matrix else ""
-    return f"{count['total']:,} parameters, {kind}, {shape}{'; matrices under ' + by if by else ''}."
+    total, active = (run.planned("model", "parameters", key) for key in ("total", "active"))
+    if total is None:
+        return "What was trained is not known: no plan.json says it."
+    kind = "mixture of experts" if lookup(run.plan, "model", "moe") else "dense model"
+    if active is not None and active < total:
+        kind += f" ({active:,.0f} active parameters)"
+    shape = [(label, run.planned("model", key)) for label, key in SHAPE]
+    words = [f"{total:,.0f} parameters", kind, *(f"{label} {number(value)}" for label, value in shape if value)]
+    rule, lr = (lookup(run.plan, "parameterization", "roles", "matrix", key) for key in ("rule", "lr"))
+    by = f"; matrices under {rule} at learning rate {number(lr)}" if rule and is_number(lr) else ""
+    transfer = lookup(run.plan, "parameterization", "kind")
+    return ", ".join(words) + by + (f" ({transfer})" if by and transfer else "") + "."
 
 
 def head(run: RunRecord) -> list[Row]:
     """How far, how good, how long, what went wrong."""
     rows = []
-    training = run.plan.get("training", {})
     if len(run.steps):
         step, tokens = int(run.steps[-1]), float(run.tokens[-1])
-        planned = run.planned_steps
-        rows.append(Row("steps", "", f"{step:,}", f"of {planned:,}" if planned else ""))
-        target = training.get("trained_tokens") or training.get("tokens")
+        planned = run.planned("training", "steps")
+        rows.append(Row("steps", "", f"{step:,}", f"of {planned:,.0f}" if planned else ""))
+        target = _target(run)
         notes = [f"of {target:,.0f}"] if target else []
         if per_token := run.flops_per_token:
             notes.append(f"{compact(tokens * per_token)} training FLOPs")
         rows.append(Row("tokens", "", number(tokens), "; ".join(notes)))
         rows += _losses(run)
         if (seconds := run.seconds) is not None:
-            rows.append(Row("training time", "", duration(seconds), _wall(run, seconds)))
-        if "tokens_per_second" in run.series:
-            speed = float(np.nanmedian(run.series["tokens_per_second"].values))
+            rows.append(Row("training time", "", duration(seconds), _written(run)))
+        if (speed := _median(run, "tokens_per_second")) is not None:
             rows.append(Row("tokens/s", "", number(speed), f"median; {_world(run)}"))
     first = run.events[0] if run.events else None
     text = "none" if not first else f"{len(run.events):,} event{'s' * (len(run.events) > 1)}"
@@ -97,12 +99,10 @@ def _losses(run: RunRecord) -> list[Row]:
     return rows
 
 
-def _wall(run: RunRecord, seconds: float) -> str:
-    """When the last line was written, and the time that passed beside the steps."""
+def _written(run: RunRecord) -> str:
+    """When the last line was written."""
     times = run.times[np.isfinite(run.times)]
-    if not len(times):
-        return ""
-    return f"last metrics {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(float(times[-1])))}"
+    return f"last metrics {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(float(times[-1])))}" if len(times) else ""
 
 
 def _world(run: RunRecord) -> str:
@@ -112,72 +112,73 @@ def _world(run: RunRecord) -> str:
 
 def plan_rows(run: RunRecord) -> list[Row]:
     """Figures of plan.json beside what the run directory shows."""
-    plan, training = run.plan, run.plan.get("training", {})
-    device = next((d for d in plan.get("devices", []) if isinstance(d, dict)), {})
-    rows = [_counted(run)]
-    if len(run.steps):
-        rows += [
-            _compare("steps", training.get("steps"), int(run.steps[-1])),
-            _compare("tokens", training.get("trained_tokens") or training.get("tokens"), float(run.tokens[-1])),
-        ]
-    else:
-        rows += [_compare("steps", training.get("steps"), None), _compare("tokens", training.get("tokens"), None)]
+    listed = run.plan.get("devices")
+    device = next((d for d in listed if isinstance(d, dict)), {}) if isinstance(listed, list) else {}
+    device = {key: value for key, value in device.items() if key == "device" or is_number(value)}
+    step, tokens = (int(run.steps[-1]), float(run.tokens[-1])) if len(run.steps) else (None, None)
+    rows = [
+        _compare("parameters", run.planned("model", "parameters", "total"), _built(run), exact=True),
+        _compare("steps", run.planned("training", "steps"), step),
+        _compare("tokens", _target(run), tokens),
+    ]
     if per_token := run.flops_per_token:
-        done = float(run.tokens[-1]) * per_token if len(run.steps) else None
-        rows.append(_compare("training FLOPs", plan["flops"].get("total"), done))
-    roles = plan.get("parameterization", {}).get("roles", {})
+        done = None if tokens is None else tokens * per_token
+        rows.append(_compare("training FLOPs", run.planned("flops", "total"), done))
     lr = run.series.get("lr")
     peak = float(np.nanmax(lr.values)) if lr is not None and lr.last is not None else None
-    rows.append(_times_planned("highest learning rate", roles.get("matrix", {}).get("lr"), peak))
-    seconds = _median(run, "step_seconds")
-    per_step = device.get("step_seconds")
-    rows.append(_times("time of a step", per_step, seconds, "median" if seconds else ""))
-    planned_speed = training["tokens"] / device["seconds"] if device.get("seconds") and training.get("tokens") else None
-    speed = _median(run, "tokens_per_second")
-    rows.append(_times_planned("tokens/s", planned_speed, speed, "median" if speed else ""))
-    rows.append(_times("training time", device.get("seconds"), run.seconds, ""))
+    planned_lr = run.planned("parameterization", "roles", "matrix", "lr")
+    rows.append(_times_planned("highest learning rate", _text, planned_lr, peak))
+    seconds, speed = _median(run, "step_seconds"), _median(run, "tokens_per_second")
+    rows.append(_times_planned("time of a step", _duration, device.get("step_seconds"), seconds, "median"))
+    budget = run.planned("training", "tokens")
+    planned_speed = budget / device["seconds"] if device.get("seconds") and budget else None
+    rows.append(_times_planned("tokens/s", _text, planned_speed, speed, "median"))
+    rows.append(_times_planned("training time", _duration, device.get("seconds"), run.seconds))
     rows.append(_mfu(run, device, speed))
-    if memory := plan.get("memory", {}).get("peak"):
+    if memory := run.planned("memory", "peak"):
         rows.append(Row("memory a device", size(memory), "n/a", "peak; the run does not record its own"))
-    if disk := plan.get("checkpoint", {}).get("bytes"):
+    if disk := run.planned("checkpoint", "bytes"):
         found = run.checkpoint
         note = f"of step {found[0]:,}" if found else ""
         rows.append(Row("a checkpoint", size(disk), size(found[1]) if found else "n/a", note))
-    known = [row for row in rows if row.planned not in ("", "n/a") or row.measured not in ("", "n/a")]
+    known = [row for row in rows if row.planned != "n/a" or row.measured != "n/a"]
     return [row for row in rows if row in known or (known and row.name == "MFU")]
 
 
-def _counted(run: RunRecord) -> Row:
-    planned = run.plan.get("model", {}).get("parameters", {}).get("total")
-    shapes = [row.get("shape") for row in run.manifest]
-    built = sum(math.prod(shape) for shape in shapes if isinstance(shape, list)) if shapes else None
-    return _compare("parameters", planned, built, exact=True)
+def _target(run: RunRecord) -> float | None:
+    """Tokens of the whole run, which ends with a whole step."""
+    return run.planned("training", "trained_tokens") or run.planned("training", "tokens")
 
 
-def _compare(name: str, planned: Any, measured: Any, exact: bool = False) -> Row:
+def _built(run: RunRecord) -> int | None:
+    """Parameters of the model that was built, by its manifest."""
+    shapes = [lookup(row, "shape") for row in run.manifest]
+    if not shapes or not all(isinstance(shape, list) and all(map(is_number, shape)) for shape in shapes):
+        return None
+    return sum(math.prod(shape) for shape in shapes)
+
+
+def _compare(name: str, planned: float | None, measured: float | None, exact: bool = False) -> Row:
     """`exact`: a difference is worth a warning; otherwise measured is progress towards planned."""
-    p, m = (float(v) if isinstance(v, (int, float)) else None for v in (planned, measured))
     note, kind = "", ""
-    if p and m is not None:
-        same = math.isclose(p, m, rel_tol=1e-6)
-        note = "as planned" if same else f"{m / p:.4g} × planned" if exact else f"{m / p:.1%}"
+    if planned and measured is not None:
+        same = math.isclose(planned, measured, rel_tol=1e-6)
+        note = "as planned" if same else f"{measured / planned:.4g} × planned" if exact else f"{measured / planned:.1%}"
         kind = "bad" if exact and not same else ""
-    return Row(name, _text(p), _text(m), note, kind)
+    return Row(name, _text(planned), _text(measured), note, kind)
 
 
-def _times_planned(name: str, planned: Any, measured: float | None, note: str = "") -> Row:
-    return Row(name, _text(planned), _text(measured), _ratio(planned, measured) or note)
+def _times_planned(
+    name: str, write: Callable[[float | None], str], planned: float | None, measured: float | None, note: str = ""
+) -> Row:
+    """`note`: what is measured, said where there is no plan to compare it with."""
+    if planned and measured is not None:
+        note = "as planned" if math.isclose(planned, measured, rel_tol=1e-3) else f"{measured / planned:.3g} × planned"
+    return Row(name, write(planned), write(measured), note if measured is not None else "")
 
 
-def _times(name: str, planned: Any, measured: float | None, note: str) -> Row:
-    before, found = ("n/a" if v is None else duration(v) for v in (planned, measured))
-    return Row(name, before, found, _ratio(planned, measured) or note)
-
-
-def _ratio(planned: Any, measured: float | None) -> str:
-    if not planned or measured is None:
-        return ""
-    return "as planned" if math.isclose(planned, measured, rel_tol=1e-3) else f"{measured / planned:.3g} × planned"
+def _duration(seconds: float | None) -> str:
+    return "n/a" if seconds is None else duration(seconds)
 
 
 def _percent(value: float) -> str:
@@ -200,5 +201,5 @@ def _mfu(run: RunRecord, device: dict[str, Any], speed: float | None) -> Row:
     if written is None and peak and speed and run.flops_per_token:
         written = speed * run.flops_per_token / (peak * device.get("count", 1))
     planned = f"{assumed:.0%} assumed" if assumed and peak else "n/a"
-    note = "" if peak else f"the peak of {device['device']} is not known" if device.get("device") else ""
+    note = "" if peak or written else f"the peak of {device['device']} is not known" if "device" in device else ""
     return Row("MFU", planned, "n/a" if written is None else _percent(written), note)

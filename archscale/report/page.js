@@ -108,7 +108,7 @@
     }
     const now = {x, log, lo: chart.lo, hi: chart.hi, x0: 0, width: H, xlog: first.xlog, xlo: first.xlo, xhi: first.xhi};
     if (log !== chart.log) {
-      const pad = most > least ? 0.04 : 0;
+      const pad = most - least > 1e-6 * Math.max(Math.abs(least), Math.abs(most)) ? 0.04 : 0;
       if (log) { const m = pad ? (most / least) ** pad : 1.1; now.lo = least / m; now.hi = most * m; }
       else { const m = pad ? (most - least) * pad : Math.abs(most) * 0.1 || 1; now.lo = least - m; now.hi = most + m; }
     }

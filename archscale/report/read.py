@@ -55,16 +55,15 @@ class RunRecord:
     manifest: list[dict[str, Any]] = field(default_factory=list)
     checkpoint: tuple[int, int] | None = None  # step of the newest checkpoint and its bytes on disk
 
+    def planned(self, *path: str) -> float | None:
+        """A positive number of plan.json, under these keys; None where an older or foreign plan has none."""
+        value = lookup(self.plan, *path)
+        return float(value) if is_number(value) and value > 0 else None
+
     @property
     def flops_per_token(self) -> float | None:
         """Useful training FLOPs of one token, by the plan."""
-        value = self.plan.get("flops", {}).get("training_per_token")
-        return float(value) if isinstance(value, (int, float)) and value > 0 else None
-
-    @property
-    def planned_steps(self) -> int | None:
-        value = self.plan.get("training", {}).get("steps")
-        return int(value) if isinstance(value, (int, float)) and value > 0 else None
+        return self.planned("flops", "training_per_token")
 
     @property
     def seconds(self) -> float | None:
@@ -89,9 +88,9 @@ def read_run(directory: Path) -> RunRecord:
         raise DataError(what, str(directory), inside if runs else _REMEDY)
     run = RunRecord(directory, directory.resolve().name, np.zeros(0, dtype=int), np.zeros(0), np.zeros(0))
     plan = _read_json(run, "plan.json", dict)
-    run.plan = {key: value for key, value in plan.items() if key in ("name", "devices") or isinstance(value, dict)}
+    run.plan = plan
     run.environment = _read_json(run, "environment.json", dict)
-    run.manifest = [row for row in _read_json(run, "manifest.json", list) if isinstance(row, dict)]
+    run.manifest = _read_json(run, "manifest.json", list)
     if (directory / "config.yaml").is_file():
         run.config = (directory / "config.yaml").read_text(errors="replace")
     run.name = str(run.plan.get("name") or run.name)
@@ -131,7 +130,7 @@ def _parse(run: RunRecord, lines: list[bytes]) -> None:
         except (ValueError, KeyError, TypeError, IndexError):
             bad.append(number)
             continue
-        if _is_number(step) and _is_number(tokens) and step >= 0:
+        if is_number(step) and is_number(tokens) and step >= 0:
             rows.append(row)
         else:
             bad.append(number)
@@ -145,7 +144,7 @@ def _parse(run: RunRecord, lines: list[bytes]) -> None:
     axes: dict[int, tuple[int, float, float]] = {}
     for row in rows:
         step, time = int(row["step"]), row.get("time")
-        axes[step] = (step, float(row["tokens"]), float(time) if _is_number(time) else math.nan)
+        axes[step] = (step, float(row["tokens"]), float(time) if is_number(time) else math.nan)
         for key, value in row.items():
             if key not in _AXES and key != "event":
                 columns.setdefault(key, {})[step] = value
@@ -167,7 +166,7 @@ def _add(run: RunRecord, key: str, column: dict[int, Any]) -> None:
     if all(value is None or isinstance(value, (int, float)) for value in values):
         numbers = np.array([math.nan if value is None else float(value) for value in values])
         run.series[key] = Series(steps, np.where(np.isfinite(numbers), numbers, math.nan))
-    elif all(isinstance(value, list) and all(v is None or _is_number(v) for v in value) for value in values):
+    elif all(isinstance(value, list) and all(v is None or is_number(v) for v in value) for value in values):
         table = np.full((len(values), max(1, *map(len, values))), math.nan)
         for row, value in zip(table, values):
             row[: len(value)] = [math.nan if v is None else v for v in value]
@@ -176,7 +175,14 @@ def _add(run: RunRecord, key: str, column: dict[int, Any]) -> None:
         run.texts[key] = values[-1] if isinstance(values[-1], str) else json.dumps(values[-1])
 
 
-def _is_number(value: Any) -> bool:
+def lookup(tree: Any, *path: str) -> Any:
+    """What lies under these keys, None where there is nothing."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, dict) else None
+    return tree
+
+
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+FLAT = 1e-6  # relative extent below which values count as one: labels could not tell them apart
 SI = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
@@ -69,10 +70,11 @@ class Scale:
         if log is None:
             log = lo > 0 and hi > spread * lo
         log = log and lo > 0
+        flat = hi - lo <= FLAT * max(abs(lo), abs(hi))
         if log:
-            margin = (hi / lo) ** pad if hi > lo else 1.1
+            margin = 1.1 if flat else (hi / lo) ** pad
             return cls(lo / margin, hi * margin, True)
-        margin = (hi - lo) * pad if hi > lo else (abs(hi) * 0.1 or 1.0) if pad else 0.0
+        margin = (0.0 if not pad else abs(hi) * 0.1 or 1.0) if flat else (hi - lo) * pad
         return cls(lo - margin, hi + margin)
 
     def fraction(self, values: np.ndarray) -> np.ndarray:

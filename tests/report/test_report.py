@@ -177,7 +177,7 @@ def big_run(layers: int = 24, experts: int = 0, steps: int = 10_000) -> RunRecor
     return run
 
 
-@pytest.mark.parametrize("experts", [0, 64])
+@pytest.mark.parametrize("experts", [0, 256])
 def test_ten_thousand_steps_of_24_layers_stay_under_2_megabytes(experts):
     runs = [big_run(experts=experts)]
     assert len(runs[0].series) > 24 * (6 + 7 * 10)
@@ -346,3 +346,32 @@ def test_the_plan_of_training_has_what_the_report_reads(tmp_path):
     assert set(PLAN["devices"][0]) <= set(plan["devices"][0])
     page, _ = report(tmp_path, metrics(5, layers=2), plan)
     assert "dense model, depth 2, width 128" in page.text
+
+
+def _damaged(tree):
+    """The tree with each of its branches in turn replaced by what does not belong there."""
+    for key in tree:
+        for wrong in (None, "text", [], {}, -1, [None], True):
+            yield {**tree, key: wrong}
+        if isinstance(tree[key], dict):
+            yield from ({**tree, key: child} for child in _damaged(tree[key]))
+        elif isinstance(tree[key], list) and tree[key] and isinstance(tree[key][0], dict):
+            yield from ({**tree, key: [child]} for child in _damaged(tree[key][0]))
+
+
+def test_a_plan_of_another_version_or_a_foreign_one_is_no_obstacle():
+    run = big_run(layers=1, steps=100)
+    run.manifest, run.environment = [{"shape": ["a"]}, 3], {"device": 7, "world_size": None}
+    for number, run.plan in enumerate(_damaged(PLAN)):
+        assert "big" in render([run], make_figures([run]) if number % 20 == 0 else {})
+
+
+def test_values_at_the_edge_of_floating_point(tmp_path):
+    extremes = [0.0, -0.0, 1e-320, 1e300, -1e300, None, 5e-324, 1.0, 1.0 + 1e-15, 123456789.123]
+    lines = [
+        {"step": s, "tokens": s, "time": 1.0, "loss": value, "a": value, "never": None, "tiny": 1 + s * 1e-12,
+         "group/x/m": value, "list": [value, 1.0]}
+        for s, value in enumerate(extremes)
+    ]  # fmt: skip
+    page, _ = report(tmp_path, lines)
+    assert {"loss", "a", "never", "tiny", "group/x/m", "list"} <= page.keys
