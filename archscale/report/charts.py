@@ -147,7 +147,9 @@ def _curve(curve: Curve, axis: Axis, scale: Scale, buckets: int) -> str:
     mean_x = at / 1e6 if axis.kind == "step" else at / 1e6 * HEIGHT
     mean_y = np.rint(HEIGHT * (1 - scale.fraction(mean))).astype(int)
     smooth = path(np.rint(mean_x).astype(int), mean_y, np.zeros(len(mean)))
-    return f'<path class="raw {look}" {label} d="{raw}"/><path class="{look}" data-run="{curve.run}" d="{smooth}"/>'
+    return (
+        f'<path class="raw {look}" {label} d="{raw}"/><path class="mean {look}" data-run="{curve.run}" d="{smooth}"/>'
+    )
 
 
 def path(x: np.ndarray, y: np.ndarray, gap: np.ndarray) -> str:

@@ -67,7 +67,7 @@
           if (i !== 2) points.push({x: atX(x), y: value(1 - y / H, chart.lo, chart.hi, chart.log), start: i === 0});
         }
       }
-      chart.curves.push({path, points, run: +path.dataset.run, name: path.dataset.name, dot: path.classList.contains('dot')});
+      chart.curves.push({path, points, run: +path.dataset.run, name: path.dataset.name, dot: path.classList.contains('dot'), mean: path.classList.contains('mean')});
     }
     chart.now = {x: set.x, lo: chart.lo, hi: chart.hi, log: chart.log, xlo: set.x === 'step' ? x0 : +set.xlo,
       xhi: set.x === 'step' ? x0 + width : +set.xhi, xlog: 'xlog' in set, x0, width};
@@ -164,22 +164,24 @@
 
   const readLine = (svg, f) => {
     const chart = read(svg), now = chart.now, at = value(f, now.xlo, now.xhi, now.xlog), out = [];
+    const nearest = c => c.points.reduce(([best, gap], p) => {
+      const away = Math.abs(share(now.x === chart.own ? p.x : place(c.run, p.x, now.x), now.xlo, now.xhi, now.xlog) - f);
+      return away < gap ? [p, away] : [best, gap];
+    }, [null, Infinity]);
     let base = null;
-    for (const c of chart.curves) {
+    for (const [i, c] of chart.curves.entries()) {
       if (!c.name || !c.points.length) continue;
-      let best = null, gap = Infinity;
-      for (const p of c.points) {
-        const px = share(now.x === chart.own ? p.x : place(c.run, p.x, now.x), now.xlo, now.xhi, now.xlog);
-        if (Math.abs(px - f) < gap) { gap = Math.abs(px - f); best = p; }
-      }
+      const [best, gap] = nearest(c), next = chart.curves[i + 1];
       if (c.dot && gap > 0.03) continue;
       const step = chart.own === 'step' ? best.x : stepAt(c.run, best.x, chart.own);
       if (!base) base = [c.run, step];
-      out.push(line((chart.curves.filter(o => o.name).length > 1 ? c.name + ' ' : '') + shown(best.y)));
+      out.push(line((chart.curves.filter(o => o.name).length > 1 ? c.name + ' ' : '') + shown(best.y)
+        + (next && next.mean ? ` (mean around it ${shown(nearest(next)[0].y)})` : '')));
     }
     if (!base) return [];
     const reach = Math.abs(stepAt(base[0], value(Math.min(1, f + .01), now.xlo, now.xhi, now.xlog), now.x) - stepAt(base[0], at, now.x)) + .5;
-    return [line(where(...base)), ...out, ...events(base[0], base[1], reach)];
+    const several = new Set(chart.curves.map(c => c.run)).size > 1;  // one step is not the same number of tokens in all
+    return [line(several ? `${now.x === 'step' ? 'step' : NAMES[now.x]} ${label(at)}` : where(...base)), ...out, ...events(base[0], base[1], reach)];
   };
   const readHeat = async (svg, f, g) => {
     const {w, h, rgba} = await levels(svg), set = svg.dataset, first = read(svg).first;

@@ -13,7 +13,7 @@ from tests.report.made import PLAN, make_run, metrics
 
 pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium on this machine (apt-get install chromium)")
 
-STEPS = 300
+STEPS = 900  # enough for curves with a running mean
 # For each figure's plot: how many pixels of a screenshot have a color, which grid, frame and background have not.
 INK = """(async (png, top) => {
   const image = new Image(); image.src = 'data:image/png;base64,' + png; await image.decode();
@@ -110,15 +110,15 @@ def test_the_switches_redraw_and_bring_everything_back(browser, two):
 
     def switch(name, value):
         browser.evaluate(f"document.querySelector('input[name={name}][value={value}]').click()")
-        assert_ink(browser, two.read_text().count("<figure"))
         return browser.evaluate(LABELS)
 
     by_tokens = switch("x", "tokens")
-    assert "600k" in [text for text, _, _ in by_tokens]
+    assert "2M" in [text for text, _, _ in by_tokens]
     assert by_tokens != before
     assert browser.evaluate(paths) != drawn
     assert switch("x", "flops") != by_tokens
     assert switch("y", "log") != before
+    assert_ink(browser, two.read_text().count("<figure"))
     switch("x", "step")
     assert switch("y", "linear") != before
     after = switch("y", "auto")
@@ -139,6 +139,8 @@ def test_the_read_out_says_what_was_measured(browser, page, lines, x, y):
     step = int(re.search(r"step (\d+)", text).group(1))
     assert abs(step - 0.41 * STEPS) < 4
     assert float(re.search(r"training ([\d.]+)", text).group(1)) == pytest.approx(lines[step - 1]["loss"], rel=1e-3)
+
+    assert float(re.search(r"mean around it ([\d.]+)", text).group(1)) == pytest.approx(2.5 + 8 * step**-0.3, abs=0.1)
 
     left, top, width, height = browser.evaluate(CENTER % "stability/*/attention_z")
     browser.move(left + 0.7 * width, top + 0.5 * height)  # the second of three layers
