@@ -170,6 +170,27 @@ def generate(
     print(run(target, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed))
 
 
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory; the run may still be going on.")],
+    other: Annotated[Path | None, typer.Argument(help="A second run, to see both side by side.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="File to write; default RUN/report.html, for two runs RUN/report_and_<name of the other>.html."
+        ),
+    ] = None,
+) -> None:
+    """One self-contained HTML file about a run: curves, every layer and matrix, the plan beside what was measured.
+
+    Example: archscale report runs/quickstart
+    """
+    from archscale.report.run import write_report
+
+    path = write_report([run] if other is None else [run, other], out)
+    print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
+
+
 @data_app.command()
 def prepare(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],

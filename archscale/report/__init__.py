@@ -1,0 +1,1 @@
+"""One self-contained HTML file about a run: `archscale.report.run.write_report`."""

@@ -1,0 +1,40 @@
+"""`archscale report DIR [DIR2]`: one self-contained HTML file about a run, or about two side by side."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from archscale.errors import ArchscaleError
+from archscale.report.figures import make_figures
+from archscale.report.page import render
+from archscale.report.read import read_runs
+
+
+def write_report(directories: list[Path], out: Path | None = None) -> Path:
+    """Write the report of one run or of two; returns where it lies. A run may still be going on.
+
+    Args:
+        out: file to write; None: report.html in the first directory, or report_and_<second>.html there for two runs.
+
+    Raises:
+        ArchscaleError: a directory holds no run, or the file cannot be written.
+    """
+    runs = read_runs(directories)
+    for run in runs:
+        for warning in run.warnings:
+            print(f"archscale: warning: {run.directory}: {warning}", file=sys.stderr)
+    name = "report.html" if len(runs) == 1 else f"report_and_{directories[1].resolve().name}.html"
+    path = out or directories[0] / name
+    html = render(runs, make_figures(runs))
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(html, encoding="utf-8")
+        os.replace(temporary, path)  # whoever has the old one open never sees half a file
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ArchscaleError(
+            f"cannot write the report: {error.strerror}", str(path), "give another with --out"
+        ) from error
+    return path
