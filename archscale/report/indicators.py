@@ -20,7 +20,7 @@ SECTIONS = {
 ABOUT = {
     "stability": "Means over layers as curves, every layer as a row of a map. They should stay bounded and not grow with training.",
     "optimizer": "The update is W ← (1 − η λ_d) W − η r̂ D, with trust ratio r = ‖W‖ / (c ‖D‖ + ε) and r̂ = clip(r). Norms are Frobenius norms.",
-    "spectrum": "Singular values σ_1 ≥ σ_2 ≥ … of matrices: means over matrices as curves, every matrix as a row of a map.",
+    "spectrum": "Singular values σ_1 ≥ σ_2 ≥ … of M̂, the momentum that is orthogonalized, or of gradients where it says so: means over matrices as curves, every matrix as a row of a map.",
     "moe": "Loads count the step's routed tokens over all layers' experts. An even load is the aim of the balance loss.",
 }
 # metric (last parts of its key) → title, definition
@@ -55,6 +55,10 @@ INDICATORS = {
     "sigma_mean": ("Mean singular value", "σ̄ = ‖·‖_* / rank; the largest stable step of an orthogonalized update follows it"),
     "effective_rank": ("Effective rank", "‖·‖_*² / ‖·‖²: how many directions carry the matrix"),
     "flattening_gain": ("Flattening gain", "σ_max / σ̄: how much larger steps orthogonalization allows"),
+    "nuclear_norm": ("Nuclear norm", "Σ ‖G‖_* over matrices: OrScale's criterion of convergence"),
+    "heterogeneity_gain": ("Heterogeneity gain", "what a step size for each matrix would gain over one for all; 1 where all σ̄ are equal"),
+    "wait_seconds": ("Wait for the slowest rank", "seconds a step that another rank waits in the first collective for the one that arrives last"),
+    "rank": ("Slowest rank", "the one that arrives last"),
     "max_violation": ("Largest load violation", "largest load / mean load − 1, mean over layers; 0 is even"),
     "load_entropy": ("Load entropy", "−Σ f ln f over the shares f of the experts, nats; ln(experts) is even"),
     "load": ("Expert load", "share of the routed tokens that each expert takes"),

@@ -130,6 +130,8 @@ class Run:
                     step = self._train(step, recorder, watchdog)
                 except FallBack as cause:
                     step = self._fall_back(cause, recorder)
+        if distributed.rank() == 0:
+            self._report()
         return self._summary(step, started)
 
     def _train(self, step: int, recorder: Recorder, watchdog: Watchdog) -> int:
@@ -262,6 +264,15 @@ class Run:
         )
         if share := counting_pass_share(plan.figures["flops"]):
             print(f"balance over the whole batch at accumulation > 1: a counting pass adds {share:.1%} to the work")
+
+    def _report(self) -> None:
+        """report.html; a run that has trained is not lost to a figure that cannot be drawn."""
+        from archscale.report.run import write_report
+
+        try:
+            write_report([self.run_dir])
+        except Exception as error:
+            print(f"archscale: warning: no report: {type(error).__name__}: {error}", file=sys.stderr)
 
     def _summary(self, step: int, started: float, already_done: bool = False) -> dict[str, Any]:
         summary: dict[str, Any] = {
