@@ -33,6 +33,11 @@ Space = StrEnum("Space", ["log", "linear"])
 Loss = StrEnum("Loss", ["squares", "huber"])
 
 
+@app.callback()
+def common(local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None) -> None:
+    """DeepSpeed's launcher passes `--local_rank` beside the environment variable that counts."""
+
+
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML config.")],

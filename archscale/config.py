@@ -76,7 +76,6 @@ class NotYet(NamedTuple):
 
 # Whoever builds a feature deletes its row.
 NOT_YET = [
-    NotYet("parallel.engine", lambda v: v == "deepspeed", "the deepspeed engine", "set it to native"),
     NotYet("checkpoint.async", lambda v: v, "asynchronous checkpointing", "set it to false"),
     NotYet("data.mixture", lambda v: v is not None, "a data mixture", "set it to null and give data.train"),
 ]

@@ -191,6 +191,10 @@ class ParallelConfig(Section):
     """Ranks over which experts are spread; divides shard."""
     zero_stage: Literal[1, 2, 3] = 1
     """ZeRO stage of the deepspeed engine; the native engine takes the default only."""
+    offload_optimizer: StrictBool = False
+    """Float32 weights and optimizer state in host memory, and the update there; deepspeed engine, zero_stage 2 or 3."""
+    deepspeed: Text | None = None
+    """DeepSpeed JSON whose keys are added to the generated ones; null: none. Keys that the config decides are refused."""
 
     def problems(self) -> Iterator[ConfigError]:
         if self.engine == "native" and self.zero_stage != 1:
@@ -198,10 +202,41 @@ class ParallelConfig(Section):
                 f"zero_stage {self.zero_stage} means nothing to the native engine", "parallel.zero_stage",
                 "remove it; parallel.shard is what shards parameters",
             )  # fmt: skip
+        if self.engine == "native":
+            for key in ("offload_optimizer", "deepspeed"):
+                if value := getattr(self, key):
+                    yield ConfigError(
+                        f"{key} {value} means nothing to the native engine", f"parallel.{key}",
+                        "remove it, or set parallel.engine: deepspeed",
+                    )  # fmt: skip
+        else:
+            yield from self._zero_problems()
         if self.shard != "auto" and self.shard % self.expert:
             yield ConfigError(
                 f"expert {self.expert} does not divide shard {self.shard}", "parallel.expert",
                 "set it to a divisor of parallel.shard",
+            )  # fmt: skip
+
+    def _zero_problems(self) -> Iterator[ConfigError]:
+        if self.expert > 1:
+            yield ConfigError(
+                f"experts cannot be spread over {self.expert} ranks by the deepspeed engine", "parallel.expert",
+                "set it to 1, or parallel.engine: native",
+            )  # fmt: skip
+        if self.replicate > 1:
+            yield ConfigError(
+                f"the deepspeed engine shards over all ranks, not over 1/{self.replicate} of them", "parallel.replicate",
+                "set it to 1, or parallel.engine: native",
+            )  # fmt: skip
+        if not self.reshard_after_forward:
+            yield ConfigError(
+                "reshard_after_forward false means nothing to the deepspeed engine", "parallel.reshard_after_forward",
+                "remove it; zero_stage 2 gathers no parameters",
+            )  # fmt: skip
+        if self.offload_optimizer and self.zero_stage == 1:
+            yield ConfigError(
+                "zero_stage 1 keeps its optimizer state on the device", "parallel.offload_optimizer",
+                "set parallel.zero_stage: 2 or 3",
             )  # fmt: skip
 
 

@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Installs archscale into .venv of this checkout, with pinned versions: `launch/install.sh [dev]`.
-# Does nothing when .venv already holds them. PYTHON chooses the interpreter of a new .venv.
+# Installs archscale into .venv of this checkout, with pinned versions: `launch/install.sh [dev|deepspeed]`. Of these
+# `deepspeed` adds the DeepSpeed engine, `dev` that and what the tests need. Does nothing when .venv already holds them. PYTHON chooses the interpreter of a new .venv.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() { echo "install: $*" >&2; exit 2; }
 
+files=(launch/requirements.txt)
 case "${1:-}" in
-  "") extra="" files=(launch/requirements.txt) ;;
-  dev) extra="[dev]" files=(launch/requirements.txt launch/requirements-dev.txt) ;;
-  *) fail "unknown argument '$1': use no argument or 'dev'" ;;
+  "") extra="" ;;
+  deepspeed) extra="[deepspeed]"; files+=(launch/requirements-deepspeed.txt) ;;
+  dev) extra="[dev,deepspeed]"; files+=(launch/requirements-deepspeed.txt launch/requirements-dev.txt) ;;
+  *) fail "unknown argument '$1': use no argument, 'deepspeed' or 'dev'" ;;
 esac
 
 is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
@@ -34,7 +36,7 @@ for name in sys.argv[1:]:
 print(digest.hexdigest())
 PY
 )
-stamp=".venv/.installed${extra:+-dev}"
+stamp=".venv/.installed${1:+-$1}"
 if [ "$(cat "$stamp" 2>/dev/null)" = "$hash" ]; then exit 0; fi
 
 began=$SECONDS
@@ -42,6 +44,11 @@ pip=(.venv/bin/python -m pip --disable-pip-version-check -q)
 rm -f "$stamp"
 echo "install: archscale$extra with $(grep -h '^torch==' launch/requirements.txt) and pinned dependencies into .venv"
 "${pip[@]}" install -c launch/requirements.txt "$(grep -h '^torch==' launch/requirements.txt)"
+# DeepSpeed's set-up imports torch, so it is built beside it and before the rest; its kernels are left to be built on use.
+if [ -n "$extra" ]; then
+  "${pip[@]}" install --requirement=launch/requirements.txt
+  DS_BUILD_OPS=0 "${pip[@]}" install --no-build-isolation --requirement=launch/requirements-deepspeed.txt
+fi
 "${pip[@]}" install "${files[@]/#/--requirement=}" -e ".$extra"
 echo "$hash" > "$stamp"
 echo "install: done in $((SECONDS - began)) s"

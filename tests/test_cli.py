@@ -60,7 +60,7 @@ def test_a_typo(tmp_path, data):
 
 
 def test_a_value_that_is_not_available_yet(tmp_path, data):
-    refused(train(tmp_path, config(data), "--set", "parallel.engine=deepspeed"), "deepspeed.*not available")
+    refused(train(tmp_path, config(data), "--set", "checkpoint.async=true"), "asynchronous.*not available")
 
 
 def damaged(data: str, tmp_path, change) -> str:

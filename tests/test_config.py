@@ -315,7 +315,6 @@ def test_name_must_be_able_to_name_a_directory(small, name):
 # --- what does not exist yet --------------------------------------------------------------------------------
 
 NOT_YET_VALUES = {
-    "parallel.engine": "deepspeed",
     "checkpoint.async": "true",
     "data.mixture": "[{path: a, weight: 1}]",
 }

@@ -6,17 +6,23 @@ A parameter is cut into chunks of fixed size, each with its own generator, so a 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from archscale.distributed import local_interval, local_tensor
+from archscale.distributed import Fragment, fragment
 
 CHUNK = 1 << 18  # elements of one generator; part of the definition of a run: changing it changes every weight
 
 
-def initialize(model: nn.Module, seed: int) -> None:
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int, weights: Mapping[str, Fragment] | None = None) -> None:
     """Fill every parameter of `model` (plain tensors or DTensors, on any device) from its module's `parameter_roles`.
+
+    Args:
+        weights: what to fill instead, by parameter name, where an engine keeps the weights elsewhere.
 
     Raises:
         ValueError: a parameter without `init`.
@@ -33,10 +39,9 @@ def initialize(model: nn.Module, seed: int) -> None:
                 raise ValueError(
                     f"parameter {name!r} has no initialization: add 'init' to its module's parameter_roles"
                 )
-            lo, hi = local_interval(parameter)
-            values = draw(*spec["init"], seed=seed, name=name, lo=lo, hi=hi, numel=parameter.numel())
-            with torch.no_grad():
-                local_tensor(parameter).copy_(values.view(local_tensor(parameter).shape))
+            of = fragment(parameter) if weights is None else weights[name]
+            hi, numel = of.lo + of.data.numel(), math.prod(of.shape)
+            of.data.copy_(draw(*spec["init"], seed=seed, name=name, lo=of.lo, hi=hi, numel=numel))
 
 
 def draw(distribution: str, scale: float, *, seed: int, name: str, lo: int, hi: int, numel: int) -> Tensor:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 FP32 = 4
 LOSS_CHUNK = 1 << 22  # logits at a time, `loss.CHUNK_ELEMENTS`
+ZERO_BUCKET = 1 << 25  # gradient elements that DeepSpeed reduces at a time, `deepspeed_json.BUCKET`
+ZERO_PERSISTENT = 100_000  # elements up to which ZeRO-3 keeps a parameter gathered
 EXCHANGE_BATCH = 1 << 25  # elements of whole matrices that a rank orthogonalizes at a time, `shards.MAX_BATCH_ELEMENTS`
 STATE_BYTES = {"matrix": 4, "embedding": 8, "head": 8, "vector": 8}  # float32 momentum of matrices, AdamW elsewhere
 
@@ -96,13 +98,14 @@ class _Layout:
 def memory(
     model: ModelConfig, *, precision: Precision, micro_batch: int, accumulation: int = 1, engine: Engine = "native",
     replicate: int = 1, shard: int = 1, expert: int = 1, zero_stage: int = 1, reshard_after_forward: bool = True,
-    recompute: bool = False, document_mask: bool = False, state_bytes: Mapping[str, int] = STATE_BYTES,
-    orthogonal: Collection[str] = ("matrix",), compute_bytes: int | None = None, wire_bytes: int | None = None,
+    recompute: bool = False, document_mask: bool = False, offload: bool = False,
+    state_bytes: Mapping[str, int] = STATE_BYTES, orthogonal: Collection[str] = ("matrix",),
+    compute_bytes: int | None = None, wire_bytes: int | None = None,
 ) -> Memory:  # fmt: skip
     """Bytes on the fullest rank over a training step.
 
-    Measured on CPU for one process, DDP and FSDP2; expert parallelism (with equal loads) and DeepSpeed follow from their
-    definitions only.
+    Measured on CPU: for one process, DDP and FSDP2 to a few per cent; for DeepSpeed what stays between steps to 5 %, the
+    fullest moment to about 25 %. Expert parallelism is taken with equal loads.
 
     Args:
         micro_batch: sequences per forward pass. accumulation: forward passes per step.
@@ -110,6 +113,7 @@ def memory(
             replicate × shard.
         recompute: only the blocks' inputs are kept for the backward pass.
         document_mask: attention has a mask of its own per sequence, and all blocks the same.
+        offload: float32 masters, optimizer state and the update are in host memory, which is not counted (DeepSpeed).
         state_bytes: optimizer state per element, by role.
         orthogonal: roles whose rule orthogonalizes whole matrices.
         compute_bytes, wire_bytes: per element, of the orthogonalization and of its exchange; None: by precision.
@@ -122,6 +126,8 @@ def memory(
     local, block = sum(part.values()), sum(whole[w.name] for w in stored if w.in_blocks) // L
     root, table = sum(whole[w.name] for w in stored if not w.in_blocks), V * D
     zero = engine == "deepspeed"
+    fused = zero and zero_stage == 1 and c < FP32  # another of DeepSpeed's classes: float32 gradients that stay
+    parameters = sum(whole.values())
     sharded_gradients = layout.gathers or (zero and zero_stage > 1)
     # A weight that is float32 where it is used is cast there, and the cast is saved; FSDP2 and ZeRO hold bf16 instead.
     casts = int(c < FP32 and not zero and not layout.gathers)
@@ -153,14 +159,23 @@ def memory(
         "gathered": layout.gathers * c * (root + block * (min(2, L) if reshard_after_forward or zero else L)),
         # Gradients of one block or of embedding and head, and their float32 copy that travels.
         "reduction": sharded_gradients * (c + FP32) * max(block, root),
+        # DeepSpeed's: where gradients wait for their reduction, and small parameters that ZeRO-3 does not free.
+        "bucket": zero * min(ZERO_BUCKET, parameters) * (FP32 if zero_stage == 3 else 0 if fused else c),
+        "persistent": layout.gathers * zero * c * sum(whole[w.name] for w in stored if w.numel <= ZERO_PERSISTENT),
         "optimizer_buffers": _optimizer_buffers(
             stored, layout, orthogonal, compute_bytes or c, wire_bytes or c, max(part[w.name] for w in stored)
         ),
     }  # fmt: skip
+    if offload:
+        terms |= dict.fromkeys(("parameters", "optimizer_state", "optimizer_buffers"), 0)
     gradients, gathered = terms["gradients"], terms["gathered"]
     fixed = terms["parameters"] + terms["model_copy"] + terms["optimizer_state"]
-    if layout.is_ddp:  # its buckets are there all the time
+    resident = layout.is_ddp or fused or (zero and zero_stage == 3)
+    if resident:  # gradients, or the buckets that they are views of, are there all the time
         fixed, gradients = fixed + gradients, 0
+    if zero and zero_stage == 3:
+        fixed += terms["bucket"] + terms["persistent"]
+    bucket = terms["bucket"] if zero_stage < 3 else 0
     kept = gradients if accumulation > 1 or zero else 0  # from earlier micro-batches
     collected = layout.is_ddp or sharded_gradients or kept > 0  # a new gradient lies beside where it is summed
     fresh = FP32 * max(w.numel for w in stored if w.in_blocks) if collected and not sharded_gradients else 0
@@ -171,12 +186,12 @@ def memory(
     phases = {
         "loss": base + loss + head_input + logits + casts * c * table,
         "backward_start": base + 2 * loss + (c < FP32) * c * table,
-        "backward_first": base + terms["backward"] + head_gradient + fresh + reducing,
+        "backward_first": base + terms["backward"] + head_gradient + fresh + reducing + bucket,
         "backward_last": fixed + gradients - embedding_last + mask + cast + saved + backward + fresh + reducing
-        + layout.gathers * c * (root + min(2, L) * block) + sharded_gradients * c * table,
+        + layout.gathers * c * (root + min(2, L) * block) + sharded_gradients * c * table + bucket,
         "backward_end": fixed + gradients + 2 * stream + (0 if embedding_last or sharded_gradients else FP32 * table)
-        + layout.gathers * c * root + sharded_gradients * (c + FP32) * root,
-        "optimizer": fixed + gradients * (not layout.is_ddp) + terms["optimizer_buffers"],
+        + layout.gathers * c * root + sharded_gradients * (c + FP32) * root + bucket,
+        "optimizer": fixed + (FP32 * local * (not fused and not offload) if zero else gradients) + terms["optimizer_buffers"],
     }  # fmt: skip
     return Memory(terms, phases)
 

@@ -58,7 +58,9 @@ def assign_roles(model: nn.Module) -> list[ParameterRole]:
             role, blocks = roles[key]["role"], tuple(roles[key].get("blocks", ()))
             if role not in ROLES:
                 raise ConfigError(f"unknown role {role!r}", name, f"use one of {', '.join(ROLES)}")
-            claimed[id(parameter)] = ParameterRole(name, role, tuple(parameter.shape), blocks, parameter)
+            # ZeRO-3 leaves an empty tensor in the parameter's place, and the shape beside it.
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            claimed[id(parameter)] = ParameterRole(name, role, shape, blocks, parameter)
     return list(claimed.values())
 
 

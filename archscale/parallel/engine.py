@@ -48,6 +48,9 @@ class Engine(Protocol):
             allow: told the norm; where it says no, the optimizer does nothing. All ranks must say the same.
         """
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What the optimizer updates, by name: the module's own, or 1-D tensors that hold what `weights` says of each."""
+
     def weights(self) -> dict[str, Fragment]:
         """The float32 parameters that the optimizer updates, by name: what checkpoints save, and load in place."""
 

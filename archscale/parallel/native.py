@@ -97,6 +97,9 @@ class NativeEngine:
         optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         return norm
 
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.module.named_parameters())
+
     def weights(self) -> dict[str, Fragment]:
         return {name: fragment(parameter) for name, parameter in self.module.named_parameters()}
 

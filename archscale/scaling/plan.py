@@ -87,7 +87,7 @@ def make_plan(config: Config, *, world_size: int = 1, device: Device | None = No
     plan.figures["flops"] = flops = _flops(config, plan.figures["training"]["accumulation"])
     if transfer is None or shard is None or accumulation is None:
         return plan
-    need = _memory(plan, transfer, world_size, shard, accumulation)
+    need = _memory(plan, transfer, world_size, shard, accumulation, bool(device and device.name == "cpu"))
     plan.figures["devices"] = [
         _on_device(d, flops, config.steps, sum(plan.figures["communication"].values()), world_size, mfu, need.peak)
         for d in ([device] if device else []) + [*compare]
@@ -200,8 +200,14 @@ def _flops(config: Config, accumulation: float) -> dict[str, Any]:
     }
 
 
-def _memory(plan: Plan, transfer: rules.Transfer, world_size: int, shard: int, accumulation: int) -> Memory:
-    """Memory, communication and disk; returns the first."""
+def _memory(
+    plan: Plan, transfer: rules.Transfer, world_size: int, shard: int, accumulation: int, on_host: bool
+) -> Memory:
+    """Memory, communication and disk; returns the first.
+
+    Args:
+        on_host: the device has the host's memory, so that nothing is gained by offloading to it.
+    """
     config, model = plan.config, plan.config.model
     matrix, parallel = config.optimizer.matrix, config.parallel
     state = {role: 4 * STATE_BUFFERS.get(of.rule, 1) for role, of in transfer.roles.items()}
@@ -216,6 +222,7 @@ def _memory(plan: Plan, transfer: rules.Transfer, world_size: int, shard: int, a
     }  # fmt: skip
     need = memory(
         model, **step, document_mask=config.data.document_mask, state_bytes=state,
+        offload=parallel.offload_optimizer and not on_host,
         compute_bytes=4 if config.compute_dtype == "float32" else 2,
     )  # fmt: skip
     each = checkpoint_bytes(model, state)

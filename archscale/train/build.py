@@ -8,9 +8,13 @@ from typing import Any
 import torch
 
 from archscale.config import Config
-from archscale.model import Transformer
+from archscale.model import Transformer, counting, initialize
 from archscale.optim import MatrixOptimizer
 from archscale.optim.roles import ParameterRole, parameter_groups
+from archscale.parallel.deepspeed_json import merge, settings
+from archscale.parallel.engine import Engine
+from archscale.parallel.native import NativeEngine
+from archscale.parallel.zero import ZeroEngine, check_deepspeed
 from archscale.scaling.transfer import RoleSettings, transfer_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
@@ -29,10 +33,54 @@ def build_model(config: Config, eos_id: int) -> Transformer:
     )
 
 
+def check_engine(config: Config) -> None:
+    """What can be known of an engine before any process group starts.
+
+    Raises:
+        ConfigError: DeepSpeed is missing or of another version, or its JSON contradicts the config.
+    """
+    if config.parallel.engine == "deepspeed":
+        check_deepspeed()
+        _deepspeed_config(config)
+
+
+def _deepspeed_config(config: Config) -> dict[str, Any]:
+    parallel, training = config.parallel, config.training
+    own = settings(
+        stage=parallel.zero_stage, bf16=training.precision == "bf16", micro_batch=training.micro_batch,
+        offload=parallel.offload_optimizer, parameters=counting.parameters(config.model).total,
+    )  # fmt: skip
+    return merge(own, parallel.deepspeed)
+
+
+def build_engine(config: Config, eos_id: int, device: torch.device, shard: int) -> Engine:
+    """The engine of a resolved config, with an initialized model.
+
+    Args:
+        shard: ranks over which the native engine shards parameters.
+    """
+    parallel, training = config.parallel, config.training
+    dtype = DTYPES[training.precision]
+    if parallel.engine == "deepspeed":
+        return ZeroEngine(
+            lambda: build_model(config, eos_id), lambda model, weights: initialize(model, config.seed, weights),
+            config=_deepspeed_config(config), device=device, dtype=dtype, compile=training.compile,
+        )  # fmt: skip
+    return NativeEngine(
+        lambda: build_model(config, eos_id), lambda model: initialize(model, config.seed), device=device,
+        replicate=parallel.replicate, shard=shard, reshard=parallel.reshard_after_forward, dtype=dtype,
+        compile=training.compile, expert=parallel.expert,
+    )  # fmt: skip
+
+
 def build_optimizer(
-    config: Config, roles: list[ParameterRole], settings: Mapping[str, RoleSettings]
+    config: Config, roles: list[ParameterRole], settings: Mapping[str, RoleSettings], engine: Engine | None = None
 ) -> MatrixOptimizer:
-    """The optimizer of a resolved config, each role under the rule and at the rate that `settings` gives it."""
+    """The optimizer of a resolved config, each role under the rule and at the rate that `settings` gives it.
+
+    Args:
+        engine: what updates the parameters of `roles`; None: they are updated themselves.
+    """
     matrix, element = config.optimizer.matrix, config.optimizer.element
     options: dict[str, dict[str, Any]] = {
         role: {
@@ -46,17 +94,25 @@ def build_optimizer(
         "wire_dtype": DTYPES[config.wire_dtype], "momentum_dtype": DTYPES[matrix.momentum_dtype],
     }  # fmt: skip
     groups = parameter_groups(roles, options, config.model.head_dim if matrix.per_head else None)
+    parameters, weights = (engine.parameters(), engine.weights()) if engine else ({}, {})
+    for group in groups if engine else ():
+        names = [name for name, _ in group["params"]]
+        group["params"] = [(name, parameters[name]) for name in names]
+        group["fragments"] = [
+            None if tuple(parameters[name].shape) == weights[name].shape else (weights[name].shape, weights[name].lo)
+            for name in names
+        ]
     return MatrixOptimizer(groups, lr=settings["matrix"].lr)
 
 
 def manifest(roles: list[ParameterRole], optimizer: MatrixOptimizer) -> list[dict[str, Any]]:
     """Parameter → role → rule, and the matrices that each is updated as."""
-    rules = {id(p): group["rule"] for group in optimizer.param_groups for p in group["params"]}
+    rules = {name: group["rule"] for group in optimizer.param_groups for name in group["param_names"]}
     views: dict[str, list[str]] = {}
     for name, view, rows, cols in optimizer.views():
         views.setdefault(name, []).append(f"{view} {rows}x{cols}")
     return [
-        {"parameter": row.name, "shape": list(row.shape), "role": row.role, "rule": rules[id(row.parameter)],
+        {"parameter": row.name, "shape": list(row.shape), "role": row.role, "rule": rules[row.name],
          "matrices": views.get(row.name, [])}
         for row in roles
     ]  # fmt: skip

@@ -34,11 +34,12 @@ def examine() -> dict[str, str]:
         ("sentencepiece", "tokenizers"),
         ("transformers", "Hugging Face tokenizers"),
         ("datasets", "data: huggingface, parquet"),
+        ("deepspeed", "parallel.engine: deepspeed"),
     ):
         try:
             facts[package] = f"{importlib.metadata.version(package)} ({purpose})"
         except importlib.metadata.PackageNotFoundError:
-            facts[package] = f"not installed ({purpose}): pip install transformers datasets"
+            facts[package] = f"not installed ({purpose}): pip install {package}"
     return facts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -22,15 +23,13 @@ from archscale.config import Config, dump_config
 from archscale.data.loader import Loader, validation_batches
 from archscale.data.shards import TokenSplit
 from archscale.errors import CheckpointError, ConfigError, TrainingError
-from archscale.model import initialize
 from archscale.optim.roles import assign_roles
 from archscale.optim.schedule import lr_multiplier
-from archscale.parallel.native import NativeEngine
 from archscale.scaling.plan import make_plan
 from archscale.scaling.plan_text import counting_pass_share
 from archscale.scaling.transfer import transfer_of
 from archscale.telemetry.guard import Guard
-from archscale.train.build import DTYPES, build_model, build_optimizer, manifest
+from archscale.train.build import build_engine, build_optimizer, check_engine, manifest
 from archscale.train.checkpoint import (
     checkpoint_steps,
     load_checkpoint,
@@ -65,6 +64,7 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
     config, shard = plan.config, plan.config.shard_size(world)
     if config.training.compile and not torch.cuda.is_available() and not cpp_compiler():
         raise ConfigError("there is no C++ compiler", "training.compile", "install g++, or set it to false")
+    check_engine(config)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         resume = "auto"  # after a crash of this very job, not back to where it was told to start
     stuck = config.telemetry.stuck_after
@@ -96,14 +96,9 @@ class Run:
         )
         self.batches = config.batches
         self.transfer = transfer_of(config)
-        self.engine = NativeEngine(
-            lambda: build_model(config, data.eos_id), lambda model: initialize(model, config.seed), device=device,
-            replicate=config.parallel.replicate, shard=shard,
-            reshard=config.parallel.reshard_after_forward, dtype=DTYPES[config.training.precision],
-            compile=config.training.compile, expert=config.parallel.expert,
-        )  # fmt: skip
+        self.engine = build_engine(config, data.eos_id, device, shard)
         self.roles = assign_roles(self.engine.module)
-        self.optimizer = build_optimizer(config, self.roles, self.transfer.roles)
+        self.optimizer = build_optimizer(config, self.roles, self.transfer.roles, self.engine)
         of = config.telemetry.guard
         self.guard = None if of.mode == "off" else Guard(**of.model_dump())
         self._fallen: int | None = None  # step that the last fall-back went to
@@ -254,7 +249,7 @@ class Run:
         (self.run_dir / "plan.json").write_text(json.dumps(plan.as_dict(), indent=1))
         (self.run_dir / "environment.json").write_text(json.dumps(environment(self.device), indent=1))
         (self.run_dir / "manifest.json").write_text(json.dumps(manifest(self.roles, self.optimizer), indent=1))
-        count = sum(row.parameter.numel() for row in self.roles)
+        count = sum(math.prod(row.shape) for row in self.roles)
         matrices = sum(1 for row in self.roles if row.role == "matrix")
         layout = f"{distributed.world_size()} × {self.device.type}"
         print(
