@@ -100,7 +100,7 @@ def memory(
     replicate: int = 1, shard: int = 1, expert: int = 1, zero_stage: int = 1, reshard_after_forward: bool = True,
     recompute: bool = False, document_mask: bool = False, offload: bool = False,
     state_bytes: Mapping[str, int] = STATE_BYTES, orthogonal: Collection[str] = ("matrix",),
-    compute_bytes: int | None = None, wire_bytes: int | None = None,
+    compute_bytes: int | None = None, wire_bytes: int | None = None, watched: bool = True,
 ) -> Memory:  # fmt: skip
     """Bytes on the fullest rank over a training step.
 
@@ -117,6 +117,7 @@ def memory(
         state_bytes: optimizer state per element, by role.
         orthogonal: roles whose rule orthogonalizes whole matrices.
         compute_bytes, wire_bytes: per element, of the orthogonalization and of its exchange; None: by precision.
+        watched: as on steps that telemetry reads: whole matrices are kept beside their directions.
     """
     layout = _Layout(engine, replicate, shard, expert, zero_stage)
     c = 2 if precision == "bf16" else FP32
@@ -163,7 +164,7 @@ def memory(
         "bucket": zero * min(ZERO_BUCKET, parameters) * (FP32 if zero_stage == 3 else 0 if fused else c),
         "persistent": layout.gathers * zero * c * sum(whole[w.name] for w in stored if w.numel <= ZERO_PERSISTENT),
         "optimizer_buffers": _optimizer_buffers(
-            stored, layout, orthogonal, compute_bytes or c, wire_bytes or c, max(part[w.name] for w in stored)
+            stored, layout, orthogonal, compute_bytes or c, wire_bytes or c, max(part[w.name] for w in stored), watched
         ),
     }  # fmt: skip
     if offload:
@@ -221,7 +222,13 @@ def block_activations(model: ModelConfig, c: int, micro_batch: int, spread: bool
 
 
 def _optimizer_buffers(
-    stored: list[Weight], layout: _Layout, orthogonal: Collection[str], compute: int, wire: int, largest: int
+    stored: list[Weight],
+    layout: _Layout,
+    orthogonal: Collection[str],
+    compute: int,
+    wire: int,
+    largest: int,
+    watched: bool,
 ) -> int:
     """What `MatrixOptimizer.step` holds at its fullest: two exchange batches and an orthogonalization, or a temporary."""
     shapes: dict[tuple[int, int], int] = {}
@@ -244,7 +251,9 @@ def _optimizer_buffers(
         # The iteration: X, a spare one unless the stage serves, and square matrices; before it, two float32 copies.
         squares = 5 if compute == FP32 and 2 * long > 3 * short else 3
         iterating = compute * (m * n * (1 + (wire != compute)) + squares * short * short)
-        work = max(work, stack * max(2 * FP32 * m * n, iterating))
+        # A watch keeps M̂, and takes inner products in float32.
+        watching = watched * m * n * (wire + FP32 * (3 if wire < FP32 else 1))
+        work = max(work, stack * (watched * wire * m * n + max(2 * FP32 * m * n, iterating)), stack * watching)
     sent, back = inward / layout.world / batches, outward / layout.world / batches
     # While it works on one batch, the next one's momentum has arrived and the last one's directions are under way; when it
     # returns one, the stage of the last one is still there.

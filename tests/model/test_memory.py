@@ -18,6 +18,7 @@ from archscale.optim.roles import assign_roles, parameter_groups
 from archscale.parallel import deepspeed_json
 from archscale.parallel.native import NativeEngine
 from archscale.parallel.zero import ZeroEngine
+from archscale.train.readings import MatrixWatch
 from archscale.train.step import train_step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -102,7 +103,7 @@ def group_of(module: torch.nn.Module) -> object:
 def measure(
     model: ModelConfig, precision: str, *, micro_batch: int, accumulation: int = 1, shard: int = 1,
     reshard_after_forward: bool = True, recompute: bool = False, document_mask: bool = False, expert: int = 1,
-    zero_stage: int | None = None, steps: int = 2,
+    zero_stage: int | None = None, watched: bool = False, steps: int = 2,
 ) -> dict[str, int]:  # fmt: skip
     """Live bytes on this rank from the profiler: what stays between steps, and the peaks of forward and backward (`passes`)
     and of `optimizer`. Least of all steps but the first, because gloo frees buffers late."""
@@ -111,6 +112,7 @@ def measure(
         engine, optimizer = build(
             model, precision, shard, reshard_after_forward, recompute, 0 if document_mask else None, expert, zero_stage
         )
+        optimizer.watch = MatrixWatch(spectrum=False) if watched else None
         step = optimizer.step
 
         def marked() -> None:
@@ -180,10 +182,17 @@ def check(
 )
 def test_one_process_takes_the_planned_memory(name, precision, options):
     model, options = MODELS[name], {"micro_batch": MICRO_BATCH[name], **options}
-    planned = memory.memory(model, precision=precision, **options)
+    planned = memory.memory(model, precision=precision, **options, watched=False)
     terms = planned.terms
     resident = terms["parameters"] + terms["optimizer_state"]
     check(measure(model, precision, **options), planned, resident, 0.06 if "recompute" in options else 0.03)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_that_is_watched_takes_the_planned_memory(precision):
+    planned = memory.memory(MODELS["optimizer"], precision=precision, micro_batch=1)
+    measured = measure(MODELS["optimizer"], precision, micro_batch=1, watched=True)
+    assert planned.phases["optimizer"] == pytest.approx(measured["optimizer"], rel=0.03)
 
 
 def least(ranks: list[dict[str, int]]) -> dict[str, int]:
@@ -207,7 +216,7 @@ def check_ranks(model: ModelConfig, resident: int, planned: memory.Memory, run, 
 def test_replicas_take_the_planned_memory(pool, accumulation):
     """DDP's buckets stay, and gradients accumulate in them, also those of micro-batches without synchronization."""
     options = {"precision": "fp32", "micro_batch": 4, "accumulation": accumulation}
-    planned = memory.memory(MODELS["activations"], replicate=2, **options)
+    planned = memory.memory(MODELS["activations"], replicate=2, **options, watched=False)
     resident = sum(planned.terms[key] for key in ("parameters", "optimizer_state", "gradients"))
     check_ranks(MODELS["activations"], resident, planned, pool(2).run, **options)
 
@@ -218,7 +227,7 @@ def test_replicas_take_the_planned_memory(pool, accumulation):
 @pytest.mark.parametrize("name", ["optimizer", "vocabulary"])
 def test_shards_take_the_planned_memory(pool, name, reshard, precision):
     options = {"precision": precision, "micro_batch": 1, "shard": 2, "reshard_after_forward": reshard}
-    planned = memory.memory(MODELS[name], **options)
+    planned = memory.memory(MODELS[name], **options, watched=False)
     resident = planned.terms["parameters"] + planned.terms["optimizer_state"]
     check_ranks(MODELS[name], resident, planned, pool(2).run, **options)
 
@@ -229,7 +238,7 @@ def test_shards_take_the_planned_memory(pool, name, reshard, precision):
 def test_spread_experts_take_the_planned_memory(pool, precision, expert):
     """With spread experts gloo keeps more buffers through the optimizer's phase, which is not the fullest: it is left out."""
     options = {"precision": precision, "micro_batch": 4, "shard": 2, "expert": expert}
-    planned = memory.memory(SPREAD, **options)
+    planned = memory.memory(SPREAD, **options, watched=False)
     resident = planned.terms["parameters"] + planned.terms["optimizer_state"]
     check_ranks(SPREAD, resident, planned, pool(2).run, **options)
 
@@ -241,7 +250,7 @@ def test_zero_takes_the_planned_memory(pool, stage, precision):
     """What stays, exactly (at stage 3 gloo also holds gathered parameters for a while); the fullest moment roughly, as
     DeepSpeed's buckets happen to fall."""
     model, options = MODELS["activations"], {"precision": precision, "micro_batch": 2}
-    planned = memory.memory(model, engine="deepspeed", shard=2, zero_stage=stage, **options)
+    planned = memory.memory(model, engine="deepspeed", shard=2, zero_stage=stage, **options, watched=False)
     stays = ["parameters", "model_copy", "optimizer_state"]
     stays += ["bucket", "persistent"] if stage == 3 else []
     stays += ["gradients"] if stage == 3 or (stage, precision) == (1, "bf16") else []
