@@ -28,7 +28,7 @@ from archscale.distributed import Fragment, is_distributed, rank, world_size
 from archscale.errors import ConfigError
 from archscale.parallel.engine import Allow, Optimizer, clip_gradients
 
-TESTED = ((0, 19), (0, 20))  # versions from the first to before the second
+TESTED = ((0, 19, 8), (0, 19, 9))  # versions from the first to before the second; patches change configuration keys
 
 
 def check_deepspeed() -> None:
@@ -39,9 +39,9 @@ def check_deepspeed() -> None:
         version = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError("deepspeed is not installed", "parallel.engine", remedy) from None
-    numbers = tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
+    numbers = tuple(int(part) if part.isdigit() else 0 for part in version.split("+")[0].split(".")[:3])
     if not TESTED[0] <= numbers < TESTED[1]:
-        what = f"deepspeed {version} is installed, this version of archscale is tested with {low} up to {high}"
+        what = f"deepspeed {version} is installed, this version of archscale is tested with {low} up to before {high}"
         raise ConfigError(what, "parallel.engine", remedy)
 
 

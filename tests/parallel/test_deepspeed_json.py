@@ -63,7 +63,7 @@ def test_a_missing_file_is_one_line(tmp_path):
         merge(OWN, tmp_path / "nowhere.json")
 
 
-@pytest.mark.parametrize("version", ["0.18.9", "0.20.0", "1.0", "0.20.1+cu12"])
+@pytest.mark.parametrize("version", ["0.18.9", "0.19.0", "0.19.7", "0.19.9", "0.20.0", "1.0", "0.20.1+cu12"])
 def test_another_version_is_refused(monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     with pytest.raises(ConfigError, match=rf"deepspeed {version.split('+')[0]}.* is installed.*parallel.engine"):
@@ -71,7 +71,7 @@ def test_another_version_is_refused(monkeypatch, version):
 
 
 def test_the_tested_versions_pass(monkeypatch):
-    for version in ("0.19.0", "0.19.8", "0.19.8+abc"):
+    for version in ("0.19.8", "0.19.8.post1", "0.19.8+abc"):
         monkeypatch.setattr(importlib.metadata, "version", lambda name, version=version: version)
         zero.check_deepspeed()
 
