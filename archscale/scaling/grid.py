@@ -7,7 +7,7 @@
     base: ../small/transfer.yaml                        # relative to this file
     axes: {model.width: [32, 64], parameterization.base.lr: [0.01, 0.02]}     # their product
     zip: [{model.depth: 2, model.kv_heads: 1}, {model.depth: 4, model.kv_heads: 2}]   # move together; a list of such lists: product
-    derive: {training.tokens: "20 * model.width ** 2", model.aspect: null}    # in this order; constants or expressions
+    derive: {training.tokens: "20 * model.width ** 2", model.aspect: null}    # expressions, or constants
     where: model.width >= 64 or model.depth == 2        # drops all other combinations
     seeds: 3                                            # 0, 1, 2; or a list
     processes: 2                                        # of each run, under torchrun
@@ -28,115 +28,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import Field, StrictBool, ValidationError, field_validator
-from pydantic_core import PydanticCustomError
+from pydantic import ValidationError
 
 from archscale.config import Config
-from archscale.config_io import (
-    EXPECTED,
-    Count,
-    CountOrZero,
-    Layer,
-    Text,
-    all_keys,
-    explain,
-    nearest,
-    read_file,
-    read_layers,
-    show,
-)
-from archscale.config_sections import Section
+from archscale.config_io import Layer, all_keys, explain, nearest, read_file, read_layers, show
 from archscale.errors import ConfigError
 from archscale.scaling.expressions import Expression, as_number
+from archscale.scaling.grid_config import MOST_RUNS, GridConfig
 
-MOST_RUNS = 10_000
 LONGEST_NAME = 120  # characters; file systems allow 255 bytes
 KEYS = frozenset(all_keys(Config))
 
 Point = dict[str, Any]  # dotted key → value
-
-
-class FitConfig(Section):
-    """A fit over the runs of a grid, as `archscale fit` makes it."""
-
-    form: Literal["power", "power_irreducible", "quadratic_log", "chinchilla"]
-    """Of the law."""
-    x: Annotated[list[Text], Field(min_length=1)]
-    """Column of the law, two for chinchilla."""
-    y: Text
-    """Column that the law predicts."""
-    group: list[Text] = Field(default_factory=list)
-    """Columns; each combination of their values has its own fit."""
-    against: Text | None = None
-    """With quadratic_log: a power law of the optimal x in this column."""
-    joint: StrictBool = False
-    """That law by one fit of all points."""
-    leverage: Annotated[list[Text], Field(min_length=2, max_length=2)] | None = None
-    """How many times the x of the first group the second needs."""
-    at: list[float] = Field(default_factory=list)
-    """Where to take the leverage."""
-    space: Literal["log", "linear"] | None = None
-    """Residuals of ln y or of y."""
-    loss: Literal["squares", "huber"] = "squares"
-    """huber for data with outliers."""
-    delta: Annotated[float, Field(gt=0)] | None = None
-    """Of Huber's loss."""
-    replicates: Annotated[int, Field(ge=99, le=100_000)] = 999
-    """Of the bootstrap."""
-    confidence: Annotated[float, Field(ge=0.5, le=0.99)] = 0.95
-    """Of the intervals."""
-    seed: CountOrZero = 0
-    """Of the bootstrap."""
-
-    @field_validator("x", "group", mode="before")
-    @classmethod
-    def _one_or_more(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-
-class GridConfig(Section):
-    """The keys of a grid file."""
-
-    name: Text
-    """Of the sweep and of its directory, runs/<name>."""
-    base: Text
-    """Config of all runs, relative to the grid file."""
-    axes: dict[str, list[Any]] = Field(default_factory=dict)
-    """Values of dotted keys; their product."""
-    zip: list[Annotated[list[dict[str, Any]], Field(min_length=1)]] = Field(default_factory=list)
-    """Lists of points whose keys move together; in the file also one such list."""
-    derive: dict[str, Any] = Field(default_factory=dict)
-    """Keys that follow from others: an expression in text, or a constant."""
-    where: Text | None = None
-    """Expression; a combination for which it is false is dropped."""
-    seeds: Annotated[list[CountOrZero], Field(min_length=1)] | None = None
-    """In the file also how many, from 0 on; null: the base's."""
-    processes: Count = 1
-    """Of each run."""
-    fit: list[FitConfig] = Field(default_factory=list)
-    """Fits over the finished runs."""
-
-    def problems(self) -> Iterator[ConfigError]:
-        if not re.fullmatch(r"[\w+-][\w.+-]*", self.name):
-            yield ConfigError(f"{self.name!r} cannot name a directory", "name", "use letters, digits, - and _")
-
-    @field_validator("zip", mode="before")
-    @classmethod
-    def _one_zip(cls, value: Any) -> Any:
-        return [value] if isinstance(value, list) and value and isinstance(value[0], dict) else value
-
-    @field_validator("seeds", mode="before")
-    @classmethod
-    def _so_many(cls, value: Any) -> Any:
-        if value is None or isinstance(value, list):
-            return value
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_RUNS:
-            raise PydanticCustomError(
-                EXPECTED, "", {"expected": f"a whole number from 1 to {MOST_RUNS} or a list of seeds"}
-            )
-        return list(range(value))
 
 
 @dataclass(frozen=True)
@@ -170,10 +75,7 @@ class Grid:
         self.base = Path(os.path.normpath(path.parent / content.base))
         self._layers = read_layers(self.base, overrides)
         self._check_keys()
-        self._derived = {
-            key: self._expression(value, f"derive.{key}") if isinstance(value, str) else value
-            for key, value in content.derive.items()
-        }
+        self._derived = self._in_order()
         self._where = self._expression(content.where, "where") if content.where else None
         for layer in self._layers[len(self._layers) - len(overrides) :]:
             key = next(_leaves(layer.data))
@@ -185,17 +87,16 @@ class Grid:
         """All keys that the grid sets, in the order of the names of runs."""
         seeds = ["seed"] if self.content.seeds is not None else []
         zips = [key for part in self.content.zip for key in part[0]]
-        return [*self.content.axes, *zips, *seeds, *self.content.derive]
+        return [*zips, *self.content.axes, *seeds, *self.content.derive]
 
     def runs(self) -> list[GridRun]:
-        """Every run, in the order of the axes, the last one fastest.
+        """Every run, in the order of zip, axes and seeds, the last one fastest.
 
         Raises:
             ConfigError: none are left, or one of them has no config; the line names its values.
         """
         content = self.content
-        parts: list[list[Point]] = [[{key: value} for value in values] for key, values in content.axes.items()]
-        parts += content.zip
+        parts = [*content.zip, *([{key: value} for value in values] for key, values in content.axes.items())]
         if content.seeds is not None:
             parts.append([{"seed": seed} for seed in content.seeds])
         count = math.prod(map(len, parts))
@@ -238,7 +139,7 @@ class Grid:
                 found = None if found is None else found[part]  # keys of a section that is null are null
             return found
 
-        for key, derived in self._derived.items():
+        for key, derived in self._derived:
             values[key] = derived(value) if isinstance(derived, Expression) else derived
             resolved.clear()
         if self._where and not self._where(value):
@@ -260,8 +161,7 @@ class Grid:
         zips = self.content.zip
         told: list[str] = []
         for i, part in enumerate(combination):
-            j = i - len(self.content.axes)
-            keys = _telling(zips[j]) if 0 <= j < len(zips) else list(part)
+            keys = _telling(zips[i]) if i < len(zips) else list(part)
             told += [f"{self._short(key)}{_value_text(part[key])}" for key in keys]
         name = "_".join(told) or self.content.name
         exact = json.dumps(combination, sort_keys=True, default=str)
@@ -277,6 +177,28 @@ class Grid:
             if sum(other.split(".")[-length:] == end for other in self.keys) == 1:
                 break
         return ".".join(end)
+
+    def _in_order(self) -> list[tuple[str, Any]]:
+        """Derived keys, each after those that it names; among them first what needs nothing but the grid's own values, so that a
+        config which is built to look up any other key has as many of them as can be."""
+        pending = {
+            key: self._expression(value, f"derive.{key}") if isinstance(value, str) else value
+            for key, value in self.content.derive.items()
+        }
+        names = {key: value.names if isinstance(value, Expression) else set() for key, value in pending.items()}
+        own = set(self.keys) - pending.keys()
+        found: list[tuple[str, Any]] = []
+        while pending:
+            ready = [key for key in pending if not names[key] & pending.keys()]
+            if not ready:
+                circle = ", ".join(pending)
+                raise ConfigError(
+                    "derived keys need each other", f"derive of {circle} in {self.path}", "break the circle"
+                )
+            key = next((key for key in ready if names[key] <= own), ready[0])
+            found.append((key, pending.pop(key)))
+            own.add(key)
+        return found
 
     def _expression(self, text: str, where: str) -> Expression:
         return Expression(text, f"{where} in {self.path}", KEYS)

@@ -17,7 +17,8 @@ from archscale.errors import ArchscaleError, ConfigError, DataError
 from archscale.scaling.fit import Settings, needed
 from archscale.scaling.fit_table import TableFits, check_arguments, fit_table, label_of
 from archscale.scaling.fit_text import render
-from archscale.scaling.grid import FitConfig, Grid
+from archscale.scaling.grid import Grid
+from archscale.scaling.grid_config import FitConfig
 from archscale.scaling.laws import LAWS
 from archscale.scaling.table import Cell, Table, flat, read_table
 

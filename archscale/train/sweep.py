@@ -26,10 +26,11 @@ from typing import IO, Any
 import torch
 
 from archscale.config import Config, dump_config, load_config
-from archscale.config_io import show, write_yaml
+from archscale.config_io import write_yaml
 from archscale.data.shards import read_manifest
 from archscale.errors import ArchscaleError, ConfigError, DataError, TrainingError
 from archscale.scaling.devices import Device
+from archscale.scaling.fit_table import text_of
 from archscale.scaling.grid import Grid, GridRun, read_grid
 from archscale.scaling.launchers import Event, Job, run_local
 from archscale.scaling.plan import Plan, make_plan
@@ -167,7 +168,7 @@ def _check_same(run: SweepRun) -> None:
         free = any(key == name or key.startswith(name + ".") for name in FREE_KEYS)
         if before.get(key) != now.get(key) and not free:
             raise ConfigError(
-                f"{key} is {show(now.get(key))}, the run in {run.directory} has {show(before.get(key))}", key,
+                f"{key} is {text_of(now.get(key))}, the run in {run.directory} has {text_of(before.get(key))}", key,
                 "restore the value, give another --sweep-dir, or remove that directory",
             )  # fmt: skip
 
