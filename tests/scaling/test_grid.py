@@ -21,7 +21,7 @@ BASE = {
 def grid(folder, overrides=(), /, content=None, **keys):
     (folder / "base.yaml").write_text(yaml.safe_dump(BASE | (content or {})))
     path = folder / "g.yaml"
-    path.write_text(yaml.safe_dump({"name": "g", "base": "base.yaml", **keys}))
+    path.write_text(yaml.safe_dump({"name": "g", "base": "base.yaml", **keys}, sort_keys=False))
     return read_grid(path, overrides)
 
 
@@ -81,6 +81,18 @@ def test_derived_values_and_conditions_see_what_the_config_will_have(tmp_path):
     assert [(r.name, r.config.model.width, r.config.tokens, r.config.eval.batches) for r in runs] == [
         ("depth1", 16, 2560, 7), ("depth2", 32, 5120, 3)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_derived_values_do_not_depend_on_their_order(tmp_path, turned):
+    """A looked-up width follows a derived depth, also one that was itself looked up before."""
+    content = {"model": {**BASE["model"], "width": None, "aspect": 16, "depth": 4}}
+    derive = {"training.tokens": "160 * model.width", "model.depth": "seed + 1"}
+    made = grid(tmp_path, content=content, seeds=[1], derive=dict(reversed(derive.items())) if turned else derive)
+    assert made.runs()[0].config.tokens == 160 * 32
+    derive = {"eval.batches": "model.context", "model.depth": "model.context // 8"}
+    made = grid(tmp_path, content=content, seeds=[1], derive=derive, where="model.width == 32")
+    assert made.runs()[0].config.model.width == 32
 
 
 def test_a_condition_can_drop_what_has_no_config(tmp_path):
