@@ -17,7 +17,7 @@ from archscale.scaling.devices import Device
 from archscale.scaling.fit_table import fit_table
 from archscale.scaling.grid import read_grid
 from archscale.scaling.table import read_table
-from archscale.train.sweep import plan_runs, slots, sweep
+from archscale.train.sweep import _terminable, plan_runs, slots, sweep
 from archscale.train.sweep_view import last_line
 from tests.pool import launch, start
 from tests.test_cli import refused
@@ -249,6 +249,15 @@ def kill_sweep(command, folder, until):
         job.kill()
 
 
+def test_sigterm_ends_as_ctrl_c_does():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), _terminable():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.timeout(300)  # five times the import of torch: a minute where cores are busy
 def test_killed_with_9_and_started_again(tmp_path, data):
     """Two runs; the one left alone trains in this process, and a third cannot start."""
     path = grid(tmp_path, data, steps=20, every=4, axes={LR: [0.002, 0.01]})
