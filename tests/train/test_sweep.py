@@ -284,17 +284,17 @@ def test_killed_with_9_and_started_again(tmp_path, data):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_24_runs_killed_three_times_end_as_if_left_alone(tmp_path, data, processes):
-    """F1 for a whole sweep, also with two processes for each run."""
+@pytest.mark.parametrize(("processes", "seeds", "kills"), [(1, 3, (3, 11, 19)), (2, 1, (1, 3, 5))])
+def test_a_sweep_killed_three_times_ends_as_if_left_alone(tmp_path, data, processes, seeds, kills):
+    """F1 for a whole sweep: 24 runs, and 8 of two processes each; killed with -9 after so many finished runs."""
     path = grid(
-        tmp_path, data, steps=24, every=4, axes={"model.width": [16, 24], LR: [0.002, 0.01, 0.05, 0.2]}, seeds=3,
+        tmp_path, data, steps=24, every=4, axes={"model.width": [16, 24], LR: [0.002, 0.01, 0.05, 0.2]}, seeds=seeds,
         derive={"model.aspect": None}, processes=processes, fit=[{**BOWL, "group": "model.width"}],
     )  # fmt: skip
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     command = ["sweep", str(path), "--jobs", str(2 // processes), "--sweep-dir"]
     first = launch([*command, str(alone)], timeout=800, check=False, cwd=tmp_path)
-    for count in (3, 11, 19):
+    for count in kills:
 
         def partway(count=count):
             if not (killed / "sweep.jsonl").exists() or len(events(killed, "finished")) < count:
@@ -306,10 +306,12 @@ def test_24_runs_killed_three_times_end_as_if_left_alone(tmp_path, data, process
     last = launch([*command, str(killed)], timeout=800, check=False, cwd=tmp_path)
     assert first.returncode == last.returncode
     assert (killed / "results.csv").read_text() == (alone / "results.csv").read_text()
-    assert len((alone / "results.csv").read_text().splitlines()) == 25
+    assert len((alone / "results.csv").read_text().splitlines()) == 8 * seeds + 1
     assert json.loads((killed / "fits.json").read_text())[0]["groups"] == [
         {**group, "refused": group["refused"] and {**group["refused"], "where": group["refused"]["where"].replace("alone", "killed")}}
         for group in json.loads((alone / "fits.json").read_text())[0]["groups"]
     ]  # fmt: skip
-    assert len(events(killed, "finished")) == len(set(events(killed, "finished"))) == 24  # none was trained twice
+    assert (
+        len(events(killed, "finished")) == len(set(events(killed, "finished"))) == 8 * seeds
+    )  # none was trained twice
     assert max(events(killed, "started").count(name) for name in set(events(killed, "started"))) >= 2
