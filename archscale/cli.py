@@ -103,6 +103,31 @@ def plan(
 
 
 @app.command()
+def sweep(
+    grid: Annotated[Path, typer.Argument(help="YAML grid: a base config and axes over its keys.")],
+    set: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the base; repeatable.")
+    ] = None,
+    sweep_dir: Annotated[Path | None, typer.Option(help="Sweep directory; default runs/<name>.")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Runs at once; default as many as cores or GPUs, and memory, have room for."),
+    ] = None,
+    retries: Annotated[int, typer.Option(min=0, help="How often a run that crashed is tried again.")] = 2,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the runs with their plans and the cost of all; start nothing.")
+    ] = False,
+) -> None:
+    """Train all runs of a grid, then tabulate and fit them. The same command again skips what is finished and resumes the rest.
+
+    Example: archscale sweep configs/sweeps/lr_tokens.yaml --dry-run
+    """
+    from archscale.train.sweep import sweep as run
+
+    run(grid, set or [], sweep_dir=sweep_dir, jobs=jobs, retries=retries, dry_run=dry_run)
+
+
+@app.command()
 def fit(
     targets: Annotated[list[Path], typer.Argument(metavar="FILE_OR_DIR...", help="CSV files, or directories of runs.")],
     x: Annotated[list[str], typer.Option("--x", metavar="COLUMN", help="Of the law; twice for chinchilla: N, then D.")],

@@ -286,10 +286,11 @@ class Config(Section):
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Raises ConfigError, as `load_config` does."""
-        return cls._from_layers([Layer("the given dictionary", dict(data))])
+        return cls.from_layers([Layer("the given dictionary", dict(data))])
 
     @classmethod
-    def _from_layers(cls, layers: Sequence[Layer]) -> Self:
+    def from_layers(cls, layers: Sequence[Layer]) -> Self:
+        """Later layers win. Raises ConfigError, which names the layer that a key comes from."""
         try:
             return cls.model_validate(merge(layers))
         except ValidationError as error:
@@ -306,7 +307,7 @@ def _largest_divisor(value: int, limit: int) -> int:
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """The file, over what it inherits by `base:`, under the overrides `section.key=value` (in YAML)."""
-    return Config._from_layers(read_layers(path, overrides))
+    return Config.from_layers(read_layers(path, overrides))
 
 
 def dump_config(config: Config, path: str | os.PathLike[str]) -> None:

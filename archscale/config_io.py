@@ -44,7 +44,7 @@ def read_layers(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         if file.resolve() in seen:
             raise ConfigError(f"{file} inherits from itself", where, "remove one `base` of the cycle")
         seen.append(file.resolve())
-        data = _read_file(file, where)
+        data = read_file(file, where)
         base = data.pop("base", None)
         if base is not None and not (isinstance(base, str) and base):
             raise ConfigError(f"got {show(base)}, expected a file name", f"base in {file}", "name one YAML file")
@@ -128,7 +128,8 @@ def _parse_yaml(text: str, where: str) -> Any:
         raise ConfigError(f"not valid YAML: {what}", where, "correct the YAML there") from error
 
 
-def _read_file(path: Path, included_from: str) -> dict[str, Any]:
+def read_file(path: Path, included_from: str = "", needs: str = "`name` and `data: {train: ...}`") -> dict[str, Any]:
+    """The mapping in a YAML file; `included_from` and `needs` (what a file of this kind has at least) are for errors."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -139,7 +140,7 @@ def _read_file(path: Path, included_from: str) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {reason}", included_from or str(path), "name a YAML file") from error
     data = _parse_yaml(text, str(path))
     if data is None:
-        raise ConfigError("the file is empty", str(path), "give at least `name` and `data: {train: ...}`")
+        raise ConfigError("the file is empty", str(path), f"give at least {needs}")
     if not isinstance(data, dict):
         raise ConfigError(f"got {show(data)}, expected `key: value` pairs", str(path), "begin with `name: ...`")
     return data
@@ -350,18 +351,19 @@ def _which_key(key: str, keys: Mapping[str, Any], root: type[BaseModel]) -> str:
     close = nearest(key, list(keys))
     if close:
         return f"did you mean {close}?"
-    elsewhere = [dotted for dotted in _all_keys(root) if dotted.rpartition(".")[2] == key]
+    elsewhere = [dotted for dotted in all_keys(root) if dotted.rpartition(".")[2] == key]
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
     return f"the keys here are {', '.join(keys)}"
 
 
-def _all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every dotted key below `section`, those of sections included."""
     for key, field in fields_by_key(section).items():
         yield prefix + key
         inner = _model_in(field.annotation)
         if inner:
-            yield from _all_keys(inner, f"{prefix}{key}.")
+            yield from all_keys(inner, f"{prefix}{key}.")
 
 
 def divisors(value: int) -> list[int]:

@@ -131,7 +131,7 @@ def fit_table(table: Table, form: str, x: Sequence[str], y: str, group: Sequence
         DataError: a column that is not there, text for a number, no rows at all, or a leverage that cannot be made.
     """
     settings = settings or Settings()
-    _check_arguments(form, x, against, joint, over, at, settings)
+    check_arguments(form, x, against, joint, over, at, settings)
     xs, target = [table.find(name) for name in x], table.find(y)
     by = [table.find(name) for name in group]
     moving = table.find(against) if against else None
@@ -179,8 +179,13 @@ def text_of(value: Cell) -> str:
     return "null" if value is None else value
 
 
-def _check_arguments(form: str, x: Sequence[str], against: str | None, joint: bool, over: tuple[str, str] | None,
-                     at: Sequence[float], settings: Settings) -> None:  # fmt: skip
+def check_arguments(form: str, x: Sequence[str], against: str | None, joint: bool, over: tuple[str, str] | None,
+                    at: Sequence[float], settings: Settings) -> None:  # fmt: skip
+    """Refuses arguments of `fit_table` that do not go together.
+
+    Raises:
+        ConfigError: which ones.
+    """
     columns = LAWS[form].columns
     problems = [
         (len(x) != columns, f"{form} takes {columns} of --x, got {len(x)}", "--x",

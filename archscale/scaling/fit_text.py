@@ -42,7 +42,7 @@ def render(fits: TableFits) -> str:
                     note,
                 ]
             )
-        lines += _aligned(rows)
+        lines += aligned(rows)
     if fits.excluded:
         lines += ["", f"not used: {len(fits.excluded)}", *(f"  {row}: {reason}" for row, reason in fits.excluded)]
     return "\n".join(lines)
@@ -68,7 +68,7 @@ def _table(groups: Sequence[Group], relative: bool) -> list[str]:
                 [group.label or "all", str(fit.points), *(with_interval(fit.estimates[name]) for name in names),
                  *(_error(error, relative) for error in errors)]
             )  # fmt: skip
-        lines = _aligned(rows)
+        lines = aligned(rows)
     return lines + [f"  refused: {group.refused.what} ({group.refused.where})" for group in groups if group.refused]
 
 
@@ -78,6 +78,7 @@ def _error(error: float | None, relative: bool) -> str:
     return f"{error:.3%}" if relative else f"{error:.3g}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table, columns aligned and indented."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]

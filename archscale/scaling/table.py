@@ -183,7 +183,7 @@ def _runs(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, 
         inner.clear()  # nothing below a run is a run
         config = load_config(run / "config.yaml")
         metrics = _last_values(run / "metrics.jsonl")
-        row: dict[str, Cell] = {"run": path, **dict(_flat(config.resolved())), **metrics}
+        row: dict[str, Cell] = {"run": path, **dict(flat(config.resolved())), **metrics}
         row |= _structure(config, metrics.get("tokens"))
         step = metrics.get("step")
         try:
@@ -213,10 +213,11 @@ def _last_values(path: Path) -> dict[str, Cell]:
     return found
 
 
-def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Cell]]:
+def flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Cell]]:
+    """Dotted keys and values of a config, lists as JSON."""
     for key, value in section.items():
         if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from flat(value, f"{prefix}{key}.")
         else:
             yield prefix + key, json.dumps(value) if isinstance(value, list) else _plain(value)
 

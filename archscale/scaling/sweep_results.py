@@ -1,0 +1,198 @@
+"""What comes of a sweep: a row for each run, results.csv, and the fits that the grid asks for."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from archscale.config import Config
+from archscale.errors import ArchscaleError, ConfigError, DataError
+from archscale.scaling.fit import Settings, needed
+from archscale.scaling.fit_table import TableFits, check_arguments, fit_table, label_of
+from archscale.scaling.fit_text import render
+from archscale.scaling.grid import Grid
+from archscale.scaling.grid_config import FitConfig
+from archscale.scaling.laws import LAWS
+from archscale.scaling.table import Cell, Table, flat, read_table
+
+# Columns that every run has beside its config keys; those with a slash, such as optimizer/clip_fraction, depend on the run.
+METRICS = (
+    "step", "tokens", "loss", "aux_loss", "grad_norm", "lr", "val_loss", "val_bits_per_byte", "mfu", "step_seconds",
+    "tokens_per_second", "parameters", "active_parameters", "published_parameters", "flops_per_token", "flops",
+    "published_flops",
+)  # fmt: skip
+# Not in results.csv: what the clock says, which no two sweeps share, and figures of single layers and matrices.
+UNSHARED = re.compile(
+    r"time|mfu|step_seconds|tokens_per_second|run|straggler/.*|stability/layer_.*|moe/layer_.*|.*/matrix/.*"
+)
+
+
+@dataclass(frozen=True)
+class GridFit:
+    """One fit that a grid asks for, or why it was refused."""
+
+    asked: FitConfig
+    fits: TableFits | None
+    refusal: ArchscaleError | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For fits.json."""
+        found = self.fits.as_dict() if self.fits else {"form": self.asked.form, "x": self.asked.x, "y": self.asked.y}
+        return found | {"refused": self.refusal.as_dict() if self.refusal else None}
+
+
+def settings_of(asked: FitConfig) -> Settings:
+    return Settings(asked.space, asked.loss, asked.delta, asked.replicates, asked.confidence, asked.seed)
+
+
+def check_fits(grid: Grid, configs: Sequence[Config]) -> None:
+    """Refuses, before any run, fits that these runs could not be enough for.
+
+    Raises:
+        ConfigError: a column that no run will have, arguments that do not go together, or a group of too few runs.
+    """
+    rows = [dict(flat(config.resolved())) for config in configs]
+    for number, asked in enumerate(grid.content.fit):
+        where = f"fit.{number} in {grid.path}"
+        try:
+            check_arguments(
+                asked.form, asked.x, asked.against, asked.joint,
+                (asked.leverage[0], asked.leverage[1]) if asked.leverage else None, asked.at, settings_of(asked),
+            )  # fmt: skip
+            columns = Table(
+                where, {name: [] for name in dict.fromkeys([*METRICS, *(key for row in rows for key in row)])}, []
+            )
+            names = {
+                name: name if "/" in name else columns.find(name)
+                for name in (*asked.x, asked.y, *asked.group, *([asked.against] if asked.against else []))
+            }
+            if names[asked.y].startswith("val_") and any(row["data.val"] is None for row in rows):
+                raise ConfigError(f"no {asked.y} without data.val", where, "give data.val in the base, or fit the loss")
+            _check_counts(asked, [names[x] for x in asked.x], [names[g] for g in asked.group],
+                          names[asked.against] if asked.against else None, rows)  # fmt: skip
+        except ArchscaleError as error:
+            raise ConfigError(error.what.replace("--", ""), where, error.remedy.replace("--", "")) from None
+
+
+def _check_counts(asked: FitConfig, x: list[str], group: list[str], against: str | None,
+                  rows: Sequence[Mapping[str, Cell]]) -> None:  # fmt: skip
+    """Points of each group, as far as configs tell: a column of metrics is known only after the runs."""
+    keys = [*group, *([against] if against else [])]
+    if not all(key in rows[0] for key in keys):
+        return
+    groups: dict[tuple[Cell, ...], list[tuple[Cell, ...]]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row.get(key) for key in keys), []).append(tuple(row.get(name) for name in x))
+    least, parameters = needed(asked.form, settings_of(asked)), LAWS[asked.form].parameters
+    for key, points in groups.items():
+        of = f" of {label_of(keys, key)}" if keys else ""
+        distinct = len(set(points)) if all(name in rows[0] for name in x) else len(points)
+        if len(points) < least or distinct < parameters:
+            raise ConfigError(
+                f"{len(points)} runs{of} at {distinct} different {' and '.join(x)} are too few for {asked.form}, which needs "
+                f"{least} at {parameters} different ones", "", "add values or seeds to the grid, or remove the fit",
+            )  # fmt: skip
+    if against:
+        for key in {key[:-1] for key in groups}:
+            values = len({other[-1] for other in groups if other[:-1] == key})
+            if values < needed("power", Settings()):
+                raise ConfigError(
+                    f"{values} different {against} are too few for a law of the optima, which needs {needed('power', Settings())}",
+                    "", "add values to the grid, or remove `against`",
+                )  # fmt: skip
+
+
+def collect(directory: Path, runs: Mapping[str, Path], failed: Mapping[str, str]) -> Table:
+    """A row for each finished run, named by the run; the others are left out with the reason.
+
+    Args:
+        runs: directories by name, in the order of the rows.
+        failed: reasons by name.
+    """
+    names, found, left_out = [], [], []
+    for name, run in runs.items():
+        table = read_table([run]) if run.is_dir() else Table("", {}, [])
+        if table.rows and name not in failed:
+            names.append(name)
+            found.append({column: cells[0] for column, cells in table.columns.items()} | {"run": name})
+        else:
+            reasons = [reason for _, reason in table.left_out]
+            left_out.append((name, failed.get(name) or (reasons or ["was not started"])[0]))
+    return Table.from_rows(found, names, str(directory), left_out)
+
+
+def write_results(table: Table, keys: Sequence[str], configs: Mapping[str, Config], path: Path) -> None:
+    """results.csv: runs, whether they finished, the config keys that tell them apart, and their last metrics.
+
+    The same for the same runs, however often they were interrupted: nothing in it depends on the clock.
+    """
+    rows = {name: dict(flat(config.resolved())) for name, config in configs.items()}
+    all_keys = dict.fromkeys(key for row in rows.values() for key in row)
+    differing = [key for key in all_keys if len({repr(row.get(key)) for row in rows.values()}) > 1 and key != "name"]
+    told = list(dict.fromkeys([*(key for key in keys if key in all_keys), *differing]))
+    metrics = [c for c in table.columns if c not in all_keys and not UNSHARED.fullmatch(c)]
+    status = dict.fromkeys(table.rows, "finished") | {name: f"failed: {reason}" for name, reason in table.left_out}
+    at = {name: number for number, name in enumerate(table.rows)}
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["run", "status", *told, *metrics])
+    for name, config in rows.items():
+        last = [table.columns[c][at[name]] if name in at else None for c in metrics]
+        writer.writerow([name, status[name], *map(_text, [*(config.get(key) for key in told), *last])])
+    write_text(path, stream.getvalue())
+
+
+def _text(cell: Cell) -> str:
+    if isinstance(cell, float):
+        return str(int(cell)) if cell.is_integer() and abs(cell) < 1e15 else repr(cell)
+    return "" if cell is None else cell
+
+
+def make_fits(table: Table, fits: Sequence[FitConfig]) -> list[GridFit]:
+    """Each of the fits, or why it was refused."""
+    found = []
+    for asked in fits:
+        fitted: TableFits | None = None
+        refusal: ArchscaleError | None = None
+        try:
+            if not table.rows:
+                raise DataError("no run has finished", table.source, "see why they failed")
+            fitted = fit_table(
+                table, asked.form, asked.x, asked.y, asked.group, against=asked.against, joint=asked.joint,
+                over=(asked.leverage[0], asked.leverage[1]) if asked.leverage else None, at=asked.at,
+                settings=settings_of(asked),
+            )  # fmt: skip
+            refusal = fitted.refusal
+        except ArchscaleError as error:
+            refusal = error
+        found.append(GridFit(asked, fitted, refusal))
+    return found
+
+
+def write_fits(fits: Sequence[GridFit], path: Path) -> None:
+    write_text(path, json.dumps([fit.as_dict() for fit in fits], indent=1) + "\n")
+
+
+def fits_text(fits: Sequence[GridFit]) -> str:
+    """All of them for people, with intervals."""
+    parts = []
+    for fit in fits:
+        if fit.fits is None:
+            parts.append(f"{fit.asked.form} of {fit.asked.y}: refused: {fit.refusal}")
+        else:
+            parts.append(render(fit.fits))
+    return "\n\n".join(parts)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically: a crash leaves the old file or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
