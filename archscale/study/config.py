@@ -37,13 +37,13 @@ NonNegatives = Annotated[list[NonNegative], Field(min_length=1)]
 class LeastSquaresRace(Section):
     """Trajectories at equal step size on matrix least squares."""
 
-    sigma_means: Positives = [0.1, 10.0]
+    sigma_means: Positives = Field(default=[0.1, 10.0])
     """σ̄ of the first gradient: how the loss is scaled."""
     exponent: NonNegative = 1.0
     """α of the first gradient's spectrum, σ_i ∝ i^(−α)."""
     condition: Positive = 100.0
     """Condition number of the curvature."""
-    lrs: Positives = [0.03, 0.1, 0.3, 1.0, 3.0, 10.0]
+    lrs: Positives = Field(default=[0.03, 0.1, 0.3, 1.0, 3.0, 10.0])
     """Step sizes η."""
     steps: Count = 200
     """Updates of each trajectory."""
@@ -60,11 +60,11 @@ class LeastSquaresStudy(Section):
     """n, inputs of the matrix."""
     lipschitz: Positive = 1.0
     """L, the largest curvature."""
-    exponents: NonNegatives = [0.0, 0.5, 1.0, 2.0]
+    exponents: NonNegatives = Field(default=[0.0, 0.5, 1.0, 2.0])
     """α of planted gradient spectra, σ_i ∝ i^(−α)."""
-    sigma_means: Positives = [0.1, 1.0, 10.0]
+    sigma_means: Positives = Field(default=[0.1, 1.0, 10.0])
     """σ̄ of planted gradients."""
-    conditions: Positives = [1.0, 100.0]
+    conditions: Positives = Field(default=[1.0, 100.0])
     """Condition numbers of the curvature; 1: the same in all directions, where the theorem is an equality."""
     race: LeastSquaresRace = LeastSquaresRace()
     """Trajectories."""
@@ -84,7 +84,7 @@ class KroneckerStudy(Section):
     """n, the size of A."""
     input_condition: Positive = 10.0
     """Condition number of A."""
-    output_conditions: Positives = [1.0, 10.0, 100.0, 1000.0]
+    output_conditions: Positives = Field(default=[1.0, 10.0, 100.0, 1000.0])
     """Condition numbers of B."""
     samples: Count = 256
     """Gradients, of independent Gaussian errors, that the gradient covariance is estimated from."""
@@ -101,9 +101,9 @@ class KroneckerStudy(Section):
 class LanguageRace(Section):
     """Training at equal step size."""
 
-    sigma_means: Positives = [0.1, 10.0]
+    sigma_means: Positives = Field(default=[0.1, 10.0])
     """σ̄ of the first gradient, over all matrices: how the loss is scaled."""
-    lrs: Positives = [0.003, 0.01, 0.03, 0.1, 0.3]
+    lrs: Positives = Field(default=[0.003, 0.01, 0.03, 0.1, 0.3])
     """Step sizes η of the matrices."""
     steps: Count = 80
     """Updates of each run."""
@@ -120,7 +120,7 @@ class LanguageStudy(Section):
     """Directory of token shards."""
     batch: Count = 8
     """Sequences of a batch."""
-    after: Annotated[list[CountOrZero], Field(min_length=1)] = [0, 50]
+    after: Annotated[list[CountOrZero], Field(min_length=1)] = Field(default=[0, 50])
     """Training steps after which edges are measured."""
     lr: Positive = 0.02
     """Step size of Muon in those steps."""
@@ -145,7 +145,7 @@ class SpectralStudy(Section):
     """Which study this is."""
     name: Text
     """Of the study and of its directory, runs/<name>."""
-    seeds: Seeds = [0, 1, 2]
+    seeds: Seeds = Field(default=[0, 1, 2])
     """Of everything random."""
     orthogonalizer: Literal["polar_express", "quintic", "quintic_tuned"] = "polar_express"
     """Five iterations of this scheme, beside the exact factor."""
@@ -182,7 +182,7 @@ class HybridStudy(Section):
     """Which study this is."""
     name: Text
     """Of the study and of its directory, runs/<name>."""
-    seeds: Seeds = [0, 1, 2]
+    seeds: Seeds = Field(default=[0, 1, 2])
     """Of initialization and data order."""
     run: dict[str, Any]
     """Training config of every arm (configs/README.md), without name, seed and what an arm sets."""

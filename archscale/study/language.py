@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -27,7 +26,6 @@ from archscale.study.config import LanguageStudy
 MUON = Rule("study_muon", shape="one")  # W ← W − η Q, without shape factor: the step of the theorem
 SGD = Rule("study_sgd", direction="momentum")
 RULES = {"muon": MUON, "sgd": SGD}
-HELD_OUT = 1 << 40  # sample number of the batch that losses are compared on: no run comes so far
 
 
 class View(NamedTuple):
@@ -48,6 +46,7 @@ class Language:
     def __init__(self, settings: LanguageStudy, seed: int):
         self.settings, self.seed = settings, seed
         self.split = TokenSplit(settings.data, "train", settings.model.context)
+        self.validation = TokenSplit(settings.data, "validation", settings.model.context)
         size = settings.model.vocab_size or self.split.vocab_size
         if size < self.split.vocab_size:
             raise ConfigError(
@@ -68,15 +67,18 @@ class Language:
                     lo += rows
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B, T) of a step; of any step number."""
-        numbers = (np.arange(self.settings.batch) + step * self.settings.batch).astype(np.int64)
-        windows = sample_index(self.seed, numbers, self.split.num_samples)
-        block = torch.from_numpy(np.stack([self.split.sample(int(i)) for i in windows]))
-        return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+        """Inputs and targets (B, T) that a training step takes."""
+        return self._windows(self.split, step)
 
-    def held_out(self) -> tuple[Tensor, Tensor]:
-        """The batch that edges and races are measured on."""
-        return self.batch(HELD_OUT // self.settings.batch)
+    def held_out(self, number: int = 0) -> tuple[Tensor, Tensor]:
+        """A batch (B, T) of the validation split; edges and races are measured on number 0."""
+        return self._windows(self.validation, number)
+
+    def _windows(self, split: TokenSplit, number: int) -> tuple[Tensor, Tensor]:
+        numbers = np.arange(self.settings.batch, dtype=np.int64) + number * self.settings.batch
+        windows = sample_index(self.seed, numbers, split.num_samples)
+        block = torch.from_numpy(np.stack([split.sample(int(i)) for i in windows]))
+        return block[:, :-1].contiguous(), block[:, 1:].contiguous()
 
     def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         """Mean nats per token; can be differentiated twice."""
@@ -110,8 +112,7 @@ class Language:
             before = self.loss(batch).item()
         return change
 
-    @contextmanager
-    def curvature(self, views: list[View], batch: tuple[Tensor, Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
+    def curvature(self, views: list[View], batch: tuple[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
         """v → H v of the loss in these views, both flat; exact second derivatives of one graph."""
         stored = list(dict.fromkeys(view.parameter for view in views))
         found = dict(zip(stored, torch.autograd.grad(self.loss(batch), stored, create_graph=True)))
@@ -121,7 +122,7 @@ class Language:
             rows = dict(zip(stored, torch.autograd.grad(gradient, stored, v.to(gradient.dtype), retain_graph=True)))
             return torch.cat([view.of(rows[view.parameter]).flatten() for view in views])
 
-        yield product
+        return product
 
     def train(
         self, rule: str, lr: float, steps: int, momentum: float, scale: float = 1.0, first: int = 0
@@ -161,8 +162,10 @@ class Language:
         A, B = dict[Tensor, Tensor](), dict[Tensor, Tensor]()
 
         def watch(module: nn.Module, given: tuple[Tensor], out: Tensor) -> None:
-            inputs[module.weight] = given[0].detach().flatten(0, -2).double()
-            out.register_hook(lambda grad: see(module.weight, grad.flatten(0, -2).double()))
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            inputs[weight] = given[0].detach().flatten(0, -2).double()
+            out.register_hook(lambda grad: see(weight, grad.flatten(0, -2).double()))
 
         def see(weight: Tensor, delta: Tensor) -> None:
             a, n = inputs[weight], len(delta) * settings.samples
@@ -171,7 +174,7 @@ class Language:
 
         generator = torch.Generator().manual_seed(self.seed)
         hooks = [modules[p].register_forward_hook(watch) for p in stored]
-        batches = [self.batch(HELD_OUT // settings.batch + 1 + i) for i in range(settings.samples)]
+        batches = [self.held_out(1 + i) for i in range(settings.samples)]
         for tokens, _ in batches:
             with sdpa_kernel(SDPBackend.MATH):
                 logits = self.model(tokens).flatten(0, 1)
