@@ -85,7 +85,9 @@ def matrix_rows(arm: Arm, readings: Sequence[Row], shapes: dict[str, tuple[int, 
             decay = arm.lr * arm.weight_decay * (statistics.mean(clipped) if rule.decay == "coupled" else 1.0)
             moved = statistics.mean(line[f"{MATRIX}{name}/relative_update"] ** 2 for line in readings) - decay**2
             steps = readings[-1]["step"] - readings[0]["step"]
-            correlation = (2 * math.log(norm[-1] / norm[0]) / steps + 2 * decay) / moved if steps and moved > 0 else math.nan
+            correlation = (
+                (2 * math.log(norm[-1] / norm[0]) / steps + 2 * decay) / moved if steps and moved > 0 else math.nan
+            )
             row["correlation"] = correlation
             if rule.calibrated and arm.weight_decay:
                 row["growth"] = arm.lr * (rule.shape_factor(m, n) * root / norm[0]) ** 2 / (2 * arm.weight_decay)

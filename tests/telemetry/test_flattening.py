@@ -117,7 +117,9 @@ def test_edges_that_do_not_exist_and_losses_that_are_not_finite():
     assert edge(lambda lr: lr, 1.0) == 0
     assert edge(lambda lr: -lr if lr < 3 else math.nan, 1.0, 1e-6) == pytest.approx(3, rel=1e-6)
     # the first of two intervals: from well below it, not from the second
-    assert edge(lambda lr: (lr - 1) if lr < 2 else -1.0 if lr < 4 else 1.0, 0.01, 1e-6, 1.2) == pytest.approx(1, rel=1e-6)
+    assert edge(lambda lr: (lr - 1) if lr < 2 else -1.0 if lr < 4 else 1.0, 0.01, 1e-6, 1.2) == pytest.approx(
+        1, rel=1e-6
+    )
 
 
 def test_the_largest_curvature_is_found_and_may_be_negative():
