@@ -35,7 +35,7 @@ def spectral(data: str) -> dict:
         "study": "spectral_flattening", "name": "s", "seeds": [0], "tolerance": 1e-3,
         "least_squares": {
             "rows": 6, "columns": 8, "exponents": [0, 1, 2], "sigma_means": [0.1, 10], "conditions": [1, 10],
-            "race": {"lrs": [0.1, 1], "steps": 5},
+            "race": {"sigma_means": [10], "lrs": [0.1], "steps": 3},
         },
         "kronecker": {"rows": 3, "columns": 6, "output_conditions": [1, 10], "samples": 4},
         "language": {
@@ -111,6 +111,7 @@ def test_a_wrong_ablation_is_refused_before_its_first_run(tmp_path, data, change
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.timeout(600)
 def test_the_command(tmp_path, data):
     """One line for a user's error; otherwise tables, figures and a summary that stands alone."""
     refused = launch(["study", "no.yaml"], check=False, cwd=tmp_path)
@@ -118,7 +119,7 @@ def test_the_command(tmp_path, data):
     assert refused.stderr.count("\n") == 1
     assert "there is no file no.yaml" in refused.stderr
     out = tmp_path / "out"
-    said = launch(["study", str(file(tmp_path, spectral(data))), "--out", str(out)], cwd=tmp_path).stdout
+    said = launch(["study", str(file(tmp_path, spectral(data))), "--out", str(out)], cwd=tmp_path, timeout=500).stdout
     assert "Slopes of log" in said
     results = json.loads((out / "results.json").read_text())
     assert results["settings"]["least_squares"]["rows"] == 6

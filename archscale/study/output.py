@@ -105,6 +105,7 @@ def draw(panels: Sequence[Panel]) -> str:
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullLocator
 
     with matplotlib.rc_context({"svg.hashsalt": "archscale", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
@@ -117,10 +118,13 @@ def draw(panels: Sequence[Panel]) -> str:
                     *(zip(*points) if points else ([], [])), series.style, label=series.label, color=color, markersize=4
                 )
             drawn = [(float(x), float(y)) for line in axes.lines for x, y in zip(*line.get_data())]
-            if panel.log_x and any(x > 0 for x, _ in drawn):  # a logarithmic axis without a point cannot be drawn
-                axes.set_xscale("log")
-            if panel.log_y and any(y > 0 for _, y in drawn):
-                axes.set_yscale("log")
+            sides = [(axes.xaxis, axes.set_xscale, panel.log_x), (axes.yaxis, axes.set_yscale, panel.log_y)]
+            for (axis, scale, log), values in zip(sides, zip(*drawn)):
+                positive = [value for value in values if value > 0]
+                if log and positive:  # a logarithmic axis without a point cannot be drawn
+                    scale("log")
+                    if max(positive) > 10 * min(positive):
+                        axis.set_minor_locator(NullLocator())  # slow to lay out
             axes.set(title=panel.title, xlabel=panel.x, ylabel=panel.y)
             axes.grid(alpha=0.3)
             axes.legend(fontsize=7)

@@ -102,7 +102,7 @@ def edge(rise: Callable[[float], float], start: float, tolerance: float = 1e-4, 
             that no later interval is taken for the first, `start` should lie well below the edge.
 
     Returns:
-        0 where no step of at least 1e-9 `start` decreases the loss, inf where none up to 1e9 `start` increases it.
+        0 where no step of at least 1e-6 `start` decreases the loss, inf where none up to 1e6 `start` increases it.
     """
 
     def falls(step: float) -> bool:
@@ -113,12 +113,12 @@ def edge(rise: Callable[[float], float], start: float, tolerance: float = 1e-4, 
     if falls(start):
         while falls(high):
             low, high = high, high * growth
-            if high > 1e9 * start:
+            if high > 1e6 * start:
                 return math.inf
     else:
         while not falls(low):
             low, high = low / growth, low
-            if low < 1e-9 * start:
+            if low < 1e-6 * start:
                 return 0.0
     while high / low > 1 + tolerance:
         middle = math.sqrt(low * high)
