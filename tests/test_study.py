@@ -230,6 +230,24 @@ def test_covariances_are_those_of_the_layers(data):
     torch.testing.assert_close(G[1], of.gradients(of.held_out(2))[0].to(G.dtype))
 
 
+def test_the_output_covariance_is_that_of_a_tokens_derivatives(data):
+    """Of the last projection, whose output is added to what the head reads: δ is the loss's derivative by that sum."""
+    of = language(data)
+    seen: list[torch.Tensor] = []
+    hook = of.model.blocks[-1].register_forward_hook(lambda module, given, out: seen.append(out[0]))
+    generator, deltas = torch.Generator().manual_seed(0), []
+    for i in range(2):
+        logits = of.model(of.held_out(1 + i)[0]).flatten(0, 1)
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
+        loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
+        deltas += [torch.autograd.grad(loss, seen[-1])[0].flatten(0, 1).double()]
+    hook.remove()
+    delta = torch.cat(deltas)
+    *_, (name, _, B, _) = of.covariances()
+    assert name == "blocks.0.mlp.down.weight"
+    torch.testing.assert_close(B, delta.mT @ delta / len(delta), rtol=1e-4, atol=1e-8)
+
+
 def test_muon_does_not_know_the_scale_of_the_loss_and_sgd_does(data):
     curves = {
         (rule, scale): list(language(data).train(rule, 0.05, 4, 0.0, scale))

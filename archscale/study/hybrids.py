@@ -60,9 +60,9 @@ def matrix_rows(arm: Arm, readings: Sequence[Row], shapes: dict[str, tuple[int, 
     `denominator` is what the trust ratio divides ‖W‖ by, from the telemetry of ‖W‖ and r (ε apart), over √min(m, n);
     `variation` its standard deviation over time, relative to its mean, and `ratio_variation` that of r̂. `growth` is
     η s² / c² ÷ 2 λ, above 1 where ‖W‖ should run away if directions were independent, with c = ‖W₀‖ / √min(m, n) (REFERENCE 1).
-    They are not: `correlation` is K = (Δ ln ‖W‖² + 2 η λ) / ‖ΔW‖² ‖W‖⁻² per step, decay left out of ΔW, which is 1 for independent
-    ones; K · growth is the ratio that decides. `ceiling`: what the clip leaves ‖W‖ / ‖W₀‖ to settle at under decoupled decay,
-    where r̂ = r_max: r_max √(K · growth).
+    They are not: `correlation` is K = (Δ ln ‖W‖² + 2 η λ) / (‖ΔW‖² / ‖W‖²) per step, with decay left out of ΔW: 1 for
+    independent ones, NaN where decay is most of what moves W. K · growth is the ratio that decides. `ceiling`: what the clip
+    leaves ‖W‖ / ‖W₀‖ to settle at under decoupled decay, where r̂ = r_max: r_max √(K · growth).
     """
     rule = RULES[arm.rule]
     found = []
@@ -85,14 +85,13 @@ def matrix_rows(arm: Arm, readings: Sequence[Row], shapes: dict[str, tuple[int, 
             decay = arm.lr * arm.weight_decay * (statistics.mean(clipped) if rule.decay == "coupled" else 1.0)
             moved = statistics.mean(line[f"{MATRIX}{name}/relative_update"] ** 2 for line in readings) - decay**2
             steps = readings[-1]["step"] - readings[0]["step"]
-            correlation = (
-                (2 * math.log(norm[-1] / norm[0]) / steps + 2 * decay) / moved if steps and moved > 0 else math.nan
-            )
+            gained = 2 * math.log(norm[-1] / norm[0]) / max(steps, 1) + 2 * decay
+            correlation = gained / moved if steps and moved > 0 and gained > 0 else math.nan
             row["correlation"] = correlation
             if rule.calibrated and arm.weight_decay:
                 row["growth"] = arm.lr * (rule.shape_factor(m, n) * root / norm[0]) ** 2 / (2 * arm.weight_decay)
                 if rule.decay == "decoupled":
-                    row["ceiling"] = high * math.sqrt(max(0.0, correlation * row["growth"]))
+                    row["ceiling"] = high * math.sqrt(correlation * row["growth"])
         found.append(row)
     return found
 
