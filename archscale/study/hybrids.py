@@ -126,6 +126,7 @@ def symptoms(study: HybridStudy, matrices: Sequence[Row], runs: Sequence[Row]) -
             "at_least",
             "at_most",
             "growth",
+            "correlation",
             "ceiling",
             "runaway",
         ):
