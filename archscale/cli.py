@@ -221,6 +221,23 @@ def report(
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 
+@app.command()
+def study(
+    file: Annotated[Path, typer.Argument(help="YAML study.")],
+    set: Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the results; default runs/<name>.")] = None,
+) -> None:
+    """Run a study of the papers' claims: tables, figures and a summary.
+
+    Example: archscale study configs/studies/spectral_flattening.yaml
+    """
+    import functools
+
+    from archscale.study.run import run_study
+
+    run_study(file, set or [], out, functools.partial(print, flush=True))
+
+
 @data_app.command()
 def prepare(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],

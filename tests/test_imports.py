@@ -18,7 +18,7 @@ LAYERS = [
     {"errors", "batch", "config", "config_io", "config_model", "config_sections", "distributed"},
     {"model", "optim", "data", "parallel", "telemetry"},
     {"scaling", "export"},
-    {"train", "report", "bench"},
+    {"train", "report", "bench", "study"},
     {"cli", "__main__"},
 ]
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -26,7 +26,7 @@ from archscale.telemetry.stability import Probe, stability_metrics
 from archscale.train.step import Seen
 
 SPECTRUM = ("sigma_mean", "effective_rank", "sigma_max", "flattening_gain")
-PER_MATRIX = ("trust_ratio", "relative_update")  # beside the means, with telemetry.per_layer
+PER_MATRIX = ("trust_ratio", "relative_update", "weight_norm")  # beside the means, with telemetry.per_layer
 
 
 class MatrixWatch:

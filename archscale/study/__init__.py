@@ -1,0 +1,1 @@
+"""Studies: a claim of the papers as a YAML file, and what this code measures of it."""
