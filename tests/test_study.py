@@ -297,3 +297,21 @@ def test_figures_leave_out_what_cannot_be_drawn_and_tables_write_infinity(tmp_pa
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_studies_of_the_configs_load(path):
     assert load_study(path).name == path.stem
+
+
+def test_sqrt_gate_is_flat_and_the_plain_gate_falls(tmp_path):
+    """As the definition says; the study's own figures, with a few small layers."""
+    file = tmp_path / "g.yaml"
+    settings = {"study": "sqrt_gate", "name": "g", "seeds": [0, 1], "width": 64, "hidden": 256, "tokens": 128}
+    file.write_text(yaml.safe_dump({**settings, "granularities": [1, 4, 16], "sparsity": 4}))
+    out = run_study(file, [], tmp_path / "out", lambda text: None)
+    with open(out / "rms.csv") as table:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(table)]
+    assert [row["k"] for row in rows] == [1, 4, 16]
+    for row in rows:
+        assert row["sqrt_gate"] == pytest.approx(rows[0]["sqrt_gate"], rel=0.05)
+        assert row["plain"] == pytest.approx(row["plain_predicted"], rel=0.05)
+    assert rows[2]["plain"] < 0.35 * rows[0]["plain"]
+    assert (out / "rms.svg").read_text().count("<path") > 3
+    with pytest.raises(ConfigError, match=r"3 does not divide 256 hidden features"):
+        load_study(file, ["granularities=[1, 3]"])

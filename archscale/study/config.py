@@ -220,8 +220,41 @@ class HybridStudy(Section):
             raise ConfigError(error.what, f"run of arm {arm.label}: {error.where}", error.remedy) from None
 
 
-Study = SpectralStudy | HybridStudy
-STUDIES: dict[str, type[Study]] = {"spectral_flattening": SpectralStudy, "hybrids": HybridStudy}
+class GateStudy(Section):
+    """SqrtGate: output RMS of fresh mixtures of experts over their granularity."""
+
+    study: Literal["sqrt_gate"]
+    """Which study this is."""
+    name: Text
+    """Of the study and of its directory, runs/<name>."""
+    seeds: Seeds = Field(default=[0, 1, 2])
+    """Of initialization and tokens."""
+    granularities: Annotated[list[Count], Field(min_length=1)] = Field(default=[1, 2, 4, 8, 16, 32, 64])
+    """k, active experts a token; each divides `hidden`."""
+    sparsity: Count = 8
+    """S, experts per active one."""
+    width: Count = 256
+    """Features of a token."""
+    hidden: Count = 1024
+    """Hidden features of all active experts together."""
+    mlp: Literal["swiglu", "relu2"] = "swiglu"
+    """Feed-forward of an expert."""
+    tokens: Count = 512
+    """Tokens that the RMS is taken over."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        yield from _name_problems(self.name)
+        for k in self.granularities:
+            if self.hidden % k:
+                yield ConfigError(
+                    f"{k} does not divide {self.hidden} hidden features", "granularities", "give divisors of hidden"
+                )
+
+
+Study = SpectralStudy | HybridStudy | GateStudy
+STUDIES: dict[str, type[Study]] = {
+    "spectral_flattening": SpectralStudy, "hybrids": HybridStudy, "sqrt_gate": GateStudy
+}  # fmt: skip
 
 
 def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Study:

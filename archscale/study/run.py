@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from archscale.config_io import write_yaml
-from archscale.study.config import SpectralStudy, load_study
+from archscale.study.config import HybridStudy, SpectralStudy, load_study
+from archscale.study.gates import run_gates
 from archscale.study.hybrids import run_hybrids
 from archscale.study.output import prepare, table_text, write
 from archscale.study.spectral import run_spectral
@@ -28,7 +29,12 @@ def run_study(path: Path, overrides: Sequence[str], out: Path | None, say: Calla
     def tell(text: str) -> None:
         say(f"{time.monotonic() - started:6.0f} s  {text}")
 
-    results = run_spectral(study, tell) if isinstance(study, SpectralStudy) else run_hybrids(study, directory, tell)
+    if isinstance(study, SpectralStudy):
+        results = run_spectral(study, tell)
+    elif isinstance(study, HybridStudy):
+        results = run_hybrids(study, directory, tell)
+    else:
+        results = run_gates(study, tell)
     write(results, directory)
     for name, caption in results.shown.items():
         say(f"\n{caption}\n{table_text(results.tables[name])}")
