@@ -285,7 +285,7 @@ class TelemetryConfig(Section):
     """Stability indicators and expert loads of each layer, trust ratios and spectra of each matrix, beside their means."""
     spectrum_every: CountOrZero = 0
     """Optimizer steps between singular value decompositions of gradients and momenta, at readings; 0: never."""
-    stuck_after: NonNegative = 900.0
+    stuck_after: Annotated[NonNegative, Field(le=1e7)] = 900.0
     """Seconds without a finished step, evaluation or checkpoint after which every rank writes its stacks and ends; 0: never."""
     guard: GuardConfig = GuardConfig()
     """Steps that go wrong."""

@@ -36,6 +36,9 @@ REFUSED = {
     "zero_optimization.offload_param": "remove it",
     "zero_optimization.offload_optimizer": "set parallel.offload_optimizer",
     "zero_optimization.cpu_offload": "set parallel.offload_optimizer",
+    "bf16.bf16_master_weights_and_grads": "remove it",
+    "bf16.bf16_optimizer_states": "remove it",
+    "fp16.fp16_master_weights_and_grads": "remove it",
     "zero_optimization.zenflow": "remove it",
     "zero_optimization.super_offload": "remove it",
     "zero_optimization.mics_shard_size": "remove it",
@@ -114,7 +117,7 @@ def _conflicts(own: dict[str, Any], theirs: dict[str, Any], prefix: str) -> Iter
             continue
         if isinstance(value, dict) and (key not in REFUSED) and isinstance(own.get(name, {}), dict):
             yield from _conflicts(own.get(name, {}), value, f"{key}.")
-        elif key in REFUSED:
+        elif key in REFUSED and value != {"device": "none"}:
             yield ConfigError(f"{key} of the DeepSpeed JSON is not DeepSpeed's to decide here", WHERE, REFUSED[key])
         elif name in own and key not in SUGGESTED:
             yield ConfigError(

@@ -110,7 +110,7 @@ class ZeroEngine:
             backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if stage == 3:
-            with deepspeed.zero.Init(config_dict_or_path=config):  # its dtype argument is ignored on a CPU
+            with _mended_by_the_user(), deepspeed.zero.Init(config_dict_or_path=config):  # dtype is ignored on a CPU
                 self.module = build()
         else:
             with torch.device("meta"):
@@ -121,9 +121,10 @@ class ZeroEngine:
             for block in blocks:
                 block.compile()
         client = _Client(list(self.module.parameters()), self._apply)
-        self._engine, self._zero, *_ = deepspeed.initialize(
-            model=self.module, optimizer=client, config=config, dist_init_required=False
-        )
+        with _mended_by_the_user():
+            self._engine, self._zero, *_ = deepspeed.initialize(
+                model=self.module, optimizer=client, config=config, dist_init_required=False
+            )
         self._stage, self._device = stage, device
         _leave_norms_to_us(self._zero)
         self._parts = {name: self._part(parameter) for name, parameter in self.module.named_parameters()}
@@ -198,6 +199,19 @@ class ZeroEngine:
         if allow is None or allow(self._norm):
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def _mended_by_the_user() -> Iterator[None]:
+    """DeepSpeed judges its own configuration, which may hold a user's keys: what it refuses is one line."""
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError) as error:  # pydantic's among them
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        what = f"DeepSpeed refuses its configuration: {text}"
+        refused = ConfigError(what, "parallel.deepspeed", "mend or remove the JSON")
+        refused.on_every_rank = True
+        raise refused from None
 
 
 def _leave_norms_to_us(zero: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from pathlib import Path
@@ -33,7 +34,8 @@ def write_report(directories: list[Path], out: Path | None = None) -> Path:
         temporary.write_text(html, encoding="utf-8")
         os.replace(temporary, path)  # whoever has the old one open never sees half a file
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise ArchscaleError(
             f"cannot write the report: {error.strerror}", str(path), "give another with --out"
         ) from error

@@ -51,5 +51,5 @@ def _step(line: str, resume_step: int) -> int:
     """Step of a line; one cut short by a crash counts as lost."""
     try:
         return int(json.loads(line)["step"]) if line.endswith("\n") else resume_step + 1
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, TypeError):
         return resume_step + 1

@@ -7,6 +7,7 @@ holds is complete all the same.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import netrc
 import os
 import queue
@@ -83,24 +84,23 @@ class BestEffort:
         print(f"archscale: warning: {self.name} {text}", file=sys.stderr, flush=True)
 
 
+def check_wandb(mode: str) -> None:
+    """Raises ConfigError where W&B is wanted and missing."""
+    if mode != "disabled" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError("wandb is not installed", "telemetry.wandb.mode", "pip install wandb, or set it to disabled")
+
+
 def wandb_tracker(mode: str, project: str, name: str, config: dict[str, Any], run_dir: Path) -> BestEffort | None:
     """Weights & Biases, or None when disabled. A resumed run goes on under its own id, kept in `run_dir`.
 
     Args:
         mode: auto (online where a key is configured, otherwise offline), online, offline or disabled. What is offline lies
             in `run_dir`/wandb for `wandb sync`.
-
-    Raises:
-        ConfigError: the package is missing.
     """
     if mode == "disabled":
         return None
-    try:
-        import wandb
-    except ImportError:
-        raise ConfigError(
-            "wandb is not installed", "telemetry.wandb.mode", "pip install wandb, or set it to disabled"
-        ) from None
+    import wandb
+
     mode = ("online" if has_wandb_key() else "offline") if mode == "auto" else mode
     identity = run_dir / "wandb_id"
     if not identity.exists():
@@ -112,10 +112,13 @@ def wandb_tracker(mode: str, project: str, name: str, config: dict[str, Any], ru
 
     class Run:
         def __init__(self) -> None:
-            self._run = wandb.init(**options, settings=wandb.Settings(silent=True, init_timeout=120))
+            self._run = wandb.init(**options, settings=wandb.Settings(silent=True, init_timeout=20))
+            # Not W&B's own step, which cannot go back when the guard does.
+            self._run.define_metric("step")
+            self._run.define_metric("*", step_metric="step")
 
         def log(self, line: dict[str, Any]) -> None:
-            self._run.log({key: value for key, value in line.items() if value is not None}, step=line["step"])
+            self._run.log({key: value for key, value in line.items() if value is not None})
 
         def close(self) -> None:
             self._run.finish()

@@ -49,6 +49,13 @@ def newest_valid(directory: Path, warn: Callable[[str], None], before: int | Non
     return None
 
 
+def discard_after(directory: Path, step: int) -> None:
+    """Delete the checkpoints of later steps."""
+    for later in checkpoint_steps(directory):
+        if later > step:
+            _discard(step_directory(directory, later))
+
+
 def damage(path: Path) -> str | None:
     """What is missing from or cut short in a checkpoint; None when it is whole."""
     try:

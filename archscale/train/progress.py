@@ -32,7 +32,7 @@ class Progress:
             self.bar.update(self.task, completed=line["step"], description=text)
         elif time.monotonic() - self.shown > 10 or line["step"] == self.total or "val_loss" in line:
             self.shown = time.monotonic()
-            left = (self.shown - self.started) / (line["step"] - self.first) * (self.total - line["step"])
+            left = (self.shown - self.started) / max(1, line["step"] - self.first) * (self.total - line["step"])
             print(f"step {line['step']}/{self.total}  {text}  {left:,.0f} s left", flush=True)
 
     def close(self) -> None:

@@ -25,30 +25,37 @@ from archscale.telemetry.spectrum import spectrum as spectrum_of
 from archscale.telemetry.stability import Probe, stability_metrics
 from archscale.train.step import Seen
 
-SPECTRUM = ("sigma_mean", "effective_rank", "sigma_max", "flattening_gain")
-PER_MATRIX = ("trust_ratio", "relative_update", "weight_norm")  # beside the means, with telemetry.per_layer
+ESTIMATED = ("sigma_mean", "effective_rank")  # of M̂, from ⟨M̂, Q⟩; of gradients by decomposition like the rest
+DECOMPOSED = ("sigma_max", "flattening_gain")
+SPECTRUM = ESTIMATED + DECOMPOSED
+PER_MATRIX = (
+    "trust_ratio",
+    "clipped_ratio",
+    "relative_update",
+    "weight_norm",
+)  # beside the means, with telemetry.per_layer
 
 
 class MatrixWatch:
     """What the ranks that own whole matrices measure of M̂ and its Q on the steps that are read.
 
     Args:
-        spectrum: also what takes a decomposition: σ_max and the flattening gain; and exact singular values for the rest.
+        spectrum: also what takes a decomposition: σ_max and the flattening gain, and all four of the gradient.
     """
 
     def __init__(self, spectrum: bool):
         self.spectrum = spectrum
-        self.keys: tuple[str, ...] = ("orthogonality_residual", *(SPECTRUM if spectrum else SPECTRUM[:2]))
+        self.keys: tuple[str, ...] = ("orthogonality_residual", *(SPECTRUM if spectrum else ESTIMATED))
         self.gradients: tuple[str, ...] = SPECTRUM if spectrum else ()
 
     def __call__(self, momentum: Tensor, direction: Tensor) -> Tensor:
-        residual = orthogonality_residual(direction)
-        if self.spectrum:
-            of = spectrum_of(momentum)
-            return torch.stack([residual, *(of[key] for key in self.keys[1:])])
         nuclear, square = nuclear_norm_estimate(momentum, direction), momentum.flatten(1).float().square().sum(-1)
         rank = torch.where(square == 0, 0.0, nuclear.square() / square)
-        return torch.stack([residual, nuclear / min(momentum.shape[-2:]), rank])
+        found = [orthogonality_residual(direction), nuclear / min(momentum.shape[-2:]), rank]
+        if self.spectrum:
+            of = spectrum_of(momentum)
+            found += [of[key] for key in DECOMPOSED]
+        return torch.stack(found)
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         of = spectrum_of(gradient)
@@ -71,12 +78,14 @@ class Readings:
     """
 
     def __init__(self, config: Config, optimizer: MatrixOptimizer, peak: float | None = None):
+        self._clip = config.optimizer.grad_clip
         self._per_token = None if peak is None else training_flops(config.model) / peak
         self.model, self.telemetry, self.optimizer = config.model, config.telemetry, optimizer
         self.batches: BatchSchedule = config.batches
         self._pending: list[tuple[int, float, dict[str, Tensor]]] = []
         self._rows: tuple[Tensor, list[str], Tensor] | None = None
         self._short: Tensor | None = None
+        self._orthogonal: set[str] = set()  # names of matrices that have a spectrum
 
     def look(self, step: int, reading: bool) -> Look | None:
         """What to watch during `step` (1-based), which is read or not; tells the optimizer."""
@@ -103,7 +112,7 @@ class Readings:
         """
         keys = list(self._pending[0][2])
         table = torch.stack([measured[key].float() for _, _, measured in self._pending for key in keys])
-        extra = {key: value.float() for key, value in self._seen(seen, applied).items()}
+        extra = {key: value.float().to(table.device) for key, value in self._seen(seen, applied).items()}
         numbers = torch.cat([table, *(value.reshape(-1) for value in extra.values())]).tolist()
         first, last = self._pending[0][0], self._pending[-1][0]
         tokens = self._tokens(last) - self._tokens(first - 1)
@@ -166,13 +175,18 @@ class Readings:
             return found
         found["optimizer/orthogonality_residual"] = seen["orthogonality_residual"][orthogonal].mean()
         spectral = {f"spectrum/{key}": seen[key] for key in SPECTRUM if key in seen}
-        spectral |= {
-            f"spectrum/gradient/{key}": seen[f"gradient_{key}"] for key in SPECTRUM if f"gradient_{key}" in seen
-        }
+        if "gradient_sigma_mean" in seen:
+            # The optimizer has seen gradients that were clipped: back to what they were.
+            norm = self._pending[-1][2]["grad_norm"].to(orthogonal.device)
+            clip = self._clip
+            clipped_by = 1.0 if clip is None else ((norm + 1e-6) / clip).clamp(min=1.0)
+            for key in SPECTRUM:
+                scale = clipped_by if key.startswith("sigma") else 1.0
+                spectral[f"spectrum/gradient/{key}"] = seen[f"gradient_{key}"] * scale
         found |= {key: values[orthogonal].mean() for key, values in spectral.items()}
         if "gradient_sigma_mean" in seen:
             rank = self._ranks(orthogonal)
-            nuclear = seen["gradient_sigma_mean"][orthogonal].float() * rank
+            nuclear = spectral["spectrum/gradient/sigma_mean"][orthogonal].float() * rank
             found["spectrum/gradient/nuclear_norm"] = nuclear.sum()
             found["spectrum/gradient/heterogeneity_gain"] = heterogeneity_gain(nuclear, rank)
         if self.telemetry.per_layer:
@@ -181,7 +195,8 @@ class Readings:
             for group, values in each.items():
                 means = counts.new_zeros(len(names)).index_add_(0, index, values.float()) / counts
                 path, key = group.rsplit("/", 1)
-                found |= zip((f"{path}/{name}/{key}" for name in names), means.unbind())
+                shown = set(names) if path == "optimizer/matrix" else self._orthogonal
+                found |= {f"{path}/{name}/{key}": mean for name, mean in zip(names, means.unbind()) if name in shown}
         return found
 
     def _ranks(self, matrices: Tensor) -> Tensor:
@@ -198,6 +213,7 @@ class Readings:
             names = list(dict.fromkeys(each))
             index = torch.tensor([names.index(name) for name in each], device=device)
             self._rows = index, names, torch.bincount(index, minlength=len(names)).float()
+            self._orthogonal = {each[v] for v in self.optimizer.orthogonal().tolist()}
         index, names, counts = self._rows
         return names, index, counts
 

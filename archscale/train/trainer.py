@@ -29,9 +29,11 @@ from archscale.scaling.plan import make_plan
 from archscale.scaling.plan_text import counting_pass_share
 from archscale.scaling.transfer import transfer_of
 from archscale.telemetry.guard import Guard
+from archscale.telemetry.tracking import check_wandb
 from archscale.train.build import build_engine, build_optimizer, check_engine, manifest
 from archscale.train.checkpoint import (
     checkpoint_steps,
+    discard_after,
     load_checkpoint,
     newest_valid,
     read_state,
@@ -65,10 +67,10 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
     if config.training.compile and not torch.cuda.is_available() and not cpp_compiler():
         raise ConfigError("there is no C++ compiler", "training.compile", "install g++, or set it to false")
     check_engine(config)
+    check_wandb(config.telemetry.wandb.mode)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         resume = "auto"  # after a crash of this very job, not back to where it was told to start
-    stuck = config.telemetry.stuck_after
-    device = distributed.start(stuck + 60 if stuck else 3600.0)  # the watchdog comes first, with stacks
+    device = distributed.start(max(3600.0, config.telemetry.stuck_after + 60))  # the watchdog comes first, with stacks
     # No clean-up when something fails: a rank that failed alone would wait here for ranks that wait for it elsewhere.
     source = distributed.on_rank_zero(lambda: choose_checkpoint(config, data, run_dir, resume))
     for split in (data, validation):
@@ -154,17 +156,21 @@ class Run:
                     config.model.moe, look and look.probe, judged.allow if guard and guard.acts else None, arrivals.all_reduce,
                 )  # fmt: skip
                 readings.add(step, lr, measured)
-                if guard and guard.exhausted:
-                    raise FallBack(step, judged.cause)
                 watchdog.pat()
-                if not reading:
+                exhausted = guard is not None and guard.exhausted
+                if not reading and not exhausted:
                     continue
                 lines = judged.told(readings.read(seen, time.monotonic() - interval, judged.applied))
-                lines[-1] |= arrivals.read()
+                if exhausted:
+                    recorder.write(lines)
+                    raise FallBack(step, judged.cause)
+                lines[-1] |= arrivals.read(lines[-1]["step_seconds"])
                 if evaluating:
                     lines[-1] |= self._evaluate()
                 recorder.write(lines)
-                if saving:
+                if saving and (
+                    last or not guard or not guard.skipped
+                ):  # a streak of bad steps adds nothing worth keeping
                     self._save(step)
                 watchdog.pat()
                 interval = time.monotonic()
@@ -207,10 +213,14 @@ class Run:
                 )
             )  # fmt: skip
         step = self._restore(source)
+        # What lies after it was saved on the way that is given up: a crash must not resume from there.
+        distributed.on_rank_zero(lambda: discard_after(directory, step))
         self.guard.skipped = 0
         self._fallen = step
         recorder.rewind(step)
-        recorder.event(f"fell back from step {cause.step} to the checkpoint of step {step} ({cause})")
+        recorder.event(
+            f"skipped steps {first} to {cause.step} and fell back to the checkpoint of step {step} ({cause})"
+        )
         return step
 
     def _tokens(self, step: int) -> int:
@@ -335,10 +345,11 @@ def choose_checkpoint(config: Config, data: TokenSplit, run_dir: Path, resume: s
             _flat({**Config.from_dict(saved["config"]).resolved(), "data_set": saved["data"]}),
             _flat({**config.resolved(), "data_set": identity(data)}),
         )
+        mode = "telemetry.guard.mode"  # a guard that acts decides over updates
         for key in sorted(before.keys() | now.keys()):
-            if before.get(key) != now.get(key) and not any(
-                key == free or key.startswith(free + ".") for free in FREE_KEYS
-            ):
+            free = any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+            decides = key.startswith("telemetry.guard.") and "act" in (before.get(mode), now.get(mode))
+            if before.get(key) != now.get(key) and (decides or not free):
                 raise ConfigError(
                     f"{key} is {now.get(key)}, the checkpoint's run has {before.get(key)}", str(source),
                     "restore the value, or start another run with --run-dir",

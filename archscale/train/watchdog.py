@@ -15,6 +15,7 @@ from torch import Tensor
 
 from archscale import distributed
 
+NOTABLE = 0.05  # of a step
 GRACE = 10.0  # seconds after which the interpreter itself is taken for stuck
 
 
@@ -85,13 +86,14 @@ class Arrivals:
             self._waits.append(time.perf_counter() - began)
         return tensor
 
-    def read(self) -> dict[str, Any]:
+    def read(self, step_seconds: float) -> dict[str, Any]:
         """Since the last reading: `straggler/wait_seconds`, the mean wait a step of the rank that waited most over that of the
-        one that waited least, and `straggler/rank`, who that is. Empty on one process; a collective otherwise."""
+        one that waited least, and `straggler/rank`, who that is; empty on one process, and where it is less than `NOTABLE` of
+        `step_seconds`. A collective."""
         waits = self._waits + [start.elapsed_time(end) / 1e3 for start, end in self._events]
         self._waits, self._events = [], []
         everyone = distributed.gather_objects(sum(waits) / max(len(waits), 1))
-        if len(everyone) == 1:
+        if max(everyone) - min(everyone) < NOTABLE * step_seconds or len(everyone) == 1:
             return {}
         return {
             "straggler/wait_seconds": max(everyone) - min(everyone),

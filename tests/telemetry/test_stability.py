@@ -168,15 +168,31 @@ def test_what_a_reading_holds(alone):
         assert line["optimizer/matrix/blocks.0.mlp.experts.up.weight.gate/trust_ratio"] > 0
 
 
-def test_a_look_changes_nothing(data, tmp_path):
+NEUTRAL: dict[str, dict] = {
+    "dense": {"moe": None},
+    "experts": {},
+    "bf16": {"training": {"precision": "bf16"}},
+    **{name: VARIANTS[name] for name in ("accumulation", "recomputation", "ddp2", "fsdp2", "ep2")},
+}
+
+
+@pytest.mark.parametrize("variant", NEUTRAL)
+def test_a_look_changes_nothing(pool, data, tmp_path, variant):
     """Bitwise, with everything at every step against nothing but the last one."""
-    for moe in (None, MOE):
-        watched = lines(data, str(tmp_path / f"{bool(moe)}"), moe=moe, **EVERY)
-        left = {"telemetry": {"every": 100, "per_layer": False}, "parameterization": EVERY["parameterization"]}
-        plain = lines(data, str(tmp_path / f"{bool(moe)} plain"), moe=moe, **left)
-        for key in ("loss", "grad_norm"):
-            assert [line[key] for line in watched] == [line[key] for line in plain]
-        assert "stability/attention_z" not in plain[0]
+    sections = dict(NEUTRAL[variant])
+    world = sections.pop("world", 1)
+    curves = []
+    for telemetry in (EVERY["telemetry"], {"every": 100, "per_layer": False}):
+        options = {**sections, "telemetry": telemetry, "parameterization": EVERY["parameterization"]}
+        folder = str(tmp_path / str(telemetry["every"]))
+        if world == 1:
+            curves.append(lines(data, folder, **options))
+        else:
+            curves.append(pool(world).run(lines, data, folder, timeout=60, **options)[0])
+    watched, plain = curves
+    for key in ("loss", "grad_norm"):
+        assert [line[key] for line in watched] == [line[key] for line in plain]
+    assert ("stability/attention_z" in watched[0], "stability/attention_z" in plain[0]) == (True, False)
 
 
 def test_a_model_without_experts_has_no_router(data, tmp_path):

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from archscale.distributed import local_tensor, rank, world_size
-from archscale.errors import TrainingError
+from archscale.errors import ConfigError, TrainingError
 from archscale.parallel import native
 from archscale.telemetry.tracking import BestEffort, has_wandb_key, wandb_tracker
 from archscale.train import trainer
+from archscale.train.checkpoint import checkpoint_steps
 from archscale.train.watchdog import Watchdog
 from tests.pool import WorkerError, start
 from tests.train.tiny import config, run, tiny_data
@@ -73,7 +74,8 @@ def test_too_many_skips_fall_back_to_a_checkpoint(pool, data, tmp_path):
     clean = run(config(data, "orscale_lm", 8, **sections), str(tmp_path / "clean"))
     for lines, _ in pool(2).run(poisoned, data, str(tmp_path / "r"), [6, 7, 8], sections, timeout=60):
         assert [line["step"] for line in lines] == list(range(1, 9))
-        assert "fell back from step 8 to the checkpoint of step 4 (non-finite grad_norm)" in lines[4]["event"]
+        told = "skipped steps 6 to 8 and fell back to the checkpoint of step 4 (non-finite grad_norm)"
+        assert told in lines[4]["event"]
         assert sum("event" in line for line in lines) == 1
         np.testing.assert_allclose([line["loss"] for line in lines], [line["loss"] for line in clean], rtol=1e-5)
 
@@ -85,8 +87,45 @@ def test_fall_backs_are_bounded_and_the_end_has_a_cause(pool, data, tmp_path):
     assert caught.value.type_name == "TrainingError"
     assert "3 steps in a row were skipped at step 5" in str(caught.value)  # after going back to 4 and to 2
     assert "2 fall-backs did not help" in str(caught.value)
+    told = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in told] == [1, 2, 3, 4, 5]  # all skips of the last attempt are there
+    assert [line.get("event", "")[:7] for line in told] == [""] * 2 + ["skipped"] * 3
+    sections = {"telemetry": {**ACT["telemetry"], "every": 10}}
     with pytest.raises(TrainingError, match="there is no older checkpoint"):
-        poisoned(data, str(tmp_path / "none"), list(range(1, 100)), ACT)
+        poisoned(data, str(tmp_path / "none"), list(range(3, 100)), sections)
+    told = [json.loads(line) for line in (tmp_path / "none" / "metrics.jsonl").read_text().splitlines()]
+    assert [("event" in line) for line in told] == [False] * 2 + [True] * 3
+
+
+def test_a_crash_after_a_fall_back_resumes_on_the_curve(data, tmp_path):
+    """No checkpoint of the way that was given up is left, and none was saved among bad steps."""
+    sections = {**ACT, "checkpoint": {"every": 2, "keep": 1}}
+    clean = run(config(data, "orscale_lm", 8, **sections), str(tmp_path / "clean"))
+    original, taken = trainer.Run._fall_back, []
+
+    def stop(self, cause, recorder):
+        taken.append(original(self, cause, recorder))
+        raise KeyboardInterrupt
+
+    trainer.Run._fall_back = stop
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            poisoned(data, str(tmp_path / "r"), [6, 7, 8], sections)
+    finally:
+        trainer.Run._fall_back = original
+    assert taken == [4]
+    assert checkpoint_steps(tmp_path / "r" / "checkpoints") == [4]
+    lines = run(config(data, "orscale_lm", 8, **sections), str(tmp_path / "r"))
+    assert [line["loss"] for line in lines] == [line["loss"] for line in clean]
+
+
+def test_a_guard_that_acts_may_not_be_changed_on_the_way(data, tmp_path):
+    run(config(data, "orscale_lm", 4, **ACT), str(tmp_path))
+    with pytest.raises(ConfigError, match=r"telemetry.guard.spike is 3.0, the checkpoint's run has 12.0"):
+        run(
+            config(data, "orscale_lm", 4, telemetry={"guard": {**ACT["telemetry"]["guard"], "spike": 3.0}}),
+            str(tmp_path),
+        )
 
 
 def test_a_resumed_guard_judges_as_before(data, tmp_path):
@@ -119,10 +158,13 @@ def fake_wandb(behaviour: str) -> types.ModuleType:
     module.logged, module.options = [], {}  # type: ignore[attr-defined]
 
     class Run:
-        def log(self, line, step):
+        def define_metric(self, name, step_metric=None):
+            pass
+
+        def log(self, line):
             if behaviour == "raises later":
                 raise ConnectionError("no route to host")
-            module.logged.append((step, line))
+            module.logged.append((line["step"], line))
 
         def finish(self):
             module.logged.append("finished")

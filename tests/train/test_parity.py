@@ -93,9 +93,9 @@ def stream_dtypes(data: str, folder: str) -> set[str]:
     seen = set()
     original = Block.forward
 
-    def watched(self, x, rope, mask):
-        out = original(self, x, rope, mask)
-        seen.update({str(x.dtype), str(out.dtype), str(rope[0].dtype)})
+    def watched(self, x, rope, mask, probe=None):
+        out = original(self, x, rope, mask, probe)
+        seen.update({str(x.dtype), str(out[0].dtype), str(rope[0].dtype)})
         return out
 
     Block.forward = watched

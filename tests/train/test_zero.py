@@ -21,6 +21,7 @@ from archscale.scaling.transfer import resolve
 from archscale.train import trainer
 from archscale.train.checkpoint import load_checkpoint, save_checkpoint, step_directory
 from tests.commands import MASTER_VARIABLES, RANK_VARIABLES, ROOT, Launched, launch
+from tests.pool import WorkerError
 from tests.pool import _free_port as free_port
 from tests.train import test_parity
 from tests.train.tiny import config, crash_after, losses, run, tiny_data
@@ -177,6 +178,25 @@ def test_telemetry_reads_the_same(pool, data, tmp_path, stage):
                     assert line[key] == pytest.approx(wanted[key], rel=1e-3, abs=1e-6), key
 
 
+@pytest.mark.parametrize(
+    ("stage", "content"),
+    [
+        (3, {"zero_optimization": {"stage3_max_live_paramters": 5}}),
+        (2, {"zero_optimization": {"contiguous_gradients": "yess"}}),
+        (2, {"bf16": {"bf16_master_weights_and_grads": True}}),
+    ],
+)
+def test_what_deepspeed_refuses_of_a_users_json_is_one_line(pool, data, tmp_path, stage, content):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises(WorkerError) as caught:
+        pool(2).run(
+            curves, data, str(tmp_path / "r"), "orscale_lm", stage_of(stage, deepspeed=str(file)), 2, timeout=60
+        )
+    assert caught.value.type_name == "ConfigError"
+    assert "(parallel.deepspeed): " in str(caught.value)
+
+
 # ------------------------------------------------------------------------------------------- fragments, roles, updates
 
 
@@ -204,7 +224,7 @@ def test_partitions_cover_every_parameter_and_cut_matrices(pool, data, world, st
         assert pieces[-1][1] == np.prod(shape)
         assert all(before[1] == after[0] for before, after in itertools.pairwise(pieces))
         cut += len(shape) == 2 and any(lo % shape[1] for lo, _ in pieces)  # within a row
-    assert cut > 0 or stage == 3  # stage 3 cuts by elements too: here only where the rows are odd
+    assert cut > 0
     assert any(len([1 for rank in ranks if rank[name][1] < rank[name][2]]) > 1 for name in ranks[0])
 
 
