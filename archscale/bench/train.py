@@ -4,7 +4,7 @@ parameters.
 Both are trained as `archscale train` would train them, on one process and random tokens. Arms alternate within a round, and
 their order is shuffled. The optimizer's time depends on the matrices and not on the batch, so it stands apart: with the batch
 from which on it takes less than 2 % of a step. FLOPs are structural with the causal half of attention, as in MFU; the
-machine's matmul rate in the same dtype is measured between the arms. Peak memory is that of one whole step, on an accelerator
+machine's matmul rate in the same dtype is measured between the arms. Peak memory is that of one whole step that telemetry reads, on an accelerator
 by its allocator and on the CPU by the profiler's record of live bytes.
 
 With `telemetry`, whole training steps are timed with and without a look into them (`telemetry` section of the config, all
@@ -193,20 +193,17 @@ def _time(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def _peak_bytes(arm: Arm, device: torch.device) -> int:
-    """Live bytes at the fullest moment of the second step, parameters and optimizer state included; other arms' left out."""
-    arm.passes()
-    arm.update()
+    """Live bytes at the fullest moment of a step that is read, parameters and optimizer state included; other arms' left out."""
+    arm.step(True)
     held = arm.resident()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        arm.passes()
-        arm.update()
+        arm.step(True)
         torch.cuda.synchronize()
         return held + torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        arm.passes()
-        arm.update()
+        arm.step(True)
     assert record.profiler is not None
     changes = [(e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = peak = 0

@@ -17,6 +17,7 @@ from archscale.train.preflight import plan_config, refuse
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
+CONFIGS = [path for path in CONFIGS if path.parts[1] not in ("sweeps", "studies")]  # not runs, tested on their own
 H100 = DEVICES["h100"]
 
 
