@@ -132,7 +132,7 @@ def test_options(pool, data, tmp_path, option):
             np.testing.assert_allclose(curve, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_offloaded_state_trains_alike(pool, data, tmp_path, precision):
     """Accumulation 4: DeepSpeed keeps what it has accumulated on the host."""
     training = {"micro_batch": 3, "precision": precision}
@@ -292,7 +292,7 @@ def deep_nan_run(data: str, folder: str, stage: int, precision: str) -> list[dic
         zero.ZeroEngine.backward = original
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_nan_gradient_does_not_reach_the_weights(pool, data, tmp_path, precision):
     for stage, poison in itertools.product((1, 2, 3), (nan_run, deep_nan_run)):
         folder = tmp_path / f"{stage}{poison.__name__}"
@@ -435,7 +435,8 @@ def started_by(command: list, folder: Path, cwd: Path) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "launcher", ["hostfile", pytest.param("no hostfile", marks=pytest.mark.slow), "deepspeed", "accelerate"]
+    "launcher",
+    [pytest.param(name, marks=pytest.mark.slow) for name in ("hostfile", "no hostfile", "deepspeed", "accelerate")],
 )
 def test_other_launchers_start_it(yaml, data, tmp_path, launcher):
     expected = losses(data, str(tmp_path / "alone"), "orscale_lm", 3)[:3]
