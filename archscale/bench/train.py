@@ -159,10 +159,8 @@ def _build(label: str, config: Config, device: torch.device) -> Arm:
     clip = config.optimizer.grad_clip
 
     def step(looking: bool) -> None:
-        look = readings.look(1, looking)
-        measured, seen = train_step(
-            engine, optimizer, [(inputs, targets)], device, clip, model.moe, look and look.probe
-        )
+        probe = readings.look(1, looking)
+        measured, seen = train_step(engine, optimizer, [(inputs, targets)], device, clip, model.moe, probe)
         readings.add(1, 0.0, measured)
         if looking:
             readings.read(seen, 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,7 @@ class Described:
     _radius: Tensor
     _watched: dict[str, Tensor]
     _exchanges: list[tuple[Exchange, list[int], tuple]]
+    _indices: Callable[[Sequence[int]], Tensor]
     state: Any
 
     def diagnostics(self) -> dict[str, Tensor]:
@@ -91,7 +93,7 @@ class Described:
 
     def orthogonal(self) -> Tensor:
         """Numbers of the matrices that are orthogonalized, in the order of `diagnostics()`; int64."""
-        return torch.tensor(sorted(v for _, numbers, _ in self._exchanges for v in numbers), device=self._radius.device)
+        return self._indices(sorted(v for _, numbers, _ in self._exchanges for v in numbers))
 
 
 def measure_gradients(optimizer: MatrixOptimizer, grads: list[Tensor]) -> dict[str, Tensor]:

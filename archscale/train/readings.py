@@ -1,13 +1,13 @@
 """What training measures, read from the device once an interval: the lines of metrics.jsonl.
 
-Numbers of every step, and what a look into the last one showed (`Look`), travel in a single transfer: the one place where the
+Numbers of every step, and what a look into the last one showed, travel in a single transfer: the one place where the
 host waits for the device.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,13 +62,6 @@ class MatrixWatch:
         return torch.stack([of[key] for key in SPECTRUM])
 
 
-class Look(NamedTuple):
-    """What is watched during one step."""
-
-    probe: Probe
-    watch: MatrixWatch
-
-
 class Readings:
     """Collects steps, and turns them into lines.
 
@@ -87,11 +80,10 @@ class Readings:
         self._short: Tensor | None = None
         self._orthogonal: set[str] = set()  # names of matrices that have a spectrum
 
-    def look(self, step: int, reading: bool) -> Look | None:
-        """What to watch during `step` (1-based), which is read or not; tells the optimizer."""
-        found = Look(Probe(), MatrixWatch(self._spectral(step))) if reading else None
-        self.optimizer.watch = found and found.watch
-        return found
+    def look(self, step: int, reading: bool) -> Probe | None:
+        """The probe of `step` (1-based), if it is to be read; sets the optimizer's watch."""
+        self.optimizer.watch = MatrixWatch(self._spectral(step)) if reading else None
+        return Probe() if reading else None
 
     def due(self, step: int) -> bool:
         """Whether `step` (1-based) is to be read for its own sake."""

@@ -40,7 +40,7 @@ from archscale.scaling.table import flat
 from archscale.train.checkpoint import checkpoint_steps
 from archscale.train.preflight import this_device
 from archscale.train.sweep_view import View, plan_text
-from archscale.train.trainer import FREE_KEYS
+from archscale.train.trainer import other_trajectory
 
 PROCESS_BYTES = (
     400 * 10**6
@@ -138,9 +138,7 @@ def plan_runs(grid: Grid, directory: Path, *, data_needed: bool = True) -> list[
             plan = make_plan(config, world_size=grid.content.processes, device=device)
             if plan.problems:
                 raise plan.problems[0]
-            planned = SweepRun(
-                run, plan, directory / run.name, (checkpoint_steps(directory / run.name / "checkpoints") or [0])[-1]
-            )
+            planned = SweepRun(run, plan, directory / run.name, _newest(directory / run.name))
             _check_same(planned)
         except ConfigError as error:
             problems.append(ConfigError(f"{error.what}, {error.where}", run.where, error.remedy))
@@ -164,13 +162,11 @@ def _check_same(run: SweepRun) -> None:
     if not path.exists():
         return
     before, now = (dict(flat(config.resolved())) for config in (load_config(path), run.plan.config))
-    for key in before.keys() | now.keys():
-        free = any(key == name or key.startswith(name + ".") for name in FREE_KEYS)
-        if before.get(key) != now.get(key) and not free:
-            raise ConfigError(
-                f"{key} is {text_of(now.get(key))}, the run in {run.directory} has {text_of(before.get(key))}", key,
-                "restore the value, give another --sweep-dir, or remove that directory",
-            )  # fmt: skip
+    for key in other_trajectory(before, now):
+        raise ConfigError(
+            f"{key} is {text_of(now.get(key))}, the run in {run.directory} has {text_of(before.get(key))}", key,
+            "restore the value, give another --sweep-dir, or remove that directory",
+        )  # fmt: skip
 
 
 def slots(plans: Sequence[Plan], processes: int, jobs: int | None, device: Device, gpus: Sequence[str] | None = None,
@@ -272,13 +268,14 @@ def _train(runs: Sequence[SweepRun], left: Sequence[SweepRun], directory: Path, 
         try:
             return run_local(jobs, room.variables, retries, tell, view.tick)
         except KeyboardInterrupt:
-            done = sum(replace(run, step=_newest(run)).finished for run in by_name.values())
+            done = sum(replace(run, step=_newest(run.directory)).finished for run in by_name.values())
             raise TrainingError(f"interrupted with {done} of {len(runs)} runs finished", str(directory),
                                 "the same command continues") from None  # fmt: skip
 
 
-def _newest(run: SweepRun) -> int:
-    return (checkpoint_steps(run.directory / "checkpoints") or [0])[-1]
+def _newest(run_dir: Path) -> int:
+    """Step of a run's newest checkpoint; 0 without one."""
+    return (checkpoint_steps(run_dir / "checkpoints") or [0])[-1]
 
 
 @contextlib.contextmanager

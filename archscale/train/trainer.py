@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +151,10 @@ class Run:
                 evaluating = self.validation is not None and (step % config.eval.every == 0 or last)
                 saving = step % config.checkpoint.every == 0 or last
                 reading = readings.due(step) or evaluating or saving
-                look = readings.look(step, reading)
+                probe = readings.look(step, reading)
                 measured, seen = train_step(
                     self.engine, self.optimizer, micro_batches, self.device, config.optimizer.grad_clip,
-                    config.model.moe, look and look.probe, judged.allow if guard and guard.acts else None, arrivals.all_reduce,
+                    config.model.moe, probe, judged.allow if guard and guard.acts else None, arrivals.all_reduce,
                 )  # fmt: skip
                 readings.add(step, lr, measured)
                 watchdog.pat()
@@ -168,9 +169,8 @@ class Run:
                 if evaluating:
                     lines[-1] |= self._evaluate()
                 recorder.write(lines)
-                if saving and (
-                    last or not guard or not guard.skipped
-                ):  # a streak of bad steps adds nothing worth keeping
+                bad = guard is not None and guard.skipped > 0  # a streak of bad steps adds nothing worth keeping
+                if saving and (last or not bad):
                     self._save(step)
                 watchdog.pat()
                 interval = time.monotonic()
@@ -322,6 +322,16 @@ FREE_KEYS = (
 )  # fmt: skip
 
 
+def other_trajectory(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Dotted keys of two resolved configs that differ and make them runs of different trajectories, in order."""
+    mode = "telemetry.guard.mode"
+    acts = "act" in (before.get(mode), now.get(mode))  # then the guard decides over updates
+    for key in sorted(before.keys() | now.keys()):
+        free = any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+        if before.get(key) != now.get(key) and (not free or (acts and key.startswith("telemetry.guard."))):
+            yield key
+
+
 def choose_checkpoint(config: Config, data: TokenSplit, run_dir: Path, resume: str) -> Path | None:
     """The checkpoint to continue from, if any, after checking that it belongs to this trajectory and that the run directory
     can be written.
@@ -345,15 +355,11 @@ def choose_checkpoint(config: Config, data: TokenSplit, run_dir: Path, resume: s
             _flat({**Config.from_dict(saved["config"]).resolved(), "data_set": saved["data"]}),
             _flat({**config.resolved(), "data_set": identity(data)}),
         )
-        mode = "telemetry.guard.mode"  # a guard that acts decides over updates
-        for key in sorted(before.keys() | now.keys()):
-            free = any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
-            decides = key.startswith("telemetry.guard.") and "act" in (before.get(mode), now.get(mode))
-            if before.get(key) != now.get(key) and (decides or not free):
-                raise ConfigError(
-                    f"{key} is {now.get(key)}, the checkpoint's run has {before.get(key)}", str(source),
-                    "restore the value, or start another run with --run-dir",
-                )  # fmt: skip
+        for key in other_trajectory(before, now):
+            raise ConfigError(
+                f"{key} is {now.get(key)}, the checkpoint's run has {before.get(key)}", str(source),
+                "restore the value, or start another run with --run-dir",
+            )  # fmt: skip
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run_dir):
