@@ -143,6 +143,9 @@ def fit(
     joint: Annotated[
         bool, typer.Option("--joint", help="That law by one fit of all points, not in two stages.")
     ] = False,
+    nearest: Annotated[
+        int | None, typer.Option(min=3, help="With quadratic_log: only that many different x around the best one.")
+    ] = None,
     leverage: Annotated[
         tuple[str, str] | None, typer.Option(metavar="A B", help="How many times the x of group A group B needs.")
     ] = None,
@@ -172,7 +175,7 @@ def fit(
     from archscale.scaling.fit_text import render
     from archscale.scaling.table import read_table
 
-    settings = Settings(space and space.value, loss.value, delta, replicates, confidence, seed)
+    settings = Settings(space and space.value, loss.value, delta, replicates, confidence, seed, nearest)
     found = fit_table(
         read_table(targets), form.value, x, y, group or [], against=against, joint=joint, over=leverage, at=at or [],
         settings=settings,

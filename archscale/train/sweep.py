@@ -36,7 +36,7 @@ from archscale.scaling.launchers import Event, Job, run_local
 from archscale.scaling.plan import Plan, make_plan
 from archscale.scaling.plan_text import size
 from archscale.scaling.sweep_results import check_fits, collect, fits_text, make_fits, write_fits, write_results
-from archscale.scaling.table import flat
+from archscale.scaling.table import flat, number
 from archscale.train.checkpoint import checkpoint_steps
 from archscale.train.preflight import this_device
 from archscale.train.sweep_view import View, plan_text
@@ -103,20 +103,49 @@ def sweep(path: Path, overrides: Sequence[str] = (), *, sweep_dir: Path | None =
     grid = read_grid(path, overrides)
     directory = sweep_dir or Path("runs") / grid.content.name
     runs = plan_runs(grid, directory, data_needed=not dry_run)
-    check_fits(grid, [run.plan.config for run in runs])
-    left = [run for run in runs if not run.finished]
-    room = slots([run.plan for run in left or runs], grid.content.processes, jobs, this_device())
-    print(plan_text(grid, runs, directory, room, list_runs=dry_run), flush=True)
+    # Which runs refine will add is known once the first ones are finished; how many, and of which size, before.
+    first_done = all(run.finished for run in runs)
+    losses = _losses(grid, runs, {}) if first_done else {run.name: 0.0 for run in runs}
+    more = plan_runs(grid, directory, grid.refined(losses), data_needed=not dry_run)
+    check_fits(grid, [run.plan.config for run in [*runs, *more]])
+    planned = [*runs, *more] if first_done else runs
+    left = [run for run in planned if not run.finished]
+    room = slots([run.plan for run in left or planned], grid.content.processes, jobs, this_device())
+    print(plan_text(grid, planned, [] if first_done else more, directory, room, list_runs=dry_run), flush=True)
     if dry_run:
         return
     with _locked(directory):
-        _describe(grid, runs, directory)
-        failed = _train(runs, left, directory, room, grid.content.processes, retries)
-        _finish(grid, runs, directory, failed)
+        _describe(grid, planned, directory)
+        failed = _train(planned, left, directory, room, grid.content.processes, retries)
+        if not first_done and more:
+            runs = [replace(run, step=_newest(run.directory)) for run in runs]
+            more = plan_runs(grid, directory, grid.refined(_losses(grid, runs, failed)))
+            planned = [*runs, *more]
+            _describe(grid, planned, directory)
+            print("\n" + plan_text(grid, planned, [], directory, room, list_runs=False), flush=True)
+            left = [run for run in more if not run.finished]
+            failed |= _train(planned, left, directory, room, grid.content.processes, retries)
+        _finish(grid, planned, directory, failed)
 
 
-def plan_runs(grid: Grid, directory: Path, *, data_needed: bool = True) -> list[SweepRun]:
-    """Every run with its plan and how far it is.
+def _losses(grid: Grid, runs: Sequence[SweepRun], failed: Mapping[str, str]) -> dict[str, float]:
+    """What `refine` chooses by, of each run that has it.
+
+    Raises:
+        ConfigError: none has it.
+    """
+    if grid.content.refine is None:
+        return {}
+    table = collect(Path(), {run.name: run.directory for run in runs}, failed)
+    column = grid.content.refine.y
+    if table.rows and column not in table.columns:
+        raise ConfigError(f"no run has {column}", f"refine.y in {grid.path}", "give a column of results.csv")
+    return {name: number(cell, column, name) for name, cell in zip(table.rows, table.columns.get(column, []))}
+
+
+def plan_runs(grid: Grid, directory: Path, runs: Sequence[GridRun] | None = None, *,
+              data_needed: bool = True) -> list[SweepRun]:  # fmt: skip
+    """Runs of the grid, by default `grid.runs()`, each with its plan and how far it is.
 
     Raises:
         ConfigError: one cannot be planned, or its directory holds another run; the line names its values.
@@ -125,7 +154,7 @@ def plan_runs(grid: Grid, directory: Path, *, data_needed: bool = True) -> list[
     if device.name == "cpu" and device.memory:
         device = replace(device, memory=device.memory // grid.content.processes)
     found, problems = [], []
-    for run in grid.runs():
+    for run in grid.runs() if runs is None else runs:
         config, data = run.config, run.config.data.train
         for part in filter(None, (data, run.config.data.val)):
             if part not in vocabularies:
@@ -251,10 +280,10 @@ def _train(runs: Sequence[SweepRun], left: Sequence[SweepRun], directory: Path, 
             directory / "logs" / f"{run.name}.log", processes)
         for run in order
     ]  # fmt: skip
-    by_name = {run.name: run for run in runs}
-    view = View({run.name: (run.directory, run.steps) for run in runs}, len(runs) - len(left))
+    done = sum(run.finished for run in runs)
+    view = View({run.name: (run.directory, run.steps) for run in runs}, done)
     with _log(directory / "sweep.jsonl") as log, view, _terminable():
-        _write(log, event="sweep", runs=len(runs), finished=len(runs) - len(left), at_once=len(room.variables))
+        _write(log, event="sweep", runs=len(runs), finished=done, at_once=len(room.variables))
 
         def tell(event: Event) -> None:
             line: dict[str, Any] = {"event": event.what, "run": event.job.name, "attempt": event.attempt}
@@ -268,7 +297,7 @@ def _train(runs: Sequence[SweepRun], left: Sequence[SweepRun], directory: Path, 
         try:
             return run_local(jobs, room.variables, retries, tell, view.tick)
         except KeyboardInterrupt:
-            done = sum(replace(run, step=_newest(run.directory)).finished for run in by_name.values())
+            done = sum(replace(run, step=_newest(run.directory)).finished for run in runs)
             raise TrainingError(f"interrupted with {done} of {len(runs)} runs finished", str(directory),
                                 "the same command continues") from None  # fmt: skip
 

@@ -27,8 +27,9 @@ OFTEN = 60.0  # seconds between lines about running runs where there is no termi
 TAIL = 1 << 16  # bytes of metrics.jsonl in which the last whole line is looked for
 
 
-def plan_text(grid: Grid, runs: Sequence[SweepRun], directory: Path, room: Slots, *, list_runs: bool) -> str:
-    """What the sweep will train and cost; with `list_runs` a row for each run."""
+def plan_text(grid: Grid, runs: Sequence[SweepRun], more: Sequence[SweepRun], directory: Path, room: Slots, *,
+              list_runs: bool) -> str:  # fmt: skip
+    """What the sweep will train and cost; with `list_runs` a row for each run. `more`: as many as `refine` will choose."""
     finished = sum(run.finished for run in runs)
     lines = [f"{grid.content.name}: {len(runs)} runs of {grid.base} in {directory}, {finished} of them finished", ""]
     if list_runs:
@@ -49,6 +50,13 @@ def plan_text(grid: Grid, runs: Sequence[SweepRun], directory: Path, room: Slots
         "of checkpoints",
         f"  {room.text}{_estimate(flops, len(runs) - finished, len(room.variables), grid.content.processes)}",
     ]
+    if more and (refine := grid.content.refine):
+        seeds = sorted({run.grid.config.seed for run in more})
+        lines.append(
+            f"  then {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))} at the {refine.points} best "
+            f"{refine.x} by {refine.y}: {len(more)} more runs, about "
+            f"{sum(run.plan.figures['flops']['executed'] for run in more):.3g} FLOPs"
+        )
     for asked in grid.content.fit:
         by = f" for each {', '.join(asked.group)}" if asked.group else ""
         lines.append(f"  then {asked.form} of {asked.y} over {', '.join(asked.x)}{by}")
