@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -48,7 +49,7 @@ def plan_text(grid: Grid, runs: Sequence[SweepRun], more: Sequence[SweepRun], di
         f"  in all {sum(f['flops']['executed'] for f in totals):.3g} FLOPs ({flops:.3g} of them left), "
         f"{sum(f['training']['tokens'] for f in totals):,} tokens, up to {size(sum(f['checkpoint']['disk'] for f in totals))} "
         "of checkpoints",
-        f"  {room.text}{_estimate(flops, len(runs) - finished, len(room.variables), grid.content.processes)}",
+        f"  {room.text}{_estimate(runs, directory, len(room.variables), grid.content.processes)}",
     ]
     if more and (refine := grid.content.refine):
         seeds = sorted({run.grid.config.seed for run in more})
@@ -63,16 +64,37 @@ def plan_text(grid: Grid, runs: Sequence[SweepRun], more: Sequence[SweepRun], di
     return "\n".join(lines)
 
 
-def _estimate(flops: float, left: int, jobs: int, processes: int) -> str:
-    """Time for so much work in so many runs; nothing where the device's peak is not known."""
-    device = this_device()
-    if device.name == "cpu":
-        device = find_device("cpu")  # measured, on the threads that one process takes
-    if device.peak is None:
-        return ""
-    seconds = flops / (device.peak * MFU * jobs * processes) + START * -(-left // jobs)
-    peak = f"{MFU:.0%} of {device.peak / 1e12:.3g} TFLOP/s a process ({device.source})"
-    return f"; about {duration(seconds)} at {peak} and {START:g} s until a run's first step"
+def _estimate(runs: Sequence[SweepRun], directory: Path, jobs: int, processes: int) -> str:
+    """Time for what is left; nothing where neither finished runs nor the device tell how fast that is."""
+    flops = sum(run.plan.figures["flops"]["executed"] * (1 - min(1.0, run.step / run.steps)) for run in runs)
+    left = sum(not run.finished for run in runs)
+    speed, source = _measured(runs, directory)
+    if not speed:
+        device = this_device()
+        if device.name == "cpu":
+            device = find_device("cpu")  # measured, on the threads that one process takes
+        if device.peak is None:
+            return ""
+        speed = device.peak * MFU * processes
+        source = f"{MFU:.0%} of {device.peak / 1e12:.3g} TFLOP/s a process ({device.source})"
+    seconds = flops / (speed * jobs) + START * -(-left // jobs)
+    return f"; about {duration(seconds)} at {source} and {START:g} s until a run's first step" if left else ""
+
+
+def _measured(runs: Sequence[SweepRun], directory: Path) -> tuple[float, str]:
+    """FLOP/s of the runs that this sweep has finished, and how to call that; 0 without any."""
+    flops, seconds, count = 0.0, 0.0, 0
+    by_name = {run.name: run.plan.figures["flops"]["executed"] for run in runs}
+    path = directory / "sweep.jsonl"
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if event.get("event") == "finished" and event.get("attempt") == 1 and event.get("run") in by_name:
+                flops += by_name[event["run"]]
+                seconds += max(1.0, event["seconds"] - START)
+                count += 1
+    speed = flops / seconds if count else 0.0
+    return speed, f"the {speed / 1e12:.3g} TFLOP/s of the {count} runs it has finished"
 
 
 class View:
