@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, StrictBool, field_validator
 from pydantic_core import PydanticCustomError
 
-from archscale.config_io import EXPECTED, Count, CountOrZero, Text
+from archscale.config_io import EXPECTED, CountOrZero, Text
 from archscale.config_sections import Section
 from archscale.errors import ConfigError
+from archscale.scaling.cluster_config import ClusterSections
 
 MOST_RUNS = 10_000
 
@@ -54,8 +55,8 @@ class FitConfig(Section):
         return [value] if isinstance(value, str) else value
 
 
-class GridConfig(Section):
-    """The keys of a grid file."""
+class GridConfig(ClusterSections):
+    """The keys of a grid file; `processes` and those of clusters are in `archscale.scaling.cluster_config`."""
 
     name: Text
     """Of the sweep and of its directory, runs/<name>."""
@@ -71,12 +72,11 @@ class GridConfig(Section):
     """Expression; a combination for which it is false is dropped."""
     seeds: Annotated[list[CountOrZero], Field(min_length=1)] | None = None
     """In the file also how many, from 0 on; null: the base's."""
-    processes: Count = 1
-    """Of each run."""
     fit: list[FitConfig] = Field(default_factory=list)
     """Fits over the finished runs."""
 
     def problems(self) -> Iterator[ConfigError]:
+        yield from super().problems()
         if not re.fullmatch(r"[\w+-][\w.+-]*", self.name):
             yield ConfigError(f"{self.name!r} cannot name a directory", "name", "use letters, digits, - and _")
 
