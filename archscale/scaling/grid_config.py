@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from archscale.config_io import EXPECTED, Count, CountOrZero, Text
 from archscale.config_sections import Section
 from archscale.errors import ConfigError
+from archscale.scaling.cluster_config import ClusterSections
 
 MOST_RUNS = 10_000
 
@@ -79,8 +80,8 @@ class RefineConfig(Section):
         return seeds_of(value)
 
 
-class GridConfig(Section):
-    """The keys of a grid file."""
+class GridConfig(ClusterSections):
+    """The keys of a grid file; `processes` and those of clusters are in `archscale.scaling.cluster_config`."""
 
     name: Text
     """Of the sweep and of its directory, runs/<name>."""
@@ -98,12 +99,11 @@ class GridConfig(Section):
     """In the file also how many, from 0 on; null: the base's."""
     refine: RefineConfig | None = None
     """A second stage: more seeds around the best value of one axis, for each combination of the others."""
-    processes: Count = 1
-    """Of each run."""
     fit: list[FitConfig] = Field(default_factory=list)
     """Fits over the finished runs."""
 
     def problems(self) -> Iterator[ConfigError]:
+        yield from super().problems()
         if not re.fullmatch(r"[\w+-][\w.+-]*", self.name):
             yield ConfigError(f"{self.name!r} cannot name a directory", "name", "use letters, digits, - and _")
 

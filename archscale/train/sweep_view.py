@@ -34,11 +34,11 @@ def plan_text(grid: Grid, runs: Sequence[SweepRun], more: Sequence[SweepRun], di
     finished = sum(run.finished for run in runs)
     lines = [f"{grid.content.name}: {len(runs)} runs of {grid.base} in {directory}, {finished} of them finished", ""]
     if list_runs:
-        rows = [["run", "parameters", "tokens", "steps", "matrix lr", "FLOPs", "memory", ""]]
-        for run in runs:
+        rows = [["", "run", "parameters", "tokens", "steps", "matrix lr", "FLOPs", "memory", ""]]
+        for index, run in enumerate(runs):
             f = run.plan.figures
             rows.append([
-                run.name, f"{f['model']['parameters']['total']:,}", f"{f['training']['tokens']:,}", f"{run.steps:,}",
+                str(index), run.name, f"{f['model']['parameters']['total']:,}", f"{f['training']['tokens']:,}", f"{run.steps:,}",
                 f"{f['parameterization']['roles']['matrix']['lr']:.4g}", f"{f['flops']['executed']:.3g}",
                 size(f["memory"]["peak"]), "finished" if run.finished else f"at step {run.step}" if run.step else "",
             ])  # fmt: skip
@@ -49,7 +49,7 @@ def plan_text(grid: Grid, runs: Sequence[SweepRun], more: Sequence[SweepRun], di
         f"  in all {sum(f['flops']['executed'] for f in totals):.3g} FLOPs ({flops:.3g} of them left), "
         f"{sum(f['training']['tokens'] for f in totals):,} tokens, up to {size(sum(f['checkpoint']['disk'] for f in totals))} "
         "of checkpoints",
-        f"  {room.text}{_estimate(runs, directory, len(room.variables), grid.content.processes)}",
+        f"  {room.text}{_estimate(runs, directory, room, grid.content.processes)}",
     ]
     if more and (refine := grid.content.refine):
         seeds = sorted({run.grid.config.seed for run in more})
@@ -64,12 +64,14 @@ def plan_text(grid: Grid, runs: Sequence[SweepRun], more: Sequence[SweepRun], di
     return "\n".join(lines)
 
 
-def _estimate(runs: Sequence[SweepRun], directory: Path, jobs: int, processes: int) -> str:
+def _estimate(runs: Sequence[SweepRun], directory: Path, room: Slots, processes: int) -> str:
     """Time for what is left; nothing where neither finished runs nor the device tell how fast that is."""
     flops = sum(run.plan.figures["flops"]["executed"] * (1 - min(1.0, run.step / run.steps)) for run in runs)
-    left = sum(not run.finished for run in runs)
+    left, jobs = sum(not run.finished for run in runs), len(room.variables)
     speed, source = _measured(runs, directory)
     if not speed:
+        if not room.here:
+            return ""
         device = this_device()
         if device.name == "cpu":
             device = find_device("cpu")  # measured, on the threads that one process takes
@@ -129,11 +131,15 @@ class View:
 
     def tell(self, event: Event) -> None:
         name, again = event.job.name, f" (attempt {event.attempt})" if event.attempt > 1 else ""
-        if event.what == "started":
+        if event.what == "submitted":
+            return
+        if event.what in ("started", "attached"):
             self._running[name] = time.monotonic()
             return
-        del self._running[name]
-        if event.what == "finished":
+        self._running.pop(name, None)
+        if event.what == "requeued":
+            text = f"{name}: requeued{again} at step {last_line(self._runs[name][0]).get('step', 0)}"
+        elif event.what == "finished":
             self._finished += 1
             text = f"{name}: finished in {duration(event.seconds)}{again}{self._metrics(name, 'loss', 'val_loss')}"
         else:

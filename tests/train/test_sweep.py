@@ -185,7 +185,7 @@ def test_more_seeds_around_the_optimum(tmp_path, data, capsys, monkeypatch):
                 pretend_run(one, bowl)
         return {name: "broke" for name in asked[-1] if name in fail}
 
-    monkeypatch.setattr("archscale.train.sweep.run_local", train)
+    monkeypatch.setattr("archscale.train.sweep_clusters.run_local", train)
     sweep(path, sweep_dir=directory, dry_run=True)
     assert "then seeds 1, 2 at the 3 best parameterization.base.lr by val_loss: 12 more runs" in capsys.readouterr().out
     with pytest.raises(TrainingError, match=r"2 of 24 runs failed: width16_lr0.002_seed0: broke.*width32_lr0.01_seed2"):
