@@ -20,7 +20,7 @@ from archscale.scaling.cluster_config import SlurmConfig
 from archscale.scaling.slurm import LeftToSlurm, SlurmLauncher
 from archscale.train.sweep import How, plan_runs, read_grid, sweep
 from tests.commands import ROOT, launch
-from tests.slurm import Code, cluster, missing
+from tests.slurm import Sweep, cluster, missing
 from tests.train.test_sweep import LR, events, grid, kill_sweep
 from tests.train.tiny import run, tiny_data
 
@@ -64,33 +64,6 @@ def queue():
     """State by task, and the name of its job."""
     lines = command("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%j").split()
     return {line.split("|")[0]: tuple(line.split("|")[1:]) for line in lines}
-
-
-class Sweep:
-    """A sweep directory and its log, as `archscale.train.sweep` keeps them."""
-
-    def __init__(self, folder, codes, **options):
-        self.folder, self.options = folder, {"at_once": None, "retries": 2} | options
-        self.jobs = [Code(name, [code], folder / "logs" / f"{name}.log") for name, code in codes.items()]
-        folder.mkdir(exist_ok=True)
-
-    def write(self, **line):
-        with open(self.folder / "sweep.jsonl", "a") as log:
-            log.write(json.dumps(line) + "\n")
-
-    def tell(self, event):
-        self.write(
-            event=event.what, run=event.job.name, attempt=event.attempt, reason=event.reason, again=event.again, task=event.task
-        )
-
-    def go(self, tick=lambda: None, **sweep):
-        self.write(event="sweep", **sweep)
-        launch = SlurmLauncher(SETTINGS, self.folder, "s", **self.options)
-        return launch(self.jobs, self.tell, tick)
-
-    def told(self, what):
-        lines = map(json.loads, (self.folder / "sweep.jsonl").read_text().splitlines())
-        return [(line["run"], line["attempt"]) for line in lines if line["event"] == what]
 
 
 def count(path, then=""):
@@ -160,7 +133,8 @@ def test_killed_with_9_it_attaches_to_what_is_queued_and_submits_nothing_twice(s
     codes = {name: count(tmp_path / name, f"time.sleep({seconds})") for name, seconds in (("a", 4), ("b", 1), ("c", 0))}
     one = Sweep(tmp_path / "s", codes, at_once=1)
     script = f"""
-from tests.scaling.test_slurm import *
+from pathlib import Path
+from tests.slurm import Sweep
 one = Sweep(Path({str(one.folder)!r}), {codes!r}, at_once=1)
 one.go()
 """
@@ -197,7 +171,7 @@ def test_without_waiting_another_job_goes_on(slurm, tmp_path):
 def wait(condition, seconds=30.0):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end
+        assert time.monotonic() < end, (queue(), [path.read_text()[-2000:] for path in Path("s/slurm").glob("*.out")])
         time.sleep(0.05)
 
 
