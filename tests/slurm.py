@@ -47,9 +47,9 @@ ReturnToService=2
 KillWait=2
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 State=UNKNOWN
+NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 State=UNKNOWN
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 State=UNKNOWN
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes={host},n2 Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -75,7 +75,12 @@ class Sweep:
 
     def tell(self, event: Event) -> None:
         self.write(
-            event=event.what, run=event.job.name, attempt=event.attempt, reason=event.reason, again=event.again, task=event.task
+            event=event.what,
+            run=event.job.name,
+            attempt=event.attempt,
+            reason=event.reason,
+            again=event.again,
+            task=event.task,
         )
 
     def go(self, tick: Callable[[], None] = lambda: None, **sweep: Any) -> dict[str, str]:
@@ -111,13 +116,14 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
     conf = folder / "slurm.conf"
-    conf.write_text(CONF.format(host=socket.gethostname().partition(".")[0], folder=folder, ports=_free_ports(3)))
+    host = socket.gethostname().partition(".")[0]  # also a node's name, so that a rendezvous on that node is found
+    conf.write_text(CONF.format(host=host, folder=folder, ports=_free_ports(3)))
     env = {**os.environ, "SLURM_CONF": str(conf), "PATH": path}
     munged = [
         "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket",
         f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed",
     ]  # fmt: skip
-    daemons = [munged, ["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]]
+    daemons = [munged, ["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", host], ["slurmd", "-D", "-N", "n2"]]
     running: list[subprocess.Popen[bytes]] = []
     try:
         for command in daemons:
@@ -159,7 +165,9 @@ def _wait(ready, seconds: float, folder: Path, running: list[subprocess.Popen[by
     limit = time.monotonic() + seconds
     while not ready():
         if time.monotonic() > limit or any(process.poll() is not None for process in running):
-            logs = [f"--- {p.name}\n{p.read_text(errors='replace')[-1500:]}" for p in sorted(folder.glob("*.[lo][ou][gt]"))]
+            logs = [
+                f"--- {p.name}\n{p.read_text(errors='replace')[-1500:]}" for p in sorted(folder.glob("*.[lo][ou][gt]"))
+            ]
             raise RuntimeError("Slurm does not start\n" + "\n".join(logs))
         time.sleep(0.1)
 

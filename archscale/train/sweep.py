@@ -95,7 +95,9 @@ def sweep(path: Path, overrides: Sequence[str] = (), *, sweep_dir: Path | None =
     grid = read_grid(path, overrides)
     how.check(grid)
     if (index is not None or collect_only) and (how != How() or dry_run or (index is not None and collect_only)):
-        what, option = ("it trains nothing", "--collect") if collect_only else ("it trains one run, here and once", "--index")
+        what, option = (
+            ("it trains nothing", "--collect") if collect_only else ("it trains one run, here and once", "--index")
+        )
         raise ConfigError(what, option, "give it with --set and --sweep-dir only")
     if index is not None:
         return _train_one(grid, index, sweep_dir or Path("runs") / grid.content.name)
