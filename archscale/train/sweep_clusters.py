@@ -59,16 +59,17 @@ class How:
     def text(self, grid: Grid) -> str:
         """Where the runs will train, for the plan."""
         content, most = grid.content, f", {self.jobs} at once" if self.jobs else ""
+        processes = _count(content.processes, "process", "processes")
         if self.launcher == "slurm" and (slurm := content.slurm):
             part = f" of partition {slurm.partition}" if slurm.partition else ""
             return (
-                f"a task of a Slurm array each{most}: {content.processes} processes on {slurm.nodes} nodes{part}, "
-                f"{slurm.gpus_per_node} GPUs and {slurm.cpus_per_task} cores a node, requeued after {slurm.hours:g} h"
+                f"a task of a Slurm array each{most}: {processes} on {_count(slurm.nodes, 'node')}{part}, "
+                f"{_count(slurm.gpus_per_node, 'GPU')} and {_count(slurm.cpus_per_task, 'core')} a node, requeued after {slurm.hours:g} h"
             )
         if self.launcher == "kubernetes" and (pods := content.kubernetes):
-            return f"a pod of an indexed Job each{most}: {content.processes} processes, {pods.gpus} GPUs"
+            return f"a pod of an indexed Job each{most}: {processes}, {_count(pods.gpus, 'GPU')}"
         accelerators = content.skypilot.accelerators if content.skypilot else None
-        return f"a managed job of SkyPilot each: {content.processes} processes, {accelerators or 'CPUs'}"
+        return f"a managed job of SkyPilot each: {processes}, {accelerators or 'no GPU'}"
 
     def start(self, grid: Grid, overrides: Sequence[str], directory: Path, room: Slots) -> Launcher:
         """What trains the runs, here or on Slurm."""
@@ -103,6 +104,10 @@ class How:
             f"\nnothing is started yet: {submit}\n"
             "the run that finishes last writes results.csv and the fits; --collect writes them whatever is finished"
         )
+
+
+def _count(number: int, one: str, more: str = "") -> str:
+    return f"{number} {one if number == 1 else more or one + 's'}"
 
 
 def _command(grid: Grid, overrides: Sequence[str]) -> list[str]:
