@@ -33,9 +33,7 @@ def render(runs: Sequence[RunRecord], figures: dict[str, Figures]) -> str:
     warnings = [f"<li>{escape(_of(run, runs) + text)}</li>" for run in runs for text in run.warnings]
     if warnings:
         parts.append(f'<ul class="warnings">{"".join(warnings)}</ul>')
-    parts.append(
-        section("plan", "Plan beside measured", _side_by_side(runs, [_table(plan_rows(run)) for run in runs]))
-    )
+    parts.append(section("plan", "Plan beside measured", _side_by_side(runs, [_table(plan_rows(run)) for run in runs])))
     if figures:
         parts.append(_controls(runs))
     for name, (curves, maps) in figures.items():

@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ VARIABLES = {INK: "--fg", SOFT: "--soft", LINE: "--line"} | {color: f"--g{i}" fo
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MOST_CURVES = 8  # in a panel
 SIZE = (4.4, 2.9)  # inches
+FARTHEST = 5.0  # an interval that reaches so many times as far as all points is cut at the frame
 LEGEND_LETTERS = 66  # in a row of a legend
 Ends = tuple[np.ndarray, np.ndarray]
 
@@ -84,12 +86,11 @@ class Panel:
 
 def draw(panels: Sequence[Panel], columns: int = 1) -> Figure:
     """Panels in rows of `columns`."""
-    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     rows = -(-len(panels) // columns)
-    with matplotlib.rc_context(_style()):
+    with _style():
         heights = [max(_height(panel) for panel in panels[row * columns : (row + 1) * columns]) for row in range(rows)]
         figure = Figure(figsize=(SIZE[0] * columns, sum(heights)), layout="constrained")
         FigureCanvasAgg(figure)
@@ -113,13 +114,16 @@ def _legend_columns(panel: Panel) -> int:
     return max(1, min(4, int(LEGEND_LETTERS // (longest + 5))))
 
 
-def _style() -> dict[str, Any]:
-    return {
+def _style() -> AbstractContextManager[None]:
+    import matplotlib
+
+    style: dict[Any, Any] = {
         "svg.hashsalt": "archscale", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9,
         "axes.edgecolor": SOFT, "axes.labelcolor": INK, "axes.titlecolor": INK, "text.color": INK, "xtick.color": SOFT,
         "ytick.color": SOFT, "grid.color": LINE, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
         "path.simplify_threshold": 0.2,
     }  # fmt: skip
+    return matplotlib.rc_context(style)
 
 
 def _panel(axes: Axes, panel: Panel) -> None:
@@ -132,7 +136,9 @@ def _panel(axes: Axes, panel: Panel) -> None:
     for value, line in ((panel.vertical, axes.axvline), (panel.horizontal, axes.axhline)):
         if value is not None:
             line(value, color=SOFT, linestyle=":", linewidth=1)
-    x_scale = _scale([curve.x for curve in panel.curves], [curve.x_ends for curve in panel.curves], panel.log_x, panel.vertical)
+    x_scale = _scale(
+        [curve.x for curve in panel.curves], [curve.x_ends for curve in panel.curves], panel.log_x, panel.vertical
+    )
     if panel.y_range:
         y_scale = Scale(*panel.y_range, panel.log_y)
     elif panel.y_names:
@@ -164,11 +170,11 @@ def _curve(axes: Axes, curve: Curve) -> None:
     color, alpha = curve.ink, curve.strength
     if curve.band is not None:
         axes.fill_between(curve.x, *curve.band, color=color, alpha=0.16 * alpha, linewidth=0)
-    error: dict[str, np.ndarray] = {}
+    error: dict[str, Any] = {}
     for name, values, ends in (("xerr", curve.x, curve.x_ends), ("yerr", curve.y, curve.y_ends)):
         if ends is not None:
-            reach = [np.minimum(ends[1], 1e300), np.maximum(ends[0], -1e300 if name == "yerr" else 0)]
-            error[name] = np.nan_to_num(np.maximum([values - reach[1], reach[0] - values], 0), nan=0.0)
+            low, high = np.clip(ends, -1e300, 1e300)
+            error[name] = np.nan_to_num(np.maximum([values - low, high - values], 0), nan=0.0)
     face = {"markerfacecolor": "none"} if curve.hollow else {}
     looks: dict[str, Any] = {
         "color": color, "alpha": alpha, "linestyle": curve.line or "none", "marker": curve.marker or None, "markersize": curve.size,
@@ -189,26 +195,26 @@ def _scale(values: Sequence[np.ndarray], ends: Sequence[Ends | None], log: bool,
     scale = Scale.around(points, pad=0.06, log=log)
     outer = np.concatenate([np.empty(0), *(np.concatenate(pair) for pair in ends if pair is not None)])
     outer = outer[np.isfinite(outer) & ((outer > 0) | (not log))]
-    return Scale.around(np.concatenate([points, outer[np.abs(scale.fraction(outer) - 0.5) < 2]]), pad=0.06, log=log)
+    if log:
+        outer = outer[(outer > scale.lo / FARTHEST) & (outer < scale.hi * FARTHEST)]
+    return Scale.around(np.concatenate([points, outer]), pad=0.06, log=log)
 
 
 def svg_text(figure: Figure) -> str:
     """The file."""
-    import matplotlib
-
-    with matplotlib.rc_context(_style()):
+    with _style():
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": "archscale"})
     text = re.sub(r"\n\s*<metadata>.*?</metadata>", "", stream.getvalue(), flags=re.DOTALL)
     text = re.sub(r' id="(?!m|p)[A-Za-z]+[\w.]*_\d+"', "", text)  # of groups that nothing refers to
     text = re.sub(r"<!--.*?-->|\n\s*", lambda found: " " if found[0][0] == "\n" else "", text, flags=re.DOTALL)
-    return re.sub(r"(\d+\.\d\d)\d+", r"\1", text)
+    return re.sub(
+        r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), text
+    )  # a hundredth of a point is enough
 
 
 def png_bytes(figure: Figure) -> bytes:
-    import matplotlib
-
-    with matplotlib.rc_context(_style()):
+    with _style():
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=130, metadata={"Software": None})
     return stream.getvalue()

@@ -12,10 +12,8 @@ from archscale.report.plot import draw, png_bytes, svg_text
 from archscale.report.sweep_figures import make_figures
 from archscale.report.sweep_fits import analyse
 from archscale.report.sweep_page import Drawn, folder_of, render
-from archscale.report.sweep_read import is_sweep, read_sweep
+from archscale.report.sweep_read import read_sweep
 from archscale.report.sweep_tables import csv_text, make_tables
-
-__all__ = ["is_sweep", "write_sweep_report"]
 
 
 def write_sweep_report(directory: Path, out: Path | None = None) -> Path:

@@ -1,9 +1,9 @@
 """What a grid varied: which of its keys is tuned, which tell arms apart, along which a run grows. From the values, not from names of studies.
 
-    tuned   the learning rate, or another setting that is searched for its best value
-    arms    keys that are no numbers, such as rules: a color each
-    scale   numbers that change a run's FLOPs, such as width or tokens
-    others  all other numbers, such as top_k
+tuned   the learning rate, or another setting that is searched for its best value
+arms    keys that are no numbers, such as rules: a color each
+scale   numbers that change a run's FLOPs, such as width or tokens
+others  all other numbers, such as top_k
 """
 
 from __future__ import annotations

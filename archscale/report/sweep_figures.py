@@ -17,7 +17,7 @@ from archscale.scaling.fit import Estimate
 from archscale.scaling.table import Cell
 
 MOST_PANELS = 24  # of a figure; more go into a second one
-FAR = 3.0  # frame of a bowl: so many times as high as the median of its points above the lowest
+FAR = 8.0  # frame of a bowl: so many times as high as the median of its points above the lowest
 STEPS = 40  # points of a drawn law
 
 
@@ -58,7 +58,12 @@ def _flops(found: Analysis) -> Iterator[FigureOf]:
     groups = curve_names(found, fits)
     panels = []
     for part in _chunks(groups):
-        panel = Panel(f"{y[0].upper()}{y[1:]} at each one's best {_tuned(found)}" if found.axes.tuned else y, "training FLOPs", y, log_y=True)
+        panel = Panel(
+            f"{y[0].upper()}{y[1:]} at each one's best {_tuned(found)}" if found.axes.tuned else y,
+            "training FLOPs",
+            y,
+            log_y=True,
+        )
         words = []
         for arm, label, group in part:
             members = [one for one in found.combinations if found.curve_label(one.row) == label]
@@ -91,9 +96,15 @@ def _bowls(found: Analysis) -> Iterator[FigureOf]:
         keys = dict.fromkeys((one.arm, *(one.row[key] for key in rest)) for one in found.combinations)
         for key in keys:
             members = [one for one in found.combinations if (one.arm, *(one.row[k] for k in rest)) == key]
-            title = ", ".join([key[0], *(value_of(k, v) for k, v in zip(rest, key[1:]))])
+            title = ", ".join([members[0].arm, *(value_of(k, members[0].row[k]) for k in rest)])
             for part in _chunks(members):
-                panels.append(_bowl(found, title, [(value_of(first, one.row[first]), one, _place(found, one, [first])) for one in part]))
+                panels.append(
+                    _bowl(
+                        found,
+                        title,
+                        [(value_of(first, one.row[first]), one, _place(found, one, [first])) for one in part],
+                    )
+                )
     else:
         for part in _chunks(found.combinations):
             panels.append(_bowl(found, "", [(one.arm, one, None) for one in part]))
@@ -119,20 +130,24 @@ def _bowl(found: Analysis, title: str, members: Sequence[tuple[str, Combination,
         ends = (means - errors, means + errors) if np.isfinite(errors).any() else None
         panel.curves.append(Curve(label, one.x, means, line="" if one.fit else ":", y_ends=ends, **look))
         if one.edge:
-            at = slice(one.best, one.best + 1)
-            panel.curves.append(Curve("", one.x[at], means[at], **plain | {"marker": "o", "size": 10, "hollow": True}))
+            best = slice(one.best, one.best + 1)
+            panel.curves.append(
+                Curve("", one.x[best], means[best], **plain | {"marker": "o", "size": 10, "hollow": True})
+            )
         lows += [float(means.min())]
         highs += [float(np.median(means) - means.min())]
         if one.fit and one.optimum and one.minimum:
             at = np.geomspace(one.fit.lows[0], one.fit.highs[0], STEPS)
             panel.curves.append(Curve("", at, one.fit.predict(at), "-", **plain))
             star, lowest = np.array([one.optimum.value]), np.array([one.minimum.value])
-            panel.curves.append(Curve("", star, lowest, x_ends=intervals([one.optimum]), **look | {"marker": "*", "size": 9}))
+            panel.curves.append(
+                Curve("", star, lowest, x_ends=intervals([one.optimum]), **look | {"marker": "*", "size": 9})
+            )
             lows += [one.minimum.value]
             words.append(f"{label}: optimum {with_ends(one.optimum)}")
         else:
             words.append(f"{label}: no fitted optimum, best tried {number(float(one.x[one.best]))}")
-        words[-1] += f", best tried at the {one.edge} of the grid" if one.edge else ""
+        words[-1] += "".join(f", {note}" for note in one.notes)
     panel.x_ticks = sorted({float(x) for _, one, _ in members for x in one.x})
     low, high = min(lows), max(float(one.means.max()) for _, one, _ in members)
     frame = max(max(one.means.min() for _, one, _ in members) + FAR * max(highs) - low, 1e-9)
@@ -166,7 +181,9 @@ def _members(found: Analysis, rest: Sequence[str], key: tuple[Cell, ...]) -> lis
     return [one for one in found.combinations if tuple(one.row[k] for k in rest) == key]
 
 
-def _optimum(found: Analysis, along: str, told: list[str], arms: Sequence[str], members: Sequence[Combination]) -> Panel:
+def _optimum(
+    found: Analysis, along: str, told: list[str], arms: Sequence[str], members: Sequence[Combination]
+) -> Panel:
     x_name = name_of(along)
     panel = Panel(", ".join(told) or f"along {x_name}", x_name, f"optimal {_tuned(found)}", log_y=True)
     words = []
@@ -186,7 +203,9 @@ def _optimum(found: Analysis, along: str, told: list[str], arms: Sequence[str], 
         law = drift.law.fit if drift else None
         if law and drift and drift.exponent:
             at = np.geomspace(law.lows[0], law.highs[0], STEPS)
-            panel.curves.append(Curve("", at, law.predict(at), "-", band=intervals(law.predict_interval(at)), **look | {"marker": ""}))
+            panel.curves.append(
+                Curve("", at, law.predict(at), "-", band=intervals(law.predict_interval(at)), **look | {"marker": ""})
+            )
             words.append(f"{arm}: exponent {with_ends(drift.exponent)}")
         else:
             words.append(f"{arm}: no law")
@@ -213,12 +232,14 @@ def _forest(found: Analysis) -> Iterator[FigureOf]:
     for along in found.axes.numbers:
         drifts = [drift for drift in found.drifts if drift.along == along and drift.exponent]
         for part in _chunks(drifts, 30):
-            panel = Panel(f"along {name_of(along)}", f"exponent of the optimal {_tuned(found)}", "", log_x=False, vertical=0.0)
+            panel = Panel(f"along {name_of(along)}", "exponent of the optimum", "", log_x=False, vertical=0.0)
             panel.y_names = [drift.label for drift in part]
             for place, drift in enumerate(part):
                 assert drift.exponent is not None
                 at, look = np.array([float(place)]), _look(found, drift.arm)
-                panel.curves.append(Curve("", np.array([drift.exponent.value]), at, x_ends=intervals([drift.exponent]), **look))
+                panel.curves.append(
+                    Curve("", np.array([drift.exponent.value]), at, x_ends=intervals([drift.exponent]), **look)
+                )
                 if drift.reference:
                     panel.curves.append(Curve("", np.array([drift.reference]), at, marker="|", color=INK, size=9))
             panel.finding = f"Exponents {panel.title}: " + "; ".join(
@@ -248,7 +269,9 @@ def _leverage(found: Analysis) -> Iterator[FigureOf]:
             x, y = np.array([[point.x, point.ratio.value] for point in usable]).T
             ends = intervals(point.ratio for point in usable)
             panel.curves.append(Curve(name, x, y, "-", y_ends=ends, **look))
-            words.append(f"{name}: {with_ends(usable[0].ratio)} at {number(x[0])} FLOPs, {with_ends(usable[-1].ratio)} at {number(x[-1])}")
+            words.append(
+                f"{name}: {with_ends(usable[0].ratio)} at {number(x[0])} FLOPs, {with_ends(usable[-1].ratio)} at {number(x[-1])}"
+            )
         panel.finding = f"How many times the FLOPs {base} needs for the same loss. {'; '.join(words)}."
         panels.append(panel)
     if panels:
@@ -296,7 +319,9 @@ def _against(found: Analysis, name: str, along: str, rest: Sequence[str], value:
             y = np.array([value(one) if value else _float(one.row[name]) for one in members])
             label = ", ".join([str(told[0]), *(value_of(k, v) for k, v in zip(rest, told[1:]))])
             look = _look(found, members[0].arm, _place(found, members[0], rest))
-            several = len(x) > len(set(x)) or (along == "flops" and len(found.axes.scale) > 1)  # not one sequence of sizes
+            several = len(x) > len(set(x)) or (
+                along == "flops" and len(found.axes.scale) > 1
+            )  # not one sequence of sizes
             bars = intervals(map(ends, members)) if ends else None
             panel.curves.append(Curve(label, x, y, "" if several else "-", y_ends=bars, **look))
             words.append(f"{label}: {number(float(y.min()))} to {number(float(y.max()))}")
@@ -342,5 +367,3 @@ def _tuned(found: Analysis) -> str:
 
 def _file(key: str) -> str:
     return key.rpartition(".")[2]
-
-

@@ -75,6 +75,18 @@ class Combination:
         return self.fit.estimates["optimum"] if self.fit else None
 
     @property
+    def notes(self) -> list[str]:
+        """What to know of the optimum: at the edge of what was tried, or not to be fitted."""
+        notes = [f"the {self.edge} value tried is the best"] if self.edge else []
+        if (
+            self.fit
+            and self.optimum
+            and not self.fit.lows[0] <= self.optimum.low <= self.optimum.high <= self.fit.highs[0]
+        ):
+            notes.append("the interval reaches beyond the grid")
+        return [*notes, self.bowl.refused.what] if self.bowl and self.bowl.refused else notes
+
+    @property
     def minimum(self) -> Estimate | None:
         return self.fit.estimates["minimum"] if self.fit else None
 
@@ -211,8 +223,8 @@ def _combine(found: Analysis, table: Table) -> None:
         xs = sorted(by_x)
         points = [np.array([_finite(y[row]) for row in by_x[x]], dtype=float) for x in xs]
         best = int(np.argmin([values.mean() for values in points]))
-        row = _mean_row(table, by_x[xs[best]])
-        found.combinations.append(Combination(key, axes.arm(row), row, np.array(xs), points, best))
+        mean = _mean_row(table, by_x[xs[best]])
+        found.combinations.append(Combination(key, axes.arm(mean), mean, np.array(xs), points, best))
 
 
 def _mean_row(table: Table, rows: Sequence[int]) -> dict[str, Cell]:
@@ -228,7 +240,8 @@ def _bowls(found: Analysis, table: Table) -> None:
     """A bowl for each combination and, for each numeric key, the law of their optima; the grid's own fits where it asks for these."""
     axes = found.axes
     own: list[TableFits] = []
-    for along in axes.numbers or [None]:
+    alongs: list[str | None] = [*axes.numbers] or [None]
+    for along in alongs:
         others = [key for key in axes.cell if key != along]
         asked = [fit.fits for fit in found.fits if fit.fits and _same(fit.fits, axes, others, along)]
         made = asked[0] if asked else _try(
@@ -285,8 +298,8 @@ def _leverage(found: Analysis) -> None:
     high = min(float(group.fit.highs[0]) for group in groups if group.fit)
     middle = math.sqrt(low * high)
     base = max(groups, key=lambda group: float(group.fit.predict(middle)[0]) if group.fit else 0.0)
-    names = {group.key: found.curve_label(dict(zip(fits.group, group.key)) | _first_row(found, fits, group)) for group in groups}
-    for group in groups:
+    names = {group.key: label for _, label, group in curve_names(found, fits)}
+    for group in sorted(groups, key=lambda group: list(names).index(group.key)):
         if group is base:
             continue
         assert group.fit is not None
@@ -306,7 +319,8 @@ def _first_row(found: Analysis, fits: TableFits, group: Group) -> dict[str, Cell
 def curve_names(found: Analysis, fits: TableFits) -> list[tuple[str, str, Group]]:
     """(arm, label, group) of each curve over FLOPs."""
     rows = [(_first_row(found, fits, group), group) for group in fits.groups]
-    return [(found.axes.arm(row), found.curve_label(row), group) for row, group in rows]
+    named = [(found.axes.arm(row), found.curve_label(row), group) for row, group in rows]
+    return sorted(named, key=lambda one: found.arms.index(one[0]))  # as everywhere else
 
 
 def _indicators(found: Analysis, best: Table) -> None:

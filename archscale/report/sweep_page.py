@@ -17,9 +17,9 @@ from archscale.report.indicators import parse_key
 from archscale.report.page import definitions, section
 from archscale.report.plot import inline
 from archscale.report.scale import compact, number
-from archscale.report.sweep_axes import LR, name_of
-from archscale.report.sweep_fits import Analysis
+from archscale.report.sweep_axes import name_of
 from archscale.report.sweep_figures import FigureOf, with_ends
+from archscale.report.sweep_fits import Analysis
 from archscale.report.sweep_read import SweepRecord, describe
 from archscale.report.sweep_tables import Row, verdict
 from archscale.scaling.fit_text import render as fits_as_text
@@ -28,7 +28,7 @@ Drawn = list[tuple[FigureOf, list[str]]]  # each with the SVG text of its panels
 SECTIONS = {
     "flops": ("Loss against training FLOPs", "curves"),
     "bowls": ("Loss against {tuned}", "optima"),
-    "optima": ("Optimal {tuned} against size", None),
+    "optima": ("How the optimal {tuned} moves", None),
     "drift": ("Transfer: how the optimum drifts", "drift"),
     "leverage": ("Compute-efficiency leverage", "leverage"),
     "stability": ("Indicators over scale", "stability"),
@@ -36,6 +36,7 @@ SECTIONS = {
 }
 MOST_SHOWN = 12  # findings and reasons that the head lists
 OPEN_ROWS = 24  # of a table that is open at first
+LONG = 44  # letters of a cell from which on it is broken into lines
 
 
 def render(sweep: SweepRecord, found: Analysis, drawn: Drawn, tables: Mapping[str, list[Row]], page: Path) -> str:
@@ -46,14 +47,20 @@ def render(sweep: SweepRecord, found: Analysis, drawn: Drawn, tables: Mapping[st
     for name, (title, table) in SECTIONS.items():
         figures = [(figure, panels) for figure, panels in drawn if figure.section == name]
         content = "".join(_figure(figure, panels, folder) for figure, panels in figures)
-        if table in tables and (figures or table in ("optima", "drift", "leverage")):
+        if table and table in tables and (figures or table in ("optima", "drift", "leverage")):
             content += _table(tables[table], f"{folder}/{table}.csv")
             shown.add(table)
         if content:
             title = title.format(tuned=name_of(found.axes.tuned) if found.axes.tuned else "size")
             parts.append(section(name, escape(title), content))
     if "indicators" in tables and "indicators" not in shown:
-        parts.append(section("indicators", "Indicators at each one's best setting", _table(tables["indicators"], f"{folder}/indicators.csv")))
+        parts.append(
+            section(
+                "indicators",
+                "Indicators at each one's best setting",
+                _table(tables["indicators"], f"{folder}/indicators.csv"),
+            )
+        )
     if found.fits or found.notes:
         parts.append(section("fits", "Fits of the grid", _fits(found)))
     parts.append(section("grid", "Grid", _grid(sweep)))
@@ -84,13 +91,24 @@ def _head(sweep: SweepRecord, found: Analysis) -> str:
     more += [f"{len(sweep.unfinished)} not finished or not started"] if sweep.unfinished else []
     more += [f"{len(found.diverged)} without a finite loss"] if found.diverged else []
     flops = [value for value in sweep.table.columns.get("flops", []) if isinstance(value, float)]
-    tiles = [("runs", f"{done} / {planned}", "; ".join(more)), ("groups", str(len(found.arms)), ", ".join(found.arms)[:120])]
+    tiles = [
+        ("runs", f"{done} / {planned}", "; ".join(more)),
+        ("groups", str(len(found.arms)), ", ".join(found.arms)[:120]),
+    ]
     if flops:
-        tiles.append(("training FLOPs of finished runs", compact(sum(flops)), f"{compact(min(flops))} to {compact(max(flops))} a run"))
+        tiles.append(
+            (
+                "training FLOPs of finished runs",
+                compact(sum(flops)),
+                f"{compact(min(flops))} to {compact(max(flops))} a run",
+            )
+        )
     if found.combinations:
         best = min(found.combinations, key=lambda one: float(one.means[one.best]))
         tuned = f", {name_of(found.axes.tuned)} {number(float(best.x[best.best]))}" if found.axes.tuned else ""
-        tiles.append((f"lowest {name_of(str(found.axes.y))}", f"{best.means[best.best]:.4f}", f"{_told(found, best.row)}{tuned}"))
+        tiles.append(
+            (f"lowest {name_of(str(found.axes.y))}", f"{best.means[best.best]:.4f}", f"{_told(found, best.row)}{tuned}")
+        )
     content = "".join(
         f'<div class="tile"><dt>{escape(name)}</dt><dd>{escape(value)}</dd><dd class="note">{escape(note)}</dd></div>'
         for name, value, note in tiles
@@ -117,7 +135,9 @@ def _missing(sweep: SweepRecord, found: Analysis) -> list[str]:
     if len(lines) > MOST_SHOWN:
         lines = [*lines[: MOST_SHOWN - 1], f"and {len(lines) - MOST_SHOWN + 1} more, in the table of runs"]
     if sweep.unfinished:
-        lines.append(f"{len(sweep.unfinished)} runs are missing here because they have not finished; what follows is of the others")
+        lines.append(
+            f"{len(sweep.unfinished)} runs are missing here because they have not finished; what follows is of the others"
+        )
     return lines
 
 
@@ -143,15 +163,17 @@ def _findings(found: Analysis) -> list[str]:
         lines.append(f"{arm}: {text}.")
     for along in found.axes.numbers:
         for arm in found.arms:
-            own = [drift for drift in found.drifts if (drift.along, drift.arm) == (along, arm) and drift.exponent]
-            exponents = [drift.exponent for drift in own if drift.exponent]
+            drifts = [drift for drift in found.drifts if (drift.along, drift.arm) == (along, arm) and drift.exponent]
+            exponents = [drift.exponent for drift in drifts if drift.exponent]
             if len(exponents) == 1:
-                text = f"{with_ends(exponents[0])}; {verdict(exponents[0], own[0].reference)}"
+                text = f"{with_ends(exponents[0])}; {verdict(exponents[0], drifts[0].reference)}"
             elif exponents:
                 values = [exponent.value for exponent in exponents]
-                within = sum(verdict(drift.exponent, drift.reference).endswith("within the interval") for drift in own)
-                expected = f"the expected {own[0].reference:g}" if own[0].reference else "0"
-                text = f"from {number(min(values), 3)} to {number(max(values), 3)}; {expected} is within {within} of {len(own)} intervals"
+                within = sum(
+                    verdict(drift.exponent, drift.reference).endswith("within the interval") for drift in drifts
+                )
+                expected = f"the expected {drifts[0].reference:g}" if drifts[0].reference else "0"
+                text = f"from {number(min(values), 3)} to {number(max(values), 3)}; {expected} is within {within} of {len(drifts)} intervals"
             else:
                 continue
             lines.append(f"{arm}: exponent of the optimum along {name_of(along)} {text}.")
@@ -159,7 +181,9 @@ def _findings(found: Analysis) -> list[str]:
         usable = [point for point in points if math.isfinite(point.ratio.value)] if not isinstance(points, str) else []
         if usable:
             last = usable[-1]
-            lines.append(f"{name}: reaches its loss with {with_ends(last.ratio)} times fewer FLOPs than {base} at {compact(last.x)} FLOPs.")
+            lines.append(
+                f"{name}: reaches its loss with {with_ends(last.ratio)} times fewer FLOPs than {base} at {compact(last.x)} FLOPs."
+            )
     for name, fits in found.growth.items():
         growing = [group for group in fits.groups if group.fit and group.fit.estimates["exponent"].low > 0]
         if growing:
@@ -184,20 +208,27 @@ def _table(rows: Sequence[Row], link: str) -> str:
     columns = list(dict.fromkeys(key for row in rows for key in row))
     shown = [key for key in columns if not key.endswith((" low", " high"))]
     shown = [key for key in shown if any(row.get(key) not in (None, "") for row in rows)]
-    head = "".join(f'<th scope="col">{escape(key)}</th>' for key in shown)
+    head = _header(rows, shown)
     body = "".join(f"<tr>{''.join(_cell(row, key) for key in shown)}</tr>" for row in rows)
-    html = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    html = (
+        f'<div class="scroll"><table class="figures"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
     name = link.rpartition("/")[2]
     return (
-        f'<details{" open" if len(rows) <= OPEN_ROWS else ""}><summary>Table: {len(rows)} {"row" if len(rows) == 1 else "rows"}, '
+        f"<details{' open' if len(rows) <= OPEN_ROWS else ''}><summary>Table: {len(rows)} {'row' if len(rows) == 1 else 'rows'}, "
         f'<a href="{quote(link)}">{escape(name)}</a></summary>{html}</details>'
     )
+
+
+def _header(rows: Sequence[Row], shown: Sequence[str]) -> str:
+    text = {key for key in shown if all(isinstance(row.get(key) or "", str) for row in rows)}
+    return "".join(f'<th scope="col" class="{"text" if key in text else ""}">{escape(key)}</th>' for key in shown)
 
 
 def _cell(row: Row, key: str) -> str:
     value = row.get(key)
     if isinstance(value, str) or value is None:
-        return f'<td class="text">{escape(value or "")}</td>'
+        return f'<td class="text{" long" if value and len(value) > LONG else ""}">{escape(value or "")}</td>'
     if isinstance(value, float):
         text = compact(value) if math.isfinite(value) and abs(value) >= 1e9 else number(value, 5)
         if f"{key} low" in row:
@@ -212,11 +243,19 @@ def _fits(found: Analysis) -> str:
     for fit in found.fits:
         what = f"{fit.asked.form} of {fit.asked.y} over {', '.join(fit.asked.x)}"
         if fit.fits is None:
-            parts.append(f"<h3>{escape(what)}</h3><p>refused: {escape(describe(fit.refusal) if fit.refusal else '')}</p>")
+            parts.append(
+                f"<h3>{escape(what)}</h3><p>refused: {escape(describe(fit.refusal) if fit.refusal else '')}</p>"
+            )
         else:
-            parts.append(f'<h3>{escape(what)}</h3><div class="scroll"><pre>{escape(fits_as_text(fit.fits))}</pre></div>')
+            parts.append(
+                f'<h3>{escape(what)}</h3><div class="scroll"><pre>{escape(fits_as_text(fit.fits))}</pre></div>'
+            )
     if found.notes:
-        parts.append("<h3>Refused of what this report looked for</h3><ul>" + "".join(f"<li>{escape(n)}</li>" for n in found.notes) + "</ul>")
+        parts.append(
+            "<h3>Refused of what this report looked for</h3><ul>"
+            + "".join(f"<li>{escape(n)}</li>" for n in found.notes)
+            + "</ul>"
+        )
     return "".join(parts)
 
 
@@ -258,8 +297,7 @@ def _runs(sweep: SweepRecord, rows: Sequence[Row], page: Path, folder: str) -> s
         kind = "bad" if row["status"] == "failed" or row["reason"] else ""
         cells = "".join(_cell(row | {key: _value(row[key])}, key) for key in shown)
         body.append(f'<tr class="{kind}"><th scope="row">{label}</th>{cells}</tr>')
-    head = "".join(f'<th scope="col">{escape(LR if key == LR else key)}</th>' for key in ["run", *shown])
-    table = f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    table = f'<div class="scroll"><table class="figures"><thead><tr>{_header(rows, ["run", *shown])}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
     opened = " open" if len(rows) <= OPEN_ROWS else ""
     link = f'<a href="{quote(folder)}/runs.csv">runs.csv</a>'
     return f"<details{opened}><summary>{len(rows)} runs, {link}</summary>{table}</details>"
@@ -280,5 +318,9 @@ def _environment(sweep: SweepRecord) -> str:
         different = list(dict.fromkeys(values))
         if different == ["null"]:
             continue
-        shown[key] = different[0] if len(different) == 1 else f"{len(different)} different: {', '.join(different[:3])}" + (" …" if different[3:] else "")
+        shown[key] = (
+            different[0]
+            if len(different) == 1
+            else f"{len(different)} different: {', '.join(different[:3])}" + (" …" if different[3:] else "")
+        )
     return definitions(shown)

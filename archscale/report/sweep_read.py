@@ -50,10 +50,6 @@ class SweepRecord:
         return {name: reason for name, reason in self.table.left_out if name not in self.failed}
 
 
-def is_sweep(directory: Path) -> bool:
-    return (directory / "sweep.yaml").is_file()
-
-
 def read_sweep(directory: Path) -> SweepRecord:
     """Read a sweep directory; a run that cannot be read is left out with the reason.
 

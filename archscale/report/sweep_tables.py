@@ -59,10 +59,9 @@ def _optima(found: Analysis) -> list[Row]:
         row |= {key: one.row.get(key) for key in PROVENANCE}
         row["runs"] = sum(map(len, one.points))
         if found.axes.tuned:
-            row |= {f"best {name_of(found.axes.tuned)} tried": float(one.x[one.best]), "mean loss there": float(one.means[one.best])}
+            row |= {"best tried": float(one.x[one.best]), "mean loss there": float(one.means[one.best])}
             row |= _estimate("optimum", one.optimum) | _estimate("minimum", one.minimum)
-            refused = one.bowl.refused.what if one.bowl and one.bowl.refused else ""
-            row["note"] = "; ".join(filter(None, [f"best tried at the {one.edge} of the grid" if one.edge else "", refused]))
+            row["note"] = "; ".join(one.notes)
         else:
             row |= {"mean loss": float(one.means[0]), "standard error": float(one.errors[0])}
         rows.append(row)
@@ -74,11 +73,9 @@ def _drift(found: Analysis) -> list[Row]:
     for drift in found.drifts:
         row: Row = {"along": name_of(drift.along), "group": drift.label, **_estimate("exponent", drift.exponent)}
         row |= {"expected": drift.reference, "optima": int(drift.law.x.shape[1])}
-        if drift.exponent:
-            law = drift.law.fit
-            assert law is not None
-            span = float(law.highs[0] / law.lows[0])
-            row |= {"range": span, "factor over the range": span**drift.exponent.value}
+        span = float(drift.law.x.max() / drift.law.x.min()) if drift.law.x.size and drift.law.x.min() > 0 else None
+        factor = span**drift.exponent.value if drift.exponent and span else None
+        row |= {"range": span, "factor over the range": factor}
         row["verdict"] = drift.law.refused.what if drift.law.refused else verdict(drift.exponent, drift.reference)
         rows.append(row)
     return rows

@@ -8,6 +8,7 @@ The sweep directory holds
     <run>/            run directories
     results.csv       a row for each run, written at the end
     fits.json         the grid's fits, written at the end
+    report.html       the report, and report/ with its figures and tables, written at the end
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import fcntl
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -45,7 +47,7 @@ from archscale.train.trainer import other_trajectory
 PROCESS_BYTES = (
     400 * 10**6
 )  # of main memory that Python and torch take in each process beside the plan (340 MB measured)
-MINE = {"sweep.yaml", "sweep.jsonl", "configs", "logs", "results.csv", "fits.json"}
+MINE = {"sweep.yaml", "sweep.jsonl", "configs", "logs", "results.csv", "fits.json", "report.html", "report"}
 
 
 @dataclass(frozen=True)
@@ -318,6 +320,7 @@ def _finish(grid: Grid, runs: Sequence[SweepRun], directory: Path, failed: Mappi
     print(f"\n{grid.content.name}: {len(table.rows)} of {len(runs)} runs finished; {directory}/results.csv, fits.json")
     if fits:
         print("\n" + fits_text(fits), flush=True)
+    _report(directory)
     if table.left_out:
         (name, reason), more = table.left_out[0], len(table.left_out) - 1
         others = f" (also failed: {', '.join(other for other, _ in table.left_out[1:])})" if more else ""
@@ -328,3 +331,13 @@ def _finish(grid: Grid, runs: Sequence[SweepRun], directory: Path, failed: Mappi
     for fit in fits:
         if fit.refusal:
             raise fit.refusal
+
+
+def _report(directory: Path) -> None:
+    """A sweep that has trained is not lost to a figure that cannot be drawn."""
+    from archscale.report.sweep import write_sweep_report
+
+    try:
+        print(f"\nreport {write_sweep_report(directory)}", flush=True)
+    except Exception as error:
+        print(f"archscale: warning: no report: {type(error).__name__}: {error}", file=sys.stderr)
