@@ -31,6 +31,7 @@ Overrides = Annotated[
 Form = StrEnum("Form", ["power", "power_irreducible", "quadratic_log", "chinchilla"])
 Space = StrEnum("Space", ["log", "linear"])
 Loss = StrEnum("Loss", ["squares", "huber"])
+Cluster = StrEnum("Cluster", ["local", "slurm", "kubernetes", "skypilot"])
 
 
 @app.callback()
@@ -114,17 +115,33 @@ def sweep(
         typer.Option(min=1, help="Runs at once; default as many as cores or GPUs, and memory, have room for."),
     ] = None,
     retries: Annotated[int, typer.Option(min=0, help="How often a run that crashed is tried again.")] = 2,
+    launcher: Annotated[
+        Cluster, typer.Option(help="Who trains the runs; kubernetes and skypilot write files for you to submit.")
+    ] = Cluster.local,
+    wait: Annotated[
+        bool,
+        typer.Option("--wait/--no-wait", help="With slurm: stay until all have ended, or leave the rest to a job."),
+    ] = True,
+    index: Annotated[
+        int | None, typer.Option(min=0, help="Train only this run of those that --dry-run numbers, here.")
+    ] = None,
+    collect: Annotated[
+        bool, typer.Option("--collect", help="Train nothing; tabulate and fit what is finished.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the runs with their plans and the cost of all; start nothing.")
     ] = False,
+    continued: Annotated[bool, typer.Option("--continued", hidden=True)] = False,
 ) -> None:
     """Train all runs of a grid, then tabulate and fit them. The same command again skips what is finished and resumes the rest.
 
     Example: archscale sweep configs/sweeps/lr_tokens.yaml --dry-run
     """
+    from archscale.train.sweep import How
     from archscale.train.sweep import sweep as run
 
-    run(grid, set or [], sweep_dir=sweep_dir, jobs=jobs, retries=retries, dry_run=dry_run)
+    how = How(launcher.value, jobs, retries, wait, continued)
+    run(grid, set or [], sweep_dir=sweep_dir, how=how, dry_run=dry_run, collect_only=collect, index=index)
 
 
 @app.command()
@@ -143,6 +160,9 @@ def fit(
     joint: Annotated[
         bool, typer.Option("--joint", help="That law by one fit of all points, not in two stages.")
     ] = False,
+    nearest: Annotated[
+        int | None, typer.Option(min=3, help="With quadratic_log: only that many different x around the best one.")
+    ] = None,
     leverage: Annotated[
         tuple[str, str] | None, typer.Option(metavar="A B", help="How many times the x of group A group B needs.")
     ] = None,
@@ -172,7 +192,7 @@ def fit(
     from archscale.scaling.fit_text import render
     from archscale.scaling.table import read_table
 
-    settings = Settings(space and space.value, loss.value, delta, replicates, confidence, seed)
+    settings = Settings(space and space.value, loss.value, delta, replicates, confidence, seed, nearest)
     found = fit_table(
         read_table(targets), form.value, x, y, group or [], against=against, joint=joint, over=leverage, at=at or [],
         settings=settings,

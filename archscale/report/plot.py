@@ -66,7 +66,7 @@ class Panel:
     Attributes:
         finding: what it shows in words, for those who do not see it.
         x_ticks: values to mark on the x axis, where there are few. y_names: names of y = 0, 1, …, from above.
-        y_range: of the axis; None: around all points.
+        y_range: of the axis; None: around all points. note: in the corner.
         vertical: x of a reference line. horizontal: y of one.
     """
 
@@ -80,6 +80,7 @@ class Panel:
     x_ticks: Sequence[float] = ()
     y_names: Sequence[str] = ()
     y_range: tuple[float, float] | None = None
+    note: str = ""
     vertical: float | None = None
     horizontal: float | None = None
 
@@ -131,8 +132,6 @@ def _panel(axes: Axes, panel: Panel) -> None:
         axes.set_xscale("log")
     if panel.log_y:
         axes.set_yscale("log")
-    for curve in panel.curves:
-        _curve(axes, curve)
     for value, line in ((panel.vertical, axes.axvline), (panel.horizontal, axes.axhline)):
         if value is not None:
             line(value, color=SOFT, linestyle=":", linewidth=1)
@@ -146,6 +145,10 @@ def _panel(axes: Axes, panel: Panel) -> None:
     else:
         bands = [curve.band or curve.y_ends for curve in panel.curves]
         y_scale = _scale([curve.y for curve in panel.curves], bands, panel.log_y, panel.horizontal)
+    for curve in panel.curves:
+        _curve(axes, curve, x_scale, y_scale)
+    if panel.note:
+        axes.text(0.99, 0.99, panel.note, fontsize=7, color=SOFT, ha="right", va="top", transform=axes.transAxes)
     axes.set_xlim(x_scale.lo, x_scale.hi)
     axes.set_ylim(*((y_scale.lo, y_scale.hi) if not panel.y_names else (y_scale.hi, y_scale.lo)))
     x_ticks = [(v, tick_label(v)) for v in panel.x_ticks] if 1 < len(panel.x_ticks) <= 8 else x_scale.ticks(5)
@@ -166,14 +169,19 @@ def _panel(axes: Axes, panel: Panel) -> None:
         )  # fmt: skip
 
 
-def _curve(axes: Axes, curve: Curve) -> None:
+def _curve(axes: Axes, curve: Curve, x_scale: Scale, y_scale: Scale) -> None:
     color, alpha = curve.ink, curve.strength
     if curve.band is not None:
-        axes.fill_between(curve.x, *curve.band, color=color, alpha=0.16 * alpha, linewidth=0)
+        # What lies far outside of the frame would only make the file longer, or overflow.
+        edges = np.clip(curve.band, y_scale.lo / 10, y_scale.hi * 10) if y_scale.log else np.asarray(curve.band)
+        axes.fill_between(curve.x, *edges, color=color, alpha=0.16 * alpha, linewidth=0)
     error: dict[str, Any] = {}
-    for name, values, ends in (("xerr", curve.x, curve.x_ends), ("yerr", curve.y, curve.y_ends)):
-        if ends is not None:
-            low, high = np.clip(ends, -1e300, 1e300)
+    bars = (("xerr", curve.x, curve.x_ends, x_scale), ("yerr", curve.y, curve.y_ends, y_scale))
+    for name, values, ends, scale in bars:
+        if ends is not None:  # an end without bound lies beyond the frame, where it is cut
+            span = scale.hi - scale.lo
+            reach = (scale.lo / 2, scale.hi * 2) if scale.log else (scale.lo - span, scale.hi + span)
+            low, high = np.clip(ends, *reach)
             error[name] = np.nan_to_num(np.maximum([values - low, high - values], 0), nan=0.0)
     face = {"markerfacecolor": "none"} if curve.hollow else {}
     looks: dict[str, Any] = {

@@ -43,11 +43,14 @@ def make_figures(found: Analysis) -> list[FigureOf]:
 
 def with_ends(estimate: Estimate, digits: int = 3) -> str:
     """Such as `-0.31 [-0.35, -0.27]`."""
+    return f"{end_text(estimate.value, digits)} [{end_text(estimate.low, digits)}, {end_text(estimate.high, digits)}]"
 
-    def end(value: float) -> str:
-        return number(value, digits) if math.isfinite(value) else ("∞" if value > 0 else "−∞")
 
-    return f"{end(estimate.value)} [{end(estimate.low)}, {end(estimate.high)}]"
+def end_text(value: float, digits: int) -> str:
+    """A number; ∞ where the data set no bound."""
+    if not math.isfinite(value):
+        return "∞" if value > 0 else "−∞"
+    return number(value, digits) if abs(value) < 1e5 else f"{value:.1e}"
 
 
 def _flops(found: Analysis) -> Iterator[FigureOf]:
@@ -154,7 +157,7 @@ def _bowl(found: Analysis, title: str, members: Sequence[tuple[str, Combination,
     if high - low > 1.3 * frame:  # runs that came apart would press the bowls flat
         above = sum(int((one.means > low + frame).sum()) for _, one, _ in members)
         panel.y_range = (low - 0.05 * frame, low + frame)
-        panel.title += f" ({above} above the frame)"
+        panel.note = f"{above} above the frame"
     panel.finding = f"{panel.y} against {panel.x}{', ' + title if title else ''}. {'; '.join(words)}."
     return panel
 

@@ -18,7 +18,7 @@ from archscale.report.sweep_read import SweepRecord, describe
 from archscale.scaling.fit import Estimate, Fit
 from archscale.scaling.fit_table import Group, TableFits, fit_table
 from archscale.scaling.leverage import Leverage, leverage
-from archscale.scaling.sweep_results import GridFit, make_fits
+from archscale.scaling.sweep_results import GridFit, make_fits, settings_of
 from archscale.scaling.table import Cell, Table
 from archscale.scaling.transfer import TOKEN_EXPONENTS
 
@@ -58,6 +58,11 @@ class Combination:
     def errors(self) -> np.ndarray:
         """Standard errors; NaN for a single seed."""
         return np.array([v.std(ddof=1) / math.sqrt(len(v)) if len(v) > 1 else math.nan for v in self.points])
+
+    def has(self, group: Group) -> bool:
+        """Whether all points of a fit are of this combination."""
+        points = {(float(x), float(y)) for x, values in zip(self.x, self.points) for y in values}
+        return points >= {(float(x), float(y)) for x, y in zip(group.x[0], group.y)}
 
     @property
     def fit(self) -> Fit | None:
@@ -237,39 +242,63 @@ def _mean_row(table: Table, rows: Sequence[int]) -> dict[str, Cell]:
 
 
 def _bowls(found: Analysis, table: Table) -> None:
-    """A bowl for each combination and, for each numeric key, the law of their optima; the grid's own fits where it asks for these."""
+    """A bowl for each combination and, for each numeric key, the law of their optima.
+
+    The grid's own fits where they are of these points, so that page and command say the same; fits with their settings for all others.
+    """
     axes = found.axes
-    own: list[TableFits] = []
+    asked = [fit for fit in found.fits if fit.asked.form == "quadratic_log" and _is_bowl(fit.fits, axes)]
+    settings = settings_of(asked[0].asked) if asked else None
+    known: set[tuple[str, Key]] = set()
     alongs: list[str | None] = [*axes.numbers] or [None]
-    for along in alongs:
-        others = [key for key in axes.cell if key != along]
-        asked = [fit.fits for fit in found.fits if fit.fits and _same(fit.fits, axes, others, along)]
-        made = asked[0] if asked else _try(
-            found, lambda along=along, others=others: fit_table(  # type: ignore[misc]
-                table, "quadratic_log", [str(axes.tuned)], str(axes.y), others, against=along)
-        )  # fmt: skip
-        if made is None:
+    own = [
+        _try(found, lambda along=along: fit_table(  # type: ignore[misc]
+            table, "quadratic_log", [str(axes.tuned)], str(axes.y), [key for key in axes.cell if key != along], against=along,
+            settings=settings))
+        for along in alongs
+    ]  # fmt: skip
+    for fits in [*(fit.fits for fit in asked), *own]:
+        if fits is None:
             continue
-        own.append(made)
-        for law in made.laws:
-            row = dict(zip(made.group, law.key))
-            member = next((one for one in found.combinations if all(one.row[k] == v for k, v in row.items())), None)
-            if member is not None and along is not None:
-                numbers = [key for key in axes.numbers if key != along]
-                label = label_in(axes, member.row, numbers)
-                reference = _reference(along, member.row) if axes.tuned == LR else None
-                found.drifts.append(Drift(along, made.group, law.key, member.arm, label, law, reference))
+        members: dict[Key, list[Combination]] = {}
+        for group in fits.groups:
+            told = dict(zip([*fits.group, *([fits.against] if fits.against else [])], group.key))
+            ones = [
+                one
+                for one in found.combinations
+                if one.has(group) and all(one.row.get(k) == v for k, v in told.items())
+            ]
+            if len(ones) != 1:
+                continue  # it mixes combinations
+            [one] = ones
+            one.bowl = one.bowl or group
+            members.setdefault(group.key[:-1], []).append(one)
+        for law in fits.laws:
+            _add_drift(found, fits, law, members.get(law.key, []), known)
     found.drifts.sort(key=lambda drift: (axes.numbers.index(drift.along), found.arms.index(drift.arm)))
-    asked = [fit.fits for fit in found.fits if fit.fits and _same(fit.fits, axes, axes.cell, None)]
-    for fits in [*asked, *own][:1]:
-        columns = [*fits.group, *([fits.against] if fits.against else [])]
-        for one in found.combinations:
-            told = {key: one.row[key] for key in columns}
-            one.bowl = next((group for group in fits.groups if dict(zip(columns, group.key)) == told), None)
 
 
-def _same(fits: TableFits, axes: Axes, group: Sequence[str], along: str | None) -> bool:
-    return (fits.form, fits.x, fits.y, fits.against) == ("quadratic_log", [axes.tuned], axes.y, along) and set(fits.group) == set(group)  # fmt: skip
+def _is_bowl(fits: TableFits | None, axes: Axes) -> bool:
+    return fits is not None and (fits.form, fits.x, fits.y) == ("quadratic_log", [axes.tuned], axes.y)
+
+
+def _add_drift(
+    found: Analysis, fits: TableFits, law: Group, members: Sequence[Combination], known: set[tuple[str, Key]]
+) -> None:
+    """`law` as a drift, if its combinations differ in nothing else and no earlier one is of them."""
+    axes, along = found.axes, fits.against
+    if along not in axes.numbers or not members:
+        return
+    columns = [key for key in axes.cell if key != along]
+    keys = {tuple(one.row[key] for key in columns) for one in members}
+    if len(keys) != 1 or (along, *keys) in known:
+        return
+    [key] = keys
+    known.add((along, key))
+    row = members[0].row
+    label = label_in(axes, row, [key for key in axes.numbers if key != along])
+    reference = _reference(along, row) if axes.tuned == LR else None
+    found.drifts.append(Drift(along, columns, key, members[0].arm, label, law, reference))
 
 
 def _reference(along: str, row: Mapping[str, Cell]) -> float | None:

@@ -18,10 +18,10 @@ from archscale.report.page import definitions, section
 from archscale.report.plot import inline
 from archscale.report.scale import compact, number
 from archscale.report.sweep_axes import name_of
-from archscale.report.sweep_figures import FigureOf, with_ends
+from archscale.report.sweep_figures import FigureOf, end_text, with_ends
 from archscale.report.sweep_fits import Analysis
 from archscale.report.sweep_read import SweepRecord, describe
-from archscale.report.sweep_tables import Row, verdict
+from archscale.report.sweep_tables import Row, grows, verdict
 from archscale.scaling.fit_text import render as fits_as_text
 
 Drawn = list[tuple[FigureOf, list[str]]]  # each with the SVG text of its panels
@@ -167,6 +167,7 @@ def _findings(found: Analysis) -> list[str]:
             exponents = [drift.exponent for drift in drifts if drift.exponent]
             if len(exponents) == 1:
                 text = f"{with_ends(exponents[0])}; {verdict(exponents[0], drifts[0].reference)}"
+                arm = drifts[0].label
             elif exponents:
                 values = [exponent.value for exponent in exponents]
                 within = sum(
@@ -181,11 +182,12 @@ def _findings(found: Analysis) -> list[str]:
         usable = [point for point in points if math.isfinite(point.ratio.value)] if not isinstance(points, str) else []
         if usable:
             last = usable[-1]
+            beyond = f" (extrapolates {' and '.join(last.extrapolated)})" if last.extrapolated else ""
             lines.append(
-                f"{name}: reaches its loss with {with_ends(last.ratio)} times fewer FLOPs than {base} at {compact(last.x)} FLOPs."
+                f"{name}: reaches its loss with {with_ends(last.ratio)} times fewer FLOPs than {base} at {compact(last.x)} FLOPs{beyond}."
             )
     for name, fits in found.growth.items():
-        growing = [group for group in fits.groups if group.fit and group.fit.estimates["exponent"].low > 0]
+        growing = [group for group in fits.groups if group.fit and grows(group.fit)]
         if growing:
             lines.append(f"{parse_key(name).title} grows with FLOPs in {len(growing)} of {len(fits.groups)} groups.")
     if found.growth and not any("grows with FLOPs" in line for line in lines):
@@ -207,7 +209,7 @@ def _table(rows: Sequence[Row], link: str) -> str:
     """Estimates with their ends in one cell; a link to the CSV file, which has all digits."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     shown = [key for key in columns if not key.endswith((" low", " high"))]
-    shown = [key for key in shown if any(row.get(key) not in (None, "") for row in rows)]
+    shown = [key for key in shown if key != "coefficient" and any(row.get(key) not in (None, "") for row in rows)]
     head = _header(rows, shown)
     body = "".join(f"<tr>{''.join(_cell(row, key) for key in shown)}</tr>" for row in rows)
     html = (
@@ -233,7 +235,7 @@ def _cell(row: Row, key: str) -> str:
         text = compact(value) if math.isfinite(value) and abs(value) >= 1e9 else number(value, 5)
         if f"{key} low" in row:
             ends = [row[f"{key} low"], row[f"{key} high"]]
-            text += f" <small>[{', '.join(number(end, 4) if math.isfinite(end) else '∞' if end > 0 else '−∞' for end in ends)}]</small>"
+            text += f" <small>[{', '.join(end_text(end, 4) for end in ends)}]</small>"
         return f"<td>{text}</td>"
     return f"<td>{escape(str(value))}</td>"
 

@@ -11,10 +11,11 @@ from typing import Any
 from archscale.report.sweep_axes import name_of
 from archscale.report.sweep_fits import Analysis, curve_names
 from archscale.report.sweep_read import SweepRecord
-from archscale.scaling.fit import Estimate
+from archscale.scaling.fit import Estimate, Fit
 from archscale.scaling.fit_table import TableFits
 
 Row = dict[str, Any]
+LEAST_GROWTH = 1.02  # factor over the range of FLOPs
 PROVENANCE = ("tokens", "flops", "parameters")
 
 
@@ -90,6 +91,12 @@ def verdict(exponent: Estimate | None, reference: float | None) -> str:
     if exponent.low <= expected <= exponent.high:
         return f"{name} is within the interval"
     return f"{'below' if exponent.high < expected else 'above'} {name}"
+
+
+def grows(law: Fit) -> bool:
+    """Whether a power law rises over its points, by more than rounding."""
+    exponent = law.estimates["exponent"]
+    return exponent.low > 0 and float(law.highs[0] / law.lows[0]) ** exponent.value > LEAST_GROWTH
 
 
 def _curves(found: Analysis, fits: TableFits | None) -> list[Row]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from archscale.errors import DataError
 from archscale.scaling.intervals import Sample, interval, root_interval
@@ -36,6 +36,7 @@ class Settings:
         replicates: of the bootstrap.
         confidence: of the intervals.
         seed: of the replicates; fits that are combined need different ones.
+        nearest: for quadratic_log, to how many different x around the best one to keep; None: all.
     """
 
     space: str | None = None
@@ -44,6 +45,7 @@ class Settings:
     replicates: int = 999
     confidence: float = 0.95
     seed: int | tuple[int, ...] = 0
+    nearest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -147,6 +149,9 @@ def fit(form: str, x: ArrayLike | Sequence[ArrayLike], y: ArrayLike, settings: S
     """
     settings = settings or Settings()
     law, X, Y = LAWS[form], np.atleast_2d(np.asarray(x, dtype=float)), np.asarray(y, dtype=float)
+    if settings.nearest is not None:
+        near = around_best(X, Y, settings.nearest)
+        X, Y = X[:, near], Y[near]
     check_points(form, X, Y, settings, where, names)
     with np.errstate(all="ignore"):
         fitted = fit_law(form, law, X, Y, settings, where)
@@ -200,6 +205,17 @@ def estimates_of(law: Law, sample: Sample, centre: Array, confidence: float) -> 
             ends = [*interval(lambda theta, i=i: law.report(theta, centre)[:, i], [sample], confidence)]
         estimates[reported.name] = Estimate(*(map(_exp, ends) if reported.logarithmic else ends))
     return estimates
+
+
+def around_best(x: Array, y: Array, count: int) -> NDArray[np.bool_]:
+    """(n,) bool: the points at `count` neighbouring x, in the middle the one with the lowest mean y; x (1, n).
+
+    A bowl is a parabola near its bottom only: what lies far up its sides would move the optimum.
+    """
+    values = np.unique(x[0])
+    best = int(np.argmin([y[x[0] == value].mean() for value in values]))
+    first = min(max(0, best - (count - 1) // 2), max(0, len(values) - count))
+    return np.isin(x[0], values[first : first + count])
 
 
 def needed(form: str, settings: Settings) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from archscale.errors import ConfigError, DataError
-from archscale.scaling.fit import Fit, Settings, estimate_dict, fit
+from archscale.scaling.fit import Fit, Settings, around_best, estimate_dict, fit
 from archscale.scaling.laws import LAWS
 from archscale.scaling.least_squares import Array
 from archscale.scaling.leverage import Leverage, leverage
@@ -144,6 +144,9 @@ def fit_table(table: Table, form: str, x: Sequence[str], y: str, group: Sequence
         chosen = [row for row, of in zip(rows, keys) if of == key]
         X = np.array([[number(table.columns[name][row], name, table.rows[row]) for row in chosen] for name in xs])
         Y = np.array([number(table.columns[target][row], target, table.rows[row]) for row in chosen])
+        if settings.nearest is not None:
+            near = around_best(X, Y, settings.nearest)
+            X, Y = X[:, near], Y[near]
         label = label_of([*by, *([moving] if moving else [])], key)
         where = f"{label} in {table.source}" if label else table.source
         own = replace(settings, seed=(*np.atleast_1d(settings.seed).tolist(), zlib.crc32(label.encode())))
@@ -196,6 +199,9 @@ def check_arguments(form: str, x: Sequence[str], against: str | None, joint: boo
         (over is not None and against is not None, "optima are no curves of loss over compute", "--leverage",
          "fit power or power_irreducible"),
         (bool(at) and over is None, "points for a leverage that is not asked for", "--at", "add --leverage A B"),
+        (settings.nearest is not None and form != "quadratic_log", f"{form} has no best x to be near", "--nearest",
+         "use --form quadratic_log"),
+        (settings.nearest is not None and settings.nearest < 3, "a parabola needs 3 different x", "--nearest", "give 3 or more"),
         (settings.delta is not None and settings.loss != "huber", "squares have no delta", "--delta", "add --loss huber"),
     ]  # fmt: skip
     for wrong, what, where, remedy in problems:

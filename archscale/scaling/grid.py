@@ -9,7 +9,8 @@
     zip: [{model.depth: 2, model.kv_heads: 1}, {model.depth: 4, model.kv_heads: 2}]   # move together; a list of such lists: product
     derive: {training.tokens: "20 * model.width ** 2", model.aspect: null}    # expressions, or constants
     where: model.width >= 64 or model.depth == 2        # drops all other combinations
-    seeds: 3                                            # 0, 1, 2; or a list
+    seeds: 1                                            # only 0; or a list
+    refine: {x: parameterization.base.lr, seeds: 3}     # then 0, 1, 2 at the best rate of each width and at its neighbours
     processes: 2                                        # of each run, under torchrun
     fit: [{form: quadratic_log, x: parameterization.base.lr, y: val_loss, group: model.width}]
 
@@ -36,7 +37,7 @@ from archscale.config import Config
 from archscale.config_io import Layer, all_keys, explain, nearest, read_file, read_layers, show
 from archscale.errors import ConfigError
 from archscale.scaling.expressions import Expression, as_number
-from archscale.scaling.grid_config import MOST_RUNS, GridConfig
+from archscale.scaling.grid_config import MOST_RUNS, GridConfig, RefineConfig
 
 LONGEST_NAME = 120  # characters; file systems allow 255 bytes
 KEYS = frozenset(all_keys(Config))
@@ -90,15 +91,50 @@ class Grid:
         return [*zips, *self.content.axes, *seeds, *self.content.derive]
 
     def runs(self) -> list[GridRun]:
-        """Every run, in the order of zip, axes and seeds, the last one fastest.
+        """Every run but those of `refine`, in the order of zip, axes and seeds, the last one fastest.
 
         Raises:
             ConfigError: none are left, or one of them has no config; the line names its values.
         """
+        return self._expand(self.content.seeds)
+
+    def refined(self, y: Mapping[str, float]) -> list[GridRun]:
+        """The runs of `refine` that are not among `runs`.
+
+        Each combination of all keys but x and the seed gets them at `points` consecutive values of x around the one whose y, the mean
+        over its seeds, is lowest; at an end of the axis the window stays inside. A combination of which no run has a y gets none.
+
+        Args:
+            y: of finished runs, by name; what is not finite is left out.
+        """
+        refine = self.content.refine
+        if refine is None:
+            return []
+        losses: dict[str, dict[Any, list[float]]] = {}
+        known = self.runs()
+        for run in known:
+            if math.isfinite(y.get(run.name, math.nan)):
+                losses.setdefault(self._others(run), {}).setdefault(run.values[refine.x], []).append(y[run.name])
+        windows = {}
+        for others, by_x in losses.items():
+            values = sorted({run.values[refine.x] for run in known if self._others(run) == others}, key=as_number)
+            best = min(by_x, key=lambda x: sum(by_x[x]) / len(by_x[x]))
+            first = min(max(0, values.index(best) - (refine.points - 1) // 2), max(0, len(values) - refine.points))
+            windows[others] = values[first : first + refine.points]
+        seeds = [seed for seed in refine.seeds if seed not in (self.content.seeds or [])]
+        again = self._expand(seeds) if windows else []
+        return [run for run in again if run.values[refine.x] in windows.get(self._others(run), [])]
+
+    def _others(self, run: GridRun) -> str:
+        """What a run shares with those between which `refine` chooses."""
+        skip = {"seed", *([self.content.refine.x] if self.content.refine else []), *self.content.derive}
+        return json.dumps([run.values[key] for key in self.keys if key not in skip], default=str)
+
+    def _expand(self, seeds: Sequence[int] | None) -> list[GridRun]:
         content = self.content
         parts = [*content.zip, *([{key: value} for value in values] for key, values in content.axes.items())]
-        if content.seeds is not None:
-            parts.append([{"seed": seed} for seed in content.seeds])
+        if seeds is not None:
+            parts.append([{"seed": seed} for seed in seeds])
         count = math.prod(map(len, parts))
         if count > MOST_RUNS:
             remedy = "leave out values, or make several grids of it"
@@ -227,6 +263,8 @@ class Grid:
             raise ConfigError("a seed is there twice", f"seeds in {path}", "remove one of them")
         if content.seeds is not None:
             named.append(("seeds", "seed"))
+        if content.refine is not None:
+            self._check_refine(content.refine)
         for section, key in named:
             where = f"{section}.{key} in {path}"
             if key in ("name", "base"):
@@ -245,6 +283,20 @@ class Grid:
                 raise ConfigError("the axis has no values", where, "give a list of values, or remove it")
             if twice := _twice([{key: value} for value in values]):
                 raise ConfigError(f"{show(twice[key])} is there twice", where, "remove one of them")
+
+    def _check_refine(self, refine: RefineConfig) -> None:
+        where = f"refine in {self.path}"
+        if refine.x not in self.content.axes:
+            raise ConfigError(
+                f"{show(refine.x)} is no axis", f"refine.x in {self.path}", f"give one of {', '.join(self.content.axes)}"
+                if self.content.axes else "add it to `axes:`",
+            )  # fmt: skip
+        if self.content.seeds is None:
+            raise ConfigError("more seeds than none", where, "add `seeds: 1`, or remove refine")
+        if set(refine.seeds) <= set(self.content.seeds):
+            raise ConfigError(
+                "all of its seeds are in `seeds`", f"refine.seeds in {self.path}", "add others, or remove refine"
+            )
 
 
 def read_grid(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Grid:

@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from archscale.config_io import EXPECTED, Count, CountOrZero, Text
 from archscale.config_sections import Section
 from archscale.errors import ConfigError
+from archscale.scaling.cluster_config import ClusterSections
 
 MOST_RUNS = 10_000
 
@@ -25,12 +26,16 @@ class FitConfig(Section):
     """Column of the law, two for chinchilla."""
     y: Text
     """Column that the law predicts."""
+    where: Text | None = None
+    """Expression over columns; runs for which it is false are not fitted."""
     group: list[Text] = Field(default_factory=list)
     """Columns; each combination of their values has its own fit."""
     against: Text | None = None
     """With quadratic_log: a power law of the optimal x in this column."""
     joint: StrictBool = False
     """That law by one fit of all points."""
+    nearest: Annotated[int, Field(ge=3)] | None = None
+    """With quadratic_log: only that many different x around the best one; null: all."""
     leverage: Annotated[list[Text], Field(min_length=2, max_length=2)] | None = None
     """How many times the x of the first group the second needs."""
     at: list[float] = Field(default_factory=list)
@@ -54,8 +59,29 @@ class FitConfig(Section):
         return [value] if isinstance(value, str) else value
 
 
-class GridConfig(Section):
-    """The keys of a grid file."""
+Seeds = Annotated[list[CountOrZero], Field(min_length=1)]
+
+
+class RefineConfig(Section):
+    """More seeds where they matter, once the runs of the first ones are there."""
+
+    x: Text
+    """Axis along which the best value is looked for."""
+    y: Text = "val_loss"
+    """Column that is lowest at the best value."""
+    points: Count = 3
+    """Values of x that get the seeds: the best one and its neighbours."""
+    seeds: Seeds
+    """In the file also how many, from 0 on."""
+
+    @field_validator("seeds", mode="before")
+    @classmethod
+    def _so_many(cls, value: Any) -> Any:
+        return seeds_of(value)
+
+
+class GridConfig(ClusterSections):
+    """The keys of a grid file; `processes` and those of clusters are in `archscale.scaling.cluster_config`."""
 
     name: Text
     """Of the sweep and of its directory, runs/<name>."""
@@ -69,14 +95,15 @@ class GridConfig(Section):
     """Keys that follow from others: an expression in text, or a constant."""
     where: Text | None = None
     """Expression; a combination for which it is false is dropped."""
-    seeds: Annotated[list[CountOrZero], Field(min_length=1)] | None = None
+    seeds: Seeds | None = None
     """In the file also how many, from 0 on; null: the base's."""
-    processes: Count = 1
-    """Of each run."""
+    refine: RefineConfig | None = None
+    """A second stage: more seeds around the best value of one axis, for each combination of the others."""
     fit: list[FitConfig] = Field(default_factory=list)
     """Fits over the finished runs."""
 
     def problems(self) -> Iterator[ConfigError]:
+        yield from super().problems()
         if not re.fullmatch(r"[\w+-][\w.+-]*", self.name):
             yield ConfigError(f"{self.name!r} cannot name a directory", "name", "use letters, digits, - and _")
 
@@ -88,10 +115,15 @@ class GridConfig(Section):
     @field_validator("seeds", mode="before")
     @classmethod
     def _so_many(cls, value: Any) -> Any:
-        if value is None or isinstance(value, list):
-            return value
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_RUNS:
-            raise PydanticCustomError(
-                EXPECTED, "", {"expected": f"a whole number from 1 to {MOST_RUNS} or a list of seeds"}
-            )
-        return list(range(value))
+        return value if value is None else seeds_of(value)
+
+
+def seeds_of(value: Any) -> Any:
+    """Seeds from a list of them or from how many there are."""
+    if isinstance(value, list):
+        return value
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_RUNS:
+        raise PydanticCustomError(
+            EXPECTED, "", {"expected": f"a whole number from 1 to {MOST_RUNS} or a list of seeds"}
+        )
+    return list(range(value))

@@ -43,26 +43,31 @@ class Job:
     log: Path
     processes: int = 1
 
-    def command(self) -> list[str]:
-        """Its command line; all of its processes end when this one does."""
+    def command(self, nodes: int = 1, rendezvous: Sequence[str] = ("--standalone",)) -> list[str]:
+        """Its command line on one of `nodes`, which meet by these options of torchrun; all of its processes end when this one does."""
         child = ["-m", "archscale.scaling.child"]
         archscale = ["-m", "archscale", *self.arguments]
         if self.processes == 1:
             return [sys.executable, *child, str(self.log), str(os.getpid()), *archscale]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
+        torchrun = ["-m", "torch.distributed.run", *rendezvous, f"--nproc_per_node={self.processes // nodes}"]
         ranks = [*torchrun, *child, str(self.log), "0", *archscale]
         return [sys.executable, *child, "-", str(os.getpid()), *ranks]
 
 
 class Event(NamedTuple):
-    """What happened to a job: `reason` of a failure, whether it is `again` tried."""
+    """What happened to a job: `reason` of a failure, whether it is `again` tried; `task` of a cluster that it is."""
 
-    what: Literal["started", "finished", "failed"]
+    what: Literal["submitted", "attached", "started", "requeued", "finished", "failed"]
     job: Job
     attempt: int  # from 1
     seconds: float = 0.0
     reason: str = ""
     again: bool = False
+    task: str = ""
+
+
+Launcher = Callable[[Sequence[Job], Callable[[Event], None], Callable[[], None]], dict[str, str]]
+"""Runs jobs as `run_local` does: jobs, what is told of events, what is called all the time; reasons of what failed, by name."""
 
 
 @dataclass
@@ -114,8 +119,19 @@ def run_local(jobs: Sequence[Job], slots: Sequence[Mapping[str, str]], retries: 
     return failed
 
 
+def environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """Of a job: this process's, without the traces of a torchrun around it, and `variables`."""
+    return {key: value for key, value in os.environ.items() if key not in FOREIGN} | dict(variables)
+
+
+def threads() -> str:
+    """OMP_NUM_THREADS of a run on CPUs: one unless told, as torchrun does, so that sums are the same wherever it trains."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return told if told.isdigit() and int(told) else "1"
+
+
 def _start(job: Job, attempt: int, slot: int, variables: Mapping[str, str]) -> _Running:
-    env = {key: value for key, value in os.environ.items() if key not in FOREIGN} | dict(variables)
+    env = environment(variables)
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "ab") as log:
         offset = log.tell()

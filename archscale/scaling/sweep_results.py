@@ -14,6 +14,7 @@ from typing import Any
 
 from archscale.config import Config
 from archscale.errors import ArchscaleError, ConfigError, DataError
+from archscale.scaling.expressions import Expression
 from archscale.scaling.fit import Settings, needed
 from archscale.scaling.fit_table import TableFits, check_arguments, fit_table, label_of
 from archscale.scaling.fit_text import render
@@ -49,7 +50,24 @@ class GridFit:
 
 
 def settings_of(asked: FitConfig) -> Settings:
-    return Settings(asked.space, asked.loss, asked.delta, asked.replicates, asked.confidence, asked.seed)
+    return Settings(asked.space, asked.loss, asked.delta, asked.replicates, asked.confidence, asked.seed, asked.nearest)
+
+
+def _rows_of(asked: FitConfig, rows: Sequence[Mapping[str, Cell]], where: str) -> list[bool]:
+    """Which rows a fit is made of.
+
+    Raises:
+        ConfigError: its `where` cannot be read, or has no value for one of them.
+    """
+    if asked.where is None:
+        return [True] * len(rows)
+    condition = Expression(asked.where, f"where of {where}", {*METRICS, *(key for row in rows for key in row)})
+    words: dict[Cell, Any] = {"true": True, "false": False}
+
+    def keep(row: Mapping[str, Cell]) -> bool:
+        return bool(condition(lambda key: words.get(row.get(key), row.get(key))))
+
+    return [keep(row) for row in rows]
 
 
 def check_fits(grid: Grid, configs: Sequence[Config]) -> None:
@@ -59,6 +77,11 @@ def check_fits(grid: Grid, configs: Sequence[Config]) -> None:
         ConfigError: a column that no run will have, arguments that do not go together, or a group of too few runs.
     """
     rows = [dict(flat(config.resolved())) for config in configs]
+    if (refine := grid.content.refine) and "/" not in refine.y:
+        where = f"refine.y in {grid.path}"
+        if refine.y not in METRICS:
+            raise ConfigError(f"no run has {refine.y}", where, f"give one of {', '.join(METRICS[:8])}, …")
+        _check_validation(refine.y, rows, where)
     for number, asked in enumerate(grid.content.fit):
         where = f"fit.{number} in {grid.path}"
         try:
@@ -73,12 +96,20 @@ def check_fits(grid: Grid, configs: Sequence[Config]) -> None:
                 name: name if "/" in name else columns.find(name)
                 for name in (*asked.x, asked.y, *asked.group, *([asked.against] if asked.against else []))
             }
-            if names[asked.y].startswith("val_") and any(row["data.val"] is None for row in rows):
-                raise ConfigError(f"no {asked.y} without data.val", where, "give data.val in the base, or fit the loss")
+            _check_validation(names[asked.y], rows, where)
+            chosen = _rows_of(asked, rows, where)
+            if not any(chosen):
+                raise ConfigError("`where` drops all runs", "", "loosen it, or remove the fit")
             _check_counts(asked, [names[x] for x in asked.x], [names[g] for g in asked.group],
-                          names[asked.against] if asked.against else None, rows)  # fmt: skip
+                          names[asked.against] if asked.against else None,
+                          [row for row, keep in zip(rows, chosen) if keep])  # fmt: skip
         except ArchscaleError as error:
             raise ConfigError(error.what.replace("--", ""), where, error.remedy.replace("--", "")) from None
+
+
+def _check_validation(y: str, rows: Sequence[Mapping[str, Cell]], where: str) -> None:
+    if y.startswith("val_") and any(row["data.val"] is None for row in rows):
+        raise ConfigError(f"no {y} without data.val", where, "give data.val in the base, or use the loss")
 
 
 def _check_counts(asked: FitConfig, x: list[str], group: list[str], against: str | None,
@@ -92,6 +123,9 @@ def _check_counts(asked: FitConfig, x: list[str], group: list[str], against: str
         groups.setdefault(tuple(row.get(key) for key in keys), []).append(tuple(row.get(name) for name in x))
     least, parameters = needed(asked.form, settings_of(asked)), LAWS[asked.form].parameters
     for key, points in groups.items():
+        if asked.nearest:  # wherever the best one is, no more than the fullest of them count
+            most = sorted(set(points), key=points.count)[-asked.nearest :]
+            points = [point for point in points if point in most]
         of = f" of {label_of(keys, key)}" if keys else ""
         distinct = len(set(points)) if all(name in rows[0] for name in x) else len(points)
         if len(points) < least or distinct < parameters:
@@ -169,8 +203,9 @@ def make_fits(table: Table, fits: Sequence[FitConfig]) -> list[GridFit]:
         try:
             if not table.rows:
                 raise DataError("no run has finished", table.source, "see why they failed")
+            rows = [{key: cells[i] for key, cells in table.columns.items()} for i in range(len(table.rows))]
             fitted = fit_table(
-                table, asked.form, asked.x, asked.y, asked.group, against=asked.against, joint=asked.joint,
+                table.only(_rows_of(asked, rows, f"a fit of {asked.y}")), asked.form, asked.x, asked.y, asked.group, against=asked.against, joint=asked.joint,
                 over=(asked.leverage[0], asked.leverage[1]) if asked.leverage else None, at=asked.at,
                 settings=settings_of(asked),
             )  # fmt: skip

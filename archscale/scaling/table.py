@@ -54,6 +54,11 @@ class Table:
         keys = dict.fromkeys(key for row in rows for key in row)
         return cls(source, {key: [_plain(row.get(key)) for row in rows] for key in keys}, list(names), list(left_out))
 
+    def only(self, chosen: Sequence[bool]) -> Table:
+        """The rows for which `chosen` is true."""
+        columns = {name: [cell for cell, keep in zip(cells, chosen) if keep] for name, cells in self.columns.items()}
+        return Table(self.source, columns, [row for row, keep in zip(self.rows, chosen) if keep], self.left_out)
+
     def find(self, name: str) -> str:
         """The column that `name` means: that name, else the only one that is it in other case or behind a prefix.
 

@@ -3,12 +3,12 @@
 The sweep directory holds
 
     sweep.yaml        the grid, and the values of each run by name
-    sweep.jsonl       what happened, a line each: sweep, started, finished, failed
+    sweep.jsonl       what happened, a line each: sweep, started, finished, failed; on a cluster also submitted, attached, requeued
     configs, logs     of each run, by name
     <run>/            run directories
     results.csv       a row for each run, written at the end
     fits.json         the grid's fits, written at the end
-    report.html       the report, and report/ with its figures and tables, written at the end
+    slurm             on a cluster: what is submitted, what the tasks print, and word of how they ended
 """
 
 from __future__ import annotations
@@ -31,23 +31,19 @@ from archscale.config import Config, dump_config, load_config
 from archscale.config_io import write_yaml
 from archscale.data.shards import read_manifest
 from archscale.errors import ArchscaleError, ConfigError, DataError, TrainingError
-from archscale.scaling.devices import Device
 from archscale.scaling.fit_table import text_of
 from archscale.scaling.grid import Grid, GridRun, read_grid
-from archscale.scaling.launchers import Event, Job, run_local
+from archscale.scaling.launchers import Event, Launcher
 from archscale.scaling.plan import Plan, make_plan
-from archscale.scaling.plan_text import size
+from archscale.scaling.slurm import LeftToSlurm
 from archscale.scaling.sweep_results import check_fits, collect, fits_text, make_fits, write_fits, write_results
-from archscale.scaling.table import flat
+from archscale.scaling.table import flat, number
 from archscale.train.checkpoint import checkpoint_steps
 from archscale.train.preflight import this_device
+from archscale.train.sweep_clusters import GENERATED, How, job_of, train_one
+from archscale.train.sweep_room import Slots, slots
 from archscale.train.sweep_view import View, plan_text
 from archscale.train.trainer import other_trajectory
-
-PROCESS_BYTES = (
-    400 * 10**6
-)  # of main memory that Python and torch take in each process beside the plan (340 MB measured)
-MINE = {"sweep.yaml", "sweep.jsonl", "configs", "logs", "results.csv", "fits.json", "report.html", "report"}
 
 
 @dataclass(frozen=True)
@@ -79,46 +75,133 @@ class SweepRun:
         return self.step >= self.steps and (self.directory / "metrics.jsonl").exists()
 
 
-@dataclass(frozen=True)
-class Slots:
-    """Room for runs at the same time: environment variables of each, and a sentence on what bounds them."""
-
-    variables: list[dict[str, str]]
-    text: str
-
-
-def sweep(path: Path, overrides: Sequence[str] = (), *, sweep_dir: Path | None = None, jobs: int | None = None,
-          retries: int = 2, dry_run: bool = False) -> None:  # fmt: skip
+def sweep(path: Path, overrides: Sequence[str] = (), *, sweep_dir: Path | None = None, how: How | None = None,
+          dry_run: bool = False, collect_only: bool = False, index: int | None = None) -> None:  # fmt: skip
     """Runs the grid in `path` to its end, prints its plan, its runs and its fits.
 
     Args:
         overrides: of the grid's base, `section.key=value`.
         sweep_dir: default runs/<name of the grid>.
-        jobs: runs at once; None: as many as cores or accelerators, and memory, have room for.
-        retries: how often a run that crashed is tried again.
+        how: who trains the runs; None: this machine, as many at once as cores or accelerators, and memory, have room for.
         dry_run: print the plan, start nothing, write nothing.
+        collect_only: train nothing; tabulate and fit the runs that are finished.
+        index: train this run alone, here; the runs are in the order of the dry run, from 0.
 
     Raises:
         ConfigError, DataError: before any run starts: the grid, one of its configs, or its fits cannot work.
         TrainingError: some runs failed, or it was interrupted; all others are finished, tabulated and fitted.
     """
+    how = how or How()
     grid = read_grid(path, overrides)
+    how.check(grid)
+    if (index is not None or collect_only) and (how != How() or dry_run or (index is not None and collect_only)):
+        what, option = (
+            ("it trains nothing", "--collect") if collect_only else ("it trains one run, here and once", "--index")
+        )
+        raise ConfigError(what, option, "give it with --set and --sweep-dir only")
+    if index is not None:
+        return _train_one(grid, index, sweep_dir or Path("runs") / grid.content.name)
     directory = sweep_dir or Path("runs") / grid.content.name
-    runs = plan_runs(grid, directory, data_needed=not dry_run)
-    check_fits(grid, [run.plan.config for run in runs])
+    here, data_needed = how.launcher == "local", not dry_run and how.launcher not in GENERATED
+    runs, more = _stages(grid, directory, data_needed=data_needed, here=here, partly=collect_only)
+    check_fits(grid, [run.plan.config for run in [*runs, *more]])
     left = [run for run in runs if not run.finished]
-    room = slots([run.plan for run in left or runs], grid.content.processes, jobs, this_device())
-    print(plan_text(grid, runs, directory, room, list_runs=dry_run), flush=True)
+    if here:
+        room = slots([run.plan for run in left or runs], grid.content.processes, how.jobs, this_device())
+    else:
+        room = Slots([{}] * min(how.jobs or len(runs), len(runs)), how.text(grid), here=False)
+    if not collect_only:
+        print(plan_text(grid, runs, more, directory, room, list_runs=dry_run), flush=True)
     if dry_run:
         return
     with _locked(directory):
         _describe(grid, runs, directory)
-        failed = _train(runs, left, directory, room, grid.content.processes, retries)
+        if how.launcher in GENERATED:
+            print(how.write(grid, overrides, directory, runs))
+            return
+        failed: dict[str, str] = {}
+        if not collect_only:
+            start = how.start(grid, overrides, directory, room)
+            try:
+                failed = _train(runs, left, directory, room, start, grid.content.processes, how.continued)
+                if more:
+                    runs = [*runs, *plan_runs(grid, directory, grid.refined(_losses(grid, runs, failed)), here=here)]
+                    runs = [replace(run, step=_newest(run.directory)) for run in runs]
+                    _describe(grid, runs, directory)
+                    print("\n" + plan_text(grid, runs, [], directory, room, list_runs=False), flush=True)
+                    left = [run for run in runs if not run.finished and run.name not in failed]
+                    failed |= _train(runs, left, directory, room, start, grid.content.processes, how.continued)
+            except LeftToSlurm as told:
+                print(f"\n{told}")
+                return
         _finish(grid, runs, directory, failed)
 
 
-def plan_runs(grid: Grid, directory: Path, *, data_needed: bool = True) -> list[SweepRun]:
-    """Every run with its plan and how far it is.
+def _stages(grid: Grid, directory: Path, *, data_needed: bool = True, here: bool = True,
+            partly: bool = False) -> tuple[list[SweepRun], list[SweepRun]]:  # fmt: skip
+    """The runs that are known, and as many of their size as `refine` will add once these are finished.
+
+    Args:
+        partly: take what `refine` adds for known although some are not finished.
+    """
+    runs = plan_runs(grid, directory, data_needed=data_needed, here=here)
+    known = partly or all(run.finished for run in runs)
+    losses = _losses(grid, runs, {}) if known else {run.name: 0.0 for run in runs}
+    more = plan_runs(grid, directory, grid.refined(losses), data_needed=data_needed, here=here)
+    return ([*runs, *more], []) if known else (runs, more)
+
+
+def _train_one(grid: Grid, index: int, directory: Path) -> None:
+    """Trains run `index` of the grid; the one that finishes last of all tabulates and fits them."""
+    first = grid.runs()
+    done = all(_reached(directory / run.name, run.config) for run in first)
+    runs = first if index < len(first) or not done else [run.grid for run in _stages(grid, directory)[0]]
+    if index >= len(runs):
+        raise ConfigError(
+            f"there is no run {index}: the {len(runs)} runs of {grid.path} count from 0", "--index",
+            f"give at most {len(runs) - 1}",
+        )  # fmt: skip
+    [run] = plan_runs(grid, directory, runs[index : index + 1])
+    if run.finished:
+        print(f"{run.name}: already finished")
+    else:
+        dump_config(run.grid.config, directory / "configs" / f"{run.name}.yaml")
+        train_one(job_of(run, directory, grid.content.processes), cpu=not torch.cuda.is_available())
+    if all(_reached(directory / other.name, other.config) for other in runs):
+        with _locked(directory, wait=True):
+            planned, _ = _stages(grid, directory)
+            if left := sum(not run.finished for run in planned):
+                print(f"{left} more runs follow from `refine`: give the command of the sweep again")
+                return
+            _describe(grid, planned, directory)
+            try:
+                _finish(grid, planned, directory, {})
+            except ArchscaleError as error:  # of a fit: this run is finished all the same
+                print(f"archscale: warning: {error}", file=sys.stderr)
+
+
+def _losses(grid: Grid, runs: Sequence[SweepRun], failed: Mapping[str, str]) -> dict[str, float]:
+    """What `refine` chooses by, of each run that has it.
+
+    Raises:
+        ConfigError: none has it.
+    """
+    if grid.content.refine is None:
+        return {}
+    table = collect(Path(), {run.name: run.directory for run in runs}, failed)
+    column = grid.content.refine.y
+    if table.rows and column not in table.columns:
+        raise ConfigError(f"no run has {column}", f"refine.y in {grid.path}", "give a column of results.csv")
+    return {name: number(cell, column, name) for name, cell in zip(table.rows, table.columns.get(column, []))}
+
+
+def plan_runs(grid: Grid, directory: Path, runs: Sequence[GridRun] | None = None, *, data_needed: bool = True,
+              here: bool = True) -> list[SweepRun]:  # fmt: skip
+    """Runs of the grid, by default `grid.runs()`, each with its plan and how far it is.
+
+    Args:
+        data_needed: whether each run's data have to be there.
+        here: whether they are to train on this machine, whose memory then bounds them.
 
     Raises:
         ConfigError: one cannot be planned, or its directory holds another run; the line names its values.
@@ -127,7 +210,7 @@ def plan_runs(grid: Grid, directory: Path, *, data_needed: bool = True) -> list[
     if device.name == "cpu" and device.memory:
         device = replace(device, memory=device.memory // grid.content.processes)
     found, problems = [], []
-    for run in grid.runs():
+    for run in grid.runs() if runs is None else runs:
         config, data = run.config, run.config.data.train
         for part in filter(None, (data, run.config.data.val)):
             if part not in vocabularies:
@@ -137,7 +220,7 @@ def plan_runs(grid: Grid, directory: Path, *, data_needed: bool = True) -> list[
         try:
             if isinstance(vocabulary := vocabularies[data], int):
                 config = config.with_vocab(vocabulary)
-            plan = make_plan(config, world_size=grid.content.processes, device=device)
+            plan = make_plan(config, world_size=grid.content.processes, device=device if here else None)
             if plan.problems:
                 raise plan.problems[0]
             planned = SweepRun(run, plan, directory / run.name, _newest(directory / run.name))
@@ -171,53 +254,9 @@ def _check_same(run: SweepRun) -> None:
         )  # fmt: skip
 
 
-def slots(plans: Sequence[Plan], processes: int, jobs: int | None, device: Device, gpus: Sequence[str] | None = None,
-          cores: int | None = None) -> Slots:  # fmt: skip
-    """Room for `jobs` runs at once, or for as many as there is room for.
-
-    Args:
-        gpus: names of this machine's, as CUDA_VISIBLE_DEVICES has them; None: ask torch.
-        cores: that this process may use; None: ask the system.
-
-    Raises:
-        ConfigError: there is no room for so many.
-    """
-    peak = max(plan.figures["memory"]["peak"] for plan in plans)
-    if gpus is None:
-        count = torch.cuda.device_count()
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        gpus = visible.split(",")[:count] if visible else [str(number) for number in range(count)]
-    ask = f"{processes} {'process' if processes == 1 else 'processes'} each"
-    if gpus:
-        if processes > len(gpus):
-            raise ConfigError(f"{processes} processes of a run need as many GPUs, there are {len(gpus)}", "processes",
-                              f"set it to {len(gpus)} or less")  # fmt: skip
-        wanted = min(jobs or len(gpus) // processes, len(plans))
-        shared = -(-wanted * processes // len(gpus))  # processes on the fullest GPU
-        if device.room is not None and shared * peak > device.room:
-            raise ConfigError(f"{shared} runs of {size(peak)} on a GPU do not fit into {size(device.room)}", "--jobs",
-                              f"set it to {len(gpus) // processes * max(1, int(device.room // peak))} or less")  # fmt: skip
-        variables = [
-            {"CUDA_VISIBLE_DEVICES": ",".join(gpus[(job * processes + k) % len(gpus)] for k in range(processes))}
-            for job in range(wanted)
-        ]
-        return Slots(variables, f"{wanted} at once on {len(gpus)} GPUs, {ask}")
-    cores = cores or len(os.sched_getaffinity(0))
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    threads = int(told) if told.isdigit() and int(told) else 1  # one unless told, as torchrun does: sums stay the same
-    each = (peak + PROCESS_BYTES) * processes
-    fit = len(plans) if device.room is None else int(device.room // each)
-    if jobs and jobs > max(1, fit):
-        raise ConfigError(f"{jobs} runs of {size(each)} at once do not fit into {size(device.room or 0)}", "--jobs",
-                          f"set it to {max(1, fit)} or less")  # fmt: skip
-    wanted = min(jobs or max(1, min(cores // (processes * threads), fit)), len(plans))
-    text = f"{wanted} at once on {cores} cores, {ask} of {threads} {'thread' if threads == 1 else 'threads'} and {size(peak + PROCESS_BYTES)} at most"
-    return Slots([{"OMP_NUM_THREADS": str(threads)}] * wanted, text)
-
-
 @contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[None]:
-    """Holds the sweep directory against another sweep; freed by the system whatever ends this process."""
+def _locked(directory: Path, wait: bool = False) -> Iterator[None]:
+    """Holds the sweep directory against another sweep, or waits for that; freed by the system whatever ends this process."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         handle = os.open(directory / "sweep.jsonl", os.O_RDWR | os.O_CREAT, 0o666)
@@ -225,7 +264,7 @@ def _locked(directory: Path) -> Iterator[None]:
         raise ConfigError(f"cannot write the sweep directory: {error.strerror}", str(directory),
                           "give another with --sweep-dir") from None  # fmt: skip
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     except BlockingIOError:
         raise ConfigError("another sweep works in this directory", str(directory),
@@ -242,37 +281,41 @@ def _describe(grid: Grid, runs: Sequence[SweepRun], directory: Path) -> None:
         dump_config(run.grid.config, directory / "configs" / f"{run.name}.yaml")
 
 
-def _train(runs: Sequence[SweepRun], left: Sequence[SweepRun], directory: Path, room: Slots, processes: int,
-           retries: int) -> dict[str, str]:  # fmt: skip
+def _train(runs: Sequence[SweepRun], left: Sequence[SweepRun], directory: Path, room: Slots, launch: Launcher, processes: int,
+           continued: bool) -> dict[str, str]:  # fmt: skip
     """Trains the runs that are left, the longest first, so that none is alone at the end; returns why some failed."""
     if not left:
         return {}
     order = sorted(left, key=lambda run: -run.plan.figures["flops"]["executed"])
-    jobs = [
-        Job(run.name, ("train", str(directory / "configs" / f"{run.name}.yaml"), "--run-dir", str(run.directory)),
-            directory / "logs" / f"{run.name}.log", processes)
-        for run in order
-    ]  # fmt: skip
-    by_name = {run.name: run for run in runs}
-    view = View({run.name: (run.directory, run.steps) for run in runs}, len(runs) - len(left))
+    jobs = [job_of(run, directory, processes) for run in order]
+    done = sum(run.finished for run in runs)
+    view = View({run.name: (run.directory, run.steps) for run in runs}, done)
     with _log(directory / "sweep.jsonl") as log, view, _terminable():
-        _write(log, event="sweep", runs=len(runs), finished=len(runs) - len(left), at_once=len(room.variables))
+        _write(log, event="sweep", runs=len(runs), finished=done, at_once=len(room.variables), continued=continued)
 
         def tell(event: Event) -> None:
             line: dict[str, Any] = {"event": event.what, "run": event.job.name, "attempt": event.attempt}
-            if event.what != "started":
+            if event.what in ("finished", "failed"):
                 line["seconds"] = round(event.seconds, 3)
-            if event.reason:
+            if event.what == "failed":
                 line |= {"reason": event.reason, "again": event.again}
+            if event.task:
+                line["task"] = event.task
             _write(log, **line)
             view.tell(event)
 
         try:
-            return run_local(jobs, room.variables, retries, tell, view.tick)
+            return launch(jobs, tell, view.tick)
         except KeyboardInterrupt:
-            done = sum(replace(run, step=_newest(run.directory)).finished for run in by_name.values())
+            done = sum(replace(run, step=_newest(run.directory)).finished for run in runs)
             raise TrainingError(f"interrupted with {done} of {len(runs)} runs finished", str(directory),
-                                "the same command continues") from None  # fmt: skip
+                                "the same command continues" if room.here else
+                                "the jobs stay in the queue; the same command goes on with them") from None  # fmt: skip
+
+
+def _reached(run_dir: Path, config: Config) -> bool:
+    """Whether a run is at its end, told without a plan."""
+    return run_dir.is_dir() and _newest(run_dir) >= config.steps
 
 
 def _newest(run_dir: Path) -> int:

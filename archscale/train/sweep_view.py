@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -27,16 +28,17 @@ OFTEN = 60.0  # seconds between lines about running runs where there is no termi
 TAIL = 1 << 16  # bytes of metrics.jsonl in which the last whole line is looked for
 
 
-def plan_text(grid: Grid, runs: Sequence[SweepRun], directory: Path, room: Slots, *, list_runs: bool) -> str:
-    """What the sweep will train and cost; with `list_runs` a row for each run."""
+def plan_text(grid: Grid, runs: Sequence[SweepRun], more: Sequence[SweepRun], directory: Path, room: Slots, *,
+              list_runs: bool) -> str:  # fmt: skip
+    """What the sweep will train and cost; with `list_runs` a row for each run. `more`: as many as `refine` will choose."""
     finished = sum(run.finished for run in runs)
     lines = [f"{grid.content.name}: {len(runs)} runs of {grid.base} in {directory}, {finished} of them finished", ""]
     if list_runs:
-        rows = [["run", "parameters", "tokens", "steps", "matrix lr", "FLOPs", "memory", ""]]
-        for run in runs:
+        rows = [["", "run", "parameters", "tokens", "steps", "matrix lr", "FLOPs", "memory", ""]]
+        for index, run in enumerate(runs):
             f = run.plan.figures
             rows.append([
-                run.name, f"{f['model']['parameters']['total']:,}", f"{f['training']['tokens']:,}", f"{run.steps:,}",
+                str(index), run.name, f"{f['model']['parameters']['total']:,}", f"{f['training']['tokens']:,}", f"{run.steps:,}",
                 f"{f['parameterization']['roles']['matrix']['lr']:.4g}", f"{f['flops']['executed']:.3g}",
                 size(f["memory"]["peak"]), "finished" if run.finished else f"at step {run.step}" if run.step else "",
             ])  # fmt: skip
@@ -47,24 +49,54 @@ def plan_text(grid: Grid, runs: Sequence[SweepRun], directory: Path, room: Slots
         f"  in all {sum(f['flops']['executed'] for f in totals):.3g} FLOPs ({flops:.3g} of them left), "
         f"{sum(f['training']['tokens'] for f in totals):,} tokens, up to {size(sum(f['checkpoint']['disk'] for f in totals))} "
         "of checkpoints",
-        f"  {room.text}{_estimate(flops, len(runs) - finished, len(room.variables), grid.content.processes)}",
+        f"  {room.text}{_estimate(runs, directory, room, grid.content.processes)}",
     ]
+    if more and (refine := grid.content.refine):
+        seeds = sorted({run.grid.config.seed for run in more})
+        lines.append(
+            f"  then {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))} at the {refine.points} best "
+            f"{refine.x} by {refine.y}: {len(more)} more runs, about "
+            f"{sum(run.plan.figures['flops']['executed'] for run in more):.3g} FLOPs"
+        )
     for asked in grid.content.fit:
         by = f" for each {', '.join(asked.group)}" if asked.group else ""
         lines.append(f"  then {asked.form} of {asked.y} over {', '.join(asked.x)}{by}")
     return "\n".join(lines)
 
 
-def _estimate(flops: float, left: int, jobs: int, processes: int) -> str:
-    """Time for so much work in so many runs; nothing where the device's peak is not known."""
-    device = this_device()
-    if device.name == "cpu":
-        device = find_device("cpu")  # measured, on the threads that one process takes
-    if device.peak is None:
-        return ""
-    seconds = flops / (device.peak * MFU * jobs * processes) + START * -(-left // jobs)
-    peak = f"{MFU:.0%} of {device.peak / 1e12:.3g} TFLOP/s a process ({device.source})"
-    return f"; about {duration(seconds)} at {peak} and {START:g} s until a run's first step"
+def _estimate(runs: Sequence[SweepRun], directory: Path, room: Slots, processes: int) -> str:
+    """Time for what is left; nothing where neither finished runs nor the device tell how fast that is."""
+    flops = sum(run.plan.figures["flops"]["executed"] * (1 - min(1.0, run.step / run.steps)) for run in runs)
+    left, jobs = sum(not run.finished for run in runs), len(room.variables)
+    speed, source = _measured(runs, directory)
+    if not speed:
+        if not room.here:
+            return ""
+        device = this_device()
+        if device.name == "cpu":
+            device = find_device("cpu")  # measured, on the threads that one process takes
+        if device.peak is None:
+            return ""
+        speed = device.peak * MFU * processes
+        source = f"{MFU:.0%} of {device.peak / 1e12:.3g} TFLOP/s a process ({device.source})"
+    seconds = flops / (speed * jobs) + START * -(-left // jobs)
+    return f"; about {duration(seconds)} at {source} and {START:g} s until a run's first step" if left else ""
+
+
+def _measured(runs: Sequence[SweepRun], directory: Path) -> tuple[float, str]:
+    """FLOP/s of the runs that this sweep has finished, and how to call that; 0 without any."""
+    flops, seconds, count = 0.0, 0.0, 0
+    by_name = {run.name: run.plan.figures["flops"]["executed"] for run in runs}
+    path = directory / "sweep.jsonl"
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if event.get("event") == "finished" and event.get("attempt") == 1 and event.get("run") in by_name:
+                flops += by_name[event["run"]]
+                seconds += max(1.0, event["seconds"] - START)
+                count += 1
+    speed = flops / seconds if count else 0.0
+    return speed, f"the {speed / 1e12:.3g} TFLOP/s of the {count} runs it has finished"
 
 
 class View:
@@ -99,11 +131,15 @@ class View:
 
     def tell(self, event: Event) -> None:
         name, again = event.job.name, f" (attempt {event.attempt})" if event.attempt > 1 else ""
-        if event.what == "started":
+        if event.what == "submitted":
+            return
+        if event.what in ("started", "attached"):
             self._running[name] = time.monotonic()
             return
-        del self._running[name]
-        if event.what == "finished":
+        self._running.pop(name, None)
+        if event.what == "requeued":
+            text = f"{name}: requeued{again} at step {last_line(self._runs[name][0]).get('step', 0)}"
+        elif event.what == "finished":
             self._finished += 1
             text = f"{name}: finished in {duration(event.seconds)}{again}{self._metrics(name, 'loss', 'val_loss')}"
         else:

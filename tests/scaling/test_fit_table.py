@@ -337,3 +337,22 @@ def test_bad_input_ends_in_one_line(tmp_path, bowls):
     )
     assert "refused: the optimal lr" in result.stdout
     assert "tokens 8000000000" in result.stdout
+
+
+def test_a_bowl_from_the_points_around_its_bottom():
+    """Far up its sides the bowl is no parabola: all points miss the optimum, the nearest three find it."""
+    x = np.array([0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064])
+    u = np.log(x / 0.0157)
+    y = 2 + 0.1 * (np.exp(u) - u - 1)  # steep above, flat below
+    rows = [{"lr": lr, "loss": loss + 1e-4 * s, "seed": s} for lr, loss in zip(x, y) for s in range(2)]
+    table = Table.from_rows(rows, [str(i) for i in range(len(rows))], "made")
+    [all_], [near] = (
+        fit_table(table, "quadratic_log", ["lr"], "loss", settings=Settings(nearest=nearest)).groups
+        for nearest in (None, 3)
+    )
+    assert (all_.fit.points, near.fit.points) == (14, 6)
+    assert abs(all_.fit.estimates["optimum"].value / 0.0157 - 1) > 0.2
+    assert near.fit.estimates["optimum"].value == pytest.approx(0.0157, rel=0.1)
+    assert sorted(set(near.x[0])) == [0.008, 0.016, 0.032]
+    with pytest.raises(ConfigError, match="3 different x.*--nearest"):
+        fit_table(table, "quadratic_log", ["lr"], "loss", settings=Settings(nearest=2))

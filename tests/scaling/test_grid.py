@@ -1,6 +1,7 @@
 """Grids and their expressions: which runs a file means, and what is refused before anything starts."""
 
 import json
+import math
 
 import pytest
 import yaml
@@ -108,6 +109,28 @@ def test_overrides_change_the_base_and_not_the_grid(tmp_path):
         grid(tmp_path, ["model.depth=3"], axes={"model.depth": [2]})
 
 
+def test_more_seeds_around_the_best_of_each_group(tmp_path):
+    """Losses with their minimum at the second rate at depth 2, at the end of the axis at depth 4, and nowhere at depth 6."""
+    made = grid(
+        tmp_path, axes={"parameterization.base.lr": ["1e-3", 0.002, 0.004, 0.008], "model.depth": [2, 4, 6]}, seeds=1,
+        derive={"model.width": "16 * model.depth"}, refine={"x": "parameterization.base.lr", "points": 3, "seeds": 3},
+    )  # fmt: skip
+    best = {2: 0.002, 4: 0.008, 6: math.nan}
+    y = {run.name: abs(run.config.parameterization.base.lr - best[run.config.model.depth]) for run in made.runs()}
+    found = [(r.config.model.depth, r.config.parameterization.base.lr, r.config.seed) for r in made.refined(y)]
+    expected = [(2, 0.001), (2, 0.002), (2, 0.004), (4, 0.002), (4, 0.004), (4, 0.008)]
+    assert sorted(found) == [(depth, lr, seed) for depth, lr in expected for seed in (1, 2)]
+    assert {run.name for run in made.refined(y)}.isdisjoint(y)
+    assert made.refined({}) == []
+    # A mean over seeds, not the luckiest of them.
+    more = grid(
+        tmp_path, axes={"model.depth": [2, 4, 6]}, seeds=2, refine={"x": "model.depth", "points": 1, "seeds": [7]}
+    )
+    y = {run.name: {2: 1.0, 4: 3.0, 6: 0.5}[run.config.model.depth] + 4 * run.config.seed * (run.config.model.depth == 6)
+         for run in more.runs()}  # fmt: skip
+    assert [(run.config.model.depth, run.config.seed) for run in more.refined(y)] == [(2, 7)]
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [
@@ -172,6 +195,9 @@ def test_an_expression_without_a_value(text):
         ({"seeds": 2, "fit": [{"form": "cubic", "x": "seed", "y": "loss"}]}, "expected one of power"),
         ({"seeds": 2, "fit": [{"form": "power", "y": "loss"}]}, "fit.0.x is missing"),
         ({"seeds": 2, "derive": {"model.depth": "1 / seed"}}, "has no value with seed 0"),
+        ({"seeds": 1, "axes": {"model.depth": [2]}, "refine": {"x": "lr", "seeds": 2}}, '"lr" is no axis .*give one of model.depth'),
+        ({"axes": {"model.depth": [2]}, "refine": {"x": "model.depth", "seeds": 2}}, "more seeds than none .*add `seeds: 1`"),
+        ({"seeds": 3, "axes": {"model.depth": [2]}, "refine": {"x": "model.depth", "seeds": [1]}}, "all of its seeds are in `seeds`"),
         ({"seeds": 2, "derive": {"model.depth": "model.width", "model.width": "model.depth"}}, "need each other"),
     ],
 )  # fmt: skip
@@ -204,6 +230,12 @@ BOWL = {"form": "quadratic_log", "x": "parameterization.base.lr", "y": "val_loss
         ({"axes": LRS, "seeds": 2, "fit": [{**BOWL, "y": "optimizer/clip_fraction"}]}, None),
         ({"axes": LRS, "seeds": 2, "fit": [{**BOWL, "x": ["seed", "tokens"]}]}, "quadratic_log takes 1 of x, got 2"),
         ({"axes": LRS, "seeds": 2, "fit": [BOWL], "derive": {"data.val": None}}, "no val_loss without data.val"),
+        ({"axes": LRS, "seeds": 2, "fit": [{**BOWL, "where": "model.depth == 2"}]}, None),
+        ({"axes": LRS, "seeds": 2, "fit": [{**BOWL, "where": "model.depth == 3"}]}, "`where` drops all runs"),
+        ({"axes": LRS, "seeds": 2, "fit": [{**BOWL, "where": "model.dept == 2"}]}, "unknown key .*did you mean model.depth"),
+        ({"axes": LRS, "seeds": 1, "fit": [{**BOWL, "nearest": 3}]}, "3 runs at 3 different .* too few"),
+        ({"axes": {**LRS, "model.depth": [2, 4]}, "seeds": 1, "fit": [{**BOWL, "nearest": 3}]}, None),
+        ({"axes": LRS, "seeds": 2, "fit": [{**BOWL, "form": "power", "nearest": 3}]}, "power has no best x to be near"),
     ],
 )  # fmt: skip
 def test_fits_are_checked_before_any_run(tmp_path, keys, why):

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from archscale.config import dump_config
-from archscale.errors import ConfigError, DataError
+from archscale.errors import ConfigError, DataError, TrainingError
 from archscale.scaling.devices import Device
 from archscale.scaling.fit_table import fit_table
 from archscale.scaling.grid import read_grid
@@ -43,12 +43,16 @@ def grid(folder, data, steps=8, every=4, **keys):
 def pretend(path, directory, loss):
     """Finished runs without training: `loss` of each run's config is its last val_loss."""
     for one in plan_runs(read_grid(path), directory):
-        made, last = one.plan.config, one.directory / "checkpoints" / f"step_{one.steps:08d}"
-        last.mkdir(parents=True)
-        (last / "state.json").write_text("{}")
-        dump_config(made, one.directory / "config.yaml")
-        line = {"step": one.steps, "tokens": made.tokens, "loss": 1.0, "val_loss": loss(made), "time": time.time()}
-        (one.directory / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+        pretend_run(one, loss)
+
+
+def pretend_run(one, loss):
+    made, last = one.plan.config, one.directory / "checkpoints" / f"step_{one.steps:08d}"
+    last.mkdir(parents=True)
+    (last / "state.json").write_text("{}")
+    dump_config(made, one.directory / "config.yaml")
+    line = {"step": one.steps, "tokens": made.tokens, "loss": 1.0, "val_loss": loss(made), "time": time.time()}
+    (one.directory / "metrics.jsonl").write_text(json.dumps(line) + "\n")
 
 
 def bowl(made) -> float:
@@ -66,9 +70,13 @@ def test_every_study_can_be_planned(study, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     runs = int(out.split(" runs of ")[0].rpartition(" ")[2])
     rows = [line for line in out.splitlines() if line.rpartition("_seed")[2][:1].isdigit() and line.startswith("  ")]
-    assert 40 <= runs == len(rows)
+    assert 24 <= runs == len(rows)
     assert "FLOPs" in out
-    assert "then quadratic_log of val_loss" in out
+    content = yaml.safe_load(study.read_text())
+    assert out.count("\n  then quadratic_log of val_loss") == sum(
+        f["form"] == "quadratic_log" for f in content.get("fit", [])
+    )
+    assert ("more runs" in out) == ("refine" in content)
     assert not list(tmp_path.iterdir())  # nothing was started or written
 
 
@@ -158,6 +166,60 @@ def test_results_and_fits_of_finished_runs(tmp_path, data, capsys):
         assert [g.fit.estimates["optimum"].value for g in again.groups] == pytest.approx([0.02, 0.01, 0.005])
     shown = yaml.safe_load((directory / "sweep.yaml").read_text())
     assert shown["runs"]["width16_lr0.002"] == {"model.width": 16, LR: 0.002, "model.aspect": None}
+
+
+def test_more_seeds_around_the_optimum(tmp_path, data, capsys, monkeypatch):
+    """One seed everywhere, then two more at the three best rates; one run of the first stage and one of the second fail."""
+    path = grid(
+        tmp_path, data, axes={"model.width": [16, 32], LR: [0.002, 0.005, 0.01, 0.02, 0.05, 0.1]}, derive={"model.aspect": None},
+        seeds=1, refine={"x": LR, "seeds": 3}, fit=[{**BOWL, "group": "model.width", "nearest": 3}],
+    )  # fmt: skip
+    directory, fail, asked = tmp_path / "s", {"width16_lr0.002_seed0", "width32_lr0.01_seed2"}, []
+
+    def train(jobs, variables, retries, tell, tick):
+        asked.append([job.name for job in jobs])
+        made = read_grid(path)
+        plans = plan_runs(made, directory, [*made.runs(), *made._expand([1, 2])])
+        for one in plans:
+            if one.name in asked[-1] and one.name not in fail:
+                pretend_run(one, bowl)
+        return {name: "broke" for name in asked[-1] if name in fail}
+
+    monkeypatch.setattr("archscale.train.sweep_clusters.run_local", train)
+    sweep(path, sweep_dir=directory, dry_run=True)
+    assert "then seeds 1, 2 at the 3 best parameterization.base.lr by val_loss: 12 more runs" in capsys.readouterr().out
+    with pytest.raises(TrainingError, match=r"2 of 24 runs failed: width16_lr0.002_seed0: broke.*width32_lr0.01_seed2"):
+        sweep(path, sweep_dir=directory)
+    first, second = asked
+    assert len(first) == 12
+    near = {16: ("0.01", "0.02", "0.05"), 32: ("0.005", "0.01", "0.02")}  # the best are 0.02 and 0.01
+    assert set(second) == {f"width{w}_lr{lr}_seed{s}" for w in near for lr in near[w] for s in (1, 2)}
+    out = capsys.readouterr().out
+    assert "24 runs of" in out
+    assert "11 of them finished" in out
+    [fit] = json.loads((directory / "fits.json").read_text())
+    assert [group["points"] for group in fit["groups"]] == [9, 8]
+    assert [group["parameters"]["optimum"]["value"] for group in fit["groups"]] == pytest.approx([0.02, 0.01])
+    # Mended and started again, only those two are trained; then the dry run shows both stages.
+    fail.clear()
+    sweep(path, sweep_dir=directory)
+    assert asked[2:] == [["width16_lr0.002_seed0"], ["width32_lr0.01_seed2"]]
+    capsys.readouterr()
+    sweep(path, sweep_dir=directory, dry_run=True)
+    assert "24 runs of" in (out := capsys.readouterr().out)
+    assert "24 of them finished" in out
+    assert "more runs" not in out
+
+
+def test_refine_by_what_no_run_has(tmp_path, data):
+    keys = {"axes": {LR: [0.002, 0.005, 0.01]}, "seeds": 1}
+    path = grid(tmp_path, data, **keys, refine={"x": LR, "seeds": 2, "y": "val_los"})
+    with pytest.raises(ConfigError, match=r"no run has val_los \(refine.y in .*\): give one of step, tokens"):
+        sweep(path, dry_run=True)
+    path = grid(tmp_path, data, **keys, refine={"x": LR, "seeds": 2, "y": "moe/none"})
+    pretend(path, tmp_path / "s", bowl)
+    with pytest.raises(ConfigError, match=r"no run has moe/none \(refine.y in .*\): give a column of results.csv"):
+        sweep(path, sweep_dir=tmp_path / "s")
 
 
 def test_losses_that_are_not_finite_are_excluded_and_named(tmp_path, data, capsys):

@@ -1,0 +1,223 @@
+"""Sweeps on a real Slurm of two nodes on this machine: the same results, nothing lost and nothing submitted twice.
+
+Most tests submit a line of Python instead of a training run: what is tested is who knows what of whom.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from archscale.errors import ConfigError
+from archscale.scaling import slurm as launcher
+from archscale.scaling.cluster_config import SlurmConfig
+from archscale.scaling.slurm import LeftToSlurm, SlurmLauncher
+from tests.commands import ROOT
+from tests.slurm import Code, cluster, missing
+
+SETTINGS = SlurmConfig(hours=0.5)
+
+
+@pytest.fixture(scope="module")
+def cluster_env(tmp_path_factory):
+    if reason := missing():
+        pytest.skip(reason)
+    try:
+        with cluster(tmp_path_factory.mktemp("slurm")) as variables:
+            yield variables
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def slurm(cluster_env, monkeypatch, tmp_path):
+    """Commands of Slurm in this process and in those that it starts; ends the jobs that a test has left."""
+    for key, value in cluster_env.items():
+        monkeypatch.setenv(key, value)
+    for key in [key for key in os.environ if key.startswith(("SLURM_", "SUBMITIT_")) and key != "SLURM_CONF"]:
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(tmp_path)  # where the tasks start
+    monkeypatch.setattr(launcher, "QUEUE", (0.3, 0.5))
+    monkeypatch.setattr(launcher, "POLL", 0.1)
+    monkeypatch.setattr(launcher, "GONE", 1.0)
+    yield command
+    command("scancel", "--user=root")
+
+
+def command(*words):
+    return subprocess.run(words, capture_output=True, text=True, timeout=30, check=False).stdout
+
+
+def queue():
+    """State by task, and the name of its job."""
+    lines = command("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%j").split()
+    return {line.split("|")[0]: tuple(line.split("|")[1:]) for line in lines}
+
+
+class Sweep:
+    """A sweep directory and its log, as `archscale.train.sweep` keeps them."""
+
+    def __init__(self, folder, codes, **options):
+        self.folder, self.options = folder, {"at_once": None, "retries": 2} | options
+        self.jobs = [Code(name, [code], folder / "logs" / f"{name}.log") for name, code in codes.items()]
+        folder.mkdir(exist_ok=True)
+
+    def write(self, **line):
+        with open(self.folder / "sweep.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
+
+    def tell(self, event):
+        self.write(
+            event=event.what,
+            run=event.job.name,
+            attempt=event.attempt,
+            reason=event.reason,
+            again=event.again,
+            task=event.task,
+        )
+
+    def go(self, tick=lambda: None, **sweep):
+        self.write(event="sweep", **sweep)
+        launch = SlurmLauncher(SETTINGS, self.folder, "s", **self.options)
+        return launch(self.jobs, self.tell, tick)
+
+    def told(self, what):
+        lines = map(json.loads, (self.folder / "sweep.jsonl").read_text().splitlines())
+        return [(line["run"], line["attempt"]) for line in lines if line["event"] == what]
+
+
+def count(path, then=""):
+    """Python that counts its starts in a file as `n`."""
+    return f"import os, time, pathlib; p = pathlib.Path({str(path)!r}); n = len(p.read_text()) if p.exists() else 0; p.write_text('x' * (n + 1)); {then}"
+
+
+# ----------------------------------------------------------------------------------------------------------- tasks
+
+
+def test_a_crash_is_submitted_again_a_refusal_is_not_and_others_go_on(slurm, tmp_path):
+    refused = "import sys; print('archscale: no (a): b'); sys.exit(2)"
+    codes = {
+        "twice": count(tmp_path / "n", "os.kill(os.getpid(), 9) if n < 1 else None"), "refused": refused,
+        "crash": "print('last words'); 1 / 0", "good": "pass",
+    }  # fmt: skip
+    one = Sweep(tmp_path / "s", codes, retries=1)
+    assert one.go() == {"refused": "no (a): b", "crash": "exit status 1: ZeroDivisionError: division by zero"}
+    assert sorted(one.told("submitted")) == [
+        ("crash", 1), ("crash", 2), ("good", 1), ("refused", 1), ("twice", 1), ("twice", 2),
+    ]  # fmt: skip
+    assert sorted(one.told("finished")) == [("good", 1), ("twice", 2)]
+    assert (tmp_path / "s/logs/crash.log").read_text().count("last words") == 2
+    # In a job that goes on with the sweep, what failed for good stays failed; a person's command tries it again.
+    tasks = len(queue())
+    assert one.go(continued=True) == {
+        "refused": "no (a): b",
+        "crash": "exit status 1: ZeroDivisionError: division by zero",
+    }
+    assert len(queue()) == tasks + 2  # the two that finished are none of a launcher's business: a sweep leaves them out
+    one.jobs = [job for job in one.jobs if job.name == "crash"]
+    one.go()
+    assert one.told("submitted")[-2:] == [("crash", 1), ("crash", 2)]
+
+
+def test_a_requeued_task_goes_on_and_a_cancelled_one_is_not_tried_again(slurm, tmp_path):
+    codes = {
+        "requeued": count(tmp_path / "n", "time.sleep(60) if n < 2 else None"), "cancelled": "import time; time.sleep(60)"
+    }  # fmt: skip
+    one, done = Sweep(tmp_path / "s", codes), []
+
+    def starts():
+        return len((tmp_path / "n").read_text()) if (tmp_path / "n").exists() else 0
+
+    def tick():
+        started, tasks = one.told("started"), {}
+        for line in map(json.loads, (one.folder / "sweep.jsonl").read_text().splitlines()):
+            if line["event"] == "submitted":
+                tasks[line["run"]] = line["task"]
+        if not done and len(started) == 2 and starts() == 1:
+            done.append(slurm("scontrol", "requeue", tasks["requeued"]))
+        if len(done) == 1 and len(started) == 3 and starts() == 2:  # submitit's own signal before a time limit
+            done.append(slurm("scancel", "--signal=USR2", tasks["requeued"]))
+            slurm("scancel", tasks["cancelled"])
+        if queue()[tasks["requeued"]][0] == "PENDING":
+            slurm("scontrol", "update", f"jobid={tasks['requeued']}", "StartTime=now")
+
+    assert one.go(tick) == {"cancelled": "cancelled in Slurm"}
+    assert one.told("finished") == [("requeued", 1)]
+    assert one.told("requeued") == [("requeued", 1)] * 2
+    assert (tmp_path / "n").read_text() == "xxx"
+    assert len(one.told("submitted")) == 2
+
+
+def test_killed_with_9_it_attaches_to_what_is_queued_and_submits_nothing_twice(slurm, tmp_path):
+    """Killed while one run trains and one waits; then once more just after a submission that it had no time to note."""
+    codes = {name: count(tmp_path / name, f"time.sleep({seconds})") for name, seconds in (("a", 4), ("b", 1), ("c", 0))}
+    one = Sweep(tmp_path / "s", codes, at_once=1)
+    script = f"""
+from tests.scaling.test_slurm import *
+one = Sweep(Path({str(one.folder)!r}), {codes!r}, at_once=1)
+one.go()
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    try:
+        wait(lambda: one.folder.joinpath("sweep.jsonl").exists() and one.told("started"))
+    finally:
+        process.kill()
+        process.wait()
+    log = one.folder / "sweep.jsonl"
+    log.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if '"run": "b"' not in line))
+    tasks = set(queue())
+    assert one.go() == {}
+    assert set(queue()) == tasks
+    assert {(tmp_path / name).read_text() for name in codes} == {"x"}
+    assert one.told("attached") == [("a", 1)]
+    assert sorted(one.told("finished")) == [("a", 1), ("b", 1), ("c", 1)]
+
+
+def test_without_waiting_another_job_goes_on(slurm, tmp_path):
+    """Here the command that it gives is refused, and its log says so."""
+    one = Sweep(tmp_path / "s", {"a": "import time; time.sleep(2)", "b": "pass"}, follow=["sweep", "nowhere.yaml"])
+    for _ in range(2):  # the second time everything is queued
+        with pytest.raises(LeftToSlurm, match="2 runs are in Slurm's queue as s-"):
+            one.go()
+    names = [
+        name for _, name in queue().values() if name.startswith(one.folder.joinpath("slurm/name").read_text().strip())
+    ]
+    assert sorted(name.endswith("-next") for name in names) == [False, False, True]
+    wait(
+        lambda: (
+            (one.folder / "logs/sweep.log").exists() and "nowhere.yaml" in (one.folder / "logs/sweep.log").read_text()
+        )
+    )
+    assert all(
+        state == "COMPLETED" for state, name in queue().values() if name == names[0] and not name.endswith("-next")
+    )
+    assert one.go(continued=True) == {}
+    assert len(one.told("submitted")) == 2
+
+
+def wait(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_what_slurm_refuses_is_one_line(slurm, tmp_path):
+    one = Sweep(tmp_path / "s", {"a": "pass"})
+    one.write(event="sweep")
+    launch = SlurmLauncher(SlurmConfig(hours=1, partition="nowhere"), one.folder, "s", None, 0)
+    with pytest.raises(ConfigError, match="Slurm refuses the jobs: .*nvalid partition") as caught:
+        launch(one.jobs, one.tell, lambda: None)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_slurm_it_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="there is no sbatch here .*login node"):
+        SlurmLauncher(SETTINGS, tmp_path, "s", None, 0)
