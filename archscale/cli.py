@@ -222,16 +222,18 @@ def generate(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Run directory; the run may still be going on.")],
+    run: Annotated[Path, typer.Argument(help="Directory of a run or of a sweep, which may still be going on.")],
     other: Annotated[Path | None, typer.Argument(help="A second run, to see both side by side.")] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File to write; default RUN/report.html, for two runs RUN/report_and_<name of the other>.html."
+            help="File to write; default RUN/report.html, for two runs RUN/report_and_<name of the other>.html. "
+            "Figures (SVG, PNG) and tables (CSV) of a sweep lie beside it, in a folder of its name."
         ),
     ] = None,
 ) -> None:
-    """One self-contained HTML file about a run: curves, every layer and matrix, the plan beside what was measured.
+    """One self-contained HTML file about a run: curves, every layer and matrix, the plan beside what was measured. Or about a
+    sweep: loss over FLOPs, learning-rate bowls, transfer, leverage, indicators, fits and runs.
 
     Example: archscale report runs/quickstart
     """

@@ -33,16 +33,14 @@ def render(runs: Sequence[RunRecord], figures: dict[str, Figures]) -> str:
     warnings = [f"<li>{escape(_of(run, runs) + text)}</li>" for run in runs for text in run.warnings]
     if warnings:
         parts.append(f'<ul class="warnings">{"".join(warnings)}</ul>')
-    parts.append(
-        _section("plan", "Plan beside measured", _side_by_side(runs, [_table(plan_rows(run)) for run in runs]))
-    )
+    parts.append(section("plan", "Plan beside measured", _side_by_side(runs, [_table(plan_rows(run)) for run in runs])))
     if figures:
         parts.append(_controls(runs))
     for name, (curves, maps) in figures.items():
         content = f'<p class="about">{ABOUT[name]}</p>' if name in ABOUT else ""
         content += f'<div class="grid">{"".join(curves)}</div>' if curves else ""
         content += f'<div class="grid {"pairs" if len(runs) > 1 else ""}">{"".join(maps)}</div>' if maps else ""
-        parts.append(_section(name, SECTIONS[name], content))
+        parts.append(section(name, SECTIONS[name], content))
     if any(maps for _, maps in figures.values()):
         parts.append(
             '<p class="about">A cell of a map shows the value of its steps that lies farthest from its row\'s median, so peaks '
@@ -50,16 +48,16 @@ def render(runs: Sequence[RunRecord], figures: dict[str, Figures]) -> str:
             "</p>"
         )
     if any(run.events for run in runs):
-        parts.append(_section("events", "Events", _side_by_side(runs, [_events(run) for run in runs])))
-    texts = [_definitions(dict(sorted(run.texts.items()))) for run in runs]
+        parts.append(section("events", "Events", _side_by_side(runs, [_events(run) for run in runs])))
+    texts = [definitions(dict(sorted(run.texts.items()))) for run in runs]
     if any(run.texts for run in runs):
-        parts.append(_section("texts", "Other values (last)", _side_by_side(runs, texts)))
+        parts.append(section("texts", "Other values (last)", _side_by_side(runs, texts)))
     if len(runs) > 1:
-        parts.append(_section("differences", "Config: what differs", _differences(runs)))
+        parts.append(section("differences", "Config: what differs", _differences(runs)))
     configs = [f'<pre class="config">{escape(run.config)}</pre>' if run.config else "<p>not there</p>" for run in runs]
-    parts.append(_section("config", "Config", _side_by_side(runs, configs)))
-    environments = [_definitions(run.environment) for run in runs]
-    parts.append(_section("environment", "Environment", _side_by_side(runs, environments)))
+    parts.append(section("config", "Config", _side_by_side(runs, configs)))
+    environments = [definitions(run.environment) for run in runs]
+    parts.append(section("environment", "Environment", _side_by_side(runs, environments)))
     made_at = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
     parts.append(f"<footer>archscale {__version__}, written {made_at}</footer>")
     here = files("archscale.report")
@@ -92,7 +90,7 @@ def _head(run: RunRecord, index: int, count: int) -> str:
     )
 
 
-def _section(name: str, title: str, content: str) -> str:
+def section(name: str, title: str, content: str) -> str:
     return f'<section id="{name}"><h2>{title}</h2>{content}</section>\n'
 
 
@@ -132,7 +130,7 @@ def _events(run: RunRecord) -> str:
     return f'<div class="scroll"><table><thead>{top}</thead><tbody>{rows}</tbody></table></div>{more}'
 
 
-def _definitions(values: dict[str, Any]) -> str:
+def definitions(values: dict[str, Any]) -> str:
     rows = "".join(
         f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>" for k, v in values.items() if v is not None
     )

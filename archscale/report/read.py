@@ -12,7 +12,7 @@ import numpy as np
 
 from archscale.errors import ArchscaleError, DataError
 
-_REMEDY = "name a run directory, such as runs/<name>, that train has filled"
+_REMEDY = "name a directory, such as runs/<name>, that train or sweep has filled"
 _AXES = ("step", "tokens", "time")
 SHOWN_WARNINGS = 3  # bad lines that are named one by one
 
@@ -79,12 +79,12 @@ def read_run(directory: Path) -> RunRecord:
         DataError: there is no such directory, it holds no run, or its metrics.jsonl is no metrics file.
     """
     if not directory.is_dir():
-        raise DataError("no such run directory", str(directory), _REMEDY)
+        raise DataError("no such directory", str(directory), _REMEDY)
     metrics = directory / "metrics.jsonl"
     if not metrics.is_file() and not (directory / "plan.json").is_file():
         runs = sorted(path.parent.name for path in directory.glob("*/metrics.jsonl"))
         inside = f"it holds runs, name one or two of them: {', '.join(runs[:3])}" + (" …" if len(runs) > 3 else "")
-        what = "an empty directory" if not any(directory.iterdir()) else "not a run directory"
+        what = "an empty directory" if not any(directory.iterdir()) else "not a run or sweep directory"
         raise DataError(what, str(directory), inside if runs else _REMEDY)
     run = RunRecord(directory, directory.resolve().name, np.zeros(0, dtype=int), np.zeros(0), np.zeros(0))
     plan = _read_json(run, "plan.json", dict)

@@ -152,12 +152,17 @@ def collect(directory: Path, runs: Mapping[str, Path], failed: Mapping[str, str]
     """
     names, found, left_out = [], [], []
     for name, run in runs.items():
-        table = read_table([run]) if run.is_dir() else Table("", {}, [])
+        reasons, table = [], Table("", {}, [])
+        if run.is_dir():
+            try:
+                table = read_table([run])
+                reasons = [reason for _, reason in table.left_out]
+            except ArchscaleError as error:  # one damaged file must not cost the results of all other runs
+                reasons = [str(error)]
         if table.rows and name not in failed:
             names.append(name)
             found.append({column: cells[0] for column, cells in table.columns.items()} | {"run": name})
         else:
-            reasons = [reason for _, reason in table.left_out]
             left_out.append((name, failed.get(name) or (reasons or ["was not started"])[0]))
     return Table.from_rows(found, names, str(directory), left_out)
 

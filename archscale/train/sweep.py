@@ -363,6 +363,7 @@ def _finish(grid: Grid, runs: Sequence[SweepRun], directory: Path, failed: Mappi
     print(f"\n{grid.content.name}: {len(table.rows)} of {len(runs)} runs finished; {directory}/results.csv, fits.json")
     if fits:
         print("\n" + fits_text(fits), flush=True)
+    _report(directory)
     if table.left_out:
         (name, reason), more = table.left_out[0], len(table.left_out) - 1
         others = f" (also failed: {', '.join(other for other, _ in table.left_out[1:])})" if more else ""
@@ -373,3 +374,13 @@ def _finish(grid: Grid, runs: Sequence[SweepRun], directory: Path, failed: Mappi
     for fit in fits:
         if fit.refusal:
             raise fit.refusal
+
+
+def _report(directory: Path) -> None:
+    """A sweep that has trained is not lost to a figure that cannot be drawn."""
+    from archscale.report.sweep import write_sweep_report
+
+    try:
+        print(f"\nreport {write_sweep_report(directory)}", flush=True)
+    except Exception as error:
+        print(f"archscale: warning: no report: {type(error).__name__}: {error}", file=sys.stderr)

@@ -1,0 +1,134 @@
+"""What a sweep directory says, whether all of its runs are finished or only some."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from archscale.errors import ArchscaleError, DataError
+from archscale.scaling.grid_config import FitConfig, GridConfig
+from archscale.scaling.sweep_results import collect
+from archscale.scaling.table import Cell, Table
+
+_REMEDY = "name a sweep directory, such as runs/<name>, that archscale sweep has filled"
+
+
+@dataclass
+class SweepRecord:
+    """A sweep directory, read.
+
+    Attributes:
+        name: of the grid.
+        grid: sweep.yaml without its runs.
+        fits: that the grid asks for.
+        values: of the grid's keys by name of run, planned runs too.
+        table: a row for each finished run; `left_out` has all others with the reason.
+        failed: reasons of runs that ended without success and are not tried again.
+        environments: environment.json by name of run.
+        warnings: what could not be read.
+    """
+
+    directory: Path
+    name: str
+    grid: dict[str, Any]
+    fits: list[FitConfig]
+    values: dict[str, dict[str, Any]]
+    table: Table
+    failed: dict[str, str]
+    environments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    @property
+    def unfinished(self) -> dict[str, str]:
+        """Reasons of runs that were not started, are still going on or were cut short."""
+        return {name: reason for name, reason in self.table.left_out if name not in self.failed}
+
+
+def read_sweep(directory: Path) -> SweepRecord:
+    """Read a sweep directory; a run that cannot be read is left out with the reason.
+
+    Raises:
+        DataError: sweep.yaml is not one.
+    """
+    path = directory / "sweep.yaml"
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise DataError(f"cannot be read: {' '.join(str(error).split())[:200]}", str(path), _REMEDY) from None
+    runs = content.pop("runs", None) if isinstance(content, dict) else None
+    if not isinstance(runs, dict) or not all(isinstance(values, dict) for values in runs.values()):
+        raise DataError("it lists no runs with their values", str(path), _REMEDY)
+    warnings: list[str] = []
+    fits: list[FitConfig] = []
+    try:
+        fits = GridConfig.model_validate(content).fit
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        warnings.append(f"sweep.yaml: {where}: {first['msg']}: the grid's own fits are left out")
+    failed = _failed(directory / "sweep.jsonl", runs)
+    table = _with_grid_keys(collect(directory, {name: directory / name for name in runs}, failed), runs)
+    environments = {name: found for name in runs if (found := _environment(directory / name, warnings))}
+    name = str(content.get("name") or directory.resolve().name)
+    return SweepRecord(directory, name, content, fits, runs, table, failed, environments, warnings)
+
+
+def _failed(path: Path, runs: Mapping[str, Any]) -> dict[str, str]:
+    """Runs whose last event is a failure that is not tried again."""
+    found: dict[str, str] = {}
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        try:
+            event = json.loads(line)
+            what, run = event["event"], event.get("run")
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # cut short by a crash
+        if run not in runs:
+            continue
+        found.pop(run, None)
+        if what == "failed" and not event.get("again"):
+            found[run] = str(event.get("reason") or "ended without success")
+    return found
+
+
+def _with_grid_keys(table: Table, runs: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A column for each key of the grid; a section, which configs have only as single keys, as JSON."""
+    columns = dict(table.columns)
+    for key in dict.fromkeys(key for values in runs.values() for key in values):
+        if key in columns and not any(isinstance(values.get(key), dict) for values in runs.values()):
+            continue
+        columns[key] = [_cell(runs[name].get(key)) for name in table.rows]
+    return Table(table.source, columns, table.rows, table.left_out)
+
+
+def _cell(value: Any) -> Cell:
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return float(value)
+    return json.dumps(value, sort_keys=True)
+
+
+def _environment(run: Path, warnings: list[str]) -> dict[str, Any]:
+    try:
+        found = json.loads((run / "environment.json").read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        warnings.append(f"{run.name}: environment.json is not readable: left out")
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def describe(error: ArchscaleError) -> str:
+    """A refusal in words."""
+    return f"{error.what} ({error.where}): {error.remedy}"

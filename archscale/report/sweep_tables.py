@@ -1,0 +1,150 @@
+"""The tables of a sweep's report: rows of plain values, the same in the page and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from archscale.report.sweep_axes import name_of
+from archscale.report.sweep_fits import Analysis, curve_names
+from archscale.report.sweep_read import SweepRecord
+from archscale.scaling.fit import Estimate, Fit
+from archscale.scaling.fit_table import TableFits
+
+Row = dict[str, Any]
+LEAST_GROWTH = 1.02  # factor over the range of FLOPs
+PROVENANCE = ("tokens", "flops", "parameters")
+
+
+def make_tables(sweep: SweepRecord, found: Analysis) -> dict[str, list[Row]]:
+    """By file name; one without rows is left out."""
+    tables = {
+        "optima": _optima(found), "drift": _drift(found), "curves": _curves(found, found.curves), "leverage": _leverage(found),
+        "stability": [{"indicator": name, **row} for name, fits in found.growth.items() for row in _curves(found, fits)],
+        "indicators": _indicators(found), "runs": _runs(sweep, found),
+    }  # fmt: skip
+    return {name: rows for name, rows in tables.items() if rows}
+
+
+def csv_text(rows: Sequence[Row]) -> str:
+    """Numbers in full; nothing for what is missing or has no bound."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: _plain(value) for key, value in row.items()} for row in rows)
+    return stream.getvalue()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return ""
+        return int(value) if value.is_integer() and abs(value) < 1e15 else repr(value)
+    return value
+
+
+def _estimate(name: str, estimate: Estimate | None) -> Row:
+    if estimate is None:
+        return {name: None, f"{name} low": None, f"{name} high": None}
+    return {name: estimate.value, f"{name} low": estimate.low, f"{name} high": estimate.high}
+
+
+def _optima(found: Analysis) -> list[Row]:
+    rows = []
+    for one in found.combinations:
+        row: Row = {"group": one.arm, **{name_of(key): one.row[key] for key in found.axes.numbers}}
+        row |= {key: one.row.get(key) for key in PROVENANCE}
+        row["runs"] = sum(map(len, one.points))
+        if found.axes.tuned:
+            row |= {"best tried": float(one.x[one.best]), "mean loss there": float(one.means[one.best])}
+            row |= _estimate("optimum", one.optimum) | _estimate("minimum", one.minimum)
+            row["note"] = "; ".join(one.notes)
+        else:
+            row |= {"mean loss": float(one.means[0]), "standard error": float(one.errors[0])}
+        rows.append(row)
+    return rows
+
+
+def _drift(found: Analysis) -> list[Row]:
+    rows = []
+    for drift in found.drifts:
+        row: Row = {"along": name_of(drift.along), "group": drift.label, **_estimate("exponent", drift.exponent)}
+        row |= {"expected": drift.reference, "optima": int(drift.law.x.shape[1])}
+        span = float(drift.law.x.max() / drift.law.x.min()) if drift.law.x.size and drift.law.x.min() > 0 else None
+        factor = span**drift.exponent.value if drift.exponent and span else None
+        row |= {"range": span, "factor over the range": factor}
+        row["verdict"] = drift.law.refused.what if drift.law.refused else verdict(drift.exponent, drift.reference)
+        rows.append(row)
+    return rows
+
+
+def verdict(exponent: Estimate | None, reference: float | None) -> str:
+    """Whether an exponent's interval holds 0, or what is expected."""
+    if exponent is None:
+        return ""
+    expected = reference or 0.0
+    name = "0" if not expected else f"the expected {expected:g}"
+    if exponent.low <= expected <= exponent.high:
+        return f"{name} is within the interval"
+    return f"{'below' if exponent.high < expected else 'above'} {name}"
+
+
+def grows(law: Fit) -> bool:
+    """Whether a power law rises over its points, by more than rounding."""
+    exponent = law.estimates["exponent"]
+    return exponent.low > 0 and float(law.highs[0] / law.lows[0]) ** exponent.value > LEAST_GROWTH
+
+
+def _curves(found: Analysis, fits: TableFits | None) -> list[Row]:
+    rows = []
+    for _, label, group in curve_names(found, fits) if fits else []:
+        row: Row = {"group": label, "points": int(group.x.shape[1])}
+        estimates = group.fit.estimates if group.fit else {}
+        row |= _estimate("coefficient", estimates.get("coefficient")) | _estimate("exponent", estimates.get("exponent"))
+        row |= {"smallest": float(group.y.min()), "largest": float(group.y.max())}
+        row |= {"leave-one-out error": group.fit.leave_one_out if group.fit else None}
+        row["note"] = group.refused.what if group.refused else ""
+        rows.append(row)
+    return rows
+
+
+def _leverage(found: Analysis) -> list[Row]:
+    rows: list[Row] = []
+    for name, base, points in found.leverage:
+        if isinstance(points, str):
+            rows.append({"group": name, "over": base, "note": points})
+            continue
+        rows += [
+            {"group": name, "over": base, "FLOPs": point.x, "loss": point.loss, **_estimate("leverage", point.ratio),
+             "note": f"extrapolates {' and '.join(point.extrapolated)}" if point.extrapolated else ""}
+            for point in points
+        ]  # fmt: skip
+    return rows
+
+
+def _indicators(found: Analysis) -> list[Row]:
+    return [
+        {"group": one.arm, **{name_of(key): one.row[key] for key in found.axes.numbers}, "flops": one.row.get("flops"),
+         **{name: one.row.get(name) for name in [*found.indicators, *found.constant]}}
+        for one in found.combinations if found.indicators or found.constant
+    ]  # fmt: skip
+
+
+def _runs(sweep: SweepRecord, found: Analysis) -> list[Row]:
+    table, at = sweep.table, {name: number for number, name in enumerate(sweep.table.rows)}
+    left, diverged = dict(table.left_out), dict(found.diverged)
+    keys = list(dict.fromkeys(key for values in sweep.values.values() for key in values))
+    keys = [key for key in keys if len({repr(values.get(key)) for values in sweep.values.values()}) > 1]
+    shown = [key for key in (found.axes.y, *PROVENANCE) if key in table.columns]
+    rows = []
+    for name, values in sweep.values.items():
+        status = "finished" if name in at else "failed" if name in sweep.failed else "not finished"
+        row: Row = {"run": name, "status": status, "reason": left.get(name) or diverged.get(name, "")}
+        row |= {key: values.get(key) for key in keys}
+        row |= {key: table.columns[str(key)][at[name]] if name in at else None for key in shown}
+        rows.append(row)
+    return rows
