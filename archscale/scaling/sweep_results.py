@@ -87,14 +87,20 @@ def check_fits(grid: Grid, configs: Sequence[Config]) -> None:
         try:
             check_arguments(
                 asked.form, asked.x, asked.against, asked.joint,
-                (asked.leverage[0], asked.leverage[1]) if asked.leverage else None, asked.at, settings_of(asked),
+                (asked.leverage[0], asked.leverage[1]) if asked.leverage else None, asked.at, settings_of(asked), asked.block,
             )  # fmt: skip
             columns = Table(
                 where, {name: [] for name in dict.fromkeys([*METRICS, *(key for row in rows for key in row)])}, []
             )
             names = {
                 name: name if "/" in name else columns.find(name)
-                for name in (*asked.x, asked.y, *asked.group, *([asked.against] if asked.against else []))
+                for name in (
+                    *asked.x,
+                    asked.y,
+                    *asked.group,
+                    *([asked.against] if asked.against else []),
+                    *([asked.block] if asked.block else []),
+                )
             }
             _check_validation(names[asked.y], rows, where)
             chosen = _rows_of(asked, rows, where)
@@ -204,8 +210,9 @@ def make_fits(table: Table, fits: Sequence[FitConfig]) -> list[GridFit]:
             if not table.rows:
                 raise DataError("no run has finished", table.source, "see why they failed")
             rows = [{key: cells[i] for key, cells in table.columns.items()} for i in range(len(table.rows))]
+            chosen = table.only(_rows_of(asked, rows, f"a fit of {asked.y}"))
             fitted = fit_table(
-                table.only(_rows_of(asked, rows, f"a fit of {asked.y}")), asked.form, asked.x, asked.y, asked.group, against=asked.against, joint=asked.joint,
+                chosen, asked.form, asked.x, asked.y, asked.group, against=asked.against, joint=asked.joint, block=asked.block,
                 over=(asked.leverage[0], asked.leverage[1]) if asked.leverage else None, at=asked.at,
                 settings=settings_of(asked),
             )  # fmt: skip
