@@ -67,7 +67,7 @@ class SlurmConfig(Section):
     def problems(self) -> Iterator[ConfigError]:
         for key in self.extra:
             if key in OURS or not re.fullmatch(r"[a-z][a-z-]*", key):
-                yield ConfigError(f"sbatch's {key} is not for a grid to set", f"extra.{key}", "leave it out")
+                yield ConfigError(f"sbatch's {key} is not for a grid to set", f"slurm.extra.{key}", "leave it out")
 
 
 class KubernetesConfig(Section):
@@ -99,10 +99,10 @@ class KubernetesConfig(Section):
     def problems(self) -> Iterator[ConfigError]:
         for key, value in (("mount", self.mount), ("workdir", self.workdir)):
             if value is not None and not PurePosixPath(value).is_absolute():
-                yield ConfigError(f"{value} is not an absolute path", key, "start it with a slash")
+                yield ConfigError(f"{value} is not an absolute path", f"kubernetes.{key}", "start it with a slash")
         for key in self.pod:
             if key in ("containers", "restartPolicy", "volumes"):
-                yield ConfigError(f"the Job sets {key} itself", f"pod.{key}", "leave it out")
+                yield ConfigError(f"the Job sets {key} itself", f"kubernetes.pod.{key}", "leave it out")
 
 
 class SkyPilotConfig(Section):
@@ -148,10 +148,10 @@ class SkyPilotConfig(Section):
         if not directory.is_absolute() or not any(directory.is_relative_to(mount) for mount in self.mounts):
             yield ConfigError(
                 f"{directory} is not below any of {', '.join(self.mounts)}, so nothing of a run would outlive its machine",
-                "sweep_dir", "give a path below one of the mounts",
+                "skypilot.sweep_dir", "give a path below one of the mounts",
             )  # fmt: skip
         if self.accelerators is not None and not re.fullmatch(r"[\w.-]+(:[1-9]\d*)?", self.accelerators):
-            yield ConfigError(f"{self.accelerators} is no accelerator", "accelerators", "give it as H100:8")
+            yield ConfigError(f"{self.accelerators} is no accelerator", "skypilot.accelerators", "give it as H100:8")
 
 
 class ClusterSections(Section):

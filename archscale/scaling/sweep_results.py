@@ -118,7 +118,8 @@ def collect(directory: Path, runs: Mapping[str, Path], failed: Mapping[str, str]
     """
     names, found, left_out = [], [], []
     for name, run in runs.items():
-        table = read_table([run]) if run.is_dir() else Table("", {}, [])
+        begun = any((run / file).exists() for file in ("config.yaml", "metrics.jsonl"))
+        table = read_table([run]) if begun else Table("", {}, [])
         if table.rows and name not in failed:
             names.append(name)
             found.append({column: cells[0] for column, cells in table.columns.items()} | {"run": name})
