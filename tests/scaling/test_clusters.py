@@ -117,7 +117,7 @@ def test_kubernetes_gets_an_indexed_job(tmp_path, data, capsys, monkeypatch):
     assert container["command"] == [
         "archscale", "sweep", "g.yaml", "--set", "eval.batches=1", "--sweep-dir", "runs/g", "--index", "$(JOB_COMPLETION_INDEX)",
     ]  # fmt: skip
-    assert container["resources"]["limits"] == {"cpu": "0.5", "memory": "1536Mi", "nvidia.com/gpu": 2}
+    assert container["resources"]["limits"] == {"cpu": "0.5", "memory": "1536Mi", "nvidia.com/gpu": "2"}
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert {"name": "shared", "persistentVolumeClaim": {"claimName": "shared"}} in pod["volumes"]
     assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/work", "/dev/shm"]
