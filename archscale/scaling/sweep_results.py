@@ -159,7 +159,7 @@ def collect(directory: Path, runs: Mapping[str, Path], failed: Mapping[str, str]
     names, found, left_out = [], [], []
     for name, run in runs.items():
         reasons, table = [], Table("", {}, [])
-        if run.is_dir():
+        if any((run / file).exists() for file in ("config.yaml", "metrics.jsonl")):
             try:
                 table = read_table([run])
                 reasons = [reason for _, reason in table.left_out]

@@ -7,16 +7,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from archscale.errors import ConfigError, TrainingError
 from archscale.scaling.cluster_config import needs_section
 from archscale.scaling.cluster_files import write_kubernetes, write_skypilot
+from archscale.scaling.devices import Device, find_device
 from archscale.scaling.grid import Grid
 from archscale.scaling.launchers import Job, Launcher, end, environment, run_local, threads, why
 from archscale.scaling.slurm import SlurmLauncher
+from archscale.train.preflight import this_device
 
 if TYPE_CHECKING:
     from archscale.train.sweep import Slots, SweepRun
@@ -55,6 +57,16 @@ class How:
         if self.jobs and self.launcher == "skypilot":
             raise ConfigError("SkyPilot decides how many managed jobs run at once", "--jobs", "leave it out")
         needs_section(grid.content, self.launcher, str(grid.path))
+
+    def device(self, grid: Grid) -> Device | None:
+        """What each process of a run trains on, with the memory that it has there; None where nobody says."""
+        content = grid.content
+        if self.launcher == "local":
+            here = this_device()
+            shared = here.name == "cpu" and here.memory
+            return replace(here, memory=here.memory // content.processes) if shared and here.memory else here
+        section = {"slurm": content.slurm, "kubernetes": content.kubernetes}.get(self.launcher)
+        return find_device(section.device) if section and section.device else None
 
     def text(self, grid: Grid) -> str:
         """Where the runs will train, for the plan."""
