@@ -125,7 +125,8 @@ class SkyPilotConfig(Section):
     sweep_dir: Text
     """The sweep directory on the machines; below one of `mounts`, else it would vanish with them."""
     mounts: Annotated[dict[str, Any], Field(min_length=1)]
-    """SkyPilot's file_mounts: path on the machines → bucket or local folder, or a mapping with source and mode."""
+    """SkyPilot's file_mounts: path on the machines → bucket or local folder, or a mapping with source and mode. That of `sweep_dir`
+    is a volume or a bucket in mode MOUNT_CACHED."""
     accelerators: Text | None = None
     """Such as H100:8; null trains on CPUs."""
     cpus: Text | int | None = None
@@ -159,10 +160,20 @@ class SkyPilotConfig(Section):
 
     def problems(self) -> Iterator[ConfigError]:
         directory = PurePosixPath(self.sweep_dir)
-        if not directory.is_absolute() or not any(directory.is_relative_to(mount) for mount in self.mounts):
+        below = [mount for mount in self.mounts if directory.is_relative_to(mount) and directory.is_absolute()]
+        lasting = any(
+            isinstance(content := self.mounts[mount], dict) and (content.get("mode") == "MOUNT_CACHED" or content.get("store") == "volume")
+            for mount in below
+        )  # fmt: skip
+        if not below:
             yield ConfigError(
                 f"{directory} is not below any of {', '.join(self.mounts)}, so nothing of a run would outlive its machine",
                 "skypilot.sweep_dir", "give a path below one of the mounts",
+            )  # fmt: skip
+        elif not lasting:  # SkyPilot copies what has no mode, and appends to no file of a bucket under MOUNT
+            yield ConfigError(
+                f"files in {below[0]} could not be appended to, or would not outlive the machine", f"skypilot.mounts.{below[0]}",
+                "give `{source: s3://bucket, mode: MOUNT_CACHED}`, or a volume",
             )  # fmt: skip
         if self.accelerators is not None and not re.fullmatch(r"[\w.-]+(:[1-9]\d*)?", self.accelerators):
             yield ConfigError(f"{self.accelerators} is no accelerator", "skypilot.accelerators", "give it as H100:8")
@@ -209,7 +220,7 @@ def needs_section(sections: ClusterSections, launcher: str, where: str) -> None:
     examples = {
         "slurm": "slurm: {hours: 24, partition: gpu, gpus_per_node: 1}",
         "kubernetes": "kubernetes: {image: registry/archscale, claim: shared, gpus: 1}",
-        "skypilot": "skypilot: {accelerators: 'H100:1', mounts: {/shared: {source: 's3://bucket', mode: MOUNT}}, sweep_dir: /shared/sweep}",
+        "skypilot": "skypilot: {accelerators: 'H100:1', mounts: {/shared: {source: 's3://bucket', mode: MOUNT_CACHED}}, sweep_dir: /shared/sweep}",
     }
     if launcher in examples and getattr(sections, launcher) is None:
         raise ConfigError(f"--launcher {launcher} needs a section `{launcher}`", where, f"add `{examples[launcher]}`")

@@ -24,7 +24,7 @@ from tests.commands import launch
 from tests.train.test_sweep import BOWL, LR, bowl, grid, pretend
 from tests.train.tiny import tiny_data
 
-SKY = {"sweep_dir": "/shared/s", "mounts": {"/shared": {"source": "s3://bucket", "mode": "MOUNT"}}}
+SKY = {"sweep_dir": "/shared/s", "mounts": {"/shared": {"source": "s3://bucket", "mode": "MOUNT_CACHED"}}}
 PODS = {"image": "registry/archscale:1", "claim": "shared"}
 
 
@@ -50,6 +50,7 @@ def data(tmp_path_factory):
         ({"kubernetes": {**PODS, "mount": "work"}}, r"work is not an absolute path \(kubernetes.mount"),
         ({"kubernetes": {**PODS, "pod": {"volumes": []}}}, r"the Job sets volumes itself \(kubernetes.pod.volumes"),
         ({"skypilot": {**SKY, "sweep_dir": "/home/s"}}, r"/home/s is not below any of /shared.*skypilot.sweep_dir"),
+        ({"skypilot": {**SKY, "mounts": {"/shared": "s3://bucket"}}}, r"files in /shared could not be .*skypilot.mounts./shared"),
         ({"skypilot": {**SKY, "accelerators": "8 H100"}}, r"8 H100 is no accelerator"),
         ({"skypilot": {**SKY, "accelerators": "L4"}, "processes": 2}, r"2 processes .* it has 1 \(skypilot.accelerators"),
     ],
