@@ -62,7 +62,7 @@ def render(sweep: SweepRecord, found: Analysis, drawn: Drawn, tables: Mapping[st
             )
         )
     if found.fits or found.notes:
-        parts.append(section("fits", "Fits of the grid", _fits(found)))
+        parts.append(section("fits", "Fits of the grid", _fits(sweep, found)))
     parts.append(section("grid", "Grid", _grid(sweep)))
     parts.append(section("runs", "Runs", _runs(sweep, tables.get("runs", []), page, folder)))
     parts.append(section("environment", "Environment", _environment(sweep)))
@@ -240,8 +240,9 @@ def _cell(row: Row, key: str) -> str:
     return f"<td>{escape(str(value))}</td>"
 
 
-def _fits(found: Analysis) -> str:
+def _fits(sweep: SweepRecord, found: Analysis) -> str:
     parts = []
+    told = set(sweep.table.left_out)  # in the table of runs
     for fit in found.fits:
         what = f"{fit.asked.form} of {fit.asked.y} over {', '.join(fit.asked.x)}"
         if fit.fits is None:
@@ -249,9 +250,8 @@ def _fits(found: Analysis) -> str:
                 f"<h3>{escape(what)}</h3><p>refused: {escape(describe(fit.refusal) if fit.refusal else '')}</p>"
             )
         else:
-            parts.append(
-                f'<h3>{escape(what)}</h3><div class="scroll"><pre>{escape(fits_as_text(fit.fits))}</pre></div>'
-            )
+            shown = replace(fit.fits, excluded=[pair for pair in fit.fits.excluded if pair not in told])
+            parts.append(f'<h3>{escape(what)}</h3><div class="scroll"><pre>{escape(fits_as_text(shown))}</pre></div>')
     if found.notes:
         parts.append(
             "<h3>Refused of what this report looked for</h3><ul>"

@@ -21,6 +21,7 @@ from archscale.scaling.transfer import resolve
 LR = "parameterization.base.lr"
 BASE = {
     "name": "made", "model": {"depth": 2, "width": 32, "head_dim": 8, "kv_heads": 1, "context": 16, "vocab_size": 300},
+    "parameterization": {"kind": "hyperp", "base": {"depth": 2, "width": 32, "lr": 0.02, "tokens": 7680, "batch_tokens": 384}},
     "data": {"train": "nowhere", "val": "nowhere"},
     "training": {"tokens": 7680, "batch_tokens": 384, "micro_batch": 6, "precision": "fp32", "compile": False},
 }  # fmt: skip
