@@ -14,7 +14,7 @@ import shutil
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,13 +40,15 @@ class LeftToSlurm(Exception):
 
 @dataclass
 class _Running:
-    """A task in play: how often it is known to have started, whether it trains now, since when it is not in the queue."""
+    """A task in play: how often it is known to have started, whether it trains and since when that is known here, since when it is
+    not in the queue."""
 
     job: Job
     attempt: int
     task: str
     starts: int = 0
     trains: bool = False
+    since: float = 0.0
     gone: float | None = None
 
 
@@ -119,10 +121,10 @@ class SlurmLauncher:
             LeftToSlurm: with `follow`, once all are queued.
         """
         by_name = {job.name: job for job in jobs}
-        history = self._history(by_name)
+        history = _history(self.directory, by_name)
         failed = {name: history.failed[name] for name in by_name if name in history.failed}
         self._adopt(history, by_name, tell)
-        running = list(history.running.values())
+        running = [history.running[name] for name in by_name if name in history.running]
         for one in running:
             if one.trains:
                 tell(Event("attached", one.job, one.attempt, task=one.task))
@@ -161,7 +163,7 @@ class SlurmLauncher:
         if len(starts) > one.starts:
             if one.trains:
                 tell(Event("requeued", one.job, one.attempt, task=one.task))
-            one.starts, one.trains = len(starts), True
+            one.starts, one.trains, one.since = len(starts), True, time.monotonic()
             tell(Event("started", one.job, one.attempt, task=one.task))
             self._pause = QUEUE[0]
         if end and end["status"] == 0:
@@ -170,7 +172,7 @@ class SlurmLauncher:
             return None
         state = self._queue.get(one.task)
         if state is not None and state not in ENDED:
-            if one.trains and state == "PENDING" and end is None:
+            if one.trains and state == "PENDING" and end is None and self._queued_at > one.since:
                 one.trains = False
                 tell(Event("requeued", one.job, one.attempt, task=one.task))
             one.gone = None
@@ -210,37 +212,6 @@ class SlurmLauncher:
         return dict(line.split("|") for line in done.stdout.split())  # type: ignore[misc]
 
     # ------------------------------------------------------------------------------------------------ what was before
-
-    def _history(self, jobs: dict[str, Job]) -> _History:
-        found = _History(set(), {}, {}, {})
-        with open(self.directory / "sweep.jsonl", encoding="utf-8") as stream:
-            for text in stream:
-                try:
-                    line = json.loads(text)
-                    event, name = line["event"], line.get("run", "")
-                except (ValueError, KeyError):  # cut short by a crash
-                    continue
-                if event == "sweep" and not line.get("continued"):
-                    found.attempts.clear()
-                    found.failed.clear()
-                elif event == "submitted":
-                    found.tasks.add(line["task"])
-                    found.attempts.pop(name, None)
-                    found.failed.pop(name, None)
-                    if name in jobs:
-                        found.running[name] = _Running(jobs[name], line["attempt"], line["task"])
-                elif event == "started" and name in found.running:
-                    found.running[name].starts += 1
-                    found.running[name].trains = True
-                elif event == "requeued" and name in found.running:
-                    found.running[name].trains = False
-                elif event in ("finished", "failed"):
-                    found.running.pop(name, None)
-                    if event == "failed" and line["again"]:
-                        found.attempts[name] = line["attempt"] + 1
-                    elif event == "failed":
-                        found.failed[name] = line["reason"]
-        return found
 
     def _adopt(self, history: _History, jobs: dict[str, Job], tell: Callable[[Event], None]) -> None:
         """Tasks that were submitted just before a crash, which kept their sweep from noting it: those that can start are noted,
@@ -312,6 +283,49 @@ class SlurmLauncher:
             lines = [line for line in str(error).splitlines() if "error:" in line] or str(error).splitlines()
             reason = "; ".join(line.partition("error: ")[2] or line for line in lines)[:300]
             raise ConfigError(f"Slurm refuses the jobs: {reason}", "slurm", "change that section of the grid") from None
+
+
+def unseen(directory: Path, finished: Iterable[str]) -> list[Event]:
+    """The ends of these runs that no sweep was there to tell of."""
+    found, running = [], _history(directory, {}).running
+    for name in finished:
+        if one := running.get(name):
+            told = words(directory / "slurm" / f"{one.task}.jsonl")
+            if told and told[-1].get("status") == 0:
+                found.append(Event("finished", one.job, one.attempt, told[-1]["seconds"], task=one.task))
+    return found
+
+
+def _history(directory: Path, jobs: Mapping[str, Job]) -> _History:
+    found = _History(set(), {}, {}, {})
+    with open(directory / "sweep.jsonl", encoding="utf-8") as stream:
+        for text in stream:
+            try:
+                line = json.loads(text)
+                event, name = line["event"], line.get("run", "")
+            except (ValueError, KeyError):  # cut short by a crash
+                continue
+            if event == "sweep" and not line.get("continued"):
+                found.attempts.clear()
+                found.failed.clear()
+            elif event == "submitted":
+                found.tasks.add(line["task"])
+                found.attempts.pop(name, None)
+                found.failed.pop(name, None)
+                job = jobs.get(name) or Job(name, (), Path())
+                found.running[name] = _Running(job, line["attempt"], line["task"])
+            elif event == "started" and name in found.running:
+                found.running[name].starts += 1
+                found.running[name].trains = True
+            elif event == "requeued" and name in found.running:
+                found.running[name].trains = False
+            elif event in ("finished", "failed"):
+                found.running.pop(name, None)
+                if event == "failed" and line["again"]:
+                    found.attempts[name] = line["attempt"] + 1
+                elif event == "failed":
+                    found.failed[name] = line["reason"]
+    return found
 
 
 def _silence(state: str | None) -> tuple[str, bool]:

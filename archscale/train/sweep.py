@@ -36,7 +36,7 @@ from archscale.scaling.fit_table import text_of
 from archscale.scaling.grid import Grid, GridRun, read_grid
 from archscale.scaling.launchers import Event, Launcher
 from archscale.scaling.plan import Plan, make_plan
-from archscale.scaling.slurm import LeftToSlurm
+from archscale.scaling.slurm import LeftToSlurm, unseen
 from archscale.scaling.sweep_results import check_fits, collect, fits_text, make_fits, write_fits, write_results
 from archscale.scaling.table import flat, number
 from archscale.train.checkpoint import checkpoint_steps
@@ -284,6 +284,9 @@ def _describe(grid: Grid, runs: Sequence[SweepRun], directory: Path) -> None:
 def _train(runs: Sequence[SweepRun], left: Sequence[SweepRun], directory: Path, room: Slots, launch: Launcher, processes: int,
            continued: bool) -> dict[str, str]:  # fmt: skip
     """Trains the runs that are left, the longest first, so that none is alone at the end; returns why some failed."""
+    with _log(directory / "sweep.jsonl") as log:
+        for event in unseen(directory, [run.name for run in runs if run.finished]):
+            _write(log, **_line(event))
     if not left:
         return {}
     order = sorted(left, key=lambda run: -run.plan.figures["flops"]["executed"])
@@ -294,14 +297,7 @@ def _train(runs: Sequence[SweepRun], left: Sequence[SweepRun], directory: Path, 
         _write(log, event="sweep", runs=len(runs), finished=done, at_once=len(room.variables), continued=continued)
 
         def tell(event: Event) -> None:
-            line: dict[str, Any] = {"event": event.what, "run": event.job.name, "attempt": event.attempt}
-            if event.what in ("finished", "failed"):
-                line["seconds"] = round(event.seconds, 3)
-            if event.what == "failed":
-                line |= {"reason": event.reason, "again": event.again}
-            if event.task:
-                line["task"] = event.task
-            _write(log, **line)
+            _write(log, **_line(event))
             view.tell(event)
 
         try:
@@ -346,6 +342,18 @@ def _log(path: Path) -> Iterator[IO[str]]:
             stream.write(b"\n")
     with open(path, "a", encoding="utf-8") as log:
         yield log
+
+
+def _line(event: Event) -> dict[str, Any]:
+    """Of sweep.jsonl."""
+    line: dict[str, Any] = {"event": event.what, "run": event.job.name, "attempt": event.attempt}
+    if event.what in ("finished", "failed"):
+        line["seconds"] = round(event.seconds, 3)
+    if event.what == "failed":
+        line |= {"reason": event.reason, "again": event.again}
+    if event.task:
+        line["task"] = event.task
+    return line
 
 
 def _write(log: IO[str], **line: Any) -> None:

@@ -316,7 +316,7 @@ def test_the_last_line_is_the_last_whole_one(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        (["--launcher", "cloud"], "'cloud' is not one of 'local', 'slurm'"),
+        (["--launcher", "cloud"], "'cloud' is not one of 'local', 'slurm', 'kubernetes', 'skypilot'.*sweep --help"),
         (["--jobs", "0"], "jobs.*sweep --help"),
         ([], r"unknown key \"model.widht\" \(axes.model.widht in .*g.yaml\): did you mean model.width\?"),
     ],
