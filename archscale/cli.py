@@ -110,27 +110,19 @@ def sweep(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the base; repeatable.")
     ] = None,
     sweep_dir: Annotated[Path | None, typer.Option(help="Sweep directory; default runs/<name>.")] = None,
-    jobs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Runs at once; default as many as cores or GPUs, and memory, have room for."),
-    ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once; default: all that there is room for.")] = None,
     retries: Annotated[int, typer.Option(min=0, help="How often a run that crashed is tried again.")] = 2,
     launcher: Annotated[
         Cluster, typer.Option(help="Who trains the runs; kubernetes and skypilot write files for you to submit.")
     ] = Cluster.local,
     wait: Annotated[
-        bool,
-        typer.Option("--wait/--no-wait", help="With slurm: stay until all have ended, or leave the rest to a job."),
+        bool, typer.Option("--wait/--no-wait", help="With slurm: stay to the end, or leave the rest to a job.")
     ] = True,
     index: Annotated[
         int | None, typer.Option(min=0, help="Train only this run of those that --dry-run numbers, here.")
     ] = None,
-    collect: Annotated[
-        bool, typer.Option("--collect", help="Train nothing; tabulate and fit what is finished.")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the runs with their plans and the cost of all; start nothing.")
-    ] = False,
+    collect: Annotated[bool, typer.Option("--collect", help="Only tabulate and fit what is finished.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and what all cost; start nothing.")] = False,
     continued: Annotated[bool, typer.Option("--continued", hidden=True)] = False,
 ) -> None:
     """Train all runs of a grid, then tabulate and fit them. The same command again skips what is finished and resumes the rest.
@@ -160,6 +152,10 @@ def fit(
     joint: Annotated[
         bool, typer.Option("--joint", help="That law by one fit of all points, not in two stages.")
     ] = False,
+    block: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="With quadratic_log: its values, such as seeds, shift whole bowls."),
+    ] = None,
     nearest: Annotated[
         int | None, typer.Option(min=3, help="With quadratic_log: only that many different x around the best one.")
     ] = None,
@@ -195,7 +191,7 @@ def fit(
     settings = Settings(space and space.value, loss.value, delta, replicates, confidence, seed, nearest)
     found = fit_table(
         read_table(targets), form.value, x, y, group or [], against=against, joint=joint, over=leverage, at=at or [],
-        settings=settings,
+        block=block, settings=settings,
     )  # fmt: skip
     print(encoder.dumps(found.as_dict(), indent=1) if json else render(found))
     if refusal := found.refusal:

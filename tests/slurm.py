@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -10,11 +11,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from archscale.scaling.launchers import Job
+from archscale.scaling.cluster_config import SlurmConfig
+from archscale.scaling.launchers import Event, Job
+from archscale.scaling.slurm import SlurmLauncher
 from tests.commands import die_with_parent
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "srun")
@@ -43,9 +47,9 @@ ReturnToService=2
 KillWait=2
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
-NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 State=UNKNOWN
-NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 State=UNKNOWN
-PartitionName=all Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 State=UNKNOWN
+NodeName={host}-2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 State=UNKNOWN
+PartitionName=all Nodes={host},{host}-2 Default=YES MaxTime=INFINITE State=UP
 """
 
 
@@ -55,6 +59,38 @@ class Code(Job):
 
     def command(self, *_: object) -> list[str]:  # type: ignore[override]
         return [sys.executable, "-c", *self.arguments]
+
+
+class Sweep:
+    """A sweep directory and its log, as `archscale.train.sweep` keeps them."""
+
+    def __init__(self, folder: Path, codes: dict[str, str], **options: Any):
+        self.folder, self.options = folder, {"at_once": None, "retries": 2} | options
+        self.jobs = [Code(name, [code], folder / "logs" / f"{name}.log") for name, code in codes.items()]
+        folder.mkdir(exist_ok=True)
+
+    def write(self, **line: Any) -> None:
+        with open(self.folder / "sweep.jsonl", "a") as log:
+            log.write(json.dumps(line) + "\n")
+
+    def tell(self, event: Event) -> None:
+        self.write(
+            event=event.what,
+            run=event.job.name,
+            attempt=event.attempt,
+            reason=event.reason,
+            again=event.again,
+            task=event.task,
+        )
+
+    def go(self, tick: Callable[[], None] = lambda: None, **sweep: Any) -> dict[str, str]:
+        self.write(event="sweep", **sweep)
+        launch = SlurmLauncher(SlurmConfig(hours=0.5), self.folder, "s", **self.options)
+        return launch(self.jobs, self.tell, tick)
+
+    def told(self, what: str) -> list[tuple[str, int]]:
+        lines = map(json.loads, (self.folder / "sweep.jsonl").read_text().splitlines())
+        return [(line["run"], line["attempt"]) for line in lines if line["event"] == what]
 
 
 def missing() -> str:
@@ -80,13 +116,14 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
     conf = folder / "slurm.conf"
-    conf.write_text(CONF.format(host=socket.gethostname().partition(".")[0], folder=folder, ports=_free_ports(3)))
+    host = socket.gethostname().partition(".")[0]  # also a node's name, so that a rendezvous on that node is found
+    conf.write_text(CONF.format(host=host, folder=folder, ports=_free_ports(3)))
     env = {**os.environ, "SLURM_CONF": str(conf), "PATH": path}
     munged = [
         "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket",
         f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed",
     ]  # fmt: skip
-    daemons = [munged, ["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]]
+    daemons = [munged, ["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", host], ["slurmd", "-D", "-N", f"{host}-2"]]
     running: list[subprocess.Popen[bytes]] = []
     try:
         for command in daemons:

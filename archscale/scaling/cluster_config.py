@@ -12,6 +12,7 @@ from pydantic import Field, StrictBool, field_validator
 from archscale.config_io import Count, CountOrZero, Positive, Text
 from archscale.config_sections import Section
 from archscale.errors import ConfigError
+from archscale.scaling.devices import DEVICES
 
 SbatchValue = StrictBool | int | float | Text
 OURS = {
@@ -26,6 +27,13 @@ OURS = {
     "output",
     "signal",
 }
+
+
+def _unknown_device(section: str, device: str | None) -> Iterator[ConfigError]:
+    if device is not None and device not in DEVICES:
+        yield ConfigError(
+            f"unknown device {device}", f"{section}.device", f"give one of {', '.join(DEVICES)}, or leave it out"
+        )
 
 
 class SlurmConfig(Section):
@@ -51,6 +59,8 @@ class SlurmConfig(Section):
     """Lines of bash before the run starts, such as `module load cuda`."""
     requeues: CountOrZero = 100
     """How often a run that reached its time limit is requeued; preemptions are not counted."""
+    device: Text | None = None
+    """What the nodes have, as `archscale plan --device` calls it: memory and time are planned for it; null: for none."""
     extra: dict[str, SbatchValue] = Field(default_factory=dict)
     """Further options of sbatch by their long names, such as constraint; true is an option without a value."""
 
@@ -65,9 +75,10 @@ class SlurmConfig(Section):
         return {key.replace("_", "-"): option for key, option in value.items()}
 
     def problems(self) -> Iterator[ConfigError]:
+        yield from _unknown_device("slurm", self.device)
         for key in self.extra:
             if key in OURS or not re.fullmatch(r"[a-z][a-z-]*", key):
-                yield ConfigError(f"sbatch's {key} is not for a grid to set", f"extra.{key}", "leave it out")
+                yield ConfigError(f"sbatch's {key} is not for a grid to set", f"slurm.extra.{key}", "leave it out")
 
 
 class KubernetesConfig(Section):
@@ -87,6 +98,8 @@ class KubernetesConfig(Section):
     """Of a run; 0 trains on CPUs."""
     gpu_resource: Text = "nvidia.com/gpu"
     """What the cluster calls them."""
+    device: Text | None = None
+    """What they are, as `archscale plan --device` calls it: memory and time are planned for it; null: for none."""
     cpus: Positive | None = None
     """Of a run; null leaves it to the cluster, as with memory."""
     memory_gb: Positive | None = None
@@ -97,12 +110,13 @@ class KubernetesConfig(Section):
     """Further keys of the pod's spec, such as nodeSelector, tolerations and serviceAccountName."""
 
     def problems(self) -> Iterator[ConfigError]:
+        yield from _unknown_device("kubernetes", self.device)
         for key, value in (("mount", self.mount), ("workdir", self.workdir)):
             if value is not None and not PurePosixPath(value).is_absolute():
-                yield ConfigError(f"{value} is not an absolute path", key, "start it with a slash")
+                yield ConfigError(f"{value} is not an absolute path", f"kubernetes.{key}", "start it with a slash")
         for key in self.pod:
             if key in ("containers", "restartPolicy", "volumes"):
-                yield ConfigError(f"the Job sets {key} itself", f"pod.{key}", "leave it out")
+                yield ConfigError(f"the Job sets {key} itself", f"kubernetes.pod.{key}", "leave it out")
 
 
 class SkyPilotConfig(Section):
@@ -111,7 +125,8 @@ class SkyPilotConfig(Section):
     sweep_dir: Text
     """The sweep directory on the machines; below one of `mounts`, else it would vanish with them."""
     mounts: Annotated[dict[str, Any], Field(min_length=1)]
-    """SkyPilot's file_mounts: path on the machines → bucket or local folder, or a mapping with source and mode."""
+    """SkyPilot's file_mounts: path on the machines → bucket or local folder, or a mapping with source and mode. That of `sweep_dir`
+    is a volume or a bucket in mode MOUNT_CACHED."""
     accelerators: Text | None = None
     """Such as H100:8; null trains on CPUs."""
     cpus: Text | int | None = None
@@ -145,13 +160,23 @@ class SkyPilotConfig(Section):
 
     def problems(self) -> Iterator[ConfigError]:
         directory = PurePosixPath(self.sweep_dir)
-        if not directory.is_absolute() or not any(directory.is_relative_to(mount) for mount in self.mounts):
+        below = [mount for mount in self.mounts if directory.is_relative_to(mount) and directory.is_absolute()]
+        lasting = any(
+            isinstance(content := self.mounts[mount], dict) and (content.get("mode") == "MOUNT_CACHED" or content.get("store") == "volume")
+            for mount in below
+        )  # fmt: skip
+        if not below:
             yield ConfigError(
                 f"{directory} is not below any of {', '.join(self.mounts)}, so nothing of a run would outlive its machine",
-                "sweep_dir", "give a path below one of the mounts",
+                "skypilot.sweep_dir", "give a path below one of the mounts",
+            )  # fmt: skip
+        elif not lasting:  # SkyPilot copies what has no mode, and appends to no file of a bucket under MOUNT
+            yield ConfigError(
+                f"files in {below[0]} could not be appended to, or would not outlive the machine", f"skypilot.mounts.{below[0]}",
+                "give `{source: s3://bucket, mode: MOUNT_CACHED}`, or a volume",
             )  # fmt: skip
         if self.accelerators is not None and not re.fullmatch(r"[\w.-]+(:[1-9]\d*)?", self.accelerators):
-            yield ConfigError(f"{self.accelerators} is no accelerator", "accelerators", "give it as H100:8")
+            yield ConfigError(f"{self.accelerators} is no accelerator", "skypilot.accelerators", "give it as H100:8")
 
 
 class ClusterSections(Section):
@@ -195,7 +220,7 @@ def needs_section(sections: ClusterSections, launcher: str, where: str) -> None:
     examples = {
         "slurm": "slurm: {hours: 24, partition: gpu, gpus_per_node: 1}",
         "kubernetes": "kubernetes: {image: registry/archscale, claim: shared, gpus: 1}",
-        "skypilot": "skypilot: {accelerators: 'H100:1', mounts: {/shared: {source: 's3://bucket', mode: MOUNT}}, sweep_dir: /shared/sweep}",
+        "skypilot": "skypilot: {accelerators: 'H100:1', mounts: {/shared: {source: 's3://bucket', mode: MOUNT_CACHED}}, sweep_dir: /shared/sweep}",
     }
     if launcher in examples and getattr(sections, launcher) is None:
         raise ConfigError(f"--launcher {launcher} needs a section `{launcher}`", where, f"add `{examples[launcher]}`")

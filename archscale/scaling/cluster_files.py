@@ -54,7 +54,7 @@ def kubernetes_job(settings: KubernetesConfig, name: str, command: Sequence[str]
     if settings.memory_gb is not None:
         need["memory"] = f"{round(settings.memory_gb * 1024)}Mi"
     if settings.gpus:
-        need[settings.gpu_resource] = settings.gpus
+        need[settings.gpu_resource] = str(settings.gpus)
     mounts: list[dict[str, Any]] = [{"name": "shared", "mountPath": settings.mount}]
     volumes: list[dict[str, Any]] = [{"name": "shared", "persistentVolumeClaim": {"claimName": settings.claim}}]
     if processes > 1:  # a container's own 64 MB of shared memory are too few for NCCL

@@ -155,7 +155,7 @@ def fit(form: str, x: ArrayLike | Sequence[ArrayLike], y: ArrayLike, settings: S
     check_points(form, X, Y, settings, where, names)
     with np.errstate(all="ignore"):
         fitted = fit_law(form, law, X, Y, settings, where)
-    _check_law(fitted, where, names)
+    check_law(fitted, where, names)
     return fitted
 
 
@@ -263,8 +263,8 @@ def check_points(form: str, X: Array, Y: Array, settings: Settings, where: str, 
             )  # fmt: skip
 
 
-def _check_law(fitted: Fit, where: str, names: Sequence[str]) -> None:
-    """Refuses a law that says nothing about what was asked.
+def check_law(fitted: Fit, where: str, names: Sequence[str]) -> None:
+    """Refuses a fitted law that says nothing about what was asked.
 
     Raises:
         DataError: a bowl without a minimum, or one outside the grid.

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from archscale.errors import ConfigError, DataError
+from archscale.scaling.blocks import fit_blocks
 from archscale.scaling.fit import Fit, Settings, around_best, estimate_dict, fit
 from archscale.scaling.laws import LAWS
 from archscale.scaling.least_squares import Array
@@ -55,6 +56,7 @@ class TableFits:
         form, x, y, group, against: as asked for, with the columns' whole names.
         settings: of the fits.
         joint: whether `laws` come from one fit of all points.
+        block: column whose values shift whole bowls, or None.
         groups: with `against`, its column is the last of each key.
         laws: of optima against `against`, by group without it.
         leverage: (A, B) and the ratios, or None.
@@ -72,6 +74,7 @@ class TableFits:
     laws: list[Group] = field(default_factory=list)
     leverage: tuple[tuple[str, str], list[Leverage]] | None = None
     excluded: list[tuple[str, str]] = field(default_factory=list)
+    block: str | None = None
 
     @property
     def refusal(self) -> DataError | None:
@@ -92,7 +95,7 @@ class TableFits:
             return found | {"refused": group.refused.as_dict() if group.refused else None}
 
         found = {
-            "form": self.form, "formula": LAWS[self.form].formula, "x": self.x, "y": self.y,
+            "form": self.form, "formula": LAWS[self.form].formula, "x": self.x, "y": self.y, "block": self.block,
             "settings": asdict(self.settings) | {"space": self.settings.space or LAWS[self.form].space},
             "groups": [plain(group, [*self.group, *([self.against] if self.against else [])]) for group in self.groups],
             "excluded": [{"row": row, "reason": reason} for row, reason in self.excluded],
@@ -115,7 +118,7 @@ class TableFits:
 
 def fit_table(table: Table, form: str, x: Sequence[str], y: str, group: Sequence[str] = (), *, against: str | None = None,
               joint: bool = False, over: tuple[str, str] | None = None, at: Sequence[float] = (),
-              settings: Settings | None = None) -> TableFits:  # fmt: skip
+              block: str | None = None, settings: Settings | None = None) -> TableFits:  # fmt: skip
     """Fits `form` to the rows of each group.
 
     Args:
@@ -125,16 +128,18 @@ def fit_table(table: Table, form: str, x: Sequence[str], y: str, group: Sequence
         joint: find that law by one fit of all points.
         over: names of two groups, for the leverage of the first over the second.
         at: x of the leverage.
+        block: with quadratic_log, a column whose values, such as seeds, shift whole bowls (`archscale.scaling.blocks`).
 
     Raises:
         ConfigError: arguments that do not go together.
         DataError: a column that is not there, text for a number, no rows at all, or a leverage that cannot be made.
     """
     settings = settings or Settings()
-    check_arguments(form, x, against, joint, over, at, settings)
+    check_arguments(form, x, against, joint, over, at, settings, block)
     xs, target = [table.find(name) for name in x], table.find(y)
     by = [table.find(name) for name in group]
     moving = table.find(against) if against else None
+    shifting = table.find(block) if block else None
     names = [*xs, target]
     rows, excluded = _rows(table, [*xs, target, *([moving] if moving else [])])
     cells = [table.columns[name] for name in [*by, *([moving] if moving else [])]]
@@ -144,22 +149,26 @@ def fit_table(table: Table, form: str, x: Sequence[str], y: str, group: Sequence
         chosen = [row for row, of in zip(rows, keys) if of == key]
         X = np.array([[number(table.columns[name][row], name, table.rows[row]) for row in chosen] for name in xs])
         Y = np.array([number(table.columns[target][row], target, table.rows[row]) for row in chosen])
+        blocks = np.array([table.columns[shifting][row] if shifting else None for row in chosen], dtype=object)
         if settings.nearest is not None:
             near = around_best(X, Y, settings.nearest)
-            X, Y = X[:, near], Y[near]
+            X, Y, blocks = X[:, near], Y[near], blocks[near]
         label = label_of([*by, *([moving] if moving else [])], key)
         where = f"{label} in {table.source}" if label else table.source
         own = replace(settings, seed=(*np.atleast_1d(settings.seed).tolist(), zlib.crc32(label.encode())))
         fitted, refused = None, None
         try:
-            fitted = fit(form, X, Y, own, where=where, names=names)
+            if shifting:
+                fitted = fit_blocks(X, Y, blocks, own, where, names, shifting)
+            else:
+                fitted = fit(form, X, Y, own, where=where, names=names)
         except DataError as error:
             refused = error
         found.append(Group(key, label, X, Y, fitted, refused))
     if not found:
         raise DataError("there are no rows to fit", table.source, _why_none(excluded, table))
     fits = TableFits(
-        form, xs, target, by, moving, settings, joint, found, excluded=[*table.left_out, *excluded]
+        form, xs, target, by, moving, settings, joint, found, excluded=[*table.left_out, *excluded], block=shifting,
     )  # fmt: skip
     if moving:
         laws = [_law(fits, key, table.source) for key in dict.fromkeys(group.key[:-1] for group in found)]
@@ -183,7 +192,7 @@ def text_of(value: Cell) -> str:
 
 
 def check_arguments(form: str, x: Sequence[str], against: str | None, joint: bool, over: tuple[str, str] | None,
-                    at: Sequence[float], settings: Settings) -> None:  # fmt: skip
+                    at: Sequence[float], settings: Settings, block: str | None = None) -> None:  # fmt: skip
     """Refuses arguments of `fit_table` that do not go together.
 
     Raises:
@@ -199,6 +208,8 @@ def check_arguments(form: str, x: Sequence[str], against: str | None, joint: boo
         (over is not None and against is not None, "optima are no curves of loss over compute", "--leverage",
          "fit power or power_irreducible"),
         (bool(at) and over is None, "points for a leverage that is not asked for", "--at", "add --leverage A B"),
+        (block is not None and form != "quadratic_log", f"{form} has no shifts of blocks", "--block", "use --form quadratic_log"),
+        (block is not None and joint, "a joint fit has no shifts of blocks", "--block", "leave out --joint"),
         (settings.nearest is not None and form != "quadratic_log", f"{form} has no best x to be near", "--nearest",
          "use --form quadratic_log"),
         (settings.nearest is not None and settings.nearest < 3, "a parabola needs 3 different x", "--nearest", "give 3 or more"),

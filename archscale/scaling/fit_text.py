@@ -19,7 +19,7 @@ def render(fits: TableFits) -> str:
     kind = "ln " if (s.space or law.space) == "log" else ""
     lines = [
         f"{fits.y} = {law.formula}, {meaning}",
-        f"{loss} on {kind}{fits.y}; {s.confidence:.0%} intervals by studentized bootstrap, {s.replicates} replicates",
+        f"{loss} on {kind}{fits.y}{f', a shift of each {fits.block}' if fits.block else ''}; {s.confidence:.0%} intervals by studentized bootstrap, {s.replicates} replicates",
         "",
         *_table(fits.groups, kind != ""),
     ]

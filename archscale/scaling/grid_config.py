@@ -34,6 +34,8 @@ class FitConfig(Section):
     """With quadratic_log: a power law of the optimal x in this column."""
     joint: StrictBool = False
     """That law by one fit of all points."""
+    block: Text | None = None
+    """With quadratic_log: a column whose values, such as seeds, shift whole bowls."""
     nearest: Annotated[int, Field(ge=3)] | None = None
     """With quadratic_log: only that many different x around the best one; null: all."""
     leverage: Annotated[list[Text], Field(min_length=2, max_length=2)] | None = None

@@ -87,14 +87,20 @@ def check_fits(grid: Grid, configs: Sequence[Config]) -> None:
         try:
             check_arguments(
                 asked.form, asked.x, asked.against, asked.joint,
-                (asked.leverage[0], asked.leverage[1]) if asked.leverage else None, asked.at, settings_of(asked),
+                (asked.leverage[0], asked.leverage[1]) if asked.leverage else None, asked.at, settings_of(asked), asked.block,
             )  # fmt: skip
             columns = Table(
                 where, {name: [] for name in dict.fromkeys([*METRICS, *(key for row in rows for key in row)])}, []
             )
             names = {
                 name: name if "/" in name else columns.find(name)
-                for name in (*asked.x, asked.y, *asked.group, *([asked.against] if asked.against else []))
+                for name in (
+                    *asked.x,
+                    asked.y,
+                    *asked.group,
+                    *([asked.against] if asked.against else []),
+                    *([asked.block] if asked.block else []),
+                )
             }
             _check_validation(names[asked.y], rows, where)
             chosen = _rows_of(asked, rows, where)
@@ -153,7 +159,7 @@ def collect(directory: Path, runs: Mapping[str, Path], failed: Mapping[str, str]
     names, found, left_out = [], [], []
     for name, run in runs.items():
         reasons, table = [], Table("", {}, [])
-        if run.is_dir():
+        if any((run / file).exists() for file in ("config.yaml", "metrics.jsonl")):
             try:
                 table = read_table([run])
                 reasons = [reason for _, reason in table.left_out]
@@ -204,8 +210,9 @@ def make_fits(table: Table, fits: Sequence[FitConfig]) -> list[GridFit]:
             if not table.rows:
                 raise DataError("no run has finished", table.source, "see why they failed")
             rows = [{key: cells[i] for key, cells in table.columns.items()} for i in range(len(table.rows))]
+            chosen = table.only(_rows_of(asked, rows, f"a fit of {asked.y}"))
             fitted = fit_table(
-                table.only(_rows_of(asked, rows, f"a fit of {asked.y}")), asked.form, asked.x, asked.y, asked.group, against=asked.against, joint=asked.joint,
+                chosen, asked.form, asked.x, asked.y, asked.group, against=asked.against, joint=asked.joint, block=asked.block,
                 over=(asked.leverage[0], asked.leverage[1]) if asked.leverage else None, at=asked.at,
                 settings=settings_of(asked),
             )  # fmt: skip

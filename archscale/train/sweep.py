@@ -31,6 +31,7 @@ from archscale.config import Config, dump_config, load_config
 from archscale.config_io import write_yaml
 from archscale.data.shards import read_manifest
 from archscale.errors import ArchscaleError, ConfigError, DataError, TrainingError
+from archscale.scaling.devices import Device
 from archscale.scaling.fit_table import text_of
 from archscale.scaling.grid import Grid, GridRun, read_grid
 from archscale.scaling.launchers import Event, Launcher
@@ -102,14 +103,15 @@ def sweep(path: Path, overrides: Sequence[str] = (), *, sweep_dir: Path | None =
     if index is not None:
         return _train_one(grid, index, sweep_dir or Path("runs") / grid.content.name)
     directory = sweep_dir or Path("runs") / grid.content.name
-    here, data_needed = how.launcher == "local", not dry_run and how.launcher not in GENERATED
-    runs, more = _stages(grid, directory, data_needed=data_needed, here=here, partly=collect_only)
+    here, device = how.launcher == "local", how.device(grid)
+    needed = not dry_run and how.launcher not in GENERATED
+    runs, more = _stages(grid, directory, device, data_needed=needed, partly=collect_only)
     check_fits(grid, [run.plan.config for run in [*runs, *more]])
     left = [run for run in runs if not run.finished]
     if here:
         room = slots([run.plan for run in left or runs], grid.content.processes, how.jobs, this_device())
     else:
-        room = Slots([{}] * min(how.jobs or len(runs), len(runs)), how.text(grid), here=False)
+        room = Slots([{}] * min(how.jobs or len(runs), len(runs)), how.text(grid), here=False, device=device)
     if not collect_only:
         print(plan_text(grid, runs, more, directory, room, list_runs=dry_run), flush=True)
     if dry_run:
@@ -125,7 +127,7 @@ def sweep(path: Path, overrides: Sequence[str] = (), *, sweep_dir: Path | None =
             try:
                 failed = _train(runs, left, directory, room, start, grid.content.processes, how.continued)
                 if more:
-                    runs = [*runs, *plan_runs(grid, directory, grid.refined(_losses(grid, runs, failed)), here=here)]
+                    runs = [*runs, *plan_runs(grid, directory, device, grid.refined(_losses(grid, runs, failed)))]
                     runs = [replace(run, step=_newest(run.directory)) for run in runs]
                     _describe(grid, runs, directory)
                     print("\n" + plan_text(grid, runs, [], directory, room, list_runs=False), flush=True)
@@ -137,31 +139,31 @@ def sweep(path: Path, overrides: Sequence[str] = (), *, sweep_dir: Path | None =
         _finish(grid, runs, directory, failed)
 
 
-def _stages(grid: Grid, directory: Path, *, data_needed: bool = True, here: bool = True,
+def _stages(grid: Grid, directory: Path, device: Device | None, *, data_needed: bool = True,
             partly: bool = False) -> tuple[list[SweepRun], list[SweepRun]]:  # fmt: skip
     """The runs that are known, and as many of their size as `refine` will add once these are finished.
 
     Args:
         partly: take what `refine` adds for known although some are not finished.
     """
-    runs = plan_runs(grid, directory, data_needed=data_needed, here=here)
+    runs = plan_runs(grid, directory, device, data_needed=data_needed)
     known = partly or all(run.finished for run in runs)
     losses = _losses(grid, runs, {}) if known else {run.name: 0.0 for run in runs}
-    more = plan_runs(grid, directory, grid.refined(losses), data_needed=data_needed, here=here)
+    more = plan_runs(grid, directory, device, grid.refined(losses), data_needed=data_needed)
     return ([*runs, *more], []) if known else (runs, more)
 
 
 def _train_one(grid: Grid, index: int, directory: Path) -> None:
     """Trains run `index` of the grid; the one that finishes last of all tabulates and fits them."""
-    first = grid.runs()
+    first, device = grid.runs(), How().device(grid)
     done = all(_reached(directory / run.name, run.config) for run in first)
-    runs = first if index < len(first) or not done else [run.grid for run in _stages(grid, directory)[0]]
+    runs = first if index < len(first) or not done else [run.grid for run in _stages(grid, directory, device)[0]]
     if index >= len(runs):
         raise ConfigError(
             f"there is no run {index}: the {len(runs)} runs of {grid.path} count from 0", "--index",
             f"give at most {len(runs) - 1}",
         )  # fmt: skip
-    [run] = plan_runs(grid, directory, runs[index : index + 1])
+    [run] = plan_runs(grid, directory, device, runs[index : index + 1])
     if run.finished:
         print(f"{run.name}: already finished")
     else:
@@ -169,7 +171,7 @@ def _train_one(grid: Grid, index: int, directory: Path) -> None:
         train_one(job_of(run, directory, grid.content.processes), cpu=not torch.cuda.is_available())
     if all(_reached(directory / other.name, other.config) for other in runs):
         with _locked(directory, wait=True):
-            planned, _ = _stages(grid, directory)
+            planned, _ = _stages(grid, directory, device)
             if left := sum(not run.finished for run in planned):
                 print(f"{left} more runs follow from `refine`: give the command of the sweep again")
                 return
@@ -195,20 +197,18 @@ def _losses(grid: Grid, runs: Sequence[SweepRun], failed: Mapping[str, str]) -> 
     return {name: number(cell, column, name) for name, cell in zip(table.rows, table.columns.get(column, []))}
 
 
-def plan_runs(grid: Grid, directory: Path, runs: Sequence[GridRun] | None = None, *, data_needed: bool = True,
-              here: bool = True) -> list[SweepRun]:  # fmt: skip
+def plan_runs(grid: Grid, directory: Path, device: Device | None = None, runs: Sequence[GridRun] | None = None, *,
+              data_needed: bool = True) -> list[SweepRun]:  # fmt: skip
     """Runs of the grid, by default `grid.runs()`, each with its plan and how far it is.
 
     Args:
+        device: that each process trains on, whose memory bounds it; None: not known.
         data_needed: whether each run's data have to be there.
-        here: whether they are to train on this machine, whose memory then bounds them.
 
     Raises:
         ConfigError: one cannot be planned, or its directory holds another run; the line names its values.
     """
-    device, vocabularies = this_device(), dict[str, int | ArchscaleError]()
-    if device.name == "cpu" and device.memory:
-        device = replace(device, memory=device.memory // grid.content.processes)
+    vocabularies: dict[str, int | ArchscaleError] = {}
     found, problems = [], []
     for run in grid.runs() if runs is None else runs:
         config, data = run.config, run.config.data.train
@@ -220,7 +220,7 @@ def plan_runs(grid: Grid, directory: Path, runs: Sequence[GridRun] | None = None
         try:
             if isinstance(vocabulary := vocabularies[data], int):
                 config = config.with_vocab(vocabulary)
-            plan = make_plan(config, world_size=grid.content.processes, device=device if here else None)
+            plan = make_plan(config, world_size=grid.content.processes, device=device)
             if plan.problems:
                 raise plan.problems[0]
             planned = SweepRun(run, plan, directory / run.name, _newest(directory / run.name))

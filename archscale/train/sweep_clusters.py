@@ -7,16 +7,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from archscale.errors import ConfigError, TrainingError
 from archscale.scaling.cluster_config import needs_section
 from archscale.scaling.cluster_files import write_kubernetes, write_skypilot
+from archscale.scaling.devices import Device, find_device
 from archscale.scaling.grid import Grid
 from archscale.scaling.launchers import Job, Launcher, end, environment, run_local, threads, why
 from archscale.scaling.slurm import SlurmLauncher
+from archscale.train.preflight import this_device
 
 if TYPE_CHECKING:
     from archscale.train.sweep import Slots, SweepRun
@@ -56,19 +58,30 @@ class How:
             raise ConfigError("SkyPilot decides how many managed jobs run at once", "--jobs", "leave it out")
         needs_section(grid.content, self.launcher, str(grid.path))
 
+    def device(self, grid: Grid) -> Device | None:
+        """What each process of a run trains on, with the memory that it has there; None where nobody says."""
+        content = grid.content
+        if self.launcher == "local":
+            here = this_device()
+            shared = here.name == "cpu" and here.memory
+            return replace(here, memory=here.memory // content.processes) if shared and here.memory else here
+        section = {"slurm": content.slurm, "kubernetes": content.kubernetes}.get(self.launcher)
+        return find_device(section.device) if section and section.device else None
+
     def text(self, grid: Grid) -> str:
         """Where the runs will train, for the plan."""
         content, most = grid.content, f", {self.jobs} at once" if self.jobs else ""
+        processes = _count(content.processes, "process", "processes")
         if self.launcher == "slurm" and (slurm := content.slurm):
             part = f" of partition {slurm.partition}" if slurm.partition else ""
             return (
-                f"a task of a Slurm array each{most}: {content.processes} processes on {slurm.nodes} nodes{part}, "
-                f"{slurm.gpus_per_node} GPUs and {slurm.cpus_per_task} cores a node, requeued after {slurm.hours:g} h"
+                f"a task of a Slurm array each{most}: {processes} on {_count(slurm.nodes, 'node')}{part}, "
+                f"{_count(slurm.gpus_per_node, 'GPU')} and {_count(slurm.cpus_per_task, 'core')} a node, requeued after {slurm.hours:g} h"
             )
         if self.launcher == "kubernetes" and (pods := content.kubernetes):
-            return f"a pod of an indexed Job each{most}: {content.processes} processes, {pods.gpus} GPUs"
+            return f"a pod of an indexed Job each{most}: {processes}, {_count(pods.gpus, 'GPU')}"
         accelerators = content.skypilot.accelerators if content.skypilot else None
-        return f"a managed job of SkyPilot each: {content.processes} processes, {accelerators or 'CPUs'}"
+        return f"a managed job of SkyPilot each: {processes}, {accelerators or 'no GPU'}"
 
     def start(self, grid: Grid, overrides: Sequence[str], directory: Path, room: Slots) -> Launcher:
         """What trains the runs, here or on Slurm."""
@@ -103,6 +116,10 @@ class How:
             f"\nnothing is started yet: {submit}\n"
             "the run that finishes last writes results.csv and the fits; --collect writes them whatever is finished"
         )
+
+
+def _count(number: int, one: str, more: str = "") -> str:
+    return f"{number} {one if number == 1 else more or one + 's'}"
 
 
 def _command(grid: Grid, overrides: Sequence[str]) -> list[str]:

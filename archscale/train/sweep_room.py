@@ -21,11 +21,19 @@ PROCESS_BYTES = (
 
 @dataclass(frozen=True)
 class Slots:
-    """Room for runs at the same time: environment variables of each, a sentence on what bounds them, whether it is `here`."""
+    """Room for runs at the same time.
+
+    Attributes:
+        variables: environment variables of each.
+        text: what bounds them.
+        here: whether it is on this machine.
+        device: what each process of a run gets elsewhere; None: not known.
+    """
 
     variables: list[dict[str, str]]
     text: str
     here: bool = True
+    device: Device | None = None
 
 
 def slots(plans: Sequence[Plan], processes: int, jobs: int | None, device: Device, gpus: Sequence[str] | None = None,

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from archscale.scaling.devices import find_device
+from archscale.scaling.devices import Device, find_device
 from archscale.scaling.fit_text import aligned
 from archscale.scaling.grid import Grid
 from archscale.scaling.launchers import Event
@@ -71,7 +71,7 @@ def _estimate(runs: Sequence[SweepRun], directory: Path, room: Slots, processes:
     speed, source = _measured(runs, directory)
     if not speed:
         if not room.here:
-            return ""
+            return _device_hours(flops, room.device)
         device = this_device()
         if device.name == "cpu":
             device = find_device("cpu")  # measured, on the threads that one process takes
@@ -81,6 +81,13 @@ def _estimate(runs: Sequence[SweepRun], directory: Path, room: Slots, processes:
         source = f"{MFU:.0%} of {device.peak / 1e12:.3g} TFLOP/s a process ({device.source})"
     seconds = flops / (speed * jobs) + START * -(-left // jobs)
     return f"; about {duration(seconds)} at {source} and {START:g} s until a run's first step" if left else ""
+
+
+def _device_hours(flops: float, device: Device | None) -> str:
+    if device is None or device.peak is None:
+        return ""
+    hours = flops / (device.peak * MFU) / 3600
+    return f"; about {hours:,.0f} hours of {device.name} at {MFU:.0%} of {device.peak / 1e12:.4g} TFLOP/s"
 
 
 def _measured(runs: Sequence[SweepRun], directory: Path) -> tuple[float, str]:

@@ -8,15 +8,20 @@ import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
-from archscale.errors import ConfigError
+from archscale.errors import ConfigError, TrainingError
 from archscale.scaling import slurm as launcher
 from archscale.scaling.cluster_config import SlurmConfig
 from archscale.scaling.slurm import LeftToSlurm, SlurmLauncher
+from archscale.train.sweep import How, plan_runs, read_grid, sweep
 from tests.commands import ROOT
-from tests.slurm import Code, cluster, missing
+from tests.slurm import Sweep, cluster, missing
+from tests.train.test_sweep import LR, events, grid
+from tests.train.tiny import run, tiny_data
 
 SETTINGS = SlurmConfig(hours=0.5)
 
@@ -58,38 +63,6 @@ def queue():
     """State by task, and the name of its job."""
     lines = command("squeue", "--noheader", "--array", "--states=all", "--format=%i|%T|%j").split()
     return {line.split("|")[0]: tuple(line.split("|")[1:]) for line in lines}
-
-
-class Sweep:
-    """A sweep directory and its log, as `archscale.train.sweep` keeps them."""
-
-    def __init__(self, folder, codes, **options):
-        self.folder, self.options = folder, {"at_once": None, "retries": 2} | options
-        self.jobs = [Code(name, [code], folder / "logs" / f"{name}.log") for name, code in codes.items()]
-        folder.mkdir(exist_ok=True)
-
-    def write(self, **line):
-        with open(self.folder / "sweep.jsonl", "a") as log:
-            log.write(json.dumps(line) + "\n")
-
-    def tell(self, event):
-        self.write(
-            event=event.what,
-            run=event.job.name,
-            attempt=event.attempt,
-            reason=event.reason,
-            again=event.again,
-            task=event.task,
-        )
-
-    def go(self, tick=lambda: None, **sweep):
-        self.write(event="sweep", **sweep)
-        launch = SlurmLauncher(SETTINGS, self.folder, "s", **self.options)
-        return launch(self.jobs, self.tell, tick)
-
-    def told(self, what):
-        lines = map(json.loads, (self.folder / "sweep.jsonl").read_text().splitlines())
-        return [(line["run"], line["attempt"]) for line in lines if line["event"] == what]
 
 
 def count(path, then=""):
@@ -159,7 +132,8 @@ def test_killed_with_9_it_attaches_to_what_is_queued_and_submits_nothing_twice(s
     codes = {name: count(tmp_path / name, f"time.sleep({seconds})") for name, seconds in (("a", 4), ("b", 1), ("c", 0))}
     one = Sweep(tmp_path / "s", codes, at_once=1)
     script = f"""
-from tests.scaling.test_slurm import *
+from pathlib import Path
+from tests.slurm import Sweep
 one = Sweep(Path({str(one.folder)!r}), {codes!r}, at_once=1)
 one.go()
 """
@@ -204,7 +178,7 @@ def test_without_waiting_another_job_goes_on(slurm, tmp_path):
 def wait(condition, seconds=30.0):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end
+        assert time.monotonic() < end, (queue(), [path.read_text()[-2000:] for path in Path("s/slurm").glob("*.out")])
         time.sleep(0.05)
 
 
@@ -221,3 +195,99 @@ def test_without_slurm_it_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="there is no sbatch here .*login node"):
         SlurmLauncher(SETTINGS, tmp_path, "s", None, 0)
+
+
+# -------------------------------------------------------------------------------------------------------- whole sweeps
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tiny_data(tmp_path_factory.mktemp("data"))
+
+
+def alone(path, folder):
+    """results.csv of the grid with all runs trained in this process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a sweep gives its runs: sums are the same
+    for one in plan_runs(read_grid(path), folder):
+        run(one.plan.config, str(one.directory))
+    torch.set_num_threads(threads)
+    sweep(path, sweep_dir=folder)
+    return (folder / "results.csv").read_text()
+
+
+@pytest.mark.timeout(300)  # five times the import of torch: a minute where cores are busy
+def test_a_sweep_on_slurm_has_the_results_of_this_machine(slurm, tmp_path, data, capsys):
+    keys = {"slurm": {"hours": 0.5, "setup": ["export GREETING=hello"]}, "axes": {LR: [0.002, 0.01]}}
+    expected = alone(grid(tmp_path, data, **keys), tmp_path / "alone")
+    with pytest.raises(ConfigError, match="needs a section `slurm` .*add `slurm: {hours"):
+        sweep(grid(tmp_path, data, axes={LR: [0.002]}), sweep_dir=tmp_path / "s", how=How("slurm"))
+    keys["axes"] = {LR: [0.002, 0.01, 0.02]}
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "lr0.02").write_text("a file where the run directory should be")
+    with pytest.raises(TrainingError, match=r"1 of 3 runs failed: lr0.02: cannot write the run directory"):
+        sweep(grid(tmp_path, data, **keys), sweep_dir=tmp_path / "s", how=How("slurm"))
+    assert (tmp_path / "s" / "results.csv").read_text().splitlines()[:3] == expected.splitlines()
+    assert [len(events(tmp_path / "s", what)) for what in ("submitted", "started", "finished", "failed")] == [
+        3,
+        3,
+        2,
+        1,
+    ]
+    out = capsys.readouterr().out
+    assert "a task of a Slurm array each: 1 process on 1 node, 0 GPUs and 1 core a node, requeued after 0.5 h" in out
+    assert "3/3" not in out
+    assert "lr0.02: failed: cannot write" in out
+
+
+def archscale(*words, until=None):
+    """A command in a process that Slurm's tasks do not count as part of; killed with -9 once `until` holds."""
+    with open("out", "w") as out:
+        process = subprocess.Popen([sys.executable, "-m", "archscale", *map(str, words)], stdout=out, stderr=out)
+    try:
+        wait(lambda: process.poll() is not None or (until and until()), 300)
+        assert until or process.returncode == 0, Path("out").read_text()
+    finally:
+        process.kill()
+        process.wait()
+    return Path("out").read_text()
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_attaches_and_ends_as_if_left_alone(slurm, tmp_path, data):
+    path = grid(tmp_path, data, steps=24, every=4, axes={LR: [0.002, 0.01, 0.05]}, slurm={"hours": 0.5})
+    expected = alone(path, tmp_path / "alone")
+    killed = tmp_path / "killed"
+    words = ["sweep", path, "--launcher", "slurm", "--sweep-dir", killed, "--jobs", "2"]
+    archscale(*words, until=lambda: list(killed.glob("lr*/checkpoints/step_*")))
+    archscale(*words, until=lambda: len(events(killed, "attached")) > 0)
+    assert "lr0.002" in archscale(*words)
+    assert (killed / "results.csv").read_text() == expected
+    assert sorted(events(killed, "submitted")) == ["lr0.002", "lr0.01", "lr0.05"]
+    assert sorted(events(killed, "started")) == ["lr0.002", "lr0.01", "lr0.05"]
+    assert len(queue()) == 3
+
+
+@pytest.mark.slow
+def test_a_sweep_left_to_slurm_collects_its_results_there(slurm, tmp_path, data):
+    """One run crashes in its first attempt, so that the job that goes on submits it again, and another such job."""
+    crash = (
+        f'if [ "$SLURM_ARRAY_TASK_ID" = 1 ] && [ ! -e {tmp_path}/crashed ]; then touch {tmp_path}/crashed; exit 7; fi'
+    )
+    path = grid(tmp_path, data, axes={LR: [0.002, 0.01]}, slurm={"hours": 0.5, "setup": [crash]})
+    expected = alone(path, tmp_path / "alone")
+    out = archscale("sweep", path, "--launcher", "slurm", "--sweep-dir", "s", "--no-wait")
+    assert "2 runs are in Slurm's queue as g-" in out
+    wait(lambda: Path("s/results.csv").exists(), 300)
+    assert Path("s/results.csv").read_text() == expected
+    assert len(events(Path("s"), "submitted")) == 3
+    assert events(Path("s"), "failed") == ["lr0.01"]
+
+
+@pytest.mark.slow
+def test_a_run_on_two_nodes(slurm, tmp_path, data, monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    path = grid(tmp_path, data, axes={LR: [0.002]}, processes=2, slurm={"hours": 0.5, "nodes": 2})
+    sweep(path, sweep_dir=tmp_path / "s", how=How("slurm"))
+    sweep(path, sweep_dir=tmp_path / "alone")
+    assert (tmp_path / "s/results.csv").read_text() == (tmp_path / "alone/results.csv").read_text()

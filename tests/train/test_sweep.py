@@ -17,7 +17,7 @@ from archscale.scaling.devices import Device
 from archscale.scaling.fit_table import fit_table
 from archscale.scaling.grid import read_grid
 from archscale.scaling.table import read_table
-from archscale.train.sweep import _terminable, plan_runs, slots, sweep
+from archscale.train.sweep import How, _terminable, plan_runs, slots, sweep
 from archscale.train.sweep_view import last_line
 from tests.pool import launch, start
 from tests.test_cli import refused
@@ -25,6 +25,7 @@ from tests.train.tiny import config, run, tiny_data
 
 ROOT = Path(__file__).parents[2]
 STUDIES = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
+PUBLISHED = sorted((ROOT / "configs" / "sweeps" / "published").glob("*.yaml"))
 LR = "parameterization.base.lr"
 BOWL = {"form": "quadratic_log", "x": LR, "y": "val_loss"}
 
@@ -78,6 +79,43 @@ def test_every_study_can_be_planned(study, tmp_path, monkeypatch, capsys):
     )
     assert ("more runs" in out) == ("refine" in content)
     assert not list(tmp_path.iterdir())  # nothing was started or written
+
+
+def test_every_study_is_there_at_published_size():
+    assert [path.name for path in PUBLISHED] == [path.name for path in STUDIES]
+
+
+@pytest.mark.parametrize("study", PUBLISHED, ids=lambda path: path.stem)
+def test_studies_at_published_size_can_be_planned(study, tmp_path, monkeypatch, capsys):
+    """For the cluster that they name, without their data and without Slurm."""
+    monkeypatch.chdir(tmp_path)
+    sweep(study, how=How("slurm"), dry_run=True)
+    out = capsys.readouterr().out
+    assert int(out.split(" runs of ")[0].rpartition(" ")[2]) >= 10
+    assert "GPUs and 64 cores a node" in out
+    hours = float(out.split(" hours of h100")[0].rpartition(" ")[2].replace(",", ""))
+    flops = float(out.split("in all ")[1].split(" FLOPs")[0])
+    assert hours == pytest.approx(flops / (989.4e12 * 0.4 * 3600), rel=0.01)
+    assert not list(tmp_path.iterdir())
+
+
+def test_runs_that_do_not_fit_the_clusters_device_are_refused(tmp_path, capsys):
+    overrides = ["training.micro_batch=64", "training.activation_checkpoint=none", "training.compile=false"]
+    grid = yaml.safe_load((PUBLISHED[0].parent / "lr_tokens.yaml").read_text())
+    grid["axes"] = {"parameterization.base.lr": [0.01]}
+    grid["refine"], grid["fit"], grid["processes"], grid["slurm"]["nodes"] = None, [], 8, 1
+    grid["base"] = str(ROOT / "configs" / "hyperp" / "dense_d24.yaml")
+    path = tmp_path / "g.yaml"
+    for device, why in (("h100", "GB"), (None, None), ("h1000", "unknown device")):
+        grid["slurm"]["device"] = device
+        path.write_text(yaml.safe_dump(grid))
+        if why is None:
+            sweep(path, overrides, how=How("slurm"), dry_run=True)
+            assert "hours of" not in capsys.readouterr().out
+            continue
+        with pytest.raises(ConfigError, match=why) as caught:
+            sweep(path, overrides, how=How("slurm"), dry_run=True)
+        assert "\n" not in str(caught.value)
 
 
 def test_a_dry_run_without_data_and_vocabulary(tmp_path, data):
@@ -181,7 +219,7 @@ def test_more_seeds_around_the_optimum(tmp_path, data, capsys, monkeypatch):
     def train(jobs, variables, retries, tell, tick):
         asked.append([job.name for job in jobs])
         made = read_grid(path)
-        plans = plan_runs(made, directory, [*made.runs(), *made._expand([1, 2])])
+        plans = plan_runs(made, directory, runs=[*made.runs(), *made._expand([1, 2])])
         for one in plans:
             if one.name in asked[-1] and one.name not in fail:
                 pretend_run(one, bowl)
@@ -292,7 +330,7 @@ def test_the_last_line_is_the_last_whole_one(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        (["--launcher", "cloud"], "No such option.*--launcher.*sweep --help"),
+        (["--launcher", "cloud"], "'cloud' is not one of 'local', 'slurm'"),
         (["--jobs", "0"], "jobs.*sweep --help"),
         ([], r"unknown key \"model.widht\" \(axes.model.widht in .*g.yaml\): did you mean model.width\?"),
     ],
