@@ -198,6 +198,8 @@ def test_results_and_fits_of_finished_runs(tmp_path, data, capsys):
     assert abs(exponent["value"] + 1) < 1e-6
     assert "optimum" in out
     assert "[" in out
+    assert f"report {directory}/report.html" in out
+    assert (directory / "report" / "bowls.svg").exists()
     # `archscale fit` makes the same of both.
     for source in (directory, directory / "results.csv"):
         again = fit_table(read_table([source]), "quadratic_log", [LR], "val_loss", ["model.width"])
@@ -258,6 +260,18 @@ def test_refine_by_what_no_run_has(tmp_path, data):
     pretend(path, tmp_path / "s", bowl)
     with pytest.raises(ConfigError, match=r"no run has moe/none \(refine.y in .*\): give a column of results.csv"):
         sweep(path, sweep_dir=tmp_path / "s")
+
+
+def test_a_report_that_cannot_be_drawn_costs_no_results(tmp_path, data, capsys, monkeypatch):
+    def fails(directory):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("archscale.report.sweep.write_sweep_report", fails)
+    path = grid(tmp_path, data, seeds=2)
+    pretend(path, tmp_path / "s", bowl)
+    sweep(path, sweep_dir=tmp_path / "s")
+    assert "warning: no report: RuntimeError: no fonts" in capsys.readouterr().err
+    assert (tmp_path / "s" / "results.csv").exists()
 
 
 def test_losses_that_are_not_finite_are_excluded_and_named(tmp_path, data, capsys):
