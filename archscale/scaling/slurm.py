@@ -290,9 +290,9 @@ def unseen(directory: Path, finished: Iterable[str]) -> list[Event]:
     found, running = [], _history(directory, {}).running
     for name in finished:
         if one := running.get(name):
-            told = words(directory / "slurm" / f"{one.task}.jsonl")
-            if told and told[-1].get("status") == 0:
-                found.append(Event("finished", one.job, one.attempt, told[-1]["seconds"], task=one.task))
+            if told := words(directory / "slurm" / f"{one.task}.jsonl"):  # its last may still be that it started
+                seconds = told[-1].get("seconds", time.time() - told[-1]["time"])
+                found.append(Event("finished", one.job, one.attempt, seconds, task=one.task))
     return found
 
 

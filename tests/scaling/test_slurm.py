@@ -192,6 +192,24 @@ def test_what_slurm_refuses_is_one_line(slurm, tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_ends_that_no_sweep_saw_are_told(tmp_path):
+    """Of runs that are finished; also of one whose task has not had the time to say so."""
+    one = Sweep(tmp_path, {})
+    for index, name in enumerate("abcd"):
+        one.write(event="submitted", run=name, attempt=2, task=f"1_{index}")
+    one.write(event="finished", run="c", attempt=2, task="1_2")
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm/1_0.jsonl").write_text(
+        '{"time": 1, "what": "started"}\n{"time": 9, "what": "ended", "status": 0, "seconds": 8}\n'
+    )
+    (tmp_path / "slurm/1_1.jsonl").write_text('{"time": 1, "what": "started"}\n')
+    found = launcher.unseen(tmp_path, "abcd")
+    assert [(event.what, event.job.name, event.attempt, event.task) for event in found] == [
+        ("finished", "a", 2, "1_0"), ("finished", "b", 2, "1_1"),
+    ]  # fmt: skip
+    assert found[0].seconds == 8
+
+
 def test_without_slurm_it_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ConfigError, match="there is no sbatch here .*login node"):
