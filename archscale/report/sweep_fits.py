@@ -249,12 +249,13 @@ def _bowls(found: Analysis, table: Table) -> None:
     axes = found.axes
     asked = [fit for fit in found.fits if fit.asked.form == "quadratic_log" and _is_bowl(fit.fits, axes)]
     settings = settings_of(asked[0].asked) if asked else None
+    block = next((fit.fits.block for fit in asked[:1] if fit.fits), None)
     known: set[tuple[str, Key]] = set()
     alongs: list[str | None] = [*axes.numbers] or [None]
     own = [
         _try(found, lambda along=along: fit_table(  # type: ignore[misc]
             table, "quadratic_log", [str(axes.tuned)], str(axes.y), [key for key in axes.cell if key != along], against=along,
-            settings=settings))
+            block=block, settings=settings))
         for along in alongs
     ]  # fmt: skip
     for fits in [*(fit.fits for fit in asked), *own]:

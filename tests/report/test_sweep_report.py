@@ -242,6 +242,7 @@ def test_the_grid_s_own_fits_are_taken_where_they_are_of_these_points(tmp_path):
             "against": "model.width",
             "where": "optimizer.matrix.rule == 'muonh'",
             "nearest": 4,
+            "block": "seed",
         }
     ]
     found = analysed(tmp_path, keys=FULL | {"fit": fits})
