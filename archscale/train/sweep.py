@@ -144,13 +144,15 @@ def _stages(grid: Grid, directory: Path, device: Device | None, *, data_needed: 
     """The runs that are known, and as many of their size as `refine` will add once these are finished.
 
     Args:
-        partly: take what `refine` adds for known although some are not finished.
+        partly: although some are not finished, take what `refine` has added to the others for known.
     """
     runs = plan_runs(grid, directory, device, data_needed=data_needed)
-    known = partly or all(run.finished for run in runs)
-    losses = _losses(grid, runs, {}) if known else {run.name: 0.0 for run in runs}
+    done = all(run.finished for run in runs)
+    losses = _losses(grid, runs, {}) if done or partly else {run.name: 0.0 for run in runs}
     more = plan_runs(grid, directory, device, grid.refined(losses), data_needed=data_needed)
-    return ([*runs, *more], []) if known else (runs, more)
+    if done:
+        return [*runs, *more], []
+    return ([*runs, *(run for run in more if run.directory.exists())], []) if partly else (runs, more)
 
 
 def _train_one(grid: Grid, index: int, directory: Path) -> None:
