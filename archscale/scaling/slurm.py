@@ -289,10 +289,10 @@ def unseen(directory: Path, finished: Iterable[str]) -> list[Event]:
     """The ends of these runs that no sweep was there to tell of."""
     found, running = [], _history(directory, {}).running
     for name in finished:
-        if one := running.get(name):
-            if told := words(directory / "slurm" / f"{one.task}.jsonl"):  # its last may still be that it started
-                seconds = told[-1].get("seconds", time.time() - told[-1]["time"])
-                found.append(Event("finished", one.job, one.attempt, seconds, task=one.task))
+        one = running.get(name)
+        if one and (told := words(directory / "slurm" / f"{one.task}.jsonl")):  # its last may still be that it started
+            seconds = told[-1].get("seconds", time.time() - told[-1]["time"])
+            found.append(Event("finished", one.job, one.attempt, seconds, task=one.task))
     return found
 
 
