@@ -290,8 +290,7 @@ def unseen(directory: Path, finished: Iterable[str]) -> list[Event]:
     found, running = [], _history(directory, {}).running
     for name in finished:
         one = running.get(name)
-        told = words(directory / "slurm" / f"{one.task}.jsonl") if one else []
-        if one and told:  # its last may still be that it started
+        if one and (told := words(directory / "slurm" / f"{one.task}.jsonl")):  # its last may still be that it started
             seconds = told[-1].get("seconds", time.time() - told[-1]["time"])
             found.append(Event("finished", one.job, one.attempt, seconds, task=one.task))
     return found
