@@ -253,7 +253,7 @@ def test_of_two_lines_of_one_step_the_later_counts(tmp_path):
     ("files", "pattern"),
     [
         ({}, "an empty directory"),
-        ({"holiday.txt": "sun"}, "not a run directory.*runs/<name>"),
+        ({"holiday.txt": "sun"}, "not a run or sweep directory.*runs/<name>"),
         ({"metrics.jsonl": "a,b\n1,2\n"}, "no line is a JSON object"),
         ({"metrics.jsonl": "[]\n{}\n"}, "no line is a JSON object"),
         ({"first/metrics.jsonl": "{}", "second/metrics.jsonl": "{}"}, "holds runs.*first, second"),
