@@ -15,7 +15,7 @@ import numpy as np
 from archscale.errors import ArchscaleError
 from archscale.report.sweep_axes import LR, Axes, find_axes, value_of
 from archscale.report.sweep_read import SweepRecord, describe
-from archscale.scaling.fit import Estimate, Fit
+from archscale.scaling.fit import Estimate, Fit, lowest
 from archscale.scaling.fit_table import Group, TableFits, fit_table
 from archscale.scaling.leverage import Leverage, leverage
 from archscale.scaling.sweep_results import GridFit, make_fits, settings_of
@@ -161,6 +161,11 @@ class Analysis:
     def curve_label(self, row: Mapping[str, Cell]) -> str:
         return label_in(self.axes, row, self.axes.others)
 
+    def at_edge(self, *labels: str) -> str:
+        """How many points of these curves lie at the edge of what was tried, so that a better setting may lie beyond."""
+        count = sum(bool(one.edge) and self.curve_label(one.row) in labels for one in self.combinations)
+        return f"{count} of the points {'is' if count == 1 else 'are'} at the edge of what was tried" if count else ""
+
 
 def label_in(axes: Axes, row: Mapping[str, Cell], numbers: Sequence[str]) -> str:
     """An arm and the values of some numeric keys."""
@@ -227,7 +232,7 @@ def _combine(found: Analysis, table: Table) -> None:
             by_x.setdefault(math.nan if x is None else x, []).append(row)
         xs = sorted(by_x)
         points = [np.array([_finite(y[row]) for row in by_x[x]], dtype=float) for x in xs]
-        best = int(np.argmin([values.mean() for values in points]))
+        best = lowest(points)
         mean = _mean_row(table, by_x[xs[best]])
         found.combinations.append(Combination(key, axes.arm(mean), mean, np.array(xs), points, best))
 

@@ -183,7 +183,11 @@ def _findings(found: Analysis) -> list[str]:
         usable = [point for point in points if math.isfinite(point.ratio.value)] if not isinstance(points, str) else []
         if usable:
             last = usable[-1]
-            beyond = f" (extrapolates {' and '.join(last.extrapolated)})" if last.extrapolated else ""
+            notes = [
+                f"extrapolates {' and '.join(last.extrapolated)}" if last.extrapolated else "",
+                found.at_edge(name, base),
+            ]
+            beyond = f" ({'; '.join(filter(None, notes))})" if any(notes) else ""
             lines.append(
                 f"{name}: reaches its loss with {with_ends(last.ratio)} times fewer FLOPs than {base} at {compact(last.x)} FLOPs{beyond}."
             )

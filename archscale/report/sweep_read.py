@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,12 @@ def read_sweep(directory: Path) -> SweepRecord:
         where = ".".join(map(str, first["loc"]))
         warnings.append(f"sweep.yaml: {where}: {first['msg']}: the grid's own fits are left out")
     failed = _failed(directory / "sweep.jsonl", runs)
-    table = _with_grid_keys(collect(directory, {name: directory / name for name in runs}, failed), runs)
+    table = _with_grid_keys(collect(directory, {name: directory / name for name in runs}, {}), runs)
+    reasons = [(name, failed.get(name, reason)) for name, reason in table.left_out]
+    table = replace(table, left_out=reasons)
+    failed = {
+        name: failed[name] for name, _ in reasons if name in failed
+    }  # a run may have been finished since, by other hands
     environments = {name: found for name in runs if (found := _environment(directory / name, warnings))}
     name = str(content.get("name") or directory.resolve().name)
     return SweepRecord(directory, name, content, fits, runs, table, failed, environments, warnings)

@@ -107,7 +107,7 @@ def _curves(found: Analysis, fits: TableFits | None) -> list[Row]:
         row |= _estimate("coefficient", estimates.get("coefficient")) | _estimate("exponent", estimates.get("exponent"))
         row |= {"smallest": float(group.y.min()), "largest": float(group.y.max())}
         row |= {"leave-one-out error": group.fit.leave_one_out if group.fit else None}
-        row["note"] = group.refused.what if group.refused else ""
+        row["note"] = "; ".join(filter(None, [group.refused.what if group.refused else "", found.at_edge(label)]))
         rows.append(row)
     return rows
 
@@ -120,7 +120,8 @@ def _leverage(found: Analysis) -> list[Row]:
             continue
         rows += [
             {"group": name, "over": base, "FLOPs": point.x, "loss": point.loss, **_estimate("leverage", point.ratio),
-             "note": f"extrapolates {' and '.join(point.extrapolated)}" if point.extrapolated else ""}
+             "note": "; ".join(filter(None, [
+                 f"extrapolates {' and '.join(point.extrapolated)}" if point.extrapolated else "", found.at_edge(name, base)]))}
             for point in points
         ]  # fmt: skip
     return rows

@@ -208,14 +208,31 @@ def estimates_of(law: Law, sample: Sample, centre: Array, confidence: float) -> 
 
 
 def around_best(x: Array, y: Array, count: int) -> NDArray[np.bool_]:
-    """(n,) bool: the points at `count` neighbouring x, in the middle the one with the lowest mean y; x (1, n).
+    """(n,) bool: the points at `count` neighbouring x, in the middle the best one; x (1, n).
 
     A bowl is a parabola near its bottom only: what lies far up its sides would move the optimum.
     """
     values = np.unique(x[0])
-    best = int(np.argmin([y[x[0] == value].mean() for value in values]))
-    first = min(max(0, best - (count - 1) // 2), max(0, len(values) - count))
-    return np.isin(x[0], values[first : first + count])
+    if not len(values):
+        return np.zeros(0, dtype=bool)
+    best = lowest([y[x[0] == value] for value in values])
+    return np.isin(x[0], values[window(best, count, len(values))])
+
+
+def lowest(points: Sequence[Array]) -> int:
+    """Which of several samples has the lowest mean, of those with at least half as many points as the largest one.
+
+    Where only the best few have several seeds, the mean of a single one is no match for theirs.
+    """
+    most = max(len(values) for values in points)
+    means = [values.mean() if 2 * len(values) >= most else np.inf for values in points]
+    return int(np.argmin(means))
+
+
+def window(best: int, count: int, length: int) -> slice:
+    """`count` neighbours of `length` with `best` in the middle, moved inside at the ends."""
+    first = min(max(0, best - (count - 1) // 2), max(0, length - count))
+    return slice(first, first + count)
 
 
 def needed(form: str, settings: Settings) -> int:

@@ -25,7 +25,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ from archscale.config import Config
 from archscale.config_io import Layer, all_keys, explain, nearest, read_file, read_layers, show
 from archscale.errors import ConfigError
 from archscale.scaling.expressions import Expression, as_number
+from archscale.scaling.fit import window
 from archscale.scaling.grid_config import MOST_RUNS, GridConfig, RefineConfig
 
 LONGEST_NAME = 120  # characters; file systems allow 255 bytes
@@ -98,7 +99,7 @@ class Grid:
         """
         return self._expand(self.content.seeds)
 
-    def refined(self, y: Mapping[str, float]) -> list[GridRun]:
+    def refined(self, y: Mapping[str, float], kept: Container[str] = ()) -> list[GridRun]:
         """The runs of `refine` that are not among `runs`.
 
         Each combination of all keys but x and the seed gets them at `points` consecutive values of x around the one whose y, the mean
@@ -106,6 +107,7 @@ class Grid:
 
         Args:
             y: of finished runs, by name; what is not finite is left out.
+            kept: names of runs that stay, whatever is the best value now.
         """
         refine = self.content.refine
         if refine is None:
@@ -119,11 +121,13 @@ class Grid:
         for others, by_x in losses.items():
             values = sorted({run.values[refine.x] for run in known if self._others(run) == others}, key=as_number)
             best = min(by_x, key=lambda x: sum(by_x[x]) / len(by_x[x]))
-            first = min(max(0, values.index(best) - (refine.points - 1) // 2), max(0, len(values) - refine.points))
-            windows[others] = values[first : first + refine.points]
+            windows[others] = values[window(values.index(best), refine.points, len(values))]
         seeds = [seed for seed in refine.seeds if seed not in (self.content.seeds or [])]
-        again = self._expand(seeds) if windows else []
-        return [run for run in again if run.values[refine.x] in windows.get(self._others(run), [])]
+        return [
+            run
+            for run in (self._expand(seeds) if seeds else [])
+            if run.name in kept or run.values[refine.x] in windows.get(self._others(run), [])
+        ]
 
     def _others(self, run: GridRun) -> str:
         """What a run shares with those between which `refine` chooses."""
@@ -291,6 +295,10 @@ class Grid:
                 f"{show(refine.x)} is no axis", f"refine.x in {self.path}", f"give one of {', '.join(self.content.axes)}"
                 if self.content.axes else "add it to `axes:`",
             )  # fmt: skip
+        if any(isinstance(as_number(value), bool) or not isinstance(as_number(value), int | float)
+               for value in self.content.axes[refine.x]):  # fmt: skip
+            raise ConfigError(f"the values of {refine.x} are not all numbers, so none has neighbours",
+                              f"refine.x in {self.path}", "give an axis of numbers")  # fmt: skip
         if self.content.seeds is None:
             raise ConfigError("more seeds than none", where, "add `seeds: 1`, or remove refine")
         if set(refine.seeds) <= set(self.content.seeds):

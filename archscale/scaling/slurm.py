@@ -238,7 +238,10 @@ class SlurmLauncher:
 
     def _submit(self, batch: Sequence[tuple[Job, int]], at_once: int, tell: Callable[[Event], None]) -> list[_Running]:
         settings = self.settings
-        tasks = [Task(job, attempt, self.folder, settings.nodes, settings.gpus_per_node == 0) for job, attempt in batch]
+        tasks = [
+            Task(job, attempt, self.folder, settings.nodes, settings.gpus_per_node == 0, 60.0 * settings.minutes)
+            for job, attempt in batch
+        ]
         ids = self._sbatch(
             tasks, self.name, array_parallelism=at_once, nodes=settings.nodes, ntasks_per_node=1,
             gpus_per_node=settings.gpus_per_node or None, cpus_per_task=settings.cpus_per_task, mem=self._mem(),

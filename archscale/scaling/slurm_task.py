@@ -34,6 +34,7 @@ class Task:
         folder: of the words.
         nodes: of the run.
         cpu: without GPUs.
+        limit: seconds that Slurm gives it.
     """
 
     job: Job
@@ -41,6 +42,7 @@ class Task:
     folder: Path
     nodes: int
     cpu: bool
+    limit: float
 
     def __call__(self) -> None:
         """Trains the run to its end.
@@ -59,7 +61,7 @@ class Task:
         with open(log, "ab") as stream:
             offset = stream.tell()
             started = time.time()
-            _say(word, what="started", attempt=self.attempt, host=socket.gethostname())
+            _say(word, what="started", attempt=self.attempt, host=socket.gethostname(), step=self._newest())
             process = subprocess.Popen(
                 self.job.command(self.nodes, self._rendezvous(here)), stdin=subprocess.DEVNULL, stdout=stream,
                 stderr=subprocess.STDOUT, env=environment({"OMP_NUM_THREADS": threads()} if self.cpu else {}),
@@ -89,10 +91,29 @@ class Task:
         )  # fmt: skip
 
     def checkpoint(self) -> Any:
-        """What submitit requeues before the time limit: the same, which resumes from the run's newest checkpoint."""
+        """What submitit requeues before the time limit: the same, which resumes from the run's newest checkpoint.
+
+        Raises:
+            RuntimeError: this time has brought no checkpoint, nor would the next one.
+        """
+        import submitit
         from submitit.helpers import DelayedSubmission
 
+        told = words(self.folder / f"{submitit.JobEnvironment().job_id}.jsonl")
+        began = next((word for word in reversed(told) if word["what"] == "started"), None)
+        if began and time.time() - began["time"] > self.limit / 2 and self._newest() <= began["step"]:
+            raise RuntimeError(
+                f"no checkpoint in {self.limit / 3600:.3g} h: raise slurm.hours, or lower checkpoint.every"
+            )
         return DelayedSubmission(self)
+
+    def _newest(self) -> int:
+        """Step of the run's newest checkpoint; 0 without one."""
+        arguments = list(self.job.arguments)
+        if "--run-dir" not in arguments:
+            return 0
+        steps = Path(arguments[arguments.index("--run-dir") + 1], "checkpoints").glob("step_*")
+        return max((int(path.name[5:]) for path in steps if path.name[5:].isdigit()), default=0)
 
 
 @dataclass(frozen=True)

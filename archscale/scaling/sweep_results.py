@@ -53,6 +53,11 @@ def settings_of(asked: FitConfig) -> Settings:
     return Settings(asked.space, asked.loss, asked.delta, asked.replicates, asked.confidence, asked.seed, asked.nearest)
 
 
+def _condition(asked: FitConfig, rows: Sequence[Mapping[str, Cell]], where: str) -> Expression:
+    known = {*METRICS, *(key for row in rows for key in row)}
+    return Expression(str(asked.where), f"where of {where}", known)
+
+
 def _rows_of(asked: FitConfig, rows: Sequence[Mapping[str, Cell]], where: str) -> list[bool]:
     """Which rows a fit is made of.
 
@@ -61,7 +66,7 @@ def _rows_of(asked: FitConfig, rows: Sequence[Mapping[str, Cell]], where: str) -
     """
     if asked.where is None:
         return [True] * len(rows)
-    condition = Expression(asked.where, f"where of {where}", {*METRICS, *(key for row in rows for key in row)})
+    condition = _condition(asked, rows, where)
     words: dict[Cell, Any] = {"true": True, "false": False}
 
     def keep(row: Mapping[str, Cell]) -> bool:
@@ -103,6 +108,8 @@ def check_fits(grid: Grid, configs: Sequence[Config]) -> None:
                 )
             }
             _check_validation(names[asked.y], rows, where)
+            if asked.where and _condition(asked, rows, where).names - rows[0].keys():
+                continue  # of metrics, which are known only after the runs
             chosen = _rows_of(asked, rows, where)
             if not any(chosen):
                 raise ConfigError("`where` drops all runs", "", "loosen it, or remove the fit")
@@ -125,7 +132,9 @@ def _check_counts(asked: FitConfig, x: list[str], group: list[str], against: str
     if not all(key in rows[0] for key in keys):
         return
     groups: dict[tuple[Cell, ...], list[tuple[Cell, ...]]] = {}
+    blocks: dict[tuple[Cell, ...], set[Cell]] = {}
     for row in rows:
+        blocks.setdefault(tuple(row.get(key) for key in keys), set()).add(row.get(asked.block or ""))
         groups.setdefault(tuple(row.get(key) for key in keys), []).append(tuple(row.get(name) for name in x))
     least, parameters = needed(asked.form, settings_of(asked)), LAWS[asked.form].parameters
     for key, points in groups.items():
@@ -134,6 +143,8 @@ def _check_counts(asked: FitConfig, x: list[str], group: list[str], against: str
             points = [point for point in points if point in most]
         of = f" of {label_of(keys, key)}" if keys else ""
         distinct = len(set(points)) if all(name in rows[0] for name in x) else len(points)
+        if asked.block:  # each but one has a shift to be found
+            least = needed(asked.form, settings_of(asked)) + len(blocks[key]) - 1
         if len(points) < least or distinct < parameters:
             raise ConfigError(
                 f"{len(points)} runs{of} at {distinct} different {' and '.join(x)} are too few for {asked.form}, which needs "

@@ -14,16 +14,12 @@ The sweep directory holds
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import json
-import os
 import signal
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -42,6 +38,7 @@ from archscale.scaling.table import flat, number
 from archscale.train.checkpoint import checkpoint_steps
 from archscale.train.preflight import this_device
 from archscale.train.sweep_clusters import GENERATED, How, job_of, train_one
+from archscale.train.sweep_log import line_of, locked, open_log, write
 from archscale.train.sweep_room import Slots, slots
 from archscale.train.sweep_view import View, plan_text
 from archscale.train.trainer import other_trajectory
@@ -103,23 +100,20 @@ def sweep(path: Path, overrides: Sequence[str] = (), *, sweep_dir: Path | None =
     if index is not None:
         return _train_one(grid, index, sweep_dir or Path("runs") / grid.content.name)
     directory = sweep_dir or Path("runs") / grid.content.name
-    here, device = how.launcher == "local", how.device(grid)
+    device = how.device(grid)
     needed = not dry_run and how.launcher not in GENERATED
     runs, more = _stages(grid, directory, device, data_needed=needed, partly=collect_only)
     check_fits(grid, [run.plan.config for run in [*runs, *more]])
     left = [run for run in runs if not run.finished]
-    if here:
-        room = slots([run.plan for run in left or runs], grid.content.processes, how.jobs, this_device())
-    else:
-        room = Slots([{}] * min(how.jobs or len(runs), len(runs)), how.text(grid), here=False, device=device)
+    room = _room(grid, left or runs, how, device)
     if not collect_only:
         print(plan_text(grid, runs, more, directory, room, list_runs=dry_run), flush=True)
     if dry_run:
         return
-    with _locked(directory):
+    with locked(directory, wait=how.continued):
         _describe(grid, runs, directory)
         if how.launcher in GENERATED:
-            print(how.write(grid, overrides, directory, runs))
+            print(how.write(grid, overrides, directory, runs, len(more)))
             return
         failed: dict[str, str] = {}
         if not collect_only:
@@ -127,16 +121,23 @@ def sweep(path: Path, overrides: Sequence[str] = (), *, sweep_dir: Path | None =
             try:
                 failed = _train(runs, left, directory, room, start, grid.content.processes, how.continued)
                 if more:
-                    runs = [*runs, *plan_runs(grid, directory, device, grid.refined(_losses(grid, runs, failed)))]
-                    runs = [replace(run, step=_newest(run.directory)) for run in runs]
+                    runs = _with_second_stage(grid, runs, directory, device, failed)
                     _describe(grid, runs, directory)
-                    print("\n" + plan_text(grid, runs, [], directory, room, list_runs=False), flush=True)
                     left = [run for run in runs if not run.finished and run.name not in failed]
+                    room = _room(grid, left or runs, how, device)
+                    print("\n" + plan_text(grid, runs, [], directory, room, list_runs=False), flush=True)
+                    start = how.start(grid, overrides, directory, room)
                     failed |= _train(runs, left, directory, room, start, grid.content.processes, how.continued)
             except LeftToSlurm as told:
                 print(f"\n{told}")
                 return
-        _finish(grid, runs, directory, failed)
+        _finish(grid, runs, directory, failed, whole=not collect_only)
+
+
+def _room(grid: Grid, runs: Sequence[SweepRun], how: How, device: Device | None) -> Slots:
+    if how.launcher == "local":
+        return slots([run.plan for run in runs], grid.content.processes, how.jobs, this_device())
+    return Slots([{}] * min(how.jobs or len(runs), len(runs)), how.text(grid), here=False, device=device)
 
 
 def _stages(grid: Grid, directory: Path, device: Device | None, *, data_needed: bool = True,
@@ -147,41 +148,61 @@ def _stages(grid: Grid, directory: Path, device: Device | None, *, data_needed: 
         partly: although some are not finished, take what `refine` has added to the others for known.
     """
     runs = plan_runs(grid, directory, device, data_needed=data_needed)
-    done = all(run.finished for run in runs)
-    losses = _losses(grid, runs, {}) if done or partly else {run.name: 0.0 for run in runs}
-    more = plan_runs(grid, directory, device, grid.refined(losses), data_needed=data_needed)
-    if done:
-        return [*runs, *more], []
-    return ([*runs, *(run for run in more if run.directory.exists())], []) if partly else (runs, more)
+    there = _names(directory)
+    if all(run.finished for run in runs):
+        more = grid.refined(_losses(grid, runs, {}), there)
+        return [*runs, *plan_runs(grid, directory, device, more, data_needed=data_needed)], []
+    if partly:
+        return [*runs, *plan_runs(grid, directory, device, grid.refined({}, there), data_needed=data_needed)], []
+    more = grid.refined({run.name: 0.0 for run in runs})
+    return runs, plan_runs(grid, directory, device, more, data_needed=data_needed)
+
+
+def _with_second_stage(grid: Grid, runs: Sequence[SweepRun], directory: Path, device: Device | None,
+                       failed: Mapping[str, str]) -> list[SweepRun]:  # fmt: skip
+    runs = [replace(run, step=_newest(run.directory)) for run in runs]
+    try:
+        more = grid.refined(_losses(grid, runs, failed), _names(directory))
+    except ConfigError:
+        _finish(grid, runs, directory, failed)
+        raise
+    return [*runs, *plan_runs(grid, directory, device, more)]
+
+
+def _names(directory: Path) -> set[str]:
+    """Of the run directories that are there."""
+    return {path.name for path in directory.iterdir() if path.is_dir()} if directory.is_dir() else set()
 
 
 def _train_one(grid: Grid, index: int, directory: Path) -> None:
     """Trains run `index` of the grid; the one that finishes last of all tabulates and fits them."""
-    first, device = grid.runs(), How().device(grid)
-    done = all(_reached(directory / run.name, run.config) for run in first)
-    runs = first if index < len(first) or not done else [run.grid for run in _stages(grid, directory, device)[0]]
+    device = How().device(grid)
+    runs, more = _stages(grid, directory, device)
     if index >= len(runs):
+        later = f"; {len(more)} more of `refine` once these are finished" if more else ""
         raise ConfigError(
-            f"there is no run {index}: the {len(runs)} runs of {grid.path} count from 0", "--index",
+            f"there is no run {index}: the {len(runs)} runs of {grid.path} count from 0{later}", "--index",
             f"give at most {len(runs) - 1}",
         )  # fmt: skip
-    [run] = plan_runs(grid, directory, device, runs[index : index + 1])
+    run = runs[index]
     if run.finished:
         print(f"{run.name}: already finished")
     else:
         dump_config(run.grid.config, directory / "configs" / f"{run.name}.yaml")
-        train_one(job_of(run, directory, grid.content.processes), cpu=not torch.cuda.is_available())
-    if all(_reached(directory / other.name, other.config) for other in runs):
-        with _locked(directory, wait=True):
-            planned, _ = _stages(grid, directory, device)
-            if left := sum(not run.finished for run in planned):
-                print(f"{left} more runs follow from `refine`: give the command of the sweep again")
-                return
-            _describe(grid, planned, directory)
-            try:
-                _finish(grid, planned, directory, {})
-            except ArchscaleError as error:  # of a fit: this run is finished all the same
-                print(f"archscale: warning: {error}", file=sys.stderr)
+        with _terminable():
+            train_one(job_of(run, directory, grid.content.processes), cpu=not torch.cuda.is_available())
+    if not all(_newest(other.directory) >= other.steps for other in runs):
+        return
+    with locked(directory, wait=True):
+        runs, _ = _stages(grid, directory, device)
+        if left := sum(not run.finished for run in runs):
+            print(f"{left} more runs follow from `refine`: give the command of the sweep again")
+            return
+        _describe(grid, runs, directory)
+        try:
+            _finish(grid, runs, directory, {})
+        except ArchscaleError as error:  # of a fit: this run is finished all the same
+            print(f"archscale: warning: {error}", file=sys.stderr)
 
 
 def _losses(grid: Grid, runs: Sequence[SweepRun], failed: Mapping[str, str]) -> dict[str, float]:
@@ -256,25 +277,6 @@ def _check_same(run: SweepRun) -> None:
         )  # fmt: skip
 
 
-@contextlib.contextmanager
-def _locked(directory: Path, wait: bool = False) -> Iterator[None]:
-    """Holds the sweep directory against another sweep, or waits for that; freed by the system whatever ends this process."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        handle = os.open(directory / "sweep.jsonl", os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise ConfigError(f"cannot write the sweep directory: {error.strerror}", str(directory),
-                          "give another with --sweep-dir") from None  # fmt: skip
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
-    except BlockingIOError:
-        raise ConfigError("another sweep works in this directory", str(directory),
-                          "wait for it, or give another with --sweep-dir") from None  # fmt: skip
-    finally:
-        os.close(handle)
-
-
 def _describe(grid: Grid, runs: Sequence[SweepRun], directory: Path) -> None:
     """sweep.yaml, and the config of each run."""
     content = grid.content.model_dump(mode="json")
@@ -286,20 +288,20 @@ def _describe(grid: Grid, runs: Sequence[SweepRun], directory: Path) -> None:
 def _train(runs: Sequence[SweepRun], left: Sequence[SweepRun], directory: Path, room: Slots, launch: Launcher, processes: int,
            continued: bool) -> dict[str, str]:  # fmt: skip
     """Trains the runs that are left, the longest first, so that none is alone at the end; returns why some failed."""
-    with _log(directory / "sweep.jsonl") as log:
+    with open_log(directory / "sweep.jsonl") as log:
         for event in unseen(directory, [run.name for run in runs if run.finished]):
-            _write(log, **_line(event))
+            write(log, **line_of(event))
     if not left:
         return {}
     order = sorted(left, key=lambda run: -run.plan.figures["flops"]["executed"])
     jobs = [job_of(run, directory, processes) for run in order]
     done = sum(run.finished for run in runs)
     view = View({run.name: (run.directory, run.steps) for run in runs}, done)
-    with _log(directory / "sweep.jsonl") as log, view, _terminable():
-        _write(log, event="sweep", runs=len(runs), finished=done, at_once=len(room.variables), continued=continued)
+    with open_log(directory / "sweep.jsonl") as log, view, _terminable():
+        write(log, event="sweep", runs=len(runs), finished=done, at_once=len(room.variables), continued=continued)
 
         def tell(event: Event) -> None:
-            _write(log, **_line(event))
+            write(log, **line_of(event))
             view.tell(event)
 
         try:
@@ -309,11 +311,6 @@ def _train(runs: Sequence[SweepRun], left: Sequence[SweepRun], directory: Path, 
             raise TrainingError(f"interrupted with {done} of {len(runs)} runs finished", str(directory),
                                 "the same command continues" if room.here else
                                 "the jobs stay in the queue; the same command goes on with them") from None  # fmt: skip
-
-
-def _reached(run_dir: Path, config: Config) -> bool:
-    """Whether a run is at its end, told without a plan."""
-    return run_dir.is_dir() and _newest(run_dir) >= config.steps
 
 
 def _newest(run_dir: Path) -> int:
@@ -335,36 +332,10 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-@contextlib.contextmanager
-def _log(path: Path) -> Iterator[IO[str]]:
-    """For appending; a line that a crash cut short is ended first."""
-    with open(path, "r+b") as stream:
-        content = stream.read()
-        if content and not content.endswith(b"\n"):
-            stream.write(b"\n")
-    with open(path, "a", encoding="utf-8") as log:
-        yield log
-
-
-def _line(event: Event) -> dict[str, Any]:
-    """Of sweep.jsonl."""
-    line: dict[str, Any] = {"event": event.what, "run": event.job.name, "attempt": event.attempt}
-    if event.what in ("finished", "failed"):
-        line["seconds"] = round(event.seconds, 3)
-    if event.what == "failed":
-        line |= {"reason": event.reason, "again": event.again}
-    if event.task:
-        line["task"] = event.task
-    return line
-
-
-def _write(log: IO[str], **line: Any) -> None:
-    log.write(json.dumps({"time": round(time.time(), 3), **line}) + "\n")
-    log.flush()
-
-
-def _finish(grid: Grid, runs: Sequence[SweepRun], directory: Path, failed: Mapping[str, str]) -> None:
-    """results.csv, fits.json, the summary; then one error for all that failed."""
+def _finish(
+    grid: Grid, runs: Sequence[SweepRun], directory: Path, failed: Mapping[str, str], whole: bool = True
+) -> None:
+    """results.csv, fits.json, the summary; then one error for all that failed, where all were to be trained (`whole`)."""
     configs: dict[str, Config] = {run.name: run.plan.config for run in runs}
     table = collect(directory, {run.name: run.directory for run in runs}, failed)
     write_results(table, grid.keys, configs, directory / "results.csv")
@@ -374,7 +345,7 @@ def _finish(grid: Grid, runs: Sequence[SweepRun], directory: Path, failed: Mappi
     if fits:
         print("\n" + fits_text(fits), flush=True)
     _report(directory)
-    if table.left_out:
+    if table.left_out and whole:
         (name, reason), more = table.left_out[0], len(table.left_out) - 1
         others = f" (also failed: {', '.join(other for other, _ in table.left_out[1:])})" if more else ""
         raise TrainingError(

@@ -98,8 +98,8 @@ class How:
 
         return local
 
-    def write(self, grid: Grid, overrides: Sequence[str], directory: Path, runs: Sequence[SweepRun]) -> str:
-        """Writes the files of a generated launcher; returns what to do next."""
+    def write(self, grid: Grid, overrides: Sequence[str], directory: Path, runs: Sequence[SweepRun], more: int) -> str:
+        """Writes the files of a generated launcher; returns what to do next. `more`: runs that `refine` will add."""
         content, name = grid.content, grid.content.name
         if self.launcher == "kubernetes":
             assert content.kubernetes is not None
@@ -112,10 +112,10 @@ class How:
             command = [*_command(grid, overrides), "--sweep-dir", content.skypilot.sweep_dir]
             left = {index: run.name for index, run in enumerate(runs) if not run.finished}
             submit = write_skypilot(directory, content.skypilot, name, command, left, self.retries)
-        return (
-            f"\nnothing is started yet: {submit}\n"
-            "the run that finishes last writes results.csv and the fits; --collect writes them whatever is finished"
-        )
+        last = "the run that finishes last writes results.csv and the fits"
+        if more:
+            last = f"{more} more runs follow from `refine`: once these are finished, give this command again where it sees them"
+        return f"\nnothing is started yet: {submit}\n{last}; --collect tabulates whatever is finished"
 
 
 def _count(number: int, one: str, more: str = "") -> str:

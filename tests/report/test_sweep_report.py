@@ -285,6 +285,12 @@ def test_a_failure_that_was_made_good_is_none(tmp_path):
     with open(log, "a") as stream:
         stream.write('{"event": "failed", "run": "lr0.02", "reason": "killed", "again": true}\n')
     assert read_sweep(directory).failed == {}
+    with open(log, "a") as stream:  # it died after its last checkpoint, or was finished elsewhere
+        stream.write('{"event": "failed", "run": "lr0.02", "reason": "killed", "again": false}\n')
+    assert read_sweep(directory).failed == {}
+    assert "lr0.02" in read_sweep(directory).table.rows
+    (directory / "lr0.02" / "metrics.jsonl").unlink()
+    assert dict(read_sweep(directory).table.left_out) == {"lr0.02": "killed"} == read_sweep(directory).failed
 
 
 def test_nothing_finished_yet(tmp_path):

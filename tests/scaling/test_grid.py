@@ -122,6 +122,8 @@ def test_more_seeds_around_the_best_of_each_group(tmp_path):
     assert sorted(found) == [(depth, lr, seed) for depth, lr in expected for seed in (1, 2)]
     assert {run.name for run in made.refined(y)}.isdisjoint(y)
     assert made.refined({}) == []
+    stays = "lr0.004_depth6_seed2"
+    assert [run.name for run in made.refined({}, {stays, "lr0.004_depth6_seed0"})] == [stays]
     # A mean over seeds, not the luckiest of them.
     more = grid(
         tmp_path, axes={"model.depth": [2, 4, 6]}, seeds=2, refine={"x": "model.depth", "points": 1, "seeds": [7]}
@@ -196,6 +198,8 @@ def test_an_expression_without_a_value(text):
         ({"seeds": 2, "fit": [{"form": "power", "y": "loss"}]}, "fit.0.x is missing"),
         ({"seeds": 2, "derive": {"model.depth": "1 / seed"}}, "has no value with seed 0"),
         ({"seeds": 1, "axes": {"model.depth": [2]}, "refine": {"x": "lr", "seeds": 2}}, '"lr" is no axis .*give one of model.depth'),
+        ({"seeds": 1, "axes": {"model.window": [None, 8]}, "refine": {"x": "model.window", "seeds": 2}}, "window are not all numbers"),
+        ({"seeds": 1, "axes": {"model.mlp": ["swiglu"]}, "refine": {"x": "model.mlp", "seeds": 2}}, "mlp are not all numbers"),
         ({"axes": {"model.depth": [2]}, "refine": {"x": "model.depth", "seeds": 2}}, "more seeds than none .*add `seeds: 1`"),
         ({"seeds": 3, "axes": {"model.depth": [2]}, "refine": {"x": "model.depth", "seeds": [1]}}, "all of its seeds are in `seeds`"),
         ({"seeds": 2, "derive": {"model.depth": "model.width", "model.width": "model.depth"}}, "need each other"),
@@ -233,6 +237,11 @@ BOWL = {"form": "quadratic_log", "x": "parameterization.base.lr", "y": "val_loss
         ({"axes": LRS, "seeds": 2, "fit": [{**BOWL, "where": "model.depth == 2"}]}, None),
         ({"axes": LRS, "seeds": 2, "fit": [{**BOWL, "where": "model.depth == 3"}]}, "`where` drops all runs"),
         ({"axes": LRS, "seeds": 2, "fit": [{**BOWL, "where": "model.dept == 2"}]}, "unknown key .*did you mean model.depth"),
+        ({"axes": LRS, "seeds": 2, "fit": [{**BOWL, "where": "val_loss < 10 and model.depth == 3"}]}, None),
+        ({"axes": LRS, "seeds": 2, "fit": [{**BOWL, "block": "seed"}]}, None),
+        ({"axes": LRS, "seeds": 2, "fit": [{**BOWL, "block": "seed", "where": "parameterization.base.lr != 0.001 or seed == 0"}]}, None),
+        ({"axes": LRS, "seeds": 2, "fit": [{**BOWL, "block": "seed", "where": "parameterization.base.lr == 0.001 or seed == 0"}]},
+         "4 runs at 3 different .* needs 5"),
         ({"axes": LRS, "seeds": 1, "fit": [{**BOWL, "nearest": 3}]}, "3 runs at 3 different .* too few"),
         ({"axes": {**LRS, "model.depth": [2, 4]}, "seeds": 1, "fit": [{**BOWL, "nearest": 3}]}, None),
         ({"axes": LRS, "seeds": 2, "fit": [{**BOWL, "form": "power", "nearest": 3}]}, "power has no best x to be near"),

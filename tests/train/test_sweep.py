@@ -215,9 +215,12 @@ def test_more_seeds_around_the_optimum(tmp_path, data, capsys, monkeypatch):
         seeds=1, refine={"x": LR, "seeds": 3}, fit=[{**BOWL, "group": "model.width", "nearest": 3}],
     )  # fmt: skip
     directory, fail, asked = tmp_path / "s", {"width16_lr0.002_seed0", "width32_lr0.01_seed2"}, []
+    at_once: list[int] = []
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4))
 
     def train(jobs, variables, retries, tell, tick):
         asked.append([job.name for job in jobs])
+        at_once.append(len(variables))
         made = read_grid(path)
         plans = plan_runs(made, directory, runs=[*made.runs(), *made._expand([1, 2])])
         for one in plans:
@@ -244,6 +247,7 @@ def test_more_seeds_around_the_optimum(tmp_path, data, capsys, monkeypatch):
     fail.clear()
     sweep(path, sweep_dir=directory)
     assert asked[2:] == [["width16_lr0.002_seed0"], ["width32_lr0.01_seed2"]]
+    assert at_once == [4, 4, 1, 1]  # each stage has room of its own
     capsys.readouterr()
     sweep(path, sweep_dir=directory, dry_run=True)
     assert "24 runs of" in (out := capsys.readouterr().out)
