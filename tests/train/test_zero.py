@@ -165,7 +165,7 @@ def test_a_users_json_is_merged(pool, data, tmp_path):
             np.testing.assert_allclose(curve, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_telemetry_reads_the_same(pool, data, tmp_path, stage):
     sections = {"telemetry": {"every": 1, "per_layer": True, "spectrum_every": 2}}
     expected = run(config(data, "orscale_lm", 4, **sections), str(tmp_path / "one"))
@@ -244,7 +244,7 @@ def test_every_matrix_is_orthogonalized_once_a_step(pool, data, tmp_path, stage)
     assert sum(pool(2).run(count_orthogonalizations, data, str(tmp_path), stage, timeout=60)) == 5 * matrices
 
 
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_every_parameter_keeps_its_role(pool, data, tmp_path, stage):
     """F3: under `zero.Init` parameters are flat and empty when roles are assigned."""
     sections = merge({"model": {"tied_embeddings": False}}, stage_of(stage))
@@ -328,7 +328,7 @@ def guarded_run(data: str, folder: str, stage: int) -> tuple[list[dict], list[fl
         zero.ZeroEngine.update, zero.ZeroEngine.backward = original, backward
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_guarded_step_leaves_the_state_untouched(pool, data, tmp_path, stage):
     """F12."""
     for lines, sums in pool(2).run(guarded_run, data, str(tmp_path), stage, timeout=60):
@@ -339,7 +339,7 @@ def test_a_guarded_step_leaves_the_state_untouched(pool, data, tmp_path, stage):
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize("rule", ["orscale_lm", "muonh"])
+@pytest.mark.parametrize("rule", ["orscale_lm", pytest.param("muonh", marks=pytest.mark.slow)])
 def test_a_run_moves_between_engines(pool, data, tmp_path, rule):
     """F15: ZeRO-3 on 2 → one native process → ZeRO-1 on 3 → FSDP2 on 2 → ZeRO-2 on 2."""
     every = {"checkpoint": {"every": 3}, "training": {"micro_batch": 4}}
@@ -370,7 +370,7 @@ def content(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-@pytest.mark.parametrize("rule", ["orscale_lm", "muonh"])
+@pytest.mark.parametrize("rule", ["orscale_lm", pytest.param("muonh", marks=pytest.mark.slow)])
 def test_weights_momentum_c_and_radius_survive_bitwise(pool, data, tmp_path, rule):
     run(config(data, rule, 2), str(tmp_path / "run"))
     first = content(tmp_path / "run" / "checkpoints")
@@ -385,7 +385,7 @@ def test_weights_momentum_c_and_radius_survive_bitwise(pool, data, tmp_path, rul
             assert torch.equal(found[name], value), name
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_ten_steps_equal_five_and_a_crash_and_five_bitwise(pool, data, tmp_path, stage):
     folder = str(tmp_path)
     for straight, resumed in pool(2).run(straight_and_resumed, data, folder, stage, timeout=100):
