@@ -126,7 +126,7 @@ def _cell(value: Any) -> Cell:
 def _environment(run: Path, warnings: list[str]) -> dict[str, Any]:
     try:
         found = json.loads((run / "environment.json").read_bytes())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError):
         warnings.append(f"{run.name}: environment.json is not readable: left out")
