@@ -88,7 +88,7 @@ class KubernetesConfig(Section):
     """With archscale in it."""
     claim: Text
     """Persistent volume claim that all pods can write; sweep directory and data lie on it."""
-    mount: Text = "/work"
+    mount: Text = "/shared"
     """Where the pods see it."""
     workdir: Text | None = None
     """Where they start, and what the paths of grid and data are relative to; null: `mount`."""

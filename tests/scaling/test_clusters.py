@@ -122,7 +122,7 @@ def test_kubernetes_gets_an_indexed_job(tmp_path, data, capsys, monkeypatch):
     assert container["resources"]["limits"] == {"cpu": "0.5", "memory": "1536Mi", "nvidia.com/gpu": "2"}
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     assert {"name": "shared", "persistentVolumeClaim": {"claimName": "shared"}} in pod["volumes"]
-    assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/work", "/dev/shm"]
+    assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/shared", "/dev/shm"]
     assert container["env"] == [{"name": "A", "value": "1"}]
     with pytest.raises(ConfigError, match=r"sweep directory is /elsewhere in the pods, .*kubernetes.mount"):
         write_kubernetes(Path("/elsewhere"), KubernetesConfig(**PODS), "g", [], 1, None, 0, 1)
