@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from archscale.errors import ArchscaleError, DataError
 from archscale.scaling.grid_config import FitConfig, GridConfig
+from archscale.scaling.launchers import events_of
 from archscale.scaling.sweep_results import collect
 from archscale.scaling.table import Cell, Table
 
@@ -87,20 +88,11 @@ def read_sweep(directory: Path) -> SweepRecord:
 def _failed(path: Path, runs: Mapping[str, Any]) -> dict[str, str]:
     """Runs whose last event is a failure that is not tried again."""
     found: dict[str, str] = {}
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return {}
-    for line in lines:
-        try:
-            event = json.loads(line)
-            what, run = event["event"], event.get("run")
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # cut short by a crash
-        if run not in runs:
+    for event in events_of(path):
+        if (run := event.get("run", "")) not in runs:
             continue
         found.pop(run, None)
-        if what == "failed" and not event.get("again"):
+        if event["event"] == "failed" and not event.get("again"):
             found[run] = str(event.get("reason") or "ended without success")
     return found
 

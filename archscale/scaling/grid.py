@@ -112,16 +112,17 @@ class Grid:
         refine = self.content.refine
         if refine is None:
             return []
-        losses: dict[str, dict[Any, list[float]]] = {}
-        known = self.runs()
-        for run in known:
+        losses: dict[str, dict[Any, list[float]]] = {}  # of each combination, by x
+        for run in self.runs():
+            found = losses.setdefault(self._others(run), {}).setdefault(run.values[refine.x], [])
             if math.isfinite(y.get(run.name, math.nan)):
-                losses.setdefault(self._others(run), {}).setdefault(run.values[refine.x], []).append(y[run.name])
+                found.append(y[run.name])
         windows = {}
         for others, by_x in losses.items():
-            values = sorted({run.values[refine.x] for run in known if self._others(run) == others}, key=as_number)
-            best = min(by_x, key=lambda x: sum(by_x[x]) / len(by_x[x]))
-            windows[others] = values[window(values.index(best), refine.points, len(values))]
+            values = sorted(by_x, key=as_number)
+            means = [sum(by_x[x]) / len(by_x[x]) if by_x[x] else math.inf for x in values]
+            if min(means) < math.inf:
+                windows[others] = values[window(means.index(min(means)), refine.points, len(values))]
         seeds = [seed for seed in refine.seeds if seed not in (self.content.seeds or [])]
         return [
             run

@@ -7,15 +7,16 @@ killed is, `retries` times, and resumes from its own checkpoints.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 POLL = 0.1  # seconds
 GRACE = 10.0  # seconds between asking a job to end and killing it
@@ -68,6 +69,19 @@ class Event(NamedTuple):
 
 Launcher = Callable[[Sequence[Job], Callable[[Event], None], Callable[[], None]], dict[str, str]]
 """Runs jobs as `run_local` does: jobs, what is told of events, what is called all the time; reasons of what failed, by name."""
+
+
+def events_of(path: Path) -> Iterator[dict[str, Any]]:
+    """What sweep.jsonl tells; lines that a crash cut short, and a file that is not there, tell nothing."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and isinstance(event.get("event"), str):
+                yield event
 
 
 @dataclass

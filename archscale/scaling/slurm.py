@@ -7,7 +7,6 @@ is queued, what trains and what has ended meanwhile. Nothing here needs Slurm's 
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 
 from archscale.errors import ConfigError
 from archscale.scaling.cluster_config import SlurmConfig
-from archscale.scaling.launchers import Event, Job
+from archscale.scaling.launchers import Event, Job, events_of
 from archscale.scaling.slurm_task import Again, Task, words
 
 POLL = 0.5  # seconds between looks at what tasks have written
@@ -301,33 +300,28 @@ def unseen(directory: Path, finished: Iterable[str]) -> list[Event]:
 
 def _history(directory: Path, jobs: Mapping[str, Job]) -> _History:
     found = _History(set(), {}, {}, {})
-    with open(directory / "sweep.jsonl", encoding="utf-8") as stream:
-        for text in stream:
-            try:
-                line = json.loads(text)
-                event, name = line["event"], line.get("run", "")
-            except (ValueError, KeyError):  # cut short by a crash
-                continue
-            if event == "sweep" and not line.get("continued"):
-                found.attempts.clear()
-                found.failed.clear()
-            elif event == "submitted":
-                found.tasks.add(line["task"])
-                found.attempts.pop(name, None)
-                found.failed.pop(name, None)
-                job = jobs.get(name) or Job(name, (), Path())
-                found.running[name] = _Running(job, line["attempt"], line["task"])
-            elif event == "started" and name in found.running:
-                found.running[name].starts += 1
-                found.running[name].trains = True
-            elif event == "requeued" and name in found.running:
-                found.running[name].trains = False
-            elif event in ("finished", "failed"):
-                found.running.pop(name, None)
-                if event == "failed" and line["again"]:
-                    found.attempts[name] = line["attempt"] + 1
-                elif event == "failed":
-                    found.failed[name] = line["reason"]
+    for line in events_of(directory / "sweep.jsonl"):
+        event, name = line["event"], line.get("run", "")
+        if event == "sweep" and not line.get("continued"):
+            found.attempts.clear()
+            found.failed.clear()
+        elif event == "submitted":
+            found.tasks.add(line["task"])
+            found.attempts.pop(name, None)
+            found.failed.pop(name, None)
+            job = jobs.get(name) or Job(name, (), Path())
+            found.running[name] = _Running(job, line["attempt"], line["task"])
+        elif event == "started" and name in found.running:
+            found.running[name].starts += 1
+            found.running[name].trains = True
+        elif event == "requeued" and name in found.running:
+            found.running[name].trains = False
+        elif event in ("finished", "failed"):
+            found.running.pop(name, None)
+            if event == "failed" and line["again"]:
+                found.attempts[name] = line["attempt"] + 1
+            elif event == "failed":
+                found.failed[name] = line["reason"]
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from archscale.scaling.devices import Device, find_device
 from archscale.scaling.fit_text import aligned
 from archscale.scaling.grid import Grid
-from archscale.scaling.launchers import Event
+from archscale.scaling.launchers import Event, events_of
 from archscale.scaling.plan_text import duration, size
 from archscale.train.preflight import this_device
 
@@ -94,14 +93,11 @@ def _measured(runs: Sequence[SweepRun], directory: Path) -> tuple[float, str]:
     """FLOP/s of the runs that this sweep has finished, and how to call that; 0 without any."""
     flops, seconds, count = 0.0, 0.0, 0
     by_name = {run.name: run.plan.figures["flops"]["executed"] for run in runs}
-    path = directory / "sweep.jsonl"
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        with contextlib.suppress(ValueError):
-            event = json.loads(line)
-            if event.get("event") == "finished" and event.get("attempt") == 1 and event.get("run") in by_name:
-                flops += by_name[event["run"]]
-                seconds += max(1.0, event["seconds"] - START)
-                count += 1
+    for event in events_of(directory / "sweep.jsonl"):
+        if event["event"] == "finished" and event.get("attempt") == 1 and event.get("run") in by_name:
+            flops += by_name[event["run"]]
+            seconds += max(1.0, event["seconds"] - START)
+            count += 1
     speed = flops / seconds if count else 0.0
     return speed, f"the {speed / 1e12:.3g} TFLOP/s of the {count} runs it has finished"
 

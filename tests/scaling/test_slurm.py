@@ -11,17 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from archscale.errors import ConfigError, TrainingError
 from archscale.scaling import slurm as launcher
 from archscale.scaling.cluster_config import SlurmConfig
 from archscale.scaling.slurm import LeftToSlurm, SlurmLauncher
-from archscale.train.sweep import How, plan_runs, read_grid, sweep
+from archscale.train.sweep import How, sweep
 from tests.commands import ROOT
 from tests.slurm import Sweep, cluster, missing
-from tests.train.test_sweep import LR, events, grid
-from tests.train.tiny import run, tiny_data
+from tests.train.test_sweep import LR, events, grid, train_alone
+from tests.train.tiny import tiny_data
 
 SETTINGS = SlurmConfig(hours=0.5)
 
@@ -226,12 +225,7 @@ def data(tmp_path_factory):
 
 def alone(path, folder):
     """results.csv of the grid with all runs trained in this process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a sweep gives its runs: sums are the same
-    for one in plan_runs(read_grid(path), folder):
-        run(one.plan.config, str(one.directory))
-    torch.set_num_threads(threads)
-    sweep(path, sweep_dir=folder)
+    train_alone(path, folder)
     return (folder / "results.csv").read_text()
 
 

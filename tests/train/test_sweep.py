@@ -56,6 +56,16 @@ def pretend_run(one, loss):
     (one.directory / "metrics.jsonl").write_text(json.dumps(line) + "\n")
 
 
+def train_alone(path, directory):
+    """The sweep with all runs trained in this process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as a sweep gives its runs: sums are the same
+    for one in plan_runs(read_grid(path), directory):
+        run(one.plan.config, str(one.directory))
+    torch.set_num_threads(threads)
+    sweep(path, sweep_dir=directory)
+
+
 def bowl(made) -> float:
     return 2.0 + 0.1 * math.log(made.parameterization.base.lr / (0.32 / made.model.width)) ** 2
 
@@ -379,12 +389,7 @@ def test_killed_with_9_and_started_again(tmp_path, data):
     """Two runs; the one left alone trains in this process, and a third cannot start."""
     path = grid(tmp_path, data, steps=20, every=4, axes={LR: [0.002, 0.01]})
     alone, killed = tmp_path / "alone", tmp_path / "killed"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as a sweep gives its runs: sums are the same
-    for one in plan_runs(read_grid(path), alone):
-        run(one.plan.config, str(one.directory))
-    torch.set_num_threads(threads)
-    sweep(path, sweep_dir=alone)
+    train_alone(path, alone)
     command = ["sweep", str(path), "--sweep-dir", str(killed), "--jobs", "3"]
     kill_sweep(command, tmp_path, lambda: list(killed.glob("lr*/checkpoints/step_*")))
     assert not (killed / "results.csv").exists()
