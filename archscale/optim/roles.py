@@ -4,12 +4,14 @@ A module declares its own parameters in a plain attribute:
 
     self.parameter_roles = {"weight": {"role": "matrix", "blocks": [("q", 512), ("k", 128), ("v", 128)]}}
 
-Roles: `matrix` (whole-matrix rule), `embedding`, `head`, `vector`. Every parameter is claimed exactly once; a tied weight
+Roles: `matrix` (whole-matrix rule), `embedding`, `head`, `vector`. A matrix role of more than two dimensions says what it
+is: `"view": "stack"` (E, m, n) or `"flatten"` (m, …). Every parameter is claimed exactly once; a tied weight
 follows the module that comes first (the embedding). A parameter that nobody claims is an error.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from archscale.errors import ConfigError
+from archscale.optim.shards import VIEWS
 
 ROLES = ("matrix", "embedding", "head", "vector")
 
@@ -30,6 +33,7 @@ class ParameterRole:
     shape: tuple[int, ...]
     blocks: tuple[tuple[str, int], ...]
     parameter: nn.Parameter
+    view: str | None = None
 
 
 def assign_roles(model: nn.Module) -> list[ParameterRole]:
@@ -60,7 +64,7 @@ def assign_roles(model: nn.Module) -> list[ParameterRole]:
                 raise ConfigError(f"unknown role {role!r}", name, f"use one of {', '.join(ROLES)}")
             # ZeRO-3 leaves an empty tensor in the parameter's place, and the shape beside it.
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            claimed[id(parameter)] = ParameterRole(name, role, shape, blocks, parameter)
+            claimed[id(parameter)] = ParameterRole(name, role, shape, blocks, parameter, roles[key].get("view"))
     return list(claimed.values())
 
 
@@ -72,20 +76,21 @@ def clean_name(name: str) -> str:
 def parameter_groups(
     roles: list[ParameterRole], options: Mapping[str, dict[str, Any]], per_head: int | None = None
 ) -> list[dict[str, Any]]:
-    """Parameter groups for `MatrixOptimizer`, one per role that occurs; each carries its role under the key `role`.
+    """Parameter groups for `MatrixOptimizer`, one per role and view that occur; each carries its role under the key `role`.
 
     Args:
         options: by role, what its group holds (`rule`, `lr`, …).
         per_head: rows of one attention head: splits the blocks q, k and v into heads.
     """
     groups = []
-    for role in ROLES:
-        rows = [row for row in roles if row.role == role]
+    for role, view in itertools.product(ROLES, (None, *VIEWS)):
+        rows = [row for row in roles if (row.role, row.view) == (role, view)]
         if rows:
             groups.append(
                 {
                     **options[role],
                     "role": role,
+                    "view": view,
                     "params": [(row.name, row.parameter) for row in rows],
                     "blocks": [list(_per_head(row.blocks, per_head)) or None for row in rows],
                 }
