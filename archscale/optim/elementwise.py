@@ -15,6 +15,7 @@ def adam_direction_(
 ) -> None:
     """U = m̂ / (√v̂ + ε), bias-corrected (Kingma and Ba 2017). `step` is 1 on the first call; float32 scalar."""
     beta1, beta2 = betas
+    step = step.to(exp_avg_sq.dtype)  # float64 weights get a correction in float64
     exp_avg.lerp_(grad.to(exp_avg.dtype), 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = exp_avg_sq.sqrt().div_((1 - beta2**step).sqrt()).add_(eps)

@@ -713,7 +713,7 @@ class MatrixOptimizer(Described, torch.optim.Optimizer):
             "adam": {"exp_avg": options["betas"][0], "exp_avg_sq": options["betas"][1]},
         }[group.rule.direction]
         for key, factor in factors.items():
-            local_tensor(state[key]).mul_(torch.where(seen, factor, 1.0))
+            local_tensor(state[key]).mul_(1 - (1 - factor) * seen.to(self._dtype))
         if group.rule.direction == "adam":
             state["step"].add_(seen)
 
