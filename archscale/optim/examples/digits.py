@@ -17,9 +17,9 @@ class ConvNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            *(nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()),
-            *(nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.BatchNorm2d(32), nn.ReLU()),
-            *(nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.BatchNorm2d(64), nn.ReLU()),
+            *(nn.Conv2d(1, 16, 3, padding=1), nn.GroupNorm(4, 16), nn.ReLU()),
+            *(nn.Conv2d(16, 32, 3, padding=1, stride=2), nn.GroupNorm(4, 32), nn.ReLU()),
+            *(nn.Conv2d(32, 64, 3, padding=1, stride=2), nn.GroupNorm(4, 64), nn.ReLU()),
             *(nn.Flatten(), nn.Linear(256, 64), nn.ReLU()),
         )
         self.head = nn.Linear(64, 10)
@@ -37,9 +37,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[:TRAINING], y[:TRAINING], x[TRAINING:], y[TRAINING:]
 
 
-def batches(
-    epochs: int, size: int = 100, rank: int = 0, ranks: int = 1
-) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(epochs: int, size: int = 100, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
     """Shuffled batches of `size` images, of which each rank gets an equal part."""
     x, y, _, _ = digits()
     for epoch in range(epochs):
@@ -52,7 +50,8 @@ def batches(
 @torch.no_grad()
 def accuracy(model: nn.Module) -> float:
     """Share of held-out images that are classified rightly."""
-    _, _, x, y = digits()
+    device = next(model.parameters()).device
+    _, _, x, y = (tensor.to(device) for tensor in digits())
     model.eval()
     right = (model(x).argmax(1) == y).float().mean().item()
     model.train()
