@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import math
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,42 +178,106 @@ def shard_rows(tensor: Tensor) -> Tensor:
     return distribute_tensor(tensor, mesh, [Shard(0)], src_data_rank=None)
 
 
-def local_interval(tensor: Tensor) -> tuple[int, int]:
-    """[lo, hi) of the row-major flattened whole tensor that this rank stores.
+@dataclass(frozen=True)
+class Piece:
+    """Equally spaced runs of a row-major flattened tensor: `count` runs of `length` elements, the
+    first at `start`, each `stride` after the one before. An interval is one run."""
 
-    A plain tensor is stored whole. FSDP2 chunks dim 0 by ceiling, so the last ranks can be short or empty. Where FSDP2
-    shards what expert parallelism has sharded before, its placement stands first and applies last (`_StridedShard`).
+    start: int
+    length: int
+    stride: int = 0
+    count: int = 1
+
+    @property
+    def numel(self) -> int:
+        return self.length * self.count
+
+
+def local_pieces(tensor: Tensor) -> list[Piece]:
+    """What this rank stores of the row-major flattened whole tensor, in the order in which it stores it.
+
+    A plain tensor is stored whole. A DTensor stores a box: its rows under `Shard(0)` (one interval), a
+    piece of each row under `Shard(1)` (equally spaced runs), both on a 2-D mesh. Dimensions are
+    chunked by ceiling, so the last ranks can be short or empty. Where FSDP2 shards a dimension that
+    tensor or expert parallelism has sharded before, its placement stands first and applies last
+    (`_StridedShard`).
 
     Raises:
-        ValueError: a placement other than Replicate, Shard(0), or FSDP2's on top of Shard(0).
+        ValueError: a placement other than these and `Replicate`.
     """
+    shape = tuple(tensor.shape)
     if not isinstance(tensor, DTensor):
-        return 0, tensor.numel()
-    rows, mesh = tensor.shape[0], tensor.device_mesh
-    coordinate = mesh.get_coordinate()  # not the rank in a group, which a permuted mesh orders otherwise
+        return [Piece(0, tensor.numel())] if tensor.numel() else []
+    coordinate = tensor.device_mesh.get_coordinate()  # a permuted mesh orders ranks otherwise
     if coordinate is None:
-        return 0, 0
-    first: list[int] = []  # mesh dimensions in the order in which they cut
-    then: list[int] = []
-    for dim, placement in enumerate(tensor.placements):
-        inner = [d for d in range(dim + 1, mesh.ndim) if type(tensor.placements[d]) is Shard]
-        if type(placement) is Shard and placement.dim == 0:
-            first.append(dim)
-        elif (
-            isinstance(placement, _StridedShard)
-            and placement.dim == 0
-            and placement.split_factor == math.prod(mesh.size(d) for d in inner)
-        ):
-            then.append(dim)
+        return []
+    box = [(0, size) for size in shape]
+    for mesh_dim in _cutting_order(tensor):
+        placement: Any = tensor.placements[mesh_dim]
+        dim, ways = placement.dim, tensor.device_mesh.size(mesh_dim)
+        low, high = box[dim]
+        chunk = -(-(high - low) // ways)
+        start = min(low + chunk * coordinate[mesh_dim], high)
+        box[dim] = start, min(start + chunk, high)
+    return box_pieces(shape, box)
+
+
+def _cutting_order(tensor: DTensor) -> list[int]:
+    """Mesh dimensions that shard the tensor, in the order in which they cut it."""
+    mesh = tensor.device_mesh
+    placements: tuple[Any, ...] = tensor.placements
+    plain, last = [], []
+    for mesh_dim, placement in enumerate(placements):
+        if type(placement) is Shard:
+            plain.append(mesh_dim)
+        elif isinstance(placement, _StridedShard):
+            inner = [
+                mesh.size(d)
+                for d in range(mesh_dim + 1, mesh.ndim)
+                if type(placements[d]) is Shard and placements[d].dim == placement.dim
+            ]
+            if placement.split_factor != math.prod(inner):
+                raise ValueError(f"placement {placement} is not one that FSDP2 makes")
+            last.append(mesh_dim)
         elif not isinstance(placement, Replicate):
-            raise ValueError(f"placement {placement} is not supported: only Replicate and Shard(0)")
-    lo, hi = 0, rows
-    for dim in first + then:
-        chunk = -(-(hi - lo) // mesh.size(dim))
-        start = min(lo + chunk * coordinate[dim], hi)
-        lo, hi = start, min(start + chunk, hi)
-    row = tensor.numel() // rows if rows else 0
-    return lo * row, hi * row
+            raise ValueError(f"placement {placement} is not supported: use Replicate and Shard")
+    return plain + last
+
+
+def box_pieces(shape: Sequence[int], box: Sequence[tuple[int, int]]) -> list[Piece]:
+    """The box [low, high) by dimension of a row-major flattened `shape`; nothing where it is empty."""
+    if any(low >= high for low, high in box):
+        return []
+    cut = [d for d, size in enumerate(shape) if box[d] != (0, size)]
+    if not cut:
+        return [Piece(0, math.prod(shape))]
+    sizes = [math.prod(shape[d + 1 :]) for d in range(len(shape))]  # elements of one index of dimension d
+    inner, outer = cut[-1], cut[-2] if len(cut) > 1 else None
+    length, stride = (box[inner][1] - box[inner][0]) * sizes[inner], shape[inner] * sizes[inner]
+    start = box[inner][0] * sizes[inner]
+    if outer is None:
+        return [Piece(start, length, stride, math.prod(shape[:inner]))]
+    low, high = box[outer]
+    count = (high - low) * math.prod(shape[outer + 1 : inner])
+    before = itertools.product(*(range(*box[d]) for d in range(outer)))  # each is a piece of its own
+    return [
+        Piece(start + low * sizes[outer] + sum(i * sizes[d] for d, i in enumerate(index)), length, stride, count)
+        for index in before
+    ]
+
+
+def local_interval(tensor: Tensor) -> tuple[int, int]:
+    """[lo, hi) of the row-major flattened whole tensor, where this rank stores one interval of it.
+
+    Raises:
+        ValueError: it stores pieces of rows.
+    """
+    pieces = local_pieces(tensor)
+    if not pieces:
+        return 0, 0
+    if len(pieces) > 1 or pieces[0].count > 1:
+        raise ValueError("it is sharded within its rows: use Replicate and Shard(0)")
+    return pieces[0].start, pieces[0].start + pieces[0].length
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Building blocks that declare the role and the initialization of their own parameters.
 
-`parameter_roles` maps a parameter's key to a plain dict: `role` (matrix, embedding, head, vector), `blocks` of a fused
+`parameter_roles` maps a parameter's key to a plain dict: `role` (matrix, embedding, head, vector), `view` of more than two
+dimensions, `blocks` of a fused
 projection, and `init`, a pair (distribution, scale). The optimizer and the initializer read it; see `optim.roles`.
 
 Weights are stored in float32 and cast to the activations' dtype where they are used.

@@ -62,7 +62,7 @@ class ExpertProjection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, fan_out, fan_in))
         init = ("uniform", 1 / math.sqrt(fan_in))
-        self.parameter_roles = {"weight": {"role": "matrix", "blocks": blocks, "init": init}}
+        self.parameter_roles = {"weight": {"role": "matrix", "view": "stack", "blocks": blocks, "init": init}}
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         return grouped_linear(x, held_here(self.weight).to(x.dtype), ends)

@@ -2,31 +2,87 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from archscale.distributed import local_interval, local_tensor
+from archscale.distributed import Piece, local_pieces, local_tensor
 from archscale.optim.orthogonalize import SCHEMES
 from archscale.optim.rules import Rule, check_clip, get_rule
+from archscale.optim.shards import VIEWS
+
+REPLACED = (
+    "whatever put others in their place (DeepSpeed does, with flat partitions) has to keep each parameter's shape: use "
+    "fully_shard or DDP, `archscale train` with parallel.engine=deepspeed, or an optimizer with `fragments`"
+)
+DTYPE_OPTIONS = ("compute_dtype", "wire_dtype", "momentum_dtype")
 
 
-def parameter_names(groups: Sequence[Mapping[str, Any]]) -> list[str]:
-    names: list[str] = []
-    for group in groups:
-        own = group.get("param_names") or [f"parameter {len(names) + i}" for i in range(len(group["params"]))]
-        names += own
-    return names
+@contextlib.contextmanager
+def in_group(number: int) -> Iterator[None]:
+    """Errors within say which parameter group they are about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"parameter group {number}: {error}") from None
 
 
-def check_distinct(names: Sequence[str], params: Sequence[Tensor]) -> None:
+def named(params: Sequence[Any], first: int) -> list[tuple[str, Tensor]]:
+    """(name, parameter) of a group's parameters; those without a name are called by their number."""
+    return [p if isinstance(p, tuple) else (f"parameter {first + i}", p) for i, p in enumerate(params)]
+
+
+def check_distinct(params: Sequence[tuple[str, Tensor]]) -> None:
     seen: dict[int, str] = {}
-    for name, p in zip(names, params):
+    for name, p in params:
         if id(p) in seen:
-            raise ValueError(f"parameter {seen[id(p)]!r} is given twice: list every parameter once")
+            raise ValueError(
+                f"parameter {seen[id(p)]!r} is given twice{'' if seen[id(p)] == name else f', also as {name!r}'}: list "
+                "every parameter once"
+            )
         seen[id(p)] = name
+
+
+def check_unchanged(specs: Sequence[Any], params: Sequence[Tensor]) -> None:
+    """Parameters that stand where others stood when the optimizer was built."""
+    for spec, p in zip(specs, params):
+        shape = tuple(p.shape)
+        if (spec.start is None and shape != spec.shape) or (spec.start is not None and p.ndim != 1):
+            raise ValueError(
+                f"parameter {spec.name!r} had shape {spec.shape} when the optimizer was built, and one of shape {shape} has "
+                f"taken its place; {REPLACED}"
+            )
+    if len(specs) != len(params):
+        name = specs[min(len(params), len(specs) - 1)].name if specs else ""
+        raise ValueError(
+            f"parameter {name!r}: its group had {len(specs)} parameters when the optimizer was built and has {len(params)} "
+            f"now; {REPLACED}"
+        )
+
+
+def check_same_everywhere(descriptions: Sequence[Sequence[tuple]]) -> None:
+    """What every rank of a process group was given: (name, shape, …) by parameter."""
+    first = descriptions[0]
+    for rank, other in enumerate(descriptions):
+        for place in range(max(len(first), len(other))):
+            mine, yours = (d[place] if place < len(d) else None for d in (first, other))
+            if mine != yours:
+                here, there = (_describe(d) for d in (mine, yours))
+                if here == there:  # they differ in something else
+                    here, there = f"{here}, {mine}", f"{there}, {yours}"
+                raise ValueError(
+                    f"the ranks have different parameters: number {place} is {here} on rank 0, {there} on rank {rank}: build "
+                    "the same model and optimizer, in the same order, on every rank"
+                )
+
+
+def _describe(parameter: tuple | None) -> str:
+    return f"{parameter[0]!r} {parameter[1]} under rule {parameter[2][0]!r}" if parameter else "no parameter"
 
 
 def check_parameter(name: str, p: Tensor, fragment: tuple[Sequence[int], int] | None = None) -> None:
@@ -44,13 +100,16 @@ def check_parameter(name: str, p: Tensor, fragment: tuple[Sequence[int], int] | 
     if not local_tensor(p).is_contiguous():
         raise ValueError(f"parameter {name!r} is not contiguous: store it row-major, for example with .contiguous()")
     try:
-        local_interval(p)
+        local_pieces(p)
     except ValueError as error:
         raise ValueError(f"parameter {name!r}: {error}") from None
 
 
-def check_options(options: dict[str, Any]) -> Rule:
-    """Validate one parameter group; leaves the rule's name in it, so that a state dict holds plain data."""
+def checked_options(options: dict[str, Any]) -> Rule:
+    """Validate one parameter group; leaves plain data in it, for a state dict: names in place of the rule and of dtypes."""
+    for key in DTYPE_OPTIONS:
+        if isinstance(options[key], torch.dtype):
+            options[key] = str(options[key]).removeprefix("torch.")
     rule = get_rule(options["rule"])
     options["rule"] = rule.name
     for key in ("lr", "weight_decay", "eps"):
@@ -63,21 +122,33 @@ def check_options(options: dict[str, Any]) -> Rule:
         raise ValueError(f"rule {rule.name!r} has no trust ratio to clip: leave clip at None")
     if options["orthogonalizer"] not in SCHEMES:
         raise ValueError(f"unknown orthogonalizer {options['orthogonalizer']!r}; one of {', '.join(SCHEMES)}")
+    if options["view"] is not None and options["view"] not in VIEWS:
+        raise ValueError(f"unknown view {options['view']!r}; one of {', '.join(VIEWS)}")
     if rule.sphere and options["weight_decay"]:
         raise ValueError(f"weight decay is a no-op on the sphere (rule {rule.name!r}): set weight_decay=0")
     return rule
 
 
-def load_state(name: str, rule: str, saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    if saved.keys() != own.keys():
+def load_value(name: str, key: str, value: Any, own: Tensor, pieces: Sequence[Piece]) -> None:
+    """Fill one entry of a parameter's state.
+
+    Args:
+        value: of the shape of `own`, on any device and in any dtype; a whole tensor where `own` is a DTensor.
+        pieces: of the parameter, which this rank holds.
+    """
+    value = torch.as_tensor(value)
+    if value.shape != own.shape:
         raise ValueError(
-            f"parameter {name!r}: the state dict has {sorted(saved)}, rule {rule!r} needs {sorted(own)}: "
-            "load a state saved with the same rule"
+            f"parameter {name!r}: saved {key} has shape {tuple(value.shape)}, not {tuple(own.shape)}: "
+            "load the state of the same model"
         )
-    for key, value in saved.items():
-        if value.shape != own[key].shape:
-            raise ValueError(
-                f"parameter {name!r}: saved {key} has shape {tuple(value.shape)}, not {tuple(own[key].shape)}: "
-                "load the state of the same model"
-            )
-        own[key].copy_(value)
+    if isinstance(own, DTensor) and isinstance(value, DTensor) and value.placements != own.placements:
+        value = value.redistribute(placements=own.placements)
+    if isinstance(own, DTensor) and not isinstance(value, DTensor):
+        flat, local, at = value.contiguous().view(-1), local_tensor(own).view(-1), 0
+        for piece in pieces:
+            run = flat[piece.start :].as_strided((piece.count, piece.length), (piece.stride, 1))
+            local[at : at + piece.numel].copy_(run.reshape(-1))
+            at += piece.numel
+    else:
+        local_tensor(own).copy_(local_tensor(value))

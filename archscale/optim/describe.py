@@ -2,20 +2,60 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from archscale.distributed import Fragment, local_tensor
-from archscale.optim.exchange import Exchange
+from archscale.distributed import Fragment, Piece, local_tensor
+from archscale.optim.exchange import Block, Exchange, Run
 from archscale.optim.rules import Rule, Step
-from archscale.optim.shards import Interval, MatrixView
+from archscale.optim.shards import MatrixView, matrix_views
 
 if TYPE_CHECKING:
     from archscale.optim.engine import MatrixOptimizer
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """What the optimizer was told of a parameter and cannot read off the tensor.
+
+    Attributes:
+        shape: of the whole parameter.
+        start: where a 1-D tensor that holds a part of it begins in its row-major flattening; None: it is the parameter.
+        blocks: (name, rows) of the matrices of a fused projection.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int | None
+    blocks: Sequence[tuple[str, int]] | None
+
+    def views(self, param: int, view: str | None, orthogonal: bool) -> list[MatrixView]:
+        """Its matrices; for an elementwise rule whose step needs norms, one of all elements where it is no matrix."""
+        shape: tuple[int, ...] = self.shape
+        if not orthogonal and len(shape) != 2 and view is None:
+            shape = (math.prod(shape), 1)
+        return matrix_views(self.name, param, shape, self.blocks, view)
+
+
+@dataclass
+class StepPlan:
+    """What a step of some of the parameters exchanges and runs over.
+
+    Attributes:
+        members: the parameters.
+        exchanges: (exchange, its views, (scheme, compute dtype, wire dtype)).
+        taking_part: by view, (views,) bool on the device; None: all of them.
+    """
+
+    members: tuple[int, ...]
+    exchanges: list[tuple[Exchange, list[int], tuple]] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    taking_part: Tensor | None = None
 
 
 @dataclass
@@ -35,14 +75,16 @@ class Described:
 
     _params: list[Tensor]
     _names: list[str]
-    _shapes: list[tuple[int, ...]]
-    _intervals: list[list[list[Interval]]]
+    _specs: list[list[ParameterSpec]]
+    _pieces: list[list[list[Piece]]]
     _rank: int
     _views: list[MatrixView]
     _steps: list[tuple[Group, Step]]
     _radius: Tensor
     _watched: dict[str, Tensor]
-    _exchanges: list[tuple[Exchange, list[int], tuple]]
+    _plan: Callable[[tuple[int, ...]], StepPlan]
+    _groups: list[Group]
+    _synchronize: Callable[[], None]
     _indices: Callable[[Sequence[int]], Tensor]
     state: Any
 
@@ -57,10 +99,12 @@ class Described:
         columns: dict[str, list[Tensor]] = {}
         for group, step in self._steps:
             decay = group.options["lr"] * group.options["weight_decay"] if group.rule.decay != "none" else 0.0
+            radius = self._radius[group.views]
+            drift = torch.where(radius > 0, step.weight_norm / radius - 1, 0.0)  # no radius: never trained
             row = {
                 "trust_ratio": step.ratio, "clipped_ratio": step.clipped_ratio, "clipped": step.clipped, "bad": step.bad,
                 "calibration": step.calibration, "weight_norm": step.weight_norm, "relative_update": step.relative_update,
-                "norm_drift": step.weight_norm / self._radius[group.views] - 1, "effective_decay": decay * step.clipped_ratio,
+                "norm_drift": drift, "effective_decay": decay * step.clipped_ratio,
             }  # fmt: skip
             row |= {key: values[group.views] for key, values in self._watched.items()}
             for key, value in row.items():
@@ -70,33 +114,44 @@ class Described:
     def fragments(self) -> dict[str, dict[str, Fragment | Tensor]]:
         """The state by parameter name, in its own memory: a `Fragment` where it is laid out as the parameter, and tensors
         that every rank has alike (c and R of each of its matrices, Adam's step count)."""
-        places = zip(self._names, self._shapes, self._intervals[self._rank], self._params)
-        return {
-            name: {
-                key: value if key in ("calibration", "radius", "step") else Fragment(shape, lo, local_tensor(value).view(-1))
-                for key, value in self.state[p].items()
+        self._synchronize()
+        specs = [spec for group in self._specs for spec in group]
+        fragments: dict[str, dict[str, Fragment | Tensor]] = {}
+        for spec, pieces, p in zip(specs, self._pieces[self._rank], self._params):
+            assert sum(piece.count for piece in pieces) < 2, f"{spec.name} is no fragment"
+            start = pieces[0].start if pieces else 0
+            fragments[spec.name] = {
+                key: value
+                if key in ("calibration", "radius", "step")
+                else Fragment(spec.shape, start, local_tensor(value).view(-1))
+                for key, value in self.state.get(p, {}).items()
             }
-            for name, shape, [(lo, _)], p in places
-        }  # fmt: skip
+        return fragments
 
     def views(self) -> list[tuple[str, str, int, int]]:
         """(parameter, matrix, rows, cols) of every matrix that a rule treats as a whole."""
+        self._synchronize()
         return [(self._names[view.param], view.name, view.rows, view.cols) for view in self._views]
 
     def bytes_sent(self) -> int:
         """Bytes that this rank sends to others in the exchanges of one step (the all-reduced scalars apart)."""
-        return sum(x.elements_sent * (wire or compute).itemsize for x, _, (_, compute, wire) in self._exchanges)
+        self._synchronize()
+        members = tuple(i for i, p in enumerate(self._params) if p.requires_grad or p.grad is not None)
+        return sum(x.elements_sent * wire.itemsize for x, _, (_, _, wire) in self._plan(members).exchanges)
 
     def matrix_names(self) -> list[str]:
         """Names of the matrices, in the order of `diagnostics()`."""
+        self._synchronize()
         return [view.name for view in self._views]
 
     def orthogonal(self) -> Tensor:
         """Numbers of the matrices that are orthogonalized, in the order of `diagnostics()`; int64."""
-        return self._indices(sorted(v for _, numbers, _ in self._exchanges for v in numbers))
+        self._synchronize()
+        orthogonal = (group.views for group in self._groups if group.rule.direction == "orthogonal")
+        return self._indices([v for views in orthogonal for v in range(views.start, views.stop)])
 
 
-def measure_gradients(optimizer: MatrixOptimizer, grads: list[Tensor]) -> dict[str, Tensor]:
+def measure_gradients(optimizer: MatrixOptimizer, plan: StepPlan, grads: dict[int, Tensor]) -> dict[str, Tensor]:
     """The optimizer's watch on whole gradients, by `gradient_<key>` for each matrix: one more exchange, of gradients.
 
     Args:
@@ -104,13 +159,21 @@ def measure_gradients(optimizer: MatrixOptimizer, grads: list[Tensor]) -> dict[s
     """
     watch = optimizer.watch
     assert watch is not None
-    found = torch.zeros(len(watch.gradients), len(optimizer._views), device=grads[0].device, dtype=optimizer._dtype)
-    for exchange, numbers, (_, compute, wire) in optimizer._exchanges:
+    measured = torch.zeros(
+        len(watch.gradients), len(optimizer._views), device=optimizer._device, dtype=optimizer._dtype
+    )
+
+    def read(param: int, block: Block, out: Tensor) -> None:
+        out.copy_(block.of(grads[param]))
+
+    for exchange, numbers, (_, _, wire) in plan.exchanges:
         # Called within this iteration only, so the loop's variables are the right ones.
         def measure(stack: Tensor, views: list[int]) -> None:
-            found[:, optimizer._indices([numbers[v] for v in views])] = watch.of_gradient(stack).to(found.dtype)  # noqa: B023
+            owned = optimizer._indices([numbers[v] for v in views])  # noqa: B023
+            measured[:, owned] = watch.of_gradient(stack).to(measured.dtype)
 
         params = {optimizer._views[v].param for v in numbers}
-        back = {i: torch.empty_like(grads[i]) for i in params}  # what the exchange would return; nobody reads it
-        exchange.run({i: grads[i] for i in params}, back, dict.fromkeys(params, 0.0), measure, wire or compute)
-    return {f"gradient_{key}": row for key, row in zip(watch.gradients, optimizer._all_reduce(found))}
+        returned = {i: torch.empty_like(grads[i]) for i in params}  # what the exchange brings back; nobody reads it
+        if params:
+            exchange.run(read, returned, measure, wire)
+    return {f"gradient_{key}": row for key, row in zip(watch.gradients, optimizer._all_reduce(measured))}

@@ -9,17 +9,37 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from archscale.distributed import all_to_all
-from archscale.optim.shards import Batch, ExchangePlan, Interval
+from archscale.distributed import Piece, all_to_all
+from archscale.optim.shards import Batch, ExchangePlan, Segment, held_rectangles
 
-# A copy of one contiguous run: (what, offset in it, offset in the other buffer, length). `what` numbers a parameter when
-# the run is part of a local shard, and is 0 when it is part of a stage.
-Move = tuple[int, int, int, int]
+
+class Block(NamedTuple):
+    """`rows` × `cols` elements of a flat buffer; rows begin `stride` elements apart."""
+
+    offset: int
+    rows: int
+    cols: int
+    stride: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """(rows, cols), or (cols,) where it is one row, in the buffer's memory."""
+        if self.rows == 1:
+            return flat[self.offset : self.offset + self.cols]
+        return flat[self.offset :].as_strided((self.rows, self.cols), (self.stride, 1))
+
+
+class Move(NamedTuple):
+    """A copy between a block of a local shard (of parameter `param`) or of the stage, and one of the
+    wire or the stage."""
+
+    param: int  # 0 where `here` lies in the stage
+    here: Block
+    there: Block
 
 
 @dataclass
@@ -28,12 +48,12 @@ class _Route:
 
     stacks: list[tuple[int, int, int, list[int]]] = field(default_factory=list)  # (stage offset, rows, cols, views)
     stage: int = 0  # elements of whole matrices owned here
-    stay: list[Move] = field(default_factory=list)  # (param, local, stage): momentum owned where it is held
-    pack: list[Move] = field(default_factory=list)  # (param, local, wire): momentum to other owners
-    assemble: list[Move] = field(default_factory=list)  # (0, stage, wire): momentum from other holders
-    return_stay: list[Move] = field(default_factory=list)  # (param, local, stage): directions held where they are owned
-    scatter: list[Move] = field(default_factory=list)  # (0, stage, wire): directions to other holders
-    unpack: list[Move] = field(default_factory=list)  # (param, local, wire): directions from other owners
+    stay: list[Move] = field(default_factory=list)  # local, stage: momentum owned where it is held
+    pack: list[Move] = field(default_factory=list)  # local, wire: momentum to other owners
+    assemble: list[Move] = field(default_factory=list)  # stage, wire: momentum from other holders
+    return_stay: list[Move] = field(default_factory=list)  # local, stage: directions held where they are owned
+    scatter: list[Move] = field(default_factory=list)  # stage, wire: directions to other holders
+    unpack: list[Move] = field(default_factory=list)  # local, wire: directions from other owners
     sends: list[int] = field(default_factory=list)  # elements to each rank on the way in …
     receives: list[int] = field(default_factory=list)
     returns: list[int] = field(default_factory=list)  # … and on the way back; more than came in, with replicas
@@ -57,6 +77,10 @@ class Run:
     @property
     def views(self) -> slice:
         return slice(self.view, self.view + self.count)
+
+
+Read = Callable[[int, Block, Tensor], None]
+"""Writes what is to be orthogonalized of a block of a parameter's flat local tensor into a tensor of its shape."""
 
 
 class Watch(Protocol):
@@ -88,12 +112,13 @@ class Exchange:
 
     Args:
         plan: the same on every rank.
-        local: this rank's intervals by parameter, in the order in which its flat local tensor stores them.
+        local: this rank's pieces by parameter, in the order in which its flat local tensor stores them.
         rank, group: this rank in process group `group`.
     """
 
-    def __init__(self, plan: ExchangePlan, local: Sequence[Sequence[Interval]], rank: int, group: Any = None):
-        self.plan, self._local, self._rank, self._group = plan, local, rank, group
+    def __init__(self, plan: ExchangePlan, local: Sequence[Sequence[Piece]], rank: int, group: Any = None):
+        self.plan, self._rank, self._group = plan, rank, group
+        self._held = [held_rectangles(view, local[view.param]) for view in plan.views]
         self._routes = [self._route(batch) for batch in plan.batches]
 
     @property
@@ -103,63 +128,55 @@ class Exchange:
 
     def run(
         self,
-        momenta: dict[int, Tensor],
-        grads: dict[int, Tensor],
-        look_ahead: dict[int, float],
+        read: Read,
+        directions: dict[int, Tensor],
         orthogonalize_: Callable[[Tensor, list[int]], None],
         wire_dtype: torch.dtype,
     ) -> None:
-        """Overwrite `grads` with the directions of M̂ = μ M + G.
+        """Gather whole matrices with `read`, orthogonalize them, scatter the results into `directions`.
 
         Args:
-            momenta, grads: flat local tensors by parameter.
-            look_ahead: μ by parameter (0: M̂ = M).
+            directions: flat local tensors by parameter, overwritten. `read` may read from them: a
+                block is read before it is written.
             orthogonalize_: called on each owned stack (k, m, n) with its k view numbers; overwrites it.
             wire_dtype: of the whole matrices and of what travels.
         """
 
-        def look(param: int, lo: int, out: Tensor) -> None:
-            run = slice(lo, lo + out.numel())
-            if look_ahead[param]:
-                torch.add(grads[param][run], momenta[param][run], alpha=look_ahead[param], out=out)
-            else:
-                out.copy_(momenta[param][run])
-
         def send(route: _Route) -> tuple[Tensor, Any]:
             wire = torch.empty(sum(route.sends), dtype=wire_dtype, device=device)
-            for param, local, at, n in route.pack:
-                look(param, local, wire[at : at + n])
+            for param, local, at in route.pack:
+                read(param, local, at.of(wire))
             return all_to_all(wire, route.sends, route.receives, self._group)
 
         def receive(route: _Route, arriving: tuple[Tensor, Any]) -> Tensor:
             stage = torch.empty(route.stage, dtype=wire_dtype, device=device)
-            for param, local, at, n in route.stay:
-                look(param, local, stage[at : at + n])
+            for param, local, at in route.stay:
+                read(param, local, at.of(stage))
             wire, work = arriving
             work.wait()
-            for _, at, lo, n in route.assemble:
-                stage[at : at + n] = wire[lo : lo + n]
+            for _, at, there in route.assemble:
+                at.of(stage).copy_(there.of(wire))
             return stage
 
         def send_back(route: _Route, stage: Tensor) -> tuple[Tensor, Any]:
             wire = torch.empty(sum(route.returns), dtype=wire_dtype, device=device)
-            for _, at, lo, n in route.scatter:
-                wire[lo : lo + n] = stage[at : at + n]
+            for _, at, there in route.scatter:
+                there.of(wire).copy_(at.of(stage))
             arriving = all_to_all(wire, route.returns, route.restores, self._group)
-            for param, local, at, n in route.return_stay:
-                grads[param][local : local + n] = stage[at : at + n]
+            for param, local, at in route.return_stay:
+                local.of(directions[param]).copy_(at.of(stage))
             return arriving
 
         def receive_back(route: _Route, arriving: tuple[Tensor, Any]) -> None:
             wire, work = arriving
             work.wait()
-            for param, local, lo, n in route.unpack:
-                grads[param][local : local + n] = wire[lo : lo + n]
+            for param, local, there in route.unpack:
+                local.of(directions[param]).copy_(there.of(wire))
 
         routes = self._routes
         if not routes:
             return
-        device = next(iter(grads.values())).device
+        device = next(iter(directions.values())).device
         arriving = following = send(routes[0])
         returning: tuple[Tensor, Any] | None = None
         for i, route in enumerate(routes):
@@ -177,6 +194,36 @@ class Exchange:
 
     # ----------------------------------------------------------------------------------------------------------- plan
 
+    def runs(self, numbers: Sequence[int]) -> list[Run]:
+        """The pieces that this rank holds, for inner products and the update.
+
+        Args:
+            numbers: of the plan's views, in the optimizer's own count.
+        """
+        runs: list[Run] = []
+        for v, segments in enumerate(self.plan.segments):
+            pieces: list[tuple[int, int, bool]] = []  # (offset, length, counted) of this view
+            for segment in segments:
+                if self._rank not in segment.holders:
+                    continue
+                block, counted = self._local(segment), segment.source == self._rank
+                for row in range(block.rows):
+                    start = block.offset + row * block.stride
+                    if pieces and sum(pieces[-1][:2]) == start and pieces[-1][2] == counted:
+                        pieces[-1] = (pieces[-1][0], pieces[-1][1] + block.cols, counted)
+                    else:
+                        pieces.append((start, block.cols, counted))
+            for start, length, counted in pieces:
+                run = Run(self.plan.views[v].param, start, length, 1, numbers[v], counted)
+                if not (runs and _lengthen(runs[-1], run)):
+                    runs.append(run)
+        return runs
+
+    def _local(self, segment: Segment) -> Block:
+        """Where this rank stores a segment that it holds: one row where the segment is contiguous there."""
+        held = next(h for h in self._held[segment.view] if h.area.contains(segment.area))
+        return _block(held.locate(segment.area), segment, held.stride)
+
     def _route(self, batch: Batch) -> _Route:
         """Everything that this rank copies and sends for one batch."""
         plan, me = self.plan, self._rank
@@ -189,51 +236,67 @@ class Exchange:
             route.stacks[-1][3].append(v)
             place[v] = route.stage
             route.stage += view.numel
+
+        def staged(s: Segment) -> Block:
+            cols = plan.views[s.view].cols
+            return _block(place[s.view] + s.area.top * cols + s.area.left, s, cols)
+
         for other in range(plan.world):
-            inward, outward = plan.inbound(batch, me, other), plan.outbound(batch, other, me)
-            for s in inward if other == me else ():
-                _append(route.stay, self._held(s.view, s.lo), place[s.view] + s.lo, s.numel)
-            for s in outward if other == me else ():
-                _append(route.return_stay, self._held(s.view, s.lo), place[s.view] + s.lo, s.numel)
             if other == me:
-                inward, outward = [], []
-            from_other = plan.inbound(batch, other, me) if other != me else []
-            to_other = plan.outbound(batch, me, other) if other != me else []
-            for elements, runs, segments, held_here in (
+                for moves, segments in (
+                    (route.stay, plan.inbound(batch, me, me)),
+                    (route.return_stay, plan.outbound(batch, me, me)),
+                ):
+                    for s in segments:
+                        _append(moves, plan.views[s.view].param, self._local(s), staged(s))
+            inward, outward = plan.inbound(batch, me, other), plan.outbound(batch, other, me)
+            from_other, to_other = plan.inbound(batch, other, me), plan.outbound(batch, me, other)
+            for elements, moves, segments, held_here in (
                 (route.sends, route.pack, inward, True),
                 (route.restores, route.unpack, outward, True),
                 (route.receives, route.assemble, from_other, False),
                 (route.returns, route.scatter, to_other, False),
             ):
-                at = sum(elements)
-                for s in segments:
-                    _append(
-                        runs,
-                        self._held(s.view, s.lo) if held_here else (0, place[s.view] + s.lo),
-                        at,
-                        s.numel,
-                    )
+                at = begin = sum(elements)
+                for s in segments if other != me else ():
+                    param, here = (plan.views[s.view].param, self._local(s)) if held_here else (0, staged(s))
+                    _append(moves, param, here, _block(at, s, s.area.right - s.area.left))
                     at += s.numel
-                elements.append(at - sum(elements))
+                elements.append(at - begin)
         return route
 
-    def _held(self, view: int, lo: int) -> tuple[int, int]:
-        """(parameter, offset in this rank's flat local tensor) of element `lo` of a view."""
-        param = self.plan.views[view].param
-        position, stored = self.plan.views[view].offset + lo, 0
-        for start, end in self._local[param]:
-            if start <= position < end:
-                return param, stored + position - start
-            stored += end - start
-        raise AssertionError("a segment that this rank does not hold")
+
+def _block(offset: int, segment: Segment, stride: int) -> Block:
+    """A segment at `offset` of a buffer; one row where it is contiguous there."""
+    top, bottom, left, right = segment.area
+    if stride == right - left:
+        return Block(offset, 1, segment.numel, segment.numel)
+    return Block(offset, bottom - top, right - left, stride)
 
 
-def _append(moves: list[Move], here: tuple[int, int], there: int, n: int) -> None:
+def _append(moves: list[Move], param: int, here: Block, there: Block) -> None:
     """Append a move, or lengthen the last one where both sides go on contiguously."""
-    what, at = here
-    if moves:
-        last_what, last_at, last_there, last_n = moves[-1]
-        if last_what == what and last_at + last_n == at and last_there + last_n == there:
-            moves[-1] = (what, last_at, last_there, last_n + n)
+    if here.rows != there.rows:  # contiguous on one side only: rows on both
+        rows, cols = max(here[1:3], there[1:3])
+        here, there = (Block(b.offset, rows, cols, b.stride if b.rows == rows else cols) for b in (here, there))
+    if moves and here.rows == 1 and moves[-1].here.rows == 1 and moves[-1].param == param:
+        last = moves[-1]
+        count = last.here.cols
+        if last.here.offset + count == here.offset and last.there.offset + count == there.offset:
+            both = (Block(b.offset, 1, count + here.cols, count + here.cols) for b in last[1:])
+            moves[-1] = Move(param, *both)
             return
-    moves.append((what, at, there, n))
+    moves.append(Move(param, here, there))
+
+
+def _lengthen(last: Run, run: Run) -> bool:
+    """Take `run` into `last` where it is the same piece of the next matrix and lies behind it."""
+    if (last.param, last.length, last.counted, last.view + last.count) != (
+        run.param,
+        run.length,
+        run.counted,
+        run.view,
+    ) or last.lo + last.count * last.length != run.lo:
+        return False
+    last.count += 1
+    return True

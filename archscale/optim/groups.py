@@ -88,7 +88,9 @@ def matrix_groups(
     }
     rows = [claim.row for claim in claims.by_id.values()]
     types = {claim.row.name: claim.type_name for claim in claims.by_id.values()}
-    return ParameterGroups(parameter_groups(rows, options), types, claims.left_out, claims.tied)
+    blocks = {row.name: [block for block, _ in row.blocks] for row in rows}
+    groups = parameter_groups(rows, options)
+    return ParameterGroups(groups, types, blocks, claims.left_out, claims.tied)
 
 
 class ParameterGroups(list):
@@ -96,6 +98,7 @@ class ParameterGroups(list):
 
     Attributes:
         types: module type by parameter name.
+        blocks: names of the matrices in a fused parameter, by parameter name.
         left_out: names of integer parameters, which are in no group.
         tied: names of head weights that follow an embedding.
     """
@@ -104,23 +107,25 @@ class ParameterGroups(list):
         self,
         groups: Iterable[dict[str, Any]] = (),
         types: Mapping[str, str] | None = None,
+        blocks: Mapping[str, list[str]] | None = None,
         left_out: Sequence[str] = (),
         tied: Sequence[str] = (),
     ):
         super().__init__(groups)
-        self.types, self.left_out, self.tied = dict(types or {}), list(left_out), list(tied)
+        self.types, self.blocks = dict(types or {}), dict(blocks or {})
+        self.left_out, self.tied = list(left_out), list(tied)
 
     def __repr__(self) -> str:
         heads = [name for group in self if group["role"] == "head" for name, _ in _members(group)]
         heads += [f"{name} (tied: follows the embedding)" for name in self.tied]
         lines: dict[tuple[str, ...], list[tuple[str, int]]] = {}  # equal layers share a line
         for group in self:
-            for number, (name, p) in enumerate(_members(group)):
+            for name, p in _members(group):
                 shape = whole_shape(p)
                 row = (
                     group["role"],
                     str(getattr(group.get("rule"), "name", group.get("rule", "the optimizer's"))),
-                    _view_text(group, number, shape),
+                    _view_text(group, shape, self.blocks.get(name, [])),
                     " x ".join(map(str, shape)) or "scalar",
                     self.types.get(name, "-"),
                     "" if p.requires_grad else " (frozen)",
@@ -149,18 +154,16 @@ def _members(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
     return list(zip(group["param_names"], params))
 
 
-def _view_text(group: Mapping[str, Any], number: int, shape: Sequence[int]) -> str:
+def _view_text(group: Mapping[str, Any], shape: Sequence[int], blocks: Sequence[str]) -> str:
     if group["role"] != "matrix":
         return "elements"
-    blocks = (group.get("blocks") or {number: None})[number]
-    view = group.get("view")
-    rest = shape[1:] if view == "stack" else shape
-    size = f"{rest[0]} x {math.prod(rest[1:])}" + (" transposed" if group.get("transposed") else "")
-    text = f"{shape[0]} of {size}" if view == "stack" else size
-    if not blocks:
-        return text
-    names = [name for name, _ in blocks]
-    return f"{text}: {', '.join(names) if len(names) < 5 else f'{len(names)} blocks'}"
+    rest = shape[1:] if group.get("view") == "stack" else shape
+    text = f"{rest[0]} x {math.prod(rest[1:])}" + " transposed" * bool(group.get("transposed"))
+    if group.get("view") == "stack":
+        text = f"{shape[0]} of {text}"
+    if blocks:
+        text += ": " + (", ".join(blocks) if len(blocks) < 5 else f"{len(blocks)} blocks")
+    return text
 
 
 # ------------------------------------------------------------ claims

@@ -4,7 +4,8 @@ A module declares its own parameters in a plain attribute:
 
     self.parameter_roles = {"weight": {"role": "matrix", "blocks": [("q", 512), ("k", 128), ("v", 128)]}}
 
-Roles: `matrix` (whole-matrix rule), `embedding`, `head`, `vector`. Every parameter is claimed exactly once; a tied weight
+Roles: `matrix` (whole-matrix rule), `embedding`, `head`, `vector`. A matrix role of more than two dimensions says what it
+is: `"view": "stack"` (E, m, n) or `"flatten"` (m, …). Every parameter is claimed exactly once; a tied weight
 follows the module that comes first (the embedding). A parameter that nobody claims is an error.
 """
 
@@ -94,8 +95,8 @@ def parameter_groups(
             "role": role,
             "params": [(row.name, row.parameter) for row in rows],
             "blocks": [list(_per_head(row.blocks, per_head)) or None for row in rows],
-            **({"view": view} if view else {}),
-            **({"transposed": True} if transposed else {}),
+            "view": view,
+            "transposed": transposed,
         }
         for (role, view, transposed), rows in kinds.items()
     ]

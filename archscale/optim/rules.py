@@ -149,6 +149,7 @@ def step_coefficients(
     radius: Tensor,
     clip: tuple[float, float] | None,
     eps: float,
+    taking_part: Tensor | None = None,
 ) -> Step:
     """The update rule of REFERENCE 1 (OrScale eq. for D and r; HyperP's retraction), from three inner products.
 
@@ -160,6 +161,7 @@ def step_coefficients(
         calibration: c, (k,); 0 where a calibrated rule has not seen a non-zero direction yet.
         radius: R, (k,); read only on the sphere.
         clip: bounds in force (the rule's own unless overridden).
+        taking_part: (k,) bool: matrices that have a gradient; the others are left as they are. None: all have.
     """
     w, q, p, s = products.w, products.q, products.p, shape_factor
     bad = ~torch.isfinite(q) | (q < 0)
@@ -171,12 +173,16 @@ def step_coefficients(
     update_norm = (coupled**2 * w + 2 * coupled * s * p + s**2 * q).clamp(min=0).sqrt()
 
     frozen = bad
+    if taking_part is not None:
+        bad, frozen = bad & taking_part, bad | ~taking_part
     if rule.calibrated:
         denominator = update_norm if rule.ratio == "update" else q.sqrt()
         first = (calibration == 0) & (q > 0)
+        if taking_part is not None:
+            first = first & taking_part
         fresh = torch.where(weight_norm < eps, zero_calibration, weight_norm / denominator.clamp(min=1e-30))
         calibration = torch.where(first, fresh, calibration)
-        frozen = bad | (calibration == 0)  # before its calibration a matrix is neither updated nor decayed
+        frozen = frozen | (calibration == 0)  # before its calibration a matrix is neither updated nor decayed
 
     if rule.ratio is None:
         ratio = torch.ones_like(w)
@@ -189,6 +195,9 @@ def step_coefficients(
     clipped_ratio = ratio if clip is None else ratio.clamp(*clip)
     if clip is not None and clip[0] == 0:
         clipped_ratio = torch.where(weight_norm == 0, 1.0, clipped_ratio)  # LAMB: a zero weight can still move
+
+    if taking_part is not None:
+        ratio, clipped_ratio = (torch.where(taking_part, r, 1.0) for r in (ratio, clipped_ratio))
 
     keep = 1 - lr * decoupled - lr * clipped_ratio * coupled
     apply = lr * clipped_ratio * s

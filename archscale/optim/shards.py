@@ -1,23 +1,27 @@
-"""Every sharding is a set of intervals: who holds what of each matrix, who orthogonalizes it, what travels.
+"""Every sharding is a set of pieces: who holds what of each matrix, who orthogonalizes it, what travels.
 
-Whatever the engine (a whole DDP replica, FSDP2's dim-0 shard, an expert-parallel shard, a ZeRO partition that cuts a
-matrix anywhere), each rank holds contiguous intervals [lo, hi) of the row-major flattened parameter. Every matrix view
-(a row block of a fused projection, one expert of a stack) is itself contiguous there. From the intervals of all ranks
-one plan follows, the same on every rank, computed once and without communication.
+Whatever the engine (a whole DDP replica, FSDP2's rows, the columns of tensor parallelism, an expert-parallel shard, a ZeRO
+partition that cuts a matrix anywhere), each rank holds equally spaced runs of the row-major flattened parameter (`Piece`).
+Within a matrix they are rectangles. Every matrix view (a row block of a fused projection, one expert of a stack) is one
+interval of its parameter. From the pieces of all ranks one plan follows, the same on every rank, computed once and without
+communication.
 
-This file is pure Python on integers; `engine.py` executes the plan.
+This file is pure Python on integers; `exchange.py` executes the plan.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
-Interval = tuple[int, int]  # [lo, hi) of the row-major flattened parameter
+from archscale.distributed import Piece
+
 # Of whole matrices that a rank orthogonalizes at a time, or of the directions that it then sends: 64 MiB in bf16.
 MAX_BATCH_ELEMENTS = 1 << 25
+VIEWS = ("stack", "flatten")  # what a parameter of more than two dimensions can be
 
 
 @dataclass(frozen=True)
@@ -41,48 +45,138 @@ class MatrixView:
 
 
 def matrix_views(
-    name: str, param: int, shape: Sequence[int], blocks: Sequence[tuple[str, int]] | None = None
+    name: str,
+    param: int,
+    shape: Sequence[int],
+    blocks: Sequence[tuple[str, int]] | None = None,
+    view: str | None = None,
 ) -> list[MatrixView]:
     """The matrices of one parameter.
 
     Args:
-        shape: (m, n), or (E, m, n) for a stack, of the whole parameter.
+        shape: of the whole parameter: (m, n); (E, m, n) with `view` "stack"; (m, …) with "flatten".
         blocks: (block name, rows) of a fused projection, in storage order, of each matrix of a stack; they sum to m.
+        view: what a parameter of more than two dimensions is: a "stack" of matrices, or one matrix
+            with all but its first dimension flattened ("flatten"), as convolution kernels are.
 
     Raises:
-        ValueError: neither 2-D nor 3-D, or blocks that do not sum to the rows.
+        ValueError: a shape that is no matrix under `view`, or blocks that do not sum to the rows.
     """
-    if len(shape) not in (2, 3):
+    dimensions = tuple(shape)
+    if len(dimensions) < 2:
         raise ValueError(
-            f"parameter {name!r} has shape {tuple(shape)}; a matrix rule takes 2-D matrices or 3-D stacks: "
-            "put vectors in a group with rule='adamw'"
+            f"parameter {name!r} has shape {dimensions}; a matrix rule takes 2-D matrices: put vectors in a group with "
+            "rule='adamw', and where a wrapper has flattened a matrix use one that keeps its shape (fully_shard)"
         )
-    stack, m, n = (1, *shape) if len(shape) == 2 else tuple(shape)
+    if len(dimensions) > 2 and view not in VIEWS:
+        raise ValueError(
+            f"parameter {name!r} has shape {dimensions}; a matrix rule takes 2-D matrices: put it in a group with "
+            f"view='flatten' (a convolution kernel, one matrix of {dimensions[0]} rows), view='stack' ({dimensions[0]} "
+            "matrices) or rule='adamw'"
+        )
+    if len(dimensions) > 3 and view == "stack":
+        raise ValueError(
+            f"parameter {name!r} has shape {dimensions}; view='stack' takes (E, m, n): reshape it, or use view='flatten'"
+        )
+    stacked = view == "stack" and len(dimensions) == 3
+    stack, m = dimensions[:2] if stacked else (1, dimensions[0])
+    n = dimensions[2] if stacked else math.prod(dimensions[1:])
     blocks = blocks or [("", m)]
     if sum(rows for _, rows in blocks) != m:
         raise ValueError(f"parameter {name!r}: blocks {list(blocks)} do not sum to its {m} rows")
     views, offset = [], 0
     for e in range(stack):
         for block, rows in blocks:
-            suffix = (f"[{e}]" if len(shape) == 3 else "") + (f".{block}" if block else "")
+            suffix = (f"[{e}]" if stacked else "") + (f".{block}" if block else "")
             views.append(MatrixView(name + suffix, param, offset, rows, n))
             offset += rows * n
     return views
 
 
-@dataclass(frozen=True)
-class Segment:
-    """[lo, hi) of a view (flat, relative to the view), held by the same ranks throughout."""
+class Rectangle(NamedTuple):
+    """Rows [top, bottom) and columns [left, right) of a view."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def numel(self) -> int:
+        return (self.bottom - self.top) * (self.right - self.left)
+
+    def contains(self, other: Rectangle) -> bool:
+        return (
+            self.top <= other.top
+            and other.bottom <= self.bottom
+            and self.left <= other.left
+            and other.right <= self.right
+        )
+
+
+class Held(NamedTuple):
+    """A rectangle of a view that a rank holds, and where: its first element is element `offset` of the
+    rank's flat local tensor, each row `stride` elements after the one before."""
+
+    area: Rectangle
+    offset: int
+    stride: int
+
+    def locate(self, part: Rectangle) -> int:
+        """Where the first element of a rectangle within this one lies."""
+        return self.offset + (part.top - self.area.top) * self.stride + part.left - self.area.left
+
+
+def held_rectangles(view: MatrixView, pieces: Sequence[Piece]) -> list[Held]:
+    """What of `view` a rank holds whose flat local tensor stores `pieces` of the parameter, one after another."""
+    held: list[Held] = []
+    begin, end, stored = view.offset, view.offset + view.numel, 0
+    for piece in pieces:
+        stride = piece.stride or 1
+        first = max(0, -(-(begin - piece.start - piece.length + 1) // stride)) if piece.count > 1 else 0
+        last = min(piece.count - 1, (end - 1 - piece.start) // stride) if piece.count > 1 else 0
+        column = (piece.start - begin) % view.cols
+        if piece.count > 1 and stride == view.cols and column + piece.length <= view.cols:
+            if first <= last:
+                top = (piece.start + first * stride - begin) // view.cols
+                area = Rectangle(top, top + last - first + 1, column, column + piece.length)
+                held.append(Held(area, stored + first * piece.length, piece.length))
+        else:
+            for i in range(first, last + 1):
+                start = piece.start + i * stride
+                low, high = max(start, begin), min(start + piece.length, end)
+                if low < high:
+                    offset = stored + i * piece.length + low - start
+                    held += _interval(low - begin, high - begin, view.cols, offset)
+        stored += piece.numel
+    return held
+
+
+def _interval(low: int, high: int, cols: int, offset: int) -> Iterator[Held]:
+    """Elements [low, high) of a row-major matrix: the end of a row, whole rows, the beginning of a row."""
+    while low < high:
+        row, column = divmod(low, cols)
+        rows = 1 if column or high - low < cols else (high - low) // cols
+        right = min(cols, column + high - low)
+        area = Rectangle(row, row + rows, column, right)
+        yield Held(area, offset, right - column)
+        low, offset = low + area.numel, offset + area.numel
+
+
+class Segment(NamedTuple):
+    """A rectangle of a view that the same ranks hold throughout."""
 
     view: int
-    lo: int
-    hi: int
+    area: Rectangle
     holders: tuple[int, ...]
     source: int  # the one holder that sends it and counts it in inner products
 
     @property
     def numel(self) -> int:
-        return self.hi - self.lo
+        return self.area.numel
+
+
+Cut = tuple[Rectangle, tuple[int, ...]]  # a rectangle of a view and the ranks that hold it
 
 
 @dataclass
@@ -113,20 +207,20 @@ class ExchangePlan:
 
 def plan_exchange(
     views: Sequence[MatrixView],
-    intervals: Sequence[Sequence[Sequence[Interval]]],
+    pieces: Sequence[Sequence[Sequence[Piece]]],
     max_batch_elements: int = MAX_BATCH_ELEMENTS,
 ) -> ExchangePlan:
-    """Plan the exchange of `views` from `intervals[rank][param]`, a list of intervals.
+    """Plan the exchange of `views` from `pieces[rank][param]`, what each rank stores.
 
     Raises:
         ValueError: an element of a view that no rank holds, named by view.
     """
-    world = len(intervals)
-    segments_holders = [_cut(view, intervals) for view in views]
-    owners = _assign(views, segments_holders, world)
+    world = len(pieces)
+    cuts = [_cut(view, [held_rectangles(view, by_param[view.param]) for by_param in pieces]) for view in views]
+    owners = _assign(views, cuts, world)
     segments = [
-        [Segment(v, lo, hi, holders, _source(holders, owners[v], v)) for lo, hi, holders in cuts]
-        for v, cuts in enumerate(segments_holders)
+        [Segment(v, area, holders, _source(holders, owners[v], v)) for area, holders in parts]
+        for v, parts in enumerate(cuts)
     ]
     plan = ExchangePlan(world, list(views), owners, segments)
     owned = [
@@ -145,33 +239,35 @@ def plan_exchange(
     return plan
 
 
-def _cut(view: MatrixView, intervals: Sequence[Sequence[Sequence[Interval]]]) -> list[tuple[int, int, tuple[int, ...]]]:
-    """The view cut wherever its set of holders changes: (lo, hi, holders), relative to the view."""
-    start, end = view.offset, view.offset + view.numel
-    held = []  # (lo, hi, rank), clipped to the view
-    for rank, by_param in enumerate(intervals):
-        for lo, hi in by_param[view.param]:
-            lo, hi = max(lo, start) - start, min(hi, end) - start
-            if lo < hi:
-                held.append((lo, hi, rank))
-    points = sorted({0, view.numel, *(x for lo, hi, _ in held for x in (lo, hi))})
-    cuts = []
-    for lo, hi in itertools.pairwise(points):
-        holders = tuple(sorted(rank for a, b, rank in held if a <= lo and hi <= b))
-        if not holders:
-            raise ValueError(f"matrix {view.name!r}: no rank holds its elements [{lo}, {hi})")
-        cuts.append((lo, hi, holders))
+def _cut(view: MatrixView, held: Sequence[Sequence[Held]]) -> list[Cut]:
+    """The view cut wherever its set of holders changes: bands of rows, each cut by columns."""
+    rectangles = [(rank, h.area) for rank, areas in enumerate(held) for h in areas]
+    cuts: list[Cut] = []
+    for top, bottom in itertools.pairwise(_bounds(view.rows, ((r.top, r.bottom) for _, r in rectangles))):
+        across = [(rank, r) for rank, r in rectangles if r.top <= top and bottom <= r.bottom]
+        for left, right in itertools.pairwise(_bounds(view.cols, ((r.left, r.right) for _, r in across))):
+            area = Rectangle(top, bottom, left, right)
+            holders = tuple(sorted({rank for rank, r in across if r.contains(area)}))
+            if not holders:
+                raise ValueError(
+                    f"matrix {view.name!r}: no rank holds its rows [{top}, {bottom}), columns [{left}, {right})"
+                )
+            cuts.append((area, holders))
     return cuts
 
 
-def _assign(views: Sequence[MatrixView], cuts: list[list[tuple[int, int, tuple[int, ...]]]], world: int) -> list[int]:
+def _bounds(size: int, spans: Iterator[tuple[int, int]]) -> list[int]:
+    return sorted({0, size, *itertools.chain.from_iterable(spans)})
+
+
+def _assign(views: Sequence[MatrixView], cuts: list[list[Cut]], world: int) -> list[int]:
     """Owners by longest-processing-time-first; a rank that already holds a whole matrix keeps it while its share lasts."""
     load = [0] * world
     fair = sum(view.cost for view in views) / world
     owners = [0] * len(views)
     for v in sorted(range(len(views)), key=lambda v: _order(views, v)):
         cost = views[v].cost
-        whole = set.intersection(*(set(holders) for _, _, holders in cuts[v])) if cuts[v] else set()
+        whole = set.intersection(*(set(holders) for _, holders in cuts[v])) if cuts[v] else set()
         at_home = [r for r in whole if load[r] + cost <= fair * 1.02] if 0 < len(whole) < world else []
         owner = min(at_home or range(world), key=lambda r: (load[r], r))
         owners[v] = owner

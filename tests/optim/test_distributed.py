@@ -1,5 +1,7 @@
 """F2, F5, F15 and the collectives: any sharding gives the one-process result."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -7,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from archscale.distributed import local_interval
 from archscale.optim import RULES, MatrixOptimizer
@@ -43,7 +45,9 @@ def build(kind: str, rule: str, dtype=torch.float64):
     params = [nn.Parameter(layout(kind, torch.randn(s, generator=generator, dtype=dtype))) for s in SHAPES]
     bag = Bag(params)
     decay = 0.0 if RULES[rule].sphere else 0.1
-    opt = MatrixOptimizer(bag.named_parameters(), lr=0.02, rule=rule, weight_decay=decay, compute_dtype=dtype)
+    opt = MatrixOptimizer(
+        bag.named_parameters(), lr=0.02, rule=rule, weight_decay=decay, compute_dtype=dtype, view="stack"
+    )
     return bag, opt
 
 
@@ -90,7 +94,7 @@ def partitioned(rule: str, steps: int) -> list[tuple[int, torch.Tensor]]:
         "fragments": [(s, lo) for s, (lo, _) in zip(SHAPES, spans)],
     }
     decay = 0.0 if RULES[rule].sphere else 0.1
-    opt = MatrixOptimizer([group], lr=0.02, rule=rule, weight_decay=decay, compute_dtype=torch.float64)
+    opt = MatrixOptimizer([group], lr=0.02, rule=rule, weight_decay=decay, compute_dtype=torch.float64, view="stack")
     for seed in range(steps):
         generator = torch.Generator().manual_seed(100 + seed)
         for p, shape, (lo, hi) in zip(params, SHAPES, spans):
@@ -175,7 +179,8 @@ def test_two_exchanges_and_one_all_reduce(pool):
     for world in (2, 4):
         counts = pool(world).run(count_collectives, "shard", timeout=60)
         for a2a, _, reduces, floats in counts:
-            assert (a2a, reduces, floats) == (2, 1, 3 * matrices)
+            flags = len(SHAPES)  # whether this rank has a gradient, by parameter
+            assert (a2a, reduces, floats) == (2, 1, 3 * matrices + flags)
         # Momentum in and directions out, float32, less what a rank would send to itself.
         assert sum(sent for _, sent, _, _ in counts) <= 2 * 4 * elements
         assert sum(sent for _, sent, _, _ in counts) > 0
@@ -263,7 +268,8 @@ def permuted() -> list[tuple[int, int, torch.Tensor]]:
 
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(mine(torch.randn(s, generator=generator, dtype=torch.float64))) for s in SHAPES]
-    opt = MatrixOptimizer(params, lr=0.02, rule="orscale_lm", weight_decay=0.1, compute_dtype=torch.float64)
+    options = {"weight_decay": 0.1, "compute_dtype": torch.float64, "view": "stack"}
+    opt = MatrixOptimizer(params, lr=0.02, rule="orscale_lm", **options)
     for seed in range(4):
         generator = torch.Generator().manual_seed(100 + seed)
         for p in params:
@@ -279,23 +285,46 @@ def test_permuting_ranks_changes_nothing(pool):
             torch.testing.assert_close(whole_weight.flatten()[lo:hi], weight, rtol=1e-10, atol=1e-12)
 
 
-def unsupported() -> None:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    p = nn.Parameter(distribute_tensor(torch.randn(4, 6), mesh, [Shard(1)]))
-    MatrixOptimizer([("w", p)], lr=0.1)
+def partial() -> None:
+    p = DTensor.from_local(torch.randn(4, 6), init_device_mesh("cpu", (dist.get_world_size(),)), [Partial()])
+    MatrixOptimizer([("w", nn.Parameter(p))], lr=0.1)
 
 
-def different() -> None:
-    shape = (4, 6 + dist.get_rank())
-    MatrixOptimizer([("w", nn.Parameter(torch.randn(shape)))], lr=0.1)
+def other_shape() -> None:
+    MatrixOptimizer([("w", nn.Parameter(torch.randn(4, 6 + dist.get_rank())))], lr=0.1)
+
+
+def other_order() -> None:
+    params = [(name, nn.Parameter(torch.randn(4, 4))) for name in ("a", "b")]
+    MatrixOptimizer(params[:: 1 - 2 * dist.get_rank()], lr=0.1)
+
+
+def other_rule() -> None:
+    MatrixOptimizer([("w", nn.Parameter(torch.randn(4, 4)))], lr=0.1, rule=["muon", "orscale"][dist.get_rank()])
+
+
+def one_more() -> None:
+    params = [(name, nn.Parameter(torch.randn(4, 4))) for name in ("a", "b")]
+    MatrixOptimizer(params[: 1 + dist.get_rank()], lr=0.1)
+
+
+def refused_on_one_rank() -> None:
+    """The other one must not be left waiting."""
+    MatrixOptimizer([("w", nn.Parameter(torch.randn((4, 6) if dist.get_rank() == 0 else (4,))))], lr=0.1, rule="muon")
 
 
 @pytest.mark.parametrize(
-    ("fn", "message"), [(unsupported, "'w'.*Shard"), (different, "the ranks have different parameters")]
+    ("fn", "message"),
+    [
+        (partial, r"group 0: parameter 'w': placement P\(sum\)"),
+        (other_shape, r"different parameters: number 0 is 'w' \(4, 6\).*rank 0, 'w' \(4, 7\).*rank 1"),
+        (other_order, "different parameters: number 0 is 'a'.*on rank 0, 'b'.*on rank 1"),
+        (other_rule, "different parameters: number 0 is 'w'.*rule 'muon' on rank 0.*rule 'orscale' on rank 1"),
+        (one_more, "different parameters: number 1 is no parameter on rank 0, 'b'.*on rank 1"),
+        (refused_on_one_rank, "group 0: parameter 'w' has shape"),
+    ],
 )
 def test_refusals(pool, fn, message):
-    import re
-
     for kind, text in pool(2).run(fn, timeout=30, expect_error=True):
         assert kind == "ValueError"
         assert re.search(message, text)

@@ -22,7 +22,7 @@ def gradients(params, seed):
 
 
 def optimizer(params, rule="orscale_lm", **options):
-    return MatrixOptimizer(params, lr=0.02, rule=rule, compute_dtype=torch.float32, **options)
+    return MatrixOptimizer(params, lr=0.02, rule=rule, compute_dtype=torch.float32, **{"view": "stack", **options})
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -88,6 +88,7 @@ def test_no_decay_before_calibration():
     params = matrices((6, 8))
     before = params[0].detach().clone()
     opt = optimizer(params, "orscale_lm", weight_decay=0.5)
+    params[0].grad = torch.zeros_like(params[0])
     opt.step()
     assert torch.equal(params[0], before)
     assert opt.state[params[0]]["calibration"].item() == 0
@@ -129,12 +130,6 @@ def test_elementwise_rules_take_what_is_not_finite_for_zero(rule):
     assert params[0].isfinite().all()
     assert torch.equal(params[0][2, 3], before[2, 3])
     assert not torch.equal(params[0][1], before[1])
-
-
-def test_groups_given_later_are_refused():
-    opt = optimizer(matrices((4, 4)))
-    with pytest.raises(ValueError, match="give all groups to MatrixOptimizer"):
-        opt.add_param_group({"params": matrices((4, 4))})
 
 
 def test_zero_initialized_matrix():
@@ -256,7 +251,7 @@ def test_a_state_of_other_shapes_or_another_rule_is_refused():
     saved = optimizer(matrices((4, 4))).state_dict()
     with pytest.raises(ValueError, match=r"'w'.*momentum has shape \(4, 4\), not \(4, 6\)"):
         optimizer([("w", matrices((4, 6))[0])]).load_state_dict(saved)
-    with pytest.raises(ValueError, match="'w'.*saved with the same rule"):
+    with pytest.raises(ValueError, match="saved.*rule 'orscale_lm'.*saved with the same rule"):
         optimizer([("w", matrices((4, 4))[0])], "adamw").load_state_dict(saved)
     with pytest.raises(ValueError, match="other parameter groups"):
         optimizer(matrices((4, 4), (4, 4))).load_state_dict(saved)

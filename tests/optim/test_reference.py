@@ -124,7 +124,7 @@ def test_sphere_does_not_drift(steps):
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((64, 48), (3, 16, 24))]
     norms = [p.detach().double().flatten(-2).norm(dim=-1) for p in params]
-    optimizer = MatrixOptimizer(params, lr=0.02, rule="muonh", compute_dtype=torch.float32)
+    optimizer = MatrixOptimizer(params, lr=0.02, rule="muonh", compute_dtype=torch.float32, view="stack")
     for _ in range(steps):
         for p in params:
             p.grad = torch.randn_like(p)

@@ -55,11 +55,18 @@ def main() -> None:
     engine, *_ = deepspeed.initialize(model=model, optimizer=stand_in, config=config)
     stand_in.fragments = []
     for group in groups:
-        pieces = [cut(p, stand_in.param_groups[0]["params"][0]) for _, p in group["params"]]
-        group["fragments"] = [(tuple(p.shape), lo) for (_, p), (*_, lo) in zip(group["params"], pieces)]
-        group["params"] = [(name, piece) for (name, _), (piece, *_) in zip(group["params"], pieces)]
+        names, whole = zip(*group["params"])
+        pieces = [cut(p, stand_in.param_groups[0]["params"][0]) for p in whole]
+        group["params"] = [(name, piece) for name, (piece, *_) in zip(names, pieces)]
+        group["fragments"] = [(tuple(p.shape), lo) for p, (*_, lo) in zip(whole, pieces)]
         stand_in.fragments += [(fragment, start) for fragment, start, _ in pieces]
-    stand_in.real = MatrixOptimizer(groups, lr=0.05, rule="orscale", weight_decay=5e-4, compute_dtype=torch.float32)
+    stand_in.real = MatrixOptimizer(
+        groups,
+        lr=0.05,
+        rule="orscale",
+        weight_decay=5e-4,
+        compute_dtype=torch.float32,
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stand_in.real, T_max=56)
     for images, labels in batches(epochs=4, rank=dist.get_rank(), ranks=dist.get_world_size()):
         loss = cross_entropy(engine(images), labels)

@@ -1,4 +1,4 @@
-"""What the examples train: a small ConvNet on scikit-learn's handwritten digits (1,797 of 8 × 8)."""
+"""What the examples train: a small ConvNet on scikit-learn's 1,797 handwritten digits of 8 × 8."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[:TRAINING], y[:TRAINING], x[TRAINING:], y[TRAINING:]
 
 
-def batches(epochs: int, size: int = 100, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-    """Shuffled batches of `size` images, of which each rank gets an equal part."""
+def batches(epochs: int, rank: int = 0, ranks: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    """Shuffled batches of 100 images, of which each rank gets an equal part; 14 in an epoch."""
     x, y, _, _ = digits()
     for epoch in range(epochs):
         order = torch.randperm(len(x), generator=torch.Generator().manual_seed(epoch))
-        for batch in order.split(size):
+        for batch in order.split(100):
             mine = batch[rank::ranks]
             yield x[mine], y[mine]
 

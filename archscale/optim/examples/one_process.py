@@ -16,15 +16,21 @@ from archscale.optim.examples.digits import ConvNet, accuracy, batches
 LEARNING_RATE = {"muon": 0.02, "orscale": 0.05, "moonlight": 0.01, "orscale_lm": 0.01}
 
 
-def train(rule: str, seed: int = 0, epochs: int = 8) -> tuple[float, float]:
-    """Last loss and held-out accuracy."""
+def train(rule: str, seed: int = 0, epochs: int = 8) -> tuple[ConvNet, float]:
+    """The trained model and its last loss."""
     torch.manual_seed(seed)
     model = ConvNet()
     groups = matrix_groups(model, head=model.head, element={"lr": 3e-3})
     print(groups)
     lr = LEARNING_RATE.get(rule, 3e-3)
     # On a CPU without bfloat16 units float32 is faster; the default suits a GPU.
-    optimizer = MatrixOptimizer(groups, lr=lr, rule=rule, weight_decay=5e-4, compute_dtype=torch.float32)
+    optimizer = MatrixOptimizer(
+        groups,
+        lr=lr,
+        rule=rule,
+        weight_decay=5e-4,
+        compute_dtype=torch.float32,
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=14 * epochs)
     for images, labels in batches(epochs):
         loss = cross_entropy(model(images), labels)
@@ -32,7 +38,7 @@ def train(rule: str, seed: int = 0, epochs: int = 8) -> tuple[float, float]:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    return loss.item(), accuracy(model)
+    return model, loss.item()
 
 
 if __name__ == "__main__":
@@ -40,5 +46,5 @@ if __name__ == "__main__":
     parser.add_argument("--rule", default="orscale", choices=list(RULES))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    loss, right = train(arguments.rule, arguments.seed)
-    print(f"loss {loss:.4f}, held-out accuracy {right:.4f}")
+    model, loss = train(arguments.rule, arguments.seed)
+    print(f"loss {loss:.4f}, held-out accuracy {accuracy(model):.4f}")

@@ -19,7 +19,13 @@ def train(accelerator: Accelerator) -> str:
     torch.manual_seed(0)
     model = ConvNet()
     groups = matrix_groups(model, head=model.head, element={"lr": 3e-3})
-    optimizer = MatrixOptimizer(groups, lr=0.05, rule="orscale", weight_decay=5e-4, compute_dtype=torch.float32)
+    optimizer = MatrixOptimizer(
+        groups,
+        lr=0.05,
+        rule="orscale",
+        weight_decay=5e-4,
+        compute_dtype=torch.float32,
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=56)
     model, optimizer = accelerator.prepare(model, optimizer)
     rank, ranks = accelerator.process_index, accelerator.num_processes
