@@ -216,8 +216,10 @@ class _Claims:
             self.by_id[id(parameter)] = _Claim(row, module, priority)
 
     def _kind(self, name: str, key: str, module: nn.Module, dimensions: int) -> Kind | None:
+        self._unused.discard(name)
+        if dimensions > 1:
+            self._unused -= set(type(module).__mro__)
         if name in self._kinds:
-            self._unused.discard(name)
             return self._kinds[name]
         declared: Mapping[str, Kind] = getattr(module, "parameter_roles", {})
         if key in declared:
@@ -226,23 +228,22 @@ class _Claims:
             return "vector"
         for cls in type(module).__mro__:
             if cls in self._kinds:
-                self._unused.discard(cls)
                 return self._kinds[cls]
             if cls in self._known:
                 return self._known[cls](module, key)
         return None
 
     def check(self, ask_for_head: bool) -> None:
-        """Raise for what nobody claims, for kinds that match nothing, and for a likely head."""
-        unknown = [entry for number, entry in self._unknown.items() if number not in self.by_id]
-        if unknown:
-            raise ValueError(_unknown_text(unknown))
+        """Raise for kinds that match nothing, for what nobody claims, and for a likely head."""
         for key in self._unused:
             what = f"type {key.__name__}" if isinstance(key, type) else f"parameter {key!r}"
             raise ValueError(
                 f"kinds: no weight of the model has {what}: take it out, or give a full name as "
                 "named_parameters() has it or the type of the module that owns the weight"
             )
+        unknown = [entry for number, entry in self._unknown.items() if number not in self.by_id]
+        if unknown:
+            raise ValueError(_unknown_text(unknown))
         rows = [claim.row for claim in self.by_id.values()]
         self.tied = [
             self._heads[id(row.parameter)]
