@@ -37,6 +37,7 @@ SPEAKERS = {  # who may use torch.distributed
     "archscale.distributed",
     "archscale.parallel",
     "archscale.optim.engine",
+    "archscale.optim.examples",
     "archscale.model.expert_parallel",
     "archscale.train",
 }

@@ -73,7 +73,8 @@ class MatrixOptimizer(Described, torch.optim.Optimizer):
         process_group: the ranks that hold the parameters; None: the default group if there is one. Plain tensors are
             taken as replicas over it: the work is divided over the ranks. Keys of a parameter group override all of the
             above; `blocks` gives, per parameter, None or the (name, rows) blocks of a fused projection, and `fragments`
-            the (whole shape, lo) of parameters that are 1-D tensors holding only their elements from `lo` on, row-major.
+            the (whole shape, lo) of parameters that are 1-D tensors holding only their elements from `lo` on, row-major;
+            `transposed` says that matrices are stored as (fan_in, fan_out).
 
     Raises:
         ValueError: naming the parameter and the remedy.
@@ -122,6 +123,7 @@ class MatrixOptimizer(Described, torch.optim.Optimizer):
             "momentum_dtype": momentum_dtype,
             "adam_eps": adam_eps,
             "view": view,
+            "transposed": False,
         }
         super().__init__(params, defaults)
         self._build()
@@ -295,13 +297,14 @@ class MatrixOptimizer(Described, torch.optim.Optimizer):
             for param, spec in zip(members, specs) if rule.direction == "orthogonal" or rule.needs_norms else ():
                 self._views += spec.views(param, options["view"], rule.direction == "orthogonal")
             views = self._views[first_view:]
+            outs_and_ins = [(v.cols, v.rows) if options["transposed"] else (v.rows, v.cols) for v in views]
             self._groups.append(
                 Group(
                     options,
                     rule,
                     members,
                     slice(first_view, len(self._views)),
-                    self._scalars([rule.shape_factor(v.rows, v.cols) for v in views]),
+                    self._scalars([rule.shape_factor(*fans) for fans in outs_and_ins]),
                     self._scalars([0.2 * max(v.rows, v.cols) ** 0.5 for v in views]),
                 )
             )
@@ -331,7 +334,10 @@ class MatrixOptimizer(Described, torch.optim.Optimizer):
         for number, (options, rule, specs) in enumerate(zip(self.param_groups, self._rules, self._specs)):
             with in_group(number):
                 check_unchanged(specs, options["params"])
-                use = (rule.name, *(options[k] for k in ("view", "orthogonalizer", "compute_dtype", "wire_dtype")))
+                use = (
+                    rule.name,
+                    *(options[k] for k in ("view", "transposed", "orthogonalizer", "compute_dtype", "wire_dtype")),
+                )
                 for spec, p in zip(specs, options["params"]):
                     if self._params and p.device != self._params[0].device:
                         raise ValueError(

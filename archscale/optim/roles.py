@@ -11,15 +11,14 @@ follows the module that comes first (the embedding). A parameter that nobody cla
 
 from __future__ import annotations
 
-import itertools
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from archscale.errors import ConfigError
-from archscale.optim.shards import VIEWS
 
 ROLES = ("matrix", "embedding", "head", "vector")
 
@@ -33,7 +32,13 @@ class ParameterRole:
     shape: tuple[int, ...]
     blocks: tuple[tuple[str, int], ...]
     parameter: nn.Parameter
-    view: str | None = None
+    view: str | None = None  # "stack": (E, m, n); "flatten": (m, …) as one matrix; None: (m, n)
+    transposed: bool = False  # stored as (fan_in, fan_out)
+
+
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """Also under ZeRO-3, which leaves an empty tensor in the parameter's place, and the shape beside it."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def assign_roles(model: nn.Module) -> list[ParameterRole]:
@@ -62,40 +67,39 @@ def assign_roles(model: nn.Module) -> list[ParameterRole]:
             role, blocks = roles[key]["role"], tuple(roles[key].get("blocks", ()))
             if role not in ROLES:
                 raise ConfigError(f"unknown role {role!r}", name, f"use one of {', '.join(ROLES)}")
-            # ZeRO-3 leaves an empty tensor in the parameter's place, and the shape beside it.
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            claimed[id(parameter)] = ParameterRole(name, role, shape, blocks, parameter, roles[key].get("view"))
+            view = roles[key].get("view")
+            claimed[id(parameter)] = ParameterRole(name, role, whole_shape(parameter), blocks, parameter, view)
     return list(claimed.values())
 
 
 def clean_name(name: str) -> str:
-    """The parameter's name without the prefixes of DDP and torch.compile."""
-    return name.replace("_orig_mod.", "").removeprefix("module.")
+    """The parameter's name without what DDP, torch.compile and activation checkpointing add to it."""
+    return re.sub(r"\b(_orig_mod|_checkpoint_wrapped_module)\.", "", name).removeprefix("module.")
 
 
 def parameter_groups(
     roles: list[ParameterRole], options: Mapping[str, dict[str, Any]], per_head: int | None = None
 ) -> list[dict[str, Any]]:
-    """Parameter groups for `MatrixOptimizer`, one per role and view that occur; each carries its role under the key `role`.
+    """Parameter groups for `MatrixOptimizer`, one per role, view and orientation that occurs, which it carries as keys.
 
     Args:
         options: by role, what its group holds (`rule`, `lr`, …).
         per_head: rows of one attention head: splits the blocks q, k and v into heads.
     """
-    groups = []
-    for role, view in itertools.product(ROLES, (None, *VIEWS)):
-        rows = [row for row in roles if (row.role, row.view) == (role, view)]
-        if rows:
-            groups.append(
-                {
-                    **options[role],
-                    "role": role,
-                    "view": view,
-                    "params": [(row.name, row.parameter) for row in rows],
-                    "blocks": [list(_per_head(row.blocks, per_head)) or None for row in rows],
-                }
-            )
-    return groups
+    kinds: dict[tuple[str, str | None, bool], list[ParameterRole]] = {}
+    for row in sorted(roles, key=lambda row: ROLES.index(row.role)):
+        kinds.setdefault((row.role, row.view, row.transposed), []).append(row)
+    return [
+        {
+            **options[role],
+            "role": role,
+            "params": [(row.name, row.parameter) for row in rows],
+            "blocks": [list(_per_head(row.blocks, per_head)) or None for row in rows],
+            "view": view,
+            "transposed": transposed,
+        }
+        for (role, view, transposed), rows in kinds.items()
+    ]
 
 
 def _per_head(blocks: tuple[tuple[str, int], ...], rows: int | None) -> Iterator[tuple[str, int]]:
