@@ -29,8 +29,10 @@ def assert_same_weights(expected, results):
 @pytest.mark.parametrize("which", ["adamw", "ours"])
 @pytest.mark.parametrize(("world", "layout"), LAYOUTS)
 def test_torch(pool, which, world, layout):
-    results = pool(world).run(wrapped.with_torch, which, layout, timeout=60)
-    assert_same_weights(wrapped.alone(which), results)
+    # torch's tensor parallelism wants features that its ranks divide; FSDP2 cuts what is left of them unevenly.
+    hidden = 18 if "tp" in layout else 19
+    results = pool(world).run(wrapped.with_torch, which, layout, hidden=hidden, timeout=60)
+    assert_same_weights(wrapped.alone(which, hidden=hidden), results)
 
 
 @pytest.mark.parametrize("which", ["adamw", "ours"])
