@@ -280,6 +280,27 @@ def local_interval(tensor: Tensor) -> tuple[int, int]:
     return pieces[0].start, pieces[0].start + pieces[0].length
 
 
+def laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
+    """`other` with the placements of `tensor`, where both are DTensors."""
+    if isinstance(tensor, DTensor) and isinstance(other, DTensor) and other.placements != tensor.placements:
+        return other.redistribute(placements=tensor.placements)
+    return other
+
+
+def fill(tensor: Tensor, value: Tensor) -> None:
+    """Copy a value of the same shape into `tensor`, in its dtype and on its device. A whole value fills this
+    rank's part of a DTensor."""
+    value = laid_out_as(tensor, value)
+    if not isinstance(tensor, DTensor) or isinstance(value, DTensor):
+        local_tensor(tensor).copy_(local_tensor(value))
+        return
+    flat, local, at = value.contiguous().view(-1), local_tensor(tensor).view(-1), 0
+    for piece in local_pieces(tensor):
+        runs = flat[piece.start :].as_strided((piece.count, piece.length), (piece.stride, 1))
+        local[at : at + piece.numel].copy_(runs.reshape(-1))
+        at += piece.numel
+
+
 @dataclass(frozen=True)
 class Fragment:
     """What this rank stores of a tensor of `shape`: elements [lo, lo + len(data)) of its row-major flattening.

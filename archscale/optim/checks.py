@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from archscale.distributed import Piece, local_pieces, local_tensor
+from archscale.distributed import local_pieces, local_tensor
 from archscale.optim.orthogonalize import SCHEMES
 from archscale.optim.rules import Rule, check_clip, get_rule
 from archscale.optim.shards import VIEWS
@@ -63,6 +62,23 @@ def check_unchanged(specs: Sequence[Any], params: Sequence[Tensor]) -> None:
             f"parameter {name!r}: its group had {len(specs)} parameters when the optimizer was built and has {len(params)} "
             f"now; {REPLACED}"
         )
+
+
+def check_group_count(names: Sequence[str], built: int, now: int) -> None:
+    if built != now:
+        raise ValueError(
+            f"parameter {names[0] if names else ''!r}: the optimizer was built with {built} parameter groups and has {now} "
+            f"now; {REPLACED}"
+        )
+
+
+def check_one_device(params: Sequence[tuple[Any, Tensor]]) -> None:
+    for spec, p in params:
+        if p.device != params[0][1].device:
+            raise ValueError(
+                f"parameter {spec.name!r} is on {p.device}, {params[0][0].name!r} on {params[0][1].device}: one optimizer "
+                "takes parameters of one device"
+            )
 
 
 def check_same_everywhere(descriptions: Sequence[Sequence[tuple]]) -> None:
@@ -129,26 +145,17 @@ def checked_options(options: dict[str, Any]) -> Rule:
     return rule
 
 
-def load_value(name: str, key: str, value: Any, own: Tensor, pieces: Sequence[Piece]) -> None:
-    """Fill one entry of a parameter's state.
-
-    Args:
-        value: of the shape of `own`, on any device and in any dtype; a whole tensor where `own` is a DTensor.
-        pieces: of the parameter, which this rank holds.
-    """
-    value = torch.as_tensor(value)
-    if value.shape != own.shape:
+def check_saved(name: str, saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:
+    """A parameter's state in a state dict against the one that it is to fill."""
+    if saved.keys() != own.keys():
         raise ValueError(
-            f"parameter {name!r}: saved {key} has shape {tuple(value.shape)}, not {tuple(own.shape)}: "
-            "load the state of the same model"
+            f"parameter {name!r}: the state dict has {sorted(saved)}, its rule needs {sorted(own)}: "
+            "load a state saved with the same rule"
         )
-    if isinstance(own, DTensor) and isinstance(value, DTensor) and value.placements != own.placements:
-        value = value.redistribute(placements=own.placements)
-    if isinstance(own, DTensor) and not isinstance(value, DTensor):
-        flat, local, at = value.contiguous().view(-1), local_tensor(own).view(-1), 0
-        for piece in pieces:
-            run = flat[piece.start :].as_strided((piece.count, piece.length), (piece.stride, 1))
-            local[at : at + piece.numel].copy_(run.reshape(-1))
-            at += piece.numel
-    else:
-        local_tensor(own).copy_(local_tensor(value))
+    for key, value in saved.items():
+        shape = tuple(torch.as_tensor(value).shape)
+        if shape != tuple(own[key].shape):
+            raise ValueError(
+                f"parameter {name!r}: saved {key} has shape {shape}, not {tuple(own[key].shape)}: load the state of the same "
+                "model"
+            )

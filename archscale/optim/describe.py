@@ -2,90 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from archscale.distributed import Fragment, Piece, local_tensor
-from archscale.optim.exchange import Block, Exchange, Run
-from archscale.optim.rules import Rule, Step
-from archscale.optim.shards import MatrixView, matrix_views
+from archscale.distributed import Fragment, local_tensor
+from archscale.optim.exchange import Block
+from archscale.optim.layout import PER_MATRIX, Group, Layout, StepPlan
+from archscale.optim.rules import Step
 
 if TYPE_CHECKING:
     from archscale.optim.engine import MatrixOptimizer
 
 
-@dataclass(frozen=True)
-class ParameterSpec:
-    """What the optimizer was told of a parameter and cannot read off the tensor.
-
-    Attributes:
-        shape: of the whole parameter.
-        start: where a 1-D tensor that holds a part of it begins in its row-major flattening; None: it is the parameter.
-        blocks: (name, rows) of the matrices of a fused projection.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    start: int | None
-    blocks: Sequence[tuple[str, int]] | None
-
-    def views(self, param: int, view: str | None, orthogonal: bool) -> list[MatrixView]:
-        """Its matrices; for an elementwise rule whose step needs norms, one of all elements where it is no matrix."""
-        shape: tuple[int, ...] = self.shape
-        if not orthogonal and len(shape) != 2 and view is None:
-            shape = (math.prod(shape), 1)
-        return matrix_views(self.name, param, shape, self.blocks, view)
-
-
-@dataclass
-class StepPlan:
-    """What a step of some of the parameters exchanges and runs over.
-
-    Attributes:
-        members: the parameters.
-        exchanges: (exchange, its views, (scheme, compute dtype, wire dtype)).
-        taking_part: by view, (views,) bool on the device; None: all of them.
-    """
-
-    members: tuple[int, ...]
-    exchanges: list[tuple[Exchange, list[int], tuple]] = field(default_factory=list)
-    runs: list[Run] = field(default_factory=list)
-    taking_part: Tensor | None = None
-
-
-@dataclass
-class Group:
-    """What the engine derives once from a parameter group."""
-
-    options: dict[str, Any]  # the torch parameter group itself, so that schedulers act on it
-    rule: Rule
-    params: list[int]  # numbers of its parameters
-    views: slice  # of the stacked per-matrix scalars; empty where a step needs no inner products
-    shape_factor: Tensor
-    zero_calibration: Tensor
-
-
 class Described:
     """The part of `MatrixOptimizer` that changes nothing."""
 
-    _params: list[Tensor]
-    _names: list[str]
-    _specs: list[list[ParameterSpec]]
-    _pieces: list[list[list[Piece]]]
-    _rank: int
-    _views: list[MatrixView]
+    _synchronize: Callable[[], Layout]
     _steps: list[tuple[Group, Step]]
     _radius: Tensor
     _watched: dict[str, Tensor]
-    _plan: Callable[[tuple[int, ...]], StepPlan]
-    _groups: list[Group]
-    _synchronize: Callable[[], None]
-    _indices: Callable[[Sequence[int]], Tensor]
     state: Any
 
     def diagnostics(self) -> dict[str, Tensor]:
@@ -114,15 +52,14 @@ class Described:
     def fragments(self) -> dict[str, dict[str, Fragment | Tensor]]:
         """The state by parameter name, in its own memory: a `Fragment` where it is laid out as the parameter, and tensors
         that every rank has alike (c and R of each of its matrices, Adam's step count)."""
-        self._synchronize()
-        specs = [spec for group in self._specs for spec in group]
+        layout = self._synchronize()
         fragments: dict[str, dict[str, Fragment | Tensor]] = {}
-        for spec, pieces, p in zip(specs, self._pieces[self._rank], self._params):
+        for spec, pieces, p in zip(layout.specs, layout.pieces[layout.rank], layout.params):
             assert sum(piece.count for piece in pieces) < 2, f"{spec.name} is no fragment"
             start = pieces[0].start if pieces else 0
             fragments[spec.name] = {
                 key: value
-                if key in ("calibration", "radius", "step")
+                if key in (*PER_MATRIX, "step")
                 else Fragment(spec.shape, start, local_tensor(value).view(-1))
                 for key, value in self.state.get(p, {}).items()
             }
@@ -130,25 +67,24 @@ class Described:
 
     def views(self) -> list[tuple[str, str, int, int]]:
         """(parameter, matrix, rows, cols) of every matrix that a rule treats as a whole."""
-        self._synchronize()
-        return [(self._names[view.param], view.name, view.rows, view.cols) for view in self._views]
+        layout = self._synchronize()
+        return [(layout.names[view.param], view.name, view.rows, view.cols) for view in layout.views]
 
     def bytes_sent(self) -> int:
         """Bytes that this rank sends to others in the exchanges of one step (the all-reduced scalars apart)."""
-        self._synchronize()
-        members = tuple(i for i, p in enumerate(self._params) if p.requires_grad or p.grad is not None)
-        return sum(x.elements_sent * wire.itemsize for x, _, (_, _, wire) in self._plan(members).exchanges)
+        layout = self._synchronize()
+        plan = layout.plan(layout.trainable())
+        return sum(exchange.elements_sent * wire.itemsize for exchange, _, (_, _, wire) in plan.exchanges)
 
     def matrix_names(self) -> list[str]:
         """Names of the matrices, in the order of `diagnostics()`."""
-        self._synchronize()
-        return [view.name for view in self._views]
+        return [view.name for view in self._synchronize().views]
 
     def orthogonal(self) -> Tensor:
         """Numbers of the matrices that are orthogonalized, in the order of `diagnostics()`; int64."""
-        self._synchronize()
-        orthogonal = (group.views for group in self._groups if group.rule.direction == "orthogonal")
-        return self._indices([v for views in orthogonal for v in range(views.start, views.stop)])
+        layout = self._synchronize()
+        orthogonal = (group.views for group in layout.groups if group.rule.direction == "orthogonal")
+        return layout.indices([v for views in orthogonal for v in range(views.start, views.stop)])
 
 
 def measure_gradients(optimizer: MatrixOptimizer, plan: StepPlan, grads: dict[int, Tensor]) -> dict[str, Tensor]:
@@ -157,11 +93,9 @@ def measure_gradients(optimizer: MatrixOptimizer, plan: StepPlan, grads: dict[in
     Args:
         grads: flat local gradients by parameter; left as they are.
     """
-    watch = optimizer.watch
+    watch, layout = optimizer.watch, optimizer._synchronize()
     assert watch is not None
-    measured = torch.zeros(
-        len(watch.gradients), len(optimizer._views), device=optimizer._device, dtype=optimizer._dtype
-    )
+    measured = torch.zeros(len(watch.gradients), len(layout.views), device=layout.device, dtype=layout.dtype)
 
     def read(param: int, block: Block, out: Tensor) -> None:
         out.copy_(block.of(grads[param]))
@@ -169,10 +103,10 @@ def measure_gradients(optimizer: MatrixOptimizer, plan: StepPlan, grads: dict[in
     for exchange, numbers, (_, _, wire) in plan.exchanges:
         # Called within this iteration only, so the loop's variables are the right ones.
         def measure(stack: Tensor, views: list[int]) -> None:
-            owned = optimizer._indices([numbers[v] for v in views])  # noqa: B023
+            owned = layout.indices([numbers[v] for v in views])  # noqa: B023
             measured[:, owned] = watch.of_gradient(stack).to(measured.dtype)
 
-        params = {optimizer._views[v].param for v in numbers}
+        params = {layout.views[v].param for v in numbers}
         returned = {i: torch.empty_like(grads[i]) for i in params}  # what the exchange brings back; nobody reads it
         if params:
             exchange.run(read, returned, measure, wire)
