@@ -213,7 +213,7 @@ def _last_values(path: Path) -> dict[str, Cell]:
         except (ValueError, TypeError, AttributeError):
             if line.endswith("\n"):
                 raise DataError(
-                    "not a flat JSON object", f"line {count} of {path}", "remove the line, or train the run again"
+                    "not a flat JSON object", f"line {count} of {path}", "correct the line, or name the other runs only"
                 ) from None
     return found
 
