@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "archscale"
 
 LAYERS = [
-    {"errors", "batch", "config", "config_io", "config_model", "config_sections", "distributed"},
+    {"errors", "batch", "config", "config_io", "config_model", "config_sections", "config_synonyms", "distributed"},
     {"model", "optim", "data", "parallel", "telemetry"},
     {"scaling", "export"},
     {"train", "report", "bench", "study"},
