@@ -118,7 +118,7 @@ def _training_rows(f: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _ratio(value: float) -> str:
-    return f"{value:,.1f}" if value >= 0.1 else f"{value:.2g}"
+    return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
 
 
 def _data_row(data: Mapping[str, Any]) -> str:
