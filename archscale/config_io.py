@@ -22,7 +22,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainVal
 from pydantic_core import PydanticCustomError
 
 from archscale.config_synonyms import synonym
-from archscale.errors import ConfigError
+from archscale.errors import ConfigError, explain_os_error
 
 PROBLEMS = "archscale_problems"  # pydantic error type; its context holds a list of ConfigErrors: key "problems"
 EXPECTED = "archscale_expected"  # pydantic error type; its context says what was expected: key "expected"
@@ -136,9 +136,12 @@ def read_file(path: Path, included_from: str = "", needs: str = "`name` and `dat
     except FileNotFoundError as error:
         remedy = "give a path relative to the file that names it" if included_from else "check the path"
         raise ConfigError(f"there is no file {path}", included_from or str(path), remedy) from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = _one_line(getattr(error, "strerror", None) or str(error))
-        raise ConfigError(f"cannot read {path}: {reason}", included_from or str(path), "name a YAML file") from error
+    except OSError as error:
+        cause, remedy = explain_os_error(error, "name a YAML file")
+        raise ConfigError(f"cannot read {path}: {cause}", included_from or str(path), remedy) from error
+    except UnicodeDecodeError as error:
+        what = f"cannot read {path}: {_one_line(str(error))}"
+        raise ConfigError(what, included_from or str(path), "name a YAML file in UTF-8") from error
     data = _parse_yaml(text, str(path))
     if data is None:
         raise ConfigError("the file is empty", str(path), f"give at least {needs}")
