@@ -11,15 +11,18 @@ from typing import Annotated, Any
 
 import typer
 
-from archscale.errors import ArchscaleError, ConfigError
+from archscale.errors import ArchscaleError, ConfigError, explain_os_error
 
 app = typer.Typer(
-    help="Pre-train language models and find their scaling laws.", no_args_is_help=True, add_completion=False,
-    pretty_exceptions_enable=False, context_settings={"help_option_names": ["-h", "--help"]},
-)  # fmt: skip
-data_app = typer.Typer(help="Turn text into token shards and look at them.", no_args_is_help=True)
+    help="Pre-train language models and find their scaling laws.",
+    invoke_without_command=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+data_app = typer.Typer(help="Turn text into token shards and look at them.", invoke_without_command=True)
 app.add_typer(data_app, name="data")
-bench_app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
+bench_app = typer.Typer(help="Measure on this machine.", invoke_without_command=True)
 app.add_typer(bench_app, name="bench")
 
 Overrides = Annotated[
@@ -34,9 +37,38 @@ Loss = StrEnum("Loss", ["squares", "huber"])
 Cluster = StrEnum("Cluster", ["local", "slurm", "kubernetes", "skypilot"])
 
 
+def _version(asked: bool) -> None:
+    """Without importing torch, which takes seconds."""
+    if asked:
+        from importlib.metadata import version
+
+        import archscale
+
+        print(f"archscale {archscale.__version__}, torch {version('torch')}")
+        raise typer.Exit
+
+
+def _help_unless_command(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
 @app.callback()
-def common(local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None) -> None:
-    """DeepSpeed's launcher passes `--local_rank` beside the environment variable that counts."""
+def common(
+    context: typer.Context,
+    # DeepSpeed's launcher passes this beside the environment variable that counts.
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the versions of archscale and torch."),
+    ] = False,
+) -> None:
+    """Pre-train language models and find their scaling laws."""
+    _help_unless_command(context)
+
+
+data_app.callback()(_help_unless_command)
+bench_app.callback()(_help_unless_command)
 
 
 @app.command()
@@ -75,6 +107,13 @@ def plan(
     device: Annotated[
         str | None, typer.Option(help="Plan for this one, such as h100, or cpu (measured); default: compare all known.")
     ] = None,
+    peak: Annotated[
+        float | None,
+        typer.Option(min=1e-6, metavar="TFLOP/S", help="Dense bf16 peak of --device, for one that is not known."),
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(min=1e-6, metavar="GIB", help="Memory of --device, for one that is not known.")
+    ] = None,
     mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the peak that training reaches.")] = 0.4,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
@@ -85,11 +124,18 @@ def plan(
     import json as encoder
 
     from archscale.config import load_config
+    from archscale.scaling.devices import find_device
     from archscale.scaling.plan_text import render
     from archscale.train.preflight import plan_config
 
+    if device is None and (peak or memory):
+        raise ArchscaleError("--peak and --memory describe a device", "archscale plan", "name it with --device")
+    chosen = None
+    if device is not None:
+        room = None if memory is None else round(memory * 2**30)
+        chosen = find_device(device, peak=None if peak is None else peak * 1e12, memory=room)
     try:
-        found = plan_config(load_config(config, set or []), world_size=processes, device=device, mfu=mfu)
+        found = plan_config(load_config(config, set or []), world_size=processes, device=chosen, mfu=mfu)
         problems, content = found.problems, found.as_dict()
     except ConfigError as error:  # not a config, so there is nothing to plan
         problems, content = error.all or [error], {}
@@ -260,25 +306,32 @@ def study(
 def prepare(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
     set: Overrides = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Text to token shards: sources, tokenizer, training and validation split.
 
     Example: archscale data prepare data_prep/python_stdlib.yaml
     """
+    import functools
+
     from archscale.data.prepare import prepare as run
 
-    _print_table(run(recipe, set or [], say=print))
+    progress = functools.partial(print, file=sys.stderr) if json else print
+    _print_data_set(run(recipe, set or [], say=progress), json)
 
 
 @data_app.command()
-def inspect(directory: Annotated[Path, typer.Argument(help="Prepared data directory.")]) -> None:
+def inspect(
+    directory: Annotated[Path, typer.Argument(help="Prepared data directory.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
     """What a data directory holds.
 
     Example: archscale data inspect data/python_stdlib
     """
     from archscale.data.prepare import inspect as run
 
-    _print_table(run(directory))
+    _print_data_set(run(directory), json)
 
 
 @data_app.command()
@@ -361,6 +414,14 @@ def bench_train(
     print(report(load_config(config, set or []), rounds=rounds, telemetry=telemetry, as_json=json))
 
 
+def _print_data_set(summary: dict[str, Any], as_json: bool) -> None:
+    import json
+
+    from archscale.data.summary_text import render
+
+    print(json.dumps(summary, indent=1) if as_json else render(summary))
+
+
 def _print_table(rows: dict[str, Any]) -> None:
     width = max(map(len, rows))
     for key, value in rows.items():
@@ -380,6 +441,17 @@ def main() -> None:
             time.sleep(5)  # torchrun ends all ranks with the first that exits: let the one that reports be it
         sys.stdout.flush()
         os._exit(2)  # without waiting for ranks and threads that may wait for this one
+    except BrokenPipeError:  # whoever read the output, such as `head`, has closed it
+        os._exit(1)
+    except OSError as error:
+        if os.environ.get("ARCHSCALE_DEBUG") == "1" or isinstance(error, ConnectionError | TimeoutError):
+            raise
+        cause, remedy = explain_os_error(error, "check the path")
+        where = error.filename or "no file named"
+        hint = "ARCHSCALE_DEBUG=1 shows where"
+        print(f"archscale: cannot read or write: {cause} ({where}): {remedy}; {hint}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(2)
     except Exception as error:  # what typer raises for a wrong command line
         if not hasattr(error, "format_message"):
             raise

@@ -21,7 +21,8 @@ import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError
 
-from archscale.errors import ConfigError
+from archscale.config_synonyms import synonym
+from archscale.errors import ConfigError, explain_os_error
 
 PROBLEMS = "archscale_problems"  # pydantic error type; its context holds a list of ConfigErrors: key "problems"
 EXPECTED = "archscale_expected"  # pydantic error type; its context says what was expected: key "expected"
@@ -135,9 +136,12 @@ def read_file(path: Path, included_from: str = "", needs: str = "`name` and `dat
     except FileNotFoundError as error:
         remedy = "give a path relative to the file that names it" if included_from else "check the path"
         raise ConfigError(f"there is no file {path}", included_from or str(path), remedy) from error
-    except (OSError, UnicodeDecodeError) as error:
-        reason = _one_line(getattr(error, "strerror", None) or str(error))
-        raise ConfigError(f"cannot read {path}: {reason}", included_from or str(path), "name a YAML file") from error
+    except OSError as error:
+        cause, remedy = explain_os_error(error, "name a YAML file")
+        raise ConfigError(f"cannot read {path}: {cause}", included_from or str(path), remedy) from error
+    except UnicodeDecodeError as error:
+        what = f"cannot read {path}: {_one_line(str(error))}"
+        raise ConfigError(what, included_from or str(path), "name a YAML file in UTF-8") from error
     data = _parse_yaml(text, str(path))
     if data is None:
         raise ConfigError("the file is empty", str(path), f"give at least {needs}")
@@ -289,7 +293,7 @@ def _problems(detail: Any, root: type[BaseModel]) -> Iterator[ConfigError]:
     owner, field = _owner(root, loc)
     keys = fields_by_key(owner)
     if kind == "extra_forbidden":
-        yield ConfigError(f"unknown key {show(loc[-1])}", dotted, _which_key(str(loc[-1]), keys, root))
+        yield ConfigError(f"unknown key {show(loc[-1])}", dotted, which_key(dotted, list(keys), list(all_keys(root))))
     elif kind == "missing":
         yield ConfigError(f"{dotted} is missing", dotted, f"add `{loc[-1]}`")
     elif kind == "literal_error":
@@ -347,14 +351,31 @@ def _literals(annotation: Any) -> Iterator[Any]:
             yield from _literals(part)
 
 
-def _which_key(key: str, keys: Mapping[str, Any], root: type[BaseModel]) -> str:
-    close = nearest(key, list(keys))
-    if close:
+def which_key(dotted: str, here: Sequence[str], everywhere: Sequence[str]) -> str:
+    """What an unknown key probably means, as a question.
+
+    Args:
+        dotted: the unknown key with its sections.
+        here: the keys of its section. everywhere: all dotted keys.
+    """
+    key = dotted.rpartition(".")[2]
+    if ours := our_name(dotted, everywhere):
+        return f"did you mean {ours}?"
+    if close := nearest(key, here):
         return f"did you mean {close}?"
-    elsewhere = [dotted for dotted in all_keys(root) if dotted.rpartition(".")[2] == key]
-    if elsewhere:
+    if elsewhere := [other for other in everywhere if other.rpartition(".")[2] == key]:
         return f"did you mean {' or '.join(elsewhere)}?"
-    return f"the keys here are {', '.join(keys)}"
+    return f"the keys here are {', '.join(here)}"
+
+
+def our_name(dotted: str, everywhere: Sequence[str]) -> str | None:
+    """The key of `everywhere` that other libraries call so, with how its value differs; or the option of a command."""
+    meant = synonym(dotted)
+    if meant is None or not meant.key:
+        return meant and meant.hint
+    # A study has the keys of a config below a section of its own.
+    known = next((key for key in everywhere if key == meant.key or key.endswith(f".{meant.key}")), None)
+    return f"{known} ({meant.hint})" if known and meant.hint else known
 
 
 def all_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -1,5 +1,7 @@
 """Errors a user can cause. Each ends in one line on stderr and exit status 2 (see `archscale.cli.main`)."""
 
+import errno
+
 
 class ArchscaleError(Exception):
     """One line: what went wrong, where, and the remedy.
@@ -53,3 +55,31 @@ class CheckpointError(ArchscaleError):
 
 class TrainingError(ArchscaleError):
     """Training cannot go on."""
+
+
+def explain_os_error(error: OSError, otherwise: str, *, vanished: bool = False) -> tuple[str, str]:
+    """(cause, remedy) of a failed read or write, in words that are true of this error.
+
+    Args:
+        otherwise: what helps where the path itself is unsuitable, such as "give another with --run-dir".
+        vanished: a path that is missing was there before, so that another process has deleted it.
+    """
+    number = error.errno
+    cause = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    if number == errno.ENOSPC:
+        return cause, f"free space or inodes on that file system, or {otherwise}"
+    if number == errno.EDQUOT:
+        return cause, f"free space, ask for a larger quota, or {otherwise}"
+    if number in (errno.EACCES, errno.EPERM):
+        return cause, f"get permission for it, or {otherwise}"
+    if vanished and number in (errno.ENOENT, errno.ESTALE):
+        return f"{cause}: another process deleted it", f"let only one process work there, or {otherwise}"
+    if number in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY):
+        return f"{cause}: something else stands there", otherwise
+    if number == errno.EFBIG:
+        return cause, f"raise the limit of `ulimit -f`, or {otherwise}"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return cause, "raise the limit of `ulimit -n`"
+    if number == errno.EIO:
+        return cause, f"check the device of that file system, or {otherwise}"
+    return cause, otherwise

@@ -25,6 +25,8 @@ from archscale.config import (
     dump_config,
     load_config,
 )
+from archscale.config_io import all_keys
+from archscale.config_synonyms import SYNONYMS
 from archscale.errors import ConfigError
 
 SMALL = """
@@ -540,3 +542,39 @@ def test_failed_dump_leaves_the_old_file(small, tmp_path, monkeypatch):
         dump_config(config, small)
     assert small.read_text() == before
     assert os.listdir(tmp_path) == ["small.yaml"]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        ("n_layers", "model.depth"),
+        ("model.num_layers", "model.depth"),
+        ("hidden_size", "model.width"),
+        ("model.d_model", "model.width"),
+        ("model.n_heads", "model.heads"),
+        ("epochs", r"training.tokens (epochs × tokens of the data set, which `archscale data inspect` prints)"),
+        ("steps", "training.tokens (steps × training.batch_tokens)"),
+        ("training.max_steps", "training.tokens (steps × training.batch_tokens)"),
+        ("training.batch_size", "training.batch_tokens (sequences × model.context)"),
+        ("optimizer.name", "optimizer.matrix.rule (of matrices; optimizer.element.kind is the rule of all else)"),
+        ("optimizer.learning-rate", "parameterization.base.lr"),
+        ("training.lr", "parameterization.base.lr"),
+        ("optimizer.matrix.weight_decay", "optimizer.weight_decay"),
+        ("schedule.warmup_steps", "schedule.warmup_tokens (steps × training.batch_tokens)"),
+        ("output_dir", "the option --run-dir of archscale train"),
+    ],
+)
+def test_names_of_other_libraries(small, wrong, meant):
+    error = refusal(small, f"{wrong}=1")
+    assert error.what.startswith("unknown key")
+    assert error.remedy == f"did you mean {meant}?"
+
+
+def test_synonyms_lead_to_keys_and_hide_none():
+    keys = list(all_keys(Config))
+    assert {meant.key for meant in SYNONYMS.values()} - {""} <= set(keys)
+    assert not SYNONYMS.keys() & set(keys)
+    last = {key.rpartition(".")[2] for key in keys}
+    for name, meant in SYNONYMS.items():
+        # A name that is a key of ours elsewhere leads to that key.
+        assert name not in last or meant.key.rpartition(".")[2] == name

@@ -34,7 +34,7 @@ from archscale.data.shards import (
     write_atomically,
 )
 from archscale.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
-from archscale.errors import DataError
+from archscale.errors import DataError, explain_os_error
 
 SHARD_TOKENS = 100_000_000  # per file: 200 MB of uint16
 _BATCH_CHARS = 4_000_000  # text encoded at a time
@@ -147,16 +147,20 @@ def _tokenizer(recipe: Recipe, out_dir: Path, say: Say) -> Tokenizer:
     return train_sentencepiece(texts, spec.train.vocab_size, out_dir, spec.train.seed)
 
 
+def _partial_of(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial")
+
+
 @contextmanager
 def _partial(output: Path) -> Iterator[Path]:
     """A sibling of `output` to build in, removed if the block fails; what a killed process left there is
     cleared."""
-    partial = output.with_name(f".{output.name}.partial")
+    partial = _partial_of(output)
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(lock)
         raise DataError("another process is preparing this dataset", str(partial), "wait for it to end") from error
     try:
@@ -215,9 +219,10 @@ def prepare(
     recipe = load_recipe(recipe_path, overrides)
     output, origin = Path(recipe.output), recipe.origin()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        remedy = "remove it, or change output in the recipe"
+        remedy = "prepare into another directory with --set output=DIR"
         if not (output / MANIFEST).is_file():
-            raise DataError("output exists and is not a finished dataset", str(output), remedy)
+            what = f"output exists and is not a prepared data set: it has no {MANIFEST}"
+            raise DataError(what, str(output), remedy)
         manifest = read_manifest(output)
         if manifest.origin != origin:
             what = "output holds a dataset made from another recipe, or its source files changed since"
@@ -230,8 +235,13 @@ def prepare(
             os.replace(partial, output)
         sync_directory(output.parent)
     except OSError as error:
-        where = str(error.filename or output)
-        raise DataError(f"cannot prepare: {error.strerror}", where, "check disk space and permissions") from error
+        where = Path(error.filename or output)
+        if where.is_relative_to(_partial_of(output)) or output.is_relative_to(where):
+            elsewhere = "prepare into another directory with --set output=DIR"
+            cause, remedy = explain_os_error(error, elsewhere, vanished=True)
+        else:  # a file that a source reads
+            cause, remedy = explain_os_error(error, "check the path")
+        raise DataError(f"cannot prepare: {cause}", str(where), remedy) from error
     return _summary(output, manifest, already=False)
 
 

@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from archscale.data.sources import SOURCES, Source, fingerprint_files
-from archscale.errors import DataError
+from archscale.errors import DataError, explain_os_error
 
 
 class _Strict(BaseModel):
@@ -107,9 +107,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     key."""
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"cannot read the recipe: {reason}", str(path), "give the path of a recipe YAML") from error
+    except OSError as error:
+        cause, remedy = explain_os_error(error, "give the path of a recipe YAML")
+        raise DataError(f"cannot read the recipe: {cause}", str(path), remedy) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"cannot read the recipe: {error}", str(path), "give a recipe YAML in UTF-8") from error
     except yaml.YAMLError as error:
         raise DataError(f"not YAML: {' '.join(str(error).split())}", str(path), "correct the recipe") from error
     if not isinstance(raw, dict):

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from archscale.errors import DataError
+from archscale.errors import DataError, explain_os_error
 
 MAGIC = b"ARCHTOK1"
 SHARD_VERSION = 1
@@ -39,7 +39,10 @@ _FIELDS = struct.Struct("<8sIIQQ32s32s")
 HEADER_BYTES = _FIELDS.size + 32
 _CHUNK = 1 << 24  # bytes hashed at a time
 
-_REMEDY = "make the dataset again with `archscale data prepare`, or copy the file again"
+# `prepare` finds a directory that has a manifest made already, so that preparing again needs another one.
+AGAIN = "`archscale data prepare RECIPE --set output=DIR` makes the data set again, in another directory"
+_REMEDY = f"copy the file again from where it is whole, or prepare anew: {AGAIN}"
+_GIVE_PREPARED = "give the directory of a prepared data set, as `archscale data prepare` makes it"
 
 
 class ShardHeader(NamedTuple):
@@ -167,7 +170,8 @@ def read_header(path: str | Path) -> ShardHeader:
             raw = file.read(HEADER_BYTES)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
-        raise DataError(f"cannot read the shard: {error.strerror}", str(path), _REMEDY) from error
+        cause, remedy = explain_os_error(error, _REMEDY)
+        raise DataError(f"cannot read the shard: {cause}", str(path), remedy) from error
     if raw[: len(MAGIC)] != MAGIC:
         raise DataError("foreign file: it does not begin like a token shard", str(path), _REMEDY)
     if len(raw) < HEADER_BYTES:
@@ -177,7 +181,7 @@ def read_header(path: str | Path) -> ShardHeader:
         raise DataError(
             f"shard format {version}, but this archscale reads {SHARD_VERSION}",
             str(path),
-            "use the archscale that wrote it, or make the dataset again with `archscale data prepare`",
+            f"use the archscale that wrote it, or this one: {AGAIN}",
         )
     if hashlib.sha256(raw[: _FIELDS.size]).digest() != raw[_FIELDS.size :] or code not in DTYPES:
         raise DataError("damaged shard: the header does not match its checksum", str(path), _REMEDY)
@@ -263,20 +267,24 @@ def read_manifest(directory: str | Path) -> Manifest:
     try:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        what = f"not a finished dataset: {MANIFEST} is missing"
-        raise DataError(what, str(directory), f"remove it and {prepare}") from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"unreadable manifest: {error}", str(path), f"remove it and {prepare}") from error
+        what = f"this directory is not a prepared data set: it has no {MANIFEST}"
+        raise DataError(what, str(directory), _GIVE_PREPARED) from error
+    except OSError as error:
+        cause, remedy = explain_os_error(error, _GIVE_PREPARED)
+        raise DataError(f"cannot read the manifest: {cause}", str(path), remedy) from error
+    except ValueError as error:
+        raise DataError(f"the manifest is not JSON: {error}", str(path), _REMEDY) from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != DATASET_VERSION:
         what = f"dataset format {version}, but this archscale reads {DATASET_VERSION}"
-        raise DataError(what, str(path), f"remove it and {prepare}")
+        remedy = f"use the archscale that wrote it, or this one: {AGAIN}" if version else _GIVE_PREPARED
+        raise DataError(what, str(path), remedy)
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
         what = f"foreign manifest: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise DataError(what, str(path), f"remove it and {prepare}") from error
+        raise DataError(what, str(path), _GIVE_PREPARED) from error
 
 
 class TokenSplit:

@@ -10,13 +10,14 @@ import gzip
 import hashlib
 import json
 import sysconfig
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from archscale.errors import DataError
+from archscale.errors import DataError, explain_os_error
 
 _END_BYTES = 1 << 20  # of a file's beginning and end go into its fingerprint: all of a small one, O(1) of a huge one
 
@@ -42,6 +43,15 @@ def _glob(pattern: str) -> list[tuple[str, Path]]:
             "correct the source's path; relative ones start at the current directory",
         )
     return found
+
+
+def _whole_lines(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
+    """The lines of a file; DataError where it is compressed and damaged."""
+    try:
+        yield from lines
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        what = f"not a whole gzip file: {error}"
+        raise DataError(what, str(path), "copy the file again, or leave it out of the source's path") from error
 
 
 def _field(record: Any, field: str, where: str) -> str:
@@ -83,7 +93,7 @@ class JsonlSource(_Source):
     def documents(self) -> Iterator[str]:
         for _, path in self.files():
             with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as lines:
-                for number, line in enumerate(lines, 1):
+                for number, line in enumerate(_whole_lines(lines, path), 1):
                     where = f"{path}:{number}"
                     try:
                         record = json.loads(line) if line.strip() else {self.field: ""}
@@ -213,6 +223,7 @@ def fingerprint_files(files: Iterable[tuple[str, Path]]) -> str:
                 file.seek(max(_END_BYTES, size - _END_BYTES))
                 digest.update(file.read(_END_BYTES))
         except OSError as error:
-            raise DataError(f"cannot read the file: {error.strerror}", str(path), "check the path") from error
+            cause, remedy = explain_os_error(error, "check the path")
+            raise DataError(f"cannot read the file: {cause}", str(path), remedy) from error
         total.update(f"{name}\0{size}\0{digest.hexdigest()}\n".encode())
     return total.hexdigest()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from archscale.data.shards import MANIFEST, read_manifest
-from archscale.errors import DataError
+from archscale.data.shards import AGAIN, MANIFEST, read_manifest
+from archscale.errors import DataError, explain_os_error
 
 MODEL_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
@@ -205,7 +205,8 @@ def load_tokenizer(path: str | Path, kind: str | None = None, eos: str | None = 
         if local.suffix == ".json":
             return HuggingFaceTokenizer(local.read_bytes(), str(path), eos=eos)
     except OSError as error:
-        raise DataError(f"cannot read the tokenizer: {error.strerror}", str(path), "check the path") from error
+        cause, remedy = explain_os_error(error, "check the path")
+        raise DataError(f"cannot read the tokenizer: {cause}", str(path), remedy) from error
     if kind == "huggingface" or (local / JSON_FILE).is_file():
         return _from_hub(str(path), eos)
     remedy = "give a dataset directory, a .model file or a tokenizer.json"
@@ -214,11 +215,12 @@ def load_tokenizer(path: str | Path, kind: str | None = None, eos: str | None = 
 
 def _of_dataset(directory: Path) -> Tokenizer:
     entry = read_manifest(directory).tokenizer
-    path, remedy = directory / entry.file, "make the dataset again with `archscale data prepare`"
+    path, remedy = directory / entry.file, f"copy the file again from where it is whole, or prepare anew: {AGAIN}"
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot read the tokenizer: {error.strerror}", str(path), remedy) from error
+        cause, remedy = explain_os_error(error, remedy)
+        raise DataError(f"cannot read the tokenizer: {cause}", str(path), remedy) from error
     if hashlib.sha256(content).hexdigest() != entry.fingerprint:
         raise DataError("not the tokenizer that the dataset was made with", str(path), remedy)
     if entry.kind == "sentencepiece":

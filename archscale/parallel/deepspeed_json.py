@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from archscale.errors import ConfigError
+from archscale.errors import ConfigError, explain_os_error
 
 WHERE = "parallel.deepspeed"
 BUCKET = (
@@ -99,9 +99,10 @@ def merge(own: dict[str, Any], path: str | Path | None) -> dict[str, Any]:
     try:
         theirs = json.loads(Path(path).read_text())
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", WHERE, "name a DeepSpeed JSON file") from None
+        cause, remedy = explain_os_error(error, "name a DeepSpeed JSON file")
+        raise ConfigError(f"cannot read {path}: {cause}", WHERE, remedy) from None
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}", WHERE, "mend the file") from None
+        raise ConfigError(f"{path} is not JSON: {error}", WHERE, "correct the JSON there") from None
     if not isinstance(theirs, dict):
         raise ConfigError(f"{path} holds no JSON object", WHERE, "name a DeepSpeed JSON file")
     problems = list(_conflicts(own, theirs, ""))
@@ -122,7 +123,7 @@ def _conflicts(own: dict[str, Any], theirs: dict[str, Any], prefix: str) -> Iter
         elif name in own and key not in SUGGESTED:
             yield ConfigError(
                 f"{key} is {json.dumps(value)} in the DeepSpeed JSON, the run's config makes it {json.dumps(own[name])}",
-                WHERE, "remove the key from the JSON",
+                WHERE, f"leave {key} out of the JSON",
             )  # fmt: skip
 
 

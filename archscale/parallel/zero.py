@@ -209,7 +209,7 @@ def _mended_by_the_user() -> Iterator[None]:
     except (ValueError, TypeError, AssertionError) as error:  # pydantic's among them
         text = " ".join(str(error).split())[:300] or type(error).__name__
         what = f"DeepSpeed refuses its configuration: {text}"
-        refused = ConfigError(what, "parallel.deepspeed", "mend or remove the JSON")
+        refused = ConfigError(what, "parallel.deepspeed", "correct the JSON, or set parallel.deepspeed: null")
         refused.on_every_rank = True
         raise refused from None
 

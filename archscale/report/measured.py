@@ -73,9 +73,14 @@ def head(run: RunRecord) -> list[Row]:
         if (speed := _median(run, "tokens_per_second")) is not None:
             rows.append(Row("tokens/s", "", number(speed), f"median; {_world(run)}"))
     first = run.events[0] if run.events else None
-    text = "none" if not first else f"{len(run.events):,} event{'s' * (len(run.events) > 1)}"
-    note = f"first at step {first[0]:,}: {first[1][:80]}" if first else "no event, every number finite"
-    rows.append(Row("problems", "", text, note if len(run.steps) else "", "bad" if first else "good"))
+    if first:
+        text, kind = f"{len(run.events):,} event{'s' * (len(run.events) > 1)}", "bad"
+        note = f"first at step {first[0]:,}: {first[1][:80]}"
+    elif len(run.steps):
+        text, note, kind = "none recorded", "every number in the metrics is finite", "good"
+    else:
+        text, note, kind = "not known", "no metrics yet", ""
+    rows.append(Row("problems", "", text, note, kind))
     return rows
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from archscale.errors import ArchscaleError, DataError
+from archscale.errors import ArchscaleError, DataError, explain_os_error
 
 _REMEDY = "name a directory, such as runs/<name>, that train or sweep has filled"
 _AXES = ("step", "tokens", "time")
@@ -97,7 +97,8 @@ def read_run(directory: Path) -> RunRecord:
     try:
         lines = metrics.read_bytes().splitlines() if metrics.is_file() else []
     except OSError as error:
-        raise DataError(f"cannot read the metrics: {error.strerror}", str(metrics), _REMEDY) from error
+        cause, remedy = explain_os_error(error, _REMEDY)
+        raise DataError(f"cannot read the metrics: {cause}", str(metrics), remedy) from error
     _parse(run, lines)
     if any(line.strip() for line in lines) and not len(run.steps):
         raise DataError("no line is a JSON object with step and tokens", str(metrics), _REMEDY)

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from archscale.errors import ArchscaleError
+from archscale.errors import ArchscaleError, explain_os_error
 from archscale.report.figures import make_figures
 from archscale.report.page import render
 from archscale.report.read import read_runs
@@ -46,7 +46,6 @@ def write_report(directories: list[Path], out: Path | None = None) -> Path:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        raise ArchscaleError(
-            f"cannot write the report: {error.strerror}", str(path), "give another with --out"
-        ) from error
+        cause, remedy = explain_os_error(error, "give another with --out")
+        raise ArchscaleError(f"cannot write the report: {cause}", str(path), remedy) from error
     return path

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from archscale.errors import ArchscaleError
+from archscale.errors import ArchscaleError, explain_os_error
 from archscale.report.plot import draw, png_bytes, svg_text
 from archscale.report.sweep_figures import make_figures
 from archscale.report.sweep_fits import analyse
@@ -45,9 +45,9 @@ def write_sweep_report(directory: Path, out: Path | None = None) -> Path:
             _write(folder / name, content)
         _write(path, html.encode())
     except OSError as error:
-        raise ArchscaleError(
-            f"cannot write the report: {error.strerror}", str(error.filename or path), "give another with --out"
-        ) from error
+        cause, remedy = explain_os_error(error, "give another with --out")
+        where = str(error.filename or path)
+        raise ArchscaleError(f"cannot write the report: {cause}", where, remedy) from error
     return path
 
 

@@ -135,6 +135,7 @@ class Analysis:
         curves: power law of the loss over FLOPs for each arm and value of `Axes.others`; None where FLOPs hardly vary.
         leverage: (label, base label, points or the refusal).
         growth: power law over FLOPs of each indicator, by its key.
+        unfitted: why nothing is known of the growth of further indicators, by their keys.
         constant: indicators that have one value everywhere, and that value.
         notes: what was refused altogether.
     """
@@ -148,6 +149,7 @@ class Analysis:
     leverage: list[tuple[str, str, list[Leverage] | str]] = field(default_factory=list)
     indicators: list[str] = field(default_factory=list)
     growth: dict[str, TableFits] = field(default_factory=dict)
+    unfitted: dict[str, str] = field(default_factory=dict)
     constant: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -371,6 +373,8 @@ def _indicators(found: Analysis, best: Table) -> None:
             continue
         found.indicators.append(name)
         if axes.scale:
-            fits = _try(found, lambda name=name: fit_table(best, "power", ["flops"], name, _curve_keys(axes)))  # type: ignore[misc]
-            if fits is not None:
-                found.growth[name] = fits
+            try:
+                found.growth[name] = fit_table(best, "power", ["flops"], name, _curve_keys(axes))
+            except ArchscaleError as error:
+                found.notes.append(describe(error))
+                found.unfitted[name] = error.what

@@ -22,7 +22,7 @@ from archscale.report.sweep_axes import name_of
 from archscale.report.sweep_figures import FigureOf, end_text, with_ends
 from archscale.report.sweep_fits import Analysis
 from archscale.report.sweep_read import SweepRecord, describe
-from archscale.report.sweep_tables import Row, grows, verdict
+from archscale.report.sweep_tables import Row, growth, verdict
 from archscale.scaling.fit_text import render as fits_as_text
 
 Drawn = list[tuple[FigureOf, list[str]]]  # each with the SVG text of its panels
@@ -177,6 +177,10 @@ def _findings(found: Analysis) -> list[str]:
                 expected = f"the expected {drifts[0].reference:g}" if drifts[0].reference else "0"
                 text = f"from {number(min(values), 3)} to {number(max(values), 3)}; {expected} is within {within} of {len(drifts)} intervals"
             else:
+                unknown = [drift.law.refused.what for drift in found.drifts if (drift.along, drift.arm) == (along, arm)
+                           and drift.law.refused]  # fmt: skip
+                if unknown:
+                    lines.append(f"{arm}: how the optimum moves along {name_of(along)} is not known: {unknown[0]}.")
                 continue
             lines.append(f"{arm}: exponent of the optimum along {name_of(along)} {text}.")
     for name, base, points in found.leverage:
@@ -191,13 +195,41 @@ def _findings(found: Analysis) -> list[str]:
             lines.append(
                 f"{name}: reaches its loss with {with_ends(last.ratio)} times fewer FLOPs than {base} at {compact(last.x)} FLOPs{beyond}."
             )
-    for name, fits in found.growth.items():
-        growing = [group for group in fits.groups if group.fit and grows(group.fit)]
-        if growing:
-            lines.append(f"{parse_key(name).title} grows with FLOPs in {len(growing)} of {len(fits.groups)} groups.")
-    if found.growth and not any("grows with FLOPs" in line for line in lines):
-        lines.append("No indicator is seen to grow with FLOPs.")
+    return lines + _growth(found)
+
+
+def _growth(found: Analysis) -> list[str]:
+    """What is known of each indicator over FLOPs; what could not be fitted is not known, whatever its plot looks like."""
+    lines, verdicts = [], {name: [growth(group) for group in fits.groups] for name, fits in found.growth.items()}
+    verdicts |= {name: [f"not known: {reason}"] for name, reason in found.unfitted.items()}
+    for name, of_groups in verdicts.items():
+        if growing := of_groups.count("grows"):
+            unknown = sum(verdict.startswith("not known") for verdict in of_groups)
+            rest = f", and is not known in {unknown}" if unknown else ""
+            lines.append(f"{parse_key(name).title} grows with FLOPs in {growing} of {len(of_groups)} groups{rest}.")
+    without = {name: of_groups for name, of_groups in verdicts.items() if "grows" not in of_groups}
+    level = [name for name, of_groups in without.items() if set(of_groups) == {"does not grow"}]
+    if level:
+        lines.append(f"Does not grow with FLOPs: {_titles(level)}.")
+    undecided = [name for name, of_groups in without.items() if "undecided" in of_groups]
+    if undecided:
+        lines.append(
+            f"Growth with FLOPs is neither shown nor excluded by the interval of the exponent: {_titles(undecided)}."
+        )
+    by_reason: dict[str, list[str]] = {}
+    for name in without:
+        if name not in level and name not in undecided:
+            reason = next(verdict for verdict in without[name] if verdict.startswith("not known"))
+            by_reason.setdefault(reason.removeprefix("not known: "), []).append(name)
+    lines += [
+        f"Whether these grow with FLOPs is not known ({reason}): {_titles(names)}."
+        for reason, names in by_reason.items()
+    ]
     return lines
+
+
+def _titles(names: Sequence[str]) -> str:
+    return ", ".join(parse_key(name).title for name in names)
 
 
 def _figure(figure: FigureOf, panels: Sequence[str], folder: str) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 from archscale.report.sweep_axes import name_of
 from archscale.report.sweep_fits import Analysis, curve_names
 from archscale.report.sweep_read import SweepRecord
-from archscale.scaling.fit import Estimate, Fit
-from archscale.scaling.fit_table import TableFits
+from archscale.scaling.fit import Estimate
+from archscale.scaling.fit_table import Group, TableFits
 
 Row = dict[str, Any]
 LEAST_GROWTH = 1.02  # factor over the range of FLOPs
@@ -23,7 +23,7 @@ def make_tables(sweep: SweepRecord, found: Analysis) -> dict[str, list[Row]]:
     """By file name; one without rows is left out."""
     tables = {
         "optima": _optima(found), "drift": _drift(found), "curves": _curves(found, found.curves), "leverage": _leverage(found),
-        "stability": [{"indicator": name, **row} for name, fits in found.growth.items() for row in _curves(found, fits)],
+        "stability": _stability(found),
         "indicators": _indicators(found), "runs": _runs(sweep, found),
     }  # fmt: skip
     return {name: rows for name, rows in tables.items() if rows}
@@ -86,6 +86,8 @@ def verdict(exponent: Estimate | None, reference: float | None) -> str:
     """Whether an exponent's interval holds 0, or what is expected."""
     if exponent is None:
         return ""
+    if not any(map(math.isfinite, (exponent.low, exponent.high))):
+        return "not known: the interval has no bound"
     expected = reference or 0.0
     name = "0" if not expected else f"the expected {expected:g}"
     if exponent.low <= expected <= exponent.high:
@@ -93,10 +95,18 @@ def verdict(exponent: Estimate | None, reference: float | None) -> str:
     return f"{'below' if exponent.high < expected else 'above'} {name}"
 
 
-def grows(law: Fit) -> bool:
-    """Whether a power law rises over its points, by more than rounding."""
-    exponent = law.estimates["exponent"]
-    return exponent.low > 0 and float(law.highs[0] / law.lows[0]) ** exponent.value > LEAST_GROWTH
+def growth(group: Group) -> str:
+    """What a power law over FLOPs shows: "grows", "does not grow", "undecided" (growth is neither shown nor excluded), or
+    "not known: " and the reason, where there is no fit with an interval."""
+    if group.fit is None:
+        return f"not known: {group.refused.what if group.refused else 'no fit'}"
+    exponent, span = group.fit.estimates["exponent"], float(group.fit.highs[0] / group.fit.lows[0])
+    if not all(map(math.isfinite, (exponent.low, exponent.high))):
+        return "not known: the interval of the exponent has no bound"
+    if exponent.low > 0 and span**exponent.value > LEAST_GROWTH:
+        return "grows"
+    # Less than rounding: even the upper end of the interval.
+    return "does not grow" if exponent.high <= 0 or span**exponent.high <= LEAST_GROWTH else "undecided"
 
 
 def _curves(found: Analysis, fits: TableFits | None) -> list[Row]:
@@ -109,6 +119,15 @@ def _curves(found: Analysis, fits: TableFits | None) -> list[Row]:
         row |= {"leave-one-out error": group.fit.leave_one_out if group.fit else None}
         row["note"] = "; ".join(filter(None, [group.refused.what if group.refused else "", found.at_edge(label)]))
         rows.append(row)
+    return rows
+
+
+def _stability(found: Analysis) -> list[Row]:
+    rows = []
+    for name, fits in found.growth.items():
+        groups = curve_names(found, fits)
+        for (_, _, group), row in zip(groups, _curves(found, fits)):
+            rows.append({"indicator": name, **row, "growth": growth(group).partition(":")[0]})
     return rows
 
 

@@ -5,6 +5,7 @@ A device that is not here has no peak: its time is n/a, never a guess. `cpu` is 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from dataclasses import dataclass
@@ -44,13 +45,28 @@ DRIVER_NAMES = {
 }  # fmt: skip
 
 
-def find_device(name: str) -> Device:
-    """A device by its name in the table or by what its driver calls it; of any other nothing is known. `cpu` is measured."""
+def find_device(name: str, *, peak: float | None = None, memory: int | None = None) -> Device:
+    """A device by its name in the table or by what its driver calls it; `cpu` is measured.
+
+    Of any other device only what is given is known, and what is given goes before the table.
+
+    Args:
+        peak: dense bf16 FLOP/s. memory: bytes.
+    """
     lowered = name.lower()
+    listed = f"not in the table: {', '.join(DEVICES)}, cpu"
     if lowered == "cpu":
-        return this_cpu()
-    return DEVICES.get(DRIVER_NAMES.get(lowered, lowered)) or Device(
-        name, None, None, f"not in the table: {', '.join(DEVICES)}, cpu"
+        device = this_cpu()
+    else:
+        device = DEVICES.get(DRIVER_NAMES.get(lowered, lowered)) or Device(name, None, None, listed)
+    if peak is None and memory is None:
+        return device
+    told = " and ".join(word for word, value in (("peak", peak), ("memory", memory)) if value is not None)
+    return dataclasses.replace(
+        device,
+        peak=device.peak if peak is None else peak,
+        memory=device.memory if memory is None else memory,
+        source=f"{told} as given" if device.source == listed else f"{told} as given; {device.source}",
     )
 
 

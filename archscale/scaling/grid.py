@@ -34,7 +34,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from archscale.config import Config
-from archscale.config_io import Layer, all_keys, explain, nearest, read_file, read_layers, show
+from archscale.config_io import Layer, all_keys, explain, nearest, our_name, read_file, read_layers, show
 from archscale.errors import ConfigError
 from archscale.scaling.expressions import Expression, as_number
 from archscale.scaling.fit import window
@@ -275,7 +275,9 @@ class Grid:
             if key in ("name", "base"):
                 raise ConfigError(f"a grid cannot set {key}", where, "leave it out: runs are named by their values")
             if key not in KEYS:
-                close = next((k for k in sorted(KEYS) if k.endswith(f".{key}")), None) or nearest(key, sorted(KEYS))
+                keys = sorted(KEYS)
+                close = our_name(key, keys) or next((k for k in keys if k.endswith(f".{key}")), None)
+                close = close or nearest(key, keys)
                 remedy = f"did you mean {close}?" if close else "give dotted keys of the config"
                 raise ConfigError(f"unknown key {show(key)}", where, remedy)
         for (_, first), (section, second) in itertools.combinations(named, 2):

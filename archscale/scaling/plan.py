@@ -22,6 +22,7 @@ from archscale.scaling.plan_text import size
 # Float32 buffers per element that a rule keeps; a test compares them with the optimizer's.
 STATE_BUFFERS = {"adamw": 2, "adamh": 2, "lamb": 2}
 ELEMENTWISE = ("adamw", "adamh", "lamb", "lion", "sgd")  # rules that orthogonalize nothing
+MANY_PASSES = 4  # over the data; up to there repeated text is about as good as new text (arXiv 2305.16264)
 PADDING = 128  # a multiple that matrix units like for the vocabulary
 INITIALIZATION = {
     "matrix": "U(±1/√fan_in)", "embedding": "N(0, 1e-4)", "head": "N(0, 0.02)", "vector": "1", "tied": "N(0, 0.02)"
@@ -47,14 +48,22 @@ class Plan:
         }
 
 
-def make_plan(config: Config, *, world_size: int = 1, device: Device | None = None, mfu: float = 0.4,
-              compare: Sequence[Device] = ()) -> Plan:  # fmt: skip
+def make_plan(
+    config: Config,
+    *,
+    world_size: int = 1,
+    device: Device | None = None,
+    mfu: float = 0.4,
+    compare: Sequence[Device] = (),
+    data_tokens: int | None = None,
+) -> Plan:
     """The plan of `config` on `world_size` devices.
 
     Args:
         device: what it will run on; a plan that does not fit into its memory is a problem.
         mfu: share of the peak that training is assumed to reach.
         compare: further devices whose time and fit are worth knowing.
+        data_tokens: tokens of the training split; None where it is not known, as before the data set is prepared.
     """
     plan = Plan(config)
     unknown = list(rules.problems(config.model, config.parameterization, config.optimizer))
@@ -83,8 +92,11 @@ def make_plan(config: Config, *, world_size: int = 1, device: Device | None = No
     plan.config = config = resolved
     transfer = None if unknown else rules.transfer_of(config)
     plan.figures["parameterization"] = _parameterization(config, transfer)
-    plan.figures["training"] = _training(config, world_size)
-    plan.figures["flops"] = flops = _flops(config, plan.figures["training"]["accumulation"])
+    plan.figures["training"] = _training(config, world_size, accumulation)
+    plan.figures["data"] = _data(plan, data_tokens)
+    if accumulation is None and config.model.moe and config.model.moe.counts_first:
+        return plan  # what the counting pass costs follows from the accumulation
+    plan.figures["flops"] = flops = _flops(config, accumulation or 1)
     if transfer is None or shard is None or accumulation is None:
         return plan
     need = _memory(plan, transfer, world_size, shard, accumulation, bool(device and device.name == "cpu"))
@@ -157,24 +169,46 @@ def _parameterization(config: Config, transfer: rules.Transfer | None) -> dict[s
     return found
 
 
-def _training(config: Config, world_size: int) -> dict[str, Any]:
+def _training(config: Config, world_size: int, accumulation: int | None) -> dict[str, Any]:
+    """`accumulation` is None where the devices cannot divide the batch, which is a problem of the plan."""
     batches, context = config.batches, config.model.context
-    steps = config.steps
+    steps, parameters = config.steps, counting.parameters(config.model)
     return {
         "tokens": config.tokens,
         "trained_tokens": batches.at(steps)[0] * context,
-        "tokens_per_parameter": config.tokens / counting.published_parameters(config.model),
+        "tokens_per_parameter": config.tokens / parameters.total,
+        "tokens_per_active_parameter": config.tokens / parameters.active,
+        "tokens_per_published_parameter": config.tokens / counting.published_parameters(config.model),
         "batch_tokens": config.batch_tokens,
         "batch_sizes": batches.sizes,
         "steps": steps,
         "world_size": world_size,
         "micro_batch": config.training.micro_batch,
-        "accumulation": config.batch_size / (config.training.micro_batch * world_size),
+        "accumulation": accumulation,
         "schedule": config.schedule.model_dump(),
     }
 
 
-def _flops(config: Config, accumulation: float) -> dict[str, Any]:
+def _data(plan: Plan, tokens: int | None) -> dict[str, Any]:
+    """Passes of the run over its training split, with advice where they are many."""
+    config, trained = plan.config, plan.figures["training"]["trained_tokens"]
+    passes = None if tokens is None else trained / tokens
+    if tokens is not None and passes is not None and passes >= MANY_PASSES:
+        batch = config.batch_tokens
+        fewer = (MANY_PASSES * tokens - 1) // batch * batch
+        less = f", or set training.tokens to at most {fewer}" if fewer else ""
+        plan.advice.append(
+            ConfigError(
+                f"the run passes {passes:,.3g} times over its {tokens:,} tokens of data: repeated text teaches less "
+                "than new text, and the validation loss may rise",
+                "training.tokens",
+                f"prepare more text{less}",
+            )
+        )
+    return {"tokens": tokens, "passes": passes}
+
+
+def _flops(config: Config, accumulation: int) -> dict[str, Any]:
     """`total` is useful work, as MFU counts it. `executed` is all that runs: also what is computed a second time, the counting
     pass of a load balance (a step's first micro-batch needs none), and the optimizer's orthogonalization."""
     model, recompute = config.model, config.training.activation_checkpoint == "block"

@@ -19,6 +19,7 @@ def render(plan: Mapping[str, Any]) -> str:
     if "training" in f:
         section(f"parameterization: {f['parameterization']['kind']}", _transfer_rows(f["parameterization"]))
         section("training", _training_rows(f))
+    if "flops" in f:
         section("FLOPs", _flops_rows(f["flops"]))
     if "memory" in f:
         m = f["memory"]
@@ -55,7 +56,7 @@ def _model_rows(m: dict[str, Any]) -> dict[str, str]:
         "vocabulary": f"{m['vocab_size']:,}, {'tied' if m['tied_embeddings'] else 'untied'}",
         "parameters": f"{p['total']:,} ({p['active']:,} active): matrices {p['matrix']:,}, embedding {p['embedding']:,}, "
         f"head {p['head']:,}, vectors {p['vector']:,}",
-        "published count N": f"{m['published_parameters']:,} (what token budgets follow)",
+        "published count N": f"{m['published_parameters']:,} (what token budgets of hyperp and mup++ follow)",
     }
     if m["moe"]:
         e = m["moe"]
@@ -70,10 +71,11 @@ def _model_rows(m: dict[str, Any]) -> dict[str, str]:
 
 def _transfer_rows(p: dict[str, Any]) -> dict[str, str]:
     base = p["base"]
-    rows = {
-        "base": f"lr {base['lr']:g} at depth {base['depth']}, width {base['width']}, {base['tokens']:.4g} tokens, "
-        f"batch {base['batch_tokens']:,}"
-    }
+    size = (
+        f" at depth {base['depth']}, width {base['width']}, {base['tokens']:.4g} tokens, batch {base['batch_tokens']:,}"
+    )
+    # `standard` transfers nothing: of the base it reads the learning rate alone.
+    rows = {"base": f"lr {base['lr']:g}" + ("" if p["kind"] == "standard" else size)}
     roles = p.get("roles", {})
     shared = [f for f in roles["matrix"]["factors"] if all(f in r["factors"] for r in roles.values())] if roles else []
     if shared:
@@ -95,11 +97,17 @@ def _factor(f: Mapping[str, Any]) -> str:
 
 
 def _training_rows(f: Mapping[str, Any]) -> dict[str, str]:
-    t, s = f["training"], f["training"]["schedule"]
+    t, s, parameters = f["training"], f["training"]["schedule"], f["model"]["parameters"]
+    each = f"{_ratio(t['tokens_per_parameter'])} for each of the {parameters['total']:,} parameters"
+    if parameters["active"] < parameters["total"]:
+        each += f", {_ratio(t['tokens_per_active_parameter'])} for each active one"
+    accumulation = t["accumulation"]
+    per_step = "which do not divide the batch" if accumulation is None else f"accumulation {accumulation}"
     rows = {
-        "tokens": f"{t['tokens']:,} ({t['tokens_per_parameter']:.1f} a parameter)",
+        "tokens": f"{t['tokens']:,} ({each}; {_ratio(t['tokens_per_published_parameter'])} by the published count N)",
+        "data": _data_row(f["data"]),
         "steps": f"{t['steps']:,} of {t['batch_tokens']:,} tokens ({t['batch_sizes'][-1]:,} sequences)",
-        "devices": f"{t['world_size']}, micro-batch {t['micro_batch']}, accumulation {t['accumulation']:g}",
+        "devices": f"{t['world_size']}, micro-batch {t['micro_batch']}, {per_step}",
         "schedule": f"{s['kind']} to {s['final_ratio']:g}, warm-up {s['warmup_tokens']:,} tokens",
     }
     if len(t["batch_sizes"]) > 1:
@@ -107,6 +115,16 @@ def _training_rows(f: Mapping[str, Any]) -> dict[str, str]:
             " → ".join(map(str, t["batch_sizes"])) + f" sequences over {s['batch_ramp_tokens']:,} tokens"
         )
     return rows
+
+
+def _ratio(value: float) -> str:
+    return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
+
+
+def _data_row(data: Mapping[str, Any]) -> str:
+    if data["tokens"] is None:
+        return "tokens and passes not known: there is no data set yet"
+    return f"{data['tokens']:,} tokens, passed {data['passes']:,.3g} times"
 
 
 def _flops_rows(f: dict[str, Any]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from archscale.config_io import nearest, show
-from archscale.errors import ConfigError, DataError
+from archscale.errors import ConfigError, DataError, explain_os_error
 
 if TYPE_CHECKING:
     from archscale.config import Config
@@ -156,8 +156,11 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, Cell]]]:
                 yield where, row | {name: _cell(value) for name, value in zip(header, values)}
     except FileNotFoundError:
         raise DataError("there is no such file or directory", str(path), "check the path") from None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        reason = " ".join((getattr(error, "strerror", None) or str(error)).split())
+    except OSError as error:
+        cause, remedy = explain_os_error(error, "give a CSV file")
+        raise DataError(f"cannot be read: {cause}", str(path), remedy) from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        reason = " ".join(str(error).split())
         raise DataError(f"cannot be read as CSV: {reason}", str(path), "give a CSV file in UTF-8") from None
 
 
@@ -213,7 +216,7 @@ def _last_values(path: Path) -> dict[str, Cell]:
         except (ValueError, TypeError, AttributeError):
             if line.endswith("\n"):
                 raise DataError(
-                    "not a flat JSON object", f"line {count} of {path}", "remove the line, or train the run again"
+                    "not a flat JSON object", f"line {count} of {path}", "correct the line, or name the other runs only"
                 ) from None
     return found
 

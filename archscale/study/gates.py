@@ -43,7 +43,10 @@ def run_gates(study: GateStudy, say: Callable[[str], None]) -> Results:
     }
     panel = Panel("Output RMS of a fresh layer", "k, active experts a token", "RMS", lines, log_x=True)
     results.figures = {
-        "rms": ("Output RMS over granularity: flat under SqrtGate, falling as √Σ g² under the plain gate", [panel])
+        "rms": (
+            "Output RMS over granularity under both gates; dashed: what √Σ g² of uncorrelated experts predicts for the plain gate",
+            [panel],
+        )
     }
     return results
 

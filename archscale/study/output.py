@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 import archscale
-from archscale.errors import ConfigError
+from archscale.errors import ConfigError, explain_os_error
 
 Row = dict[str, Any]
 
@@ -72,7 +72,8 @@ def prepare(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "results.json").touch()
     except OSError as error:
-        raise ConfigError(f"cannot write it: {error.strerror}", str(directory), "give another with --out") from error
+        cause, remedy = explain_os_error(error, "give another with --out")
+        raise ConfigError(f"cannot write the results: {cause}", str(directory), remedy) from error
 
 
 def write(results: Results, directory: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from archscale.distributed import Fragment, agree, on_rank_zero, rank, world_size
-from archscale.errors import CheckpointError
+from archscale.errors import CheckpointError, explain_os_error
 from archscale.optim import MatrixOptimizer
 from archscale.train.fragments import Stored
 
@@ -115,8 +115,8 @@ def save_checkpoint(
         agree(write_rng)
         on_rank_zero(finish)
     except (OSError, CheckpointException) as error:
-        where, remedy = str(final), "free disk space or mend permissions"
-        raised = CheckpointError(f"cannot write a checkpoint: {_reason(error)}", where, remedy)
+        cause, remedy = _why_not_written(error)
+        raised = CheckpointError(f"cannot write a checkpoint: {cause}", str(final), remedy)
         raised.on_every_rank = getattr(error, "on_every_rank", False)  # one that failed alone must not wait here
         raise raised from error
     if rank() == 0:
@@ -144,11 +144,12 @@ def load_checkpoint(
             content_rng = (path / f"rng_{rank()}.bin").read_bytes()
             torch.set_rng_state(torch.frombuffer(bytearray(content_rng), dtype=torch.uint8))
     except (CheckpointException, RuntimeError, ValueError, OSError, EOFError, KeyError) as error:
-        raise CheckpointError(
-            f"cannot load: {_reason(error)}",
-            str(path),
-            "use the checkpoint's own config, or an older checkpoint",
-        ) from error
+        remedy = "use the checkpoint's own config, or an older checkpoint"
+        if isinstance(error, OSError):
+            cause, remedy = explain_os_error(error, "use an older checkpoint")
+        else:
+            cause = _reason(error)
+        raise CheckpointError(f"cannot load: {cause}", str(path), remedy) from error
     return state
 
 
@@ -165,6 +166,9 @@ def read_state(path: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint."""
     try:
         state = json.loads((path / "state.json").read_text())
+    except PermissionError as error:
+        cause, remedy = explain_os_error(error, "name another checkpoint")
+        raise CheckpointError(f"cannot read state.json: {cause}", str(path), remedy) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(
             "not a complete checkpoint", str(path), "name a directory step_… that holds state.json"
@@ -199,6 +203,20 @@ def _discard(path: Path) -> None:
         shutil.rmtree(hidden, ignore_errors=True)
         os.replace(path, hidden)
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _why_not_written(error: BaseException) -> tuple[str, str]:
+    """(cause, remedy) of a checkpoint that could not be written."""
+    elsewhere = "train in another directory with --run-dir"
+    first: BaseException | None = error
+    if isinstance(error, CheckpointException) and error.failures:
+        first = next(iter(error.failures.values()))[0]
+    # torch's serializer raises an error of its own over the one of the operating system.
+    while first is not None and not isinstance(first, OSError):
+        first = first.__cause__ or first.__context__
+    if first is None:
+        return _reason(error), f"check that the directory can be written, or {elsewhere}"
+    return explain_os_error(first, elsewhere, vanished=True)
 
 
 def _reason(error: BaseException) -> str:

@@ -15,26 +15,36 @@ from archscale.scaling.devices import DEVICES, Device, find_device, physical_mem
 from archscale.scaling.plan import Plan, make_plan
 
 
-def plan_config(config: Config, *, world_size: int | None = None, device: str | None = None, mfu: float = 0.4) -> Plan:
+def plan_config(
+    config: Config, *, world_size: int | None = None, device: Device | None = None, mfu: float = 0.4
+) -> Plan:
     """The plan of a config that may never run here. A vocabulary that the config leaves to the data is taken from there.
 
     Args:
         world_size: devices; None: parallel.replicate × parallel.shard, `auto` counting as one.
-        device: name of the device to plan for; None: compare all that are known.
+        device: to plan for; None: compare all that are known.
     """
     if world_size is None:
         shard = config.parallel.shard
         world_size = config.parallel.replicate * (1 if shard == "auto" else shard)
     missing: ConfigError | None = None
+    data_tokens: int | None = None
     try:
-        config = config.with_vocab(read_manifest(Path(config.data.train)).tokenizer.vocab_size)
+        manifest = read_manifest(Path(config.data.train))
+        config = config.with_vocab(manifest.tokenizer.vocab_size)
+        if "train" in manifest.splits:
+            data_tokens = manifest.splits["train"].tokens
     except DataError as error:
         remedy = error.remedy if config.model.vocab_size else f"{error.remedy}, or give model.vocab_size"
         missing = ConfigError(error.what, error.where, remedy)
     plan = make_plan(
-        config, world_size=world_size, device=find_device(device) if device else None, mfu=mfu,
+        config,
+        world_size=world_size,
+        device=device,
+        mfu=mfu,
         compare=() if device else tuple(DEVICES.values()),
-    )  # fmt: skip
+        data_tokens=data_tokens,
+    )
     if missing and config.model.vocab_size:
         plan.advice.insert(0, missing)  # a plan needs no data, training will
     elif missing:

@@ -273,7 +273,7 @@ def _check_same(run: SweepRun) -> None:
     for key in other_trajectory(before, now):
         raise ConfigError(
             f"{key} is {text_of(now.get(key))}, the run in {run.directory} has {text_of(before.get(key))}", key,
-            "restore the value, give another --sweep-dir, or remove that directory",
+            "restore the value, or give another --sweep-dir",
         )  # fmt: skip
 
 

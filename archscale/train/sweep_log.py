@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from archscale.errors import ConfigError
+from archscale.errors import ConfigError, explain_os_error
 from archscale.scaling.launchers import Event
 
 
@@ -22,8 +22,8 @@ def locked(directory: Path, wait: bool = False) -> Iterator[None]:
         directory.mkdir(parents=True, exist_ok=True)
         handle = os.open(directory / "sweep.jsonl", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise ConfigError(f"cannot write the sweep directory: {error.strerror}", str(directory),
-                          "give another with --sweep-dir") from None  # fmt: skip
+        cause, remedy = explain_os_error(error, "give another with --sweep-dir")
+        raise ConfigError(f"cannot write the sweep directory: {cause}", str(directory), remedy) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield

@@ -23,7 +23,7 @@ from archscale import distributed
 from archscale.config import Config, dump_config
 from archscale.data.loader import Loader, validation_batches
 from archscale.data.shards import TokenSplit
-from archscale.errors import CheckpointError, ConfigError, TrainingError
+from archscale.errors import CheckpointError, ConfigError, TrainingError, explain_os_error
 from archscale.optim.roles import assign_roles
 from archscale.optim.schedule import lr_multiplier
 from archscale.scaling.plan import make_plan
@@ -62,7 +62,9 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
     world = distributed.launched_world_size()
     data = TokenSplit(config.data.train, "train", config.model.context)
     validation = _validation_split(config, data)
-    plan = make_plan(config.with_vocab(data.vocab_size), world_size=world, device=this_device())
+    plan = make_plan(
+        config.with_vocab(data.vocab_size), world_size=world, device=this_device(), data_tokens=data.num_tokens
+    )
     refuse(plan)  # before any process group starts
     config, shard = plan.config, plan.config.shard_size(world)
     if config.training.compile and not torch.cuda.is_available() and not cpp_compiler():
@@ -255,7 +257,9 @@ class Run:
         """What a run directory says of the run before its first step."""
         config = self.config
         dump_config(config, self.run_dir / "config.yaml")
-        plan = make_plan(config, world_size=distributed.world_size(), device=this_device())
+        plan = make_plan(
+            config, world_size=distributed.world_size(), device=this_device(), data_tokens=self.data.num_tokens
+        )
         (self.run_dir / "plan.json").write_text(json.dumps(plan.as_dict(), indent=1))
         (self.run_dir / "environment.json").write_text(json.dumps(environment(self.device), indent=1))
         (self.run_dir / "manifest.json").write_text(json.dumps(manifest(self.roles, self.optimizer), indent=1))
@@ -365,8 +369,8 @@ def choose_checkpoint(config: Config, data: TokenSplit, run_dir: Path, resume: s
         with tempfile.TemporaryFile(dir=run_dir):
             pass
     except OSError as error:
-        remedy = "give another with --run-dir"
-        raise ConfigError(f"cannot write the run directory: {error.strerror}", str(run_dir), remedy) from error
+        cause, remedy = explain_os_error(error, "give another with --run-dir")
+        raise ConfigError(f"cannot write the run directory: {cause}", str(run_dir), remedy) from error
     return source
 
 

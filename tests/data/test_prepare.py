@@ -156,7 +156,7 @@ def test_again_is_a_no_op_and_anything_else_is_refused(work: Path) -> None:
     assert prepare("recipe.yaml", say=said.append)["already_there"]
     assert "already there" in said[0]
     assert (work / "data/tiny" / MANIFEST).stat().st_mtime_ns == stamp
-    with pytest.raises(DataError, match=r"another recipe.*data/tiny.*remove it, or change output"):
+    with pytest.raises(DataError, match=r"another recipe.*data/tiny.*into another directory with --set output="):
         prepare("recipe.yaml", ["tokenizer.train.vocab_size=340"])
     (work / "corpus" / "0.txt").write_text(_text(0).upper())
     with pytest.raises(DataError, match="source files changed"):
@@ -166,7 +166,7 @@ def test_again_is_a_no_op_and_anything_else_is_refused(work: Path) -> None:
 def test_a_foreign_output_is_not_touched(work: Path) -> None:
     (work / "data/tiny").mkdir(parents=True)
     (work / "data/tiny" / "thesis.tex").write_text("years of work")
-    with pytest.raises(DataError, match=r"not a finished dataset.*data/tiny"):
+    with pytest.raises(DataError, match=r"not a prepared data set.*data/tiny"):
         prepare("recipe.yaml")
     assert (work / "data/tiny" / "thesis.tex").read_text() == "years of work"
 
@@ -238,7 +238,7 @@ def test_verify_names_every_damaged_file(work: Path, flip) -> None:
         assert sum(name in problem for problem in problems) == 1
     assert all("\n" not in problem for problem in problems)
     (directory / MANIFEST).unlink()
-    assert "not a finished dataset" in verify(directory)[0]
+    assert "not a prepared data set" in verify(directory)[0]
 
 
 def test_verify_finds_a_shard_of_another_tokenizer(work: Path) -> None:

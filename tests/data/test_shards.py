@@ -99,7 +99,7 @@ def test_missing_directory(tmp_path: Path) -> None:
 
 def test_half_prepared_directory(dataset: Path) -> None:
     (dataset / MANIFEST).unlink()
-    with pytest.raises(DataError, match=r"not a finished dataset.*set.*archscale data prepare"):
+    with pytest.raises(DataError, match=r"not a prepared data set.*set.*archscale data prepare"):
         TokenSplit(dataset, "train", 8)
 
 

@@ -212,10 +212,12 @@ def test_a_run_that_has_just_started(tmp_path):
     for _ in range(2):  # with an empty metrics.jsonl, then with none
         page = Page(write_report([directory]).read_text())
         assert "no metrics yet" in page.text
+        assert "none recorded" not in page.text  # of problems nothing is known yet
         assert not page.figures
         (directory / "metrics.jsonl").unlink(missing_ok=True)
     page, _ = report(tmp_path, metrics(1, layers=1), name="one")
     assert page.figures
+    assert "none recorded" in page.text
 
 
 def test_damaged_lines_are_skipped_and_said(tmp_path, capsys):

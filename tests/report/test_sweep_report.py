@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from archscale.errors import DataError
+from archscale.model.counting import training_flops
 from archscale.report.sweep import write_sweep_report
 from archscale.report.sweep_axes import find_axes
 from archscale.report.sweep_figures import make_figures
@@ -87,6 +88,44 @@ def test_the_page_says_what_came_of_the_runs(full):
     assert "60 runs" in html
     assert "least squares on val_loss; 95% intervals" in html  # as the command prints
     assert len(html) < 1_000_000
+
+
+def findings(directory):
+    html = write_sweep_report(directory).read_text()
+    return re.findall("<li>(.*?)</li>", html.partition('<ul class="findings">')[2].partition("</ul>")[0])
+
+
+def test_what_could_not_be_fitted_is_not_known(tmp_path):
+    """Two sizes: an indicator that is 16 times as large at the second one may grow or not."""
+
+    def formula(made):
+        return {**planted(made), "stability/attention_z": 1.0 if made.model.width == 32 else 16.0}
+
+    grid = write_grid(tmp_path, axes={"model.width": [32, 64]}, derive={"model.aspect": None})
+    lines = [line for line in findings(make_sweep(tmp_path / "s", grid, formula)) if "FLOPs" in line]
+    (line,) = [line for line in lines if "grow" in line]
+    assert line.startswith("Whether these grow with FLOPs is not known (2 points")
+    assert "Attention Z-value" in line
+    assert {row["growth"] for row in rows(tmp_path / "s" / "report" / "stability.csv")} == {"not known"}
+
+
+def test_growth_is_said_where_an_interval_shows_it(tmp_path):
+    def formula(made):
+        scale = training_flops(made.model) * made.tokens / 1e8
+        noise = {32: 1.0, 64: 1.02, 128: 0.99, 256: 1.01, 512: 0.99}[made.model.width]
+        return {
+            **planted(made),
+            "stability/attention_z": 4.0 * scale**0.3 * noise,
+            "stability/mlp_output_rms": 0.3 * scale**-0.2 * noise,
+            "optimizer/trust_ratio_mean": noise,
+        }
+
+    grid = write_grid(tmp_path, axes={"model.width": [32, 64, 128, 256, 512]}, derive={"model.aspect": None})
+    lines = findings(make_sweep(tmp_path / "s", grid, formula))
+    assert "Attention Z-value grows with FLOPs in 1 of 1 groups." in lines
+    assert "Does not grow with FLOPs: MLP output RMS." in lines
+    (undecided,) = [line for line in lines if "neither shown nor excluded" in line]
+    assert "Trust ratio" in undecided
 
 
 def test_figures_are_accessible_and_follow_the_page_s_colors(full):

@@ -1,0 +1,63 @@
+"""The summary of a data set as text for people."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from archscale.data.shards import SPLITS
+
+COLUMNS = {
+    "tokens": "tokens",
+    "documents": "documents",
+    "bytes": "bytes",
+    "bytes_per_token": "bytes per token",
+    "shards": "shards",
+}
+_DETAILS = (*SPLITS, "dropped", "recipe", "excerpt")  # entries that have lines of their own
+
+
+def render(summary: Mapping[str, Any]) -> str:
+    """What `prepare` and `inspect` of `archscale.data.prepare` return: facts, then a table of splits.
+
+    Of `inspect` also the recipe, a line for each dotted key, and how the text begins.
+    """
+    facts = {key.replace("_", " "): _text(value) for key, value in summary.items() if key not in _DETAILS}
+    facts["documents left out"] = ", ".join(f"{count:,} {why}" for why, count in summary["dropped"].items())
+    lines = _aligned([[key, value] for key, value in facts.items()])
+    splits = [name for name in summary if name in SPLITS]
+    cells = [[name, *(_text(summary[name][key]) for key in COLUMNS)] for name in splits]
+    lines += ["", *_aligned([["split", *COLUMNS.values()], *cells], numbers=True)]
+    if "recipe" in summary:
+        rows = [[f"  {key}", value] for key, value in _dotted(summary["recipe"])]
+        lines += ["", "recipe", *_aligned(rows)]
+    if "excerpt" in summary:
+        lines += ["", "the training split begins", *(f"  {line}" for line in summary["excerpt"].splitlines())]
+    return "\n".join(lines)
+
+
+def _aligned(rows: list[list[str]], numbers: bool = False) -> list[str]:
+    """Columns of equal width; all but the first to the right where they hold numbers."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = []
+    for first, *rest in rows:
+        cells = [cell.rjust(width) if numbers else cell.ljust(width) for cell, width in zip(rest, widths[1:])]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    return lines
+
+
+def _dotted(tree: Any, key: str = "") -> list[tuple[str, str]]:
+    """(dotted key, value) of every leaf that is set."""
+    if isinstance(tree, Mapping) or (isinstance(tree, list) and tree):
+        items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
+        return [leaf for name, value in items for leaf in _dotted(value, f"{key}.{name}" if key else str(name))]
+    return [] if tree is None else [(key, _text(tree))]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return value if isinstance(value, str) else json.dumps(value)
