@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from archscale.data.missing import how_to_make
 from archscale.errors import DataError, explain_os_error
 
 MAGIC = b"ARCHTOK1"
@@ -262,7 +263,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     foreign."""
     directory, prepare = Path(directory), "make it with `archscale data prepare RECIPE`"
     if not directory.is_dir():
-        raise DataError("no such dataset directory", str(directory), f"{prepare}, or correct the path")
+        raise DataError("no data set", str(directory), f"{how_to_make(directory)}, or correct the path")
     path = directory / MANIFEST
     try:
         raw = json.loads(path.read_bytes())

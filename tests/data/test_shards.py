@@ -93,7 +93,7 @@ def test_a_whole_dataset_passes(dataset: Path) -> None:
 
 
 def test_missing_directory(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no such dataset directory .*nowhere.*archscale data prepare"):
+    with pytest.raises(DataError, match=r"no data set .*nowhere.*archscale data prepare"):
         TokenSplit(tmp_path / "nowhere", "train", 8)
 
 

@@ -249,11 +249,11 @@ def test_an_unknown_vocabulary_is_taken_from_the_data_or_is_a_problem(tmp_path):
     nowhere = {"train": str(tmp_path / "none")}
     plan = plan_config(config(model={"vocab_size": None}, data=nowhere))
     (problem,) = plan.problems
-    assert problem.what == "no such dataset directory"
+    assert problem.what == "no data set"
     assert problem.remedy.endswith(", or give model.vocab_size")
     assert "memory" not in plan.figures
     plan = plan_config(config(data=nowhere))
-    assert (plan.problems, plan.advice[0].what) == ([], "no such dataset directory")
+    assert (plan.problems, plan.advice[0].what) == ([], "no data set")
 
 
 def test_tables_agree_with_the_optimizer():
