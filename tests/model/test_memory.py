@@ -282,7 +282,7 @@ def test_zero_takes_the_planned_memory(pool, stage, precision):
     stays += ["gradients"] if stage == 3 or (stage, precision) == (1, "bf16") else []
     resident = sum(planned.terms[key] for key in stays)
     for attempt in range(4):  # as in `check_ranks`
-        found = least(pool(2).run(measure, model, zero_stage=stage, steps=6, timeout=100, **options))
+        found = least(pool(2).run(measure, model, zero_stage=stage, steps=6, **options))
         if attempt == 3 or resident == pytest.approx(found["resident"], rel=0.05):
             break
     assert resident == pytest.approx(found["resident"], rel=0.05 if stage < 3 else 0.4)
@@ -315,7 +315,7 @@ def routed(expert: int, accumulation: int) -> int:
 @pytest.mark.parametrize(("world", "accumulation"), [(2, 1), (4, 2)])
 def test_experts_are_sent_the_planned_bytes(pool, world, accumulation):
     """The plan takes equal loads; those of a fresh router are nearly so."""
-    ranks = pool(world).run(routed, 2, accumulation, timeout=100)
+    ranks = pool(world).run(routed, 2, accumulation)
     layout = {"precision": "fp32", "micro_batch": 2, "accumulation": accumulation, "shard": world, "expert": 2}
     assert sum(ranks) / world == pytest.approx(communication(SPREAD, **layout)["experts"], rel=0.1)
 
@@ -360,7 +360,7 @@ def test_shards_hold_and_send_the_planned_bytes(pool, world, shard, precision, r
     model = MODELS["activations"]
     layout = {"replicate": world // shard, "shard": shard, "precision": precision, "micro_batch": 1}
     layout |= {"accumulation": accumulation, "reshard_after_forward": reshard}
-    ranks = pool(world).run(traffic, model, precision, shard, reshard, accumulation, timeout=60)
+    ranks = pool(world).run(traffic, model, precision, shard, reshard, accumulation)
     planned, terms = communication(model, **layout), memory.memory(model, **layout).terms
     assert planned["parameters"] == pytest.approx(ranks[0][0]["parameters"], rel=0.01)
     between_replicas = accumulation * 2 * (1 - shard / world) * terms["gradients"]  # C++ reduces, out of sight
@@ -406,7 +406,7 @@ def optimizer_sends(model: ModelConfig, precision: str, shard: int) -> int:
 @pytest.mark.parametrize("name", ["activations", "relu2"])
 def test_the_optimizer_sends_the_planned_bytes(pool, name, world, shard, tolerance):
     model = MODELS[name]
-    ranks = pool(world).run(optimizer_sends, model, "bf16", shard, timeout=60)
+    ranks = pool(world).run(optimizer_sends, model, "bf16", shard)
     layout = {"replicate": world // shard, "shard": shard, "precision": "bf16", "micro_batch": 1}
     planned = communication(model, **layout)["optimizer"]
     assert planned == pytest.approx(sum(ranks) / world, rel=tolerance)

@@ -144,7 +144,7 @@ def test_metrics_are_global(pool, data, alone, tmp_path, variant):
         found = [lines(data, str(tmp_path), **sections)]
     else:
         sections.setdefault("training", {"micro_batch": 3})
-        found = pool(world).run(lines, data, str(tmp_path), timeout=100, **sections)
+        found = pool(world).run(lines, data, str(tmp_path), **sections)
     for other in found:
         for line, expected in zip(looked_into(other), looked_into(alone), strict=True):
             assert line.keys() == expected.keys()
@@ -188,7 +188,7 @@ def test_a_look_changes_nothing(pool, data, tmp_path, variant):
         if world == 1:
             curves.append(lines(data, folder, **options))
         else:
-            curves.append(pool(world).run(lines, data, folder, timeout=60, **options)[0])
+            curves.append(pool(world).run(lines, data, folder, **options)[0])
     watched, plain = curves
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in watched] == [line[key] for line in plain]

@@ -50,11 +50,11 @@ def test_hyperp_and_a_growing_batch_on_any_ranks_and_after_a_crash(pool, data, t
     made = growing(data, model={"tied_embeddings": True, "depth_mup": True})
     alone = curve(run(made, str(tmp_path / "alone")))
     assert alone[:, 2].tolist() == [12 * 16 * min(n, 8) + 24 * 16 * max(0, n - 8) for n in range(1, 17)]
-    for lines in pool(2).run(run, made, str(tmp_path / "fsdp"), timeout=100):
+    for lines in pool(2).run(run, made, str(tmp_path / "fsdp")):
         assert_same(curve(lines), alone)
     folder = str(tmp_path / "moving")
     crash_after(made, folder, 7)
-    for lines in pool(2).run(run, made, folder, timeout=100):
+    for lines in pool(2).run(run, made, folder):
         assert_same(curve(lines), alone)
 
 
