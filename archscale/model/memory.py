@@ -183,7 +183,8 @@ def memory(
     reducing = sharded_gradients * (c + FP32) * block
     head_gradient = c * root if sharded_gradients else 0 if collected else FP32 * table
     embedding_last = 0 if collected or model.tied_embeddings else FP32 * table
-    # A cast is freed before its weight's float32 gradient exists, so the first block never holds all of both.
+    # A cast is freed before its weight's float32 gradient exists: the first block never holds
+    # all of both.
     lag = (
         _lag([FP32 * whole[w.name] // L for w in stored if w.in_blocks and w.role == "matrix"], c / FP32)
         if casts and not collected
@@ -228,10 +229,14 @@ def block_activations(model: ModelConfig, c: int, micro_batch: int, spread: bool
 
 
 def _lag(gradients: list[int], cast: float) -> int:
-    """What is missing of gradients and casts together at the fullest moment of a block's backward pass.
+    """Bytes by which a block's gradients and casts stay below their sum in its backward pass.
 
-    gradients: bytes of float32 gradients of the block's matrices, in the forward pass's order; a cast takes `cast` times its
-    gradient. While one matrix holds both, those before it have only their casts and those after it only their gradients.
+    While one matrix holds both, those before it have only their casts and those after it only
+    their gradients.
+
+    Args:
+        gradients: bytes of the float32 gradients of the block's matrices, in forward order.
+        cast: bytes of a cast, as a share of its gradient's.
     """
     return min(round(sum(gradients[:i]) + cast * sum(gradients[i + 1 :])) for i in range(len(gradients)))
 

@@ -1,6 +1,7 @@
-"""Short float32 training curves on one process, from tokens and settings that depend on nothing but this file.
+"""Short float32 training curves on one process, from recorded tokens.
 
-Parity tests compare our layouts with each other and cannot see an error that all of them share; the recorded curves can.
+Parity tests compare our layouts with each other and cannot see an error that all of them share;
+recorded curves can.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from tests.train.tiny import config, run
 FOLDER = Path(__file__).resolve().parent
 STEPS = 20
 VOCAB = 300
-# 8 routed experts, of which a token passes 2, and a shared one; a seed at which no token's choice comes near a tie.
+# 8 routed experts, of which a token passes 2, and a shared one; with this seed no token's choice
+# comes near a tie.
 EXPERTS = {"model": {"moe": {"sparsity": 3, "top_k": 3}}, "seed": 1}
-CASES: dict[str, tuple[str, dict]] = {  # file name → (rule of the matrices, sections of the config)
+# File name → (rule of the matrices, sections of the config).
+CASES: dict[str, tuple[str, dict]] = {
     "muonh_dense": ("muonh", {}),
     "orscale_lm_dense": ("orscale_lm", {}),
     "adamw_dense": ("adamw", {}),
@@ -35,10 +38,10 @@ LEARNING_RATE = 0.003
 
 
 def data(folder: Path) -> str:
-    """The dataset of all curves: tokens that sentencepiece once made of the text of `tests.train.tiny`, several passes.
+    """The dataset of all curves: tokens that sentencepiece once made of `tests.train.tiny`'s text.
 
-    That text makes the curves well-conditioned, see `test_golden`; of tokens drawn evenly the first gradients nearly cancel,
-    and a perturbation of the weights by 1e-6 grows to 2e-3 of the loss within 20 steps.
+    That text makes the curves well-conditioned. With tokens drawn evenly the first gradients
+    nearly cancel, and weights perturbed by 1e-6 move the loss by 2e-3 within 20 steps.
     """
     ids = np.array(json.loads((FOLDER / "tokens.json").read_text()))
     return str(write_dataset(folder / "tokens", [ids[:-200]], [ids[-200:]], VOCAB))

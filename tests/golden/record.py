@@ -1,4 +1,7 @@
-"""Rewrites the recorded curves: `python -m tests.golden.record [NAME ...]`. Say in the commit why they change."""
+"""Rewrites the recorded curves: `python -m tests.golden.record [NAME ...]`.
+
+The commit that changes a curve explains why.
+"""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Recorded curves: what parity between our own layouts cannot see, an error that all of them share."""
+"""Recorded curves see errors that all layouts share, which parity between layouts cannot."""
 
 import numpy as np
 import pytest
@@ -6,9 +6,10 @@ import pytest
 from archscale.model import layers
 from tests.golden.curves import CASES, curve, data, recorded
 
-# Relative, of the losses: four times what the curve moves by when all weights are perturbed by 1e-6, or under the harshest
-# stand-in for another processor (tests/README.md), whichever is more. Another order of float32 sums is a perturbation of
-# about 1e-7. Gradient norms have the same size for very different gradients: they moved by up to 9e-3.
+# Relative, of the losses: four times the larger of two measured changes, that by perturbing all
+# weights by 1e-6 and that under the harshest stand-in for another processor (tests/README.md).
+# Another order of float32 sums is a perturbation of about 1e-7. Gradient norms are more sensitive
+# than losses: they moved by up to 9e-3.
 LOSS = {
     "muonh_dense": 6e-6,  # 1.4e-6 and 2.8e-7
     "orscale_lm_dense": 2.1e-5,  # 4.4e-6 and 5.2e-6
@@ -18,7 +19,8 @@ LOSS = {
     "moonlight_experts": 9e-6,  # 2.1e-6 and 1.9e-7
 }
 GRAD_NORM = 3.6e-2
-GAP = 2e-5  # logits of routers differ by less than 1e-6 over these steps: no token is routed by rounding
+# Far above the rounding of a router's logits, about 1e-6 here: no token is routed by rounding.
+GAP = 2e-5
 
 
 @pytest.fixture(scope="module")

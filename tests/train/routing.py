@@ -1,4 +1,4 @@
-"""How near a run's routing comes to a tie: a token whose last chosen and first rejected logit nearly tie is routed by rounding."""
+"""How near a run's routing comes to a tie: of nearly equal logits rounding chooses one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from archscale.model import moe
 
 @contextmanager
 def smallest_gaps() -> Iterator[list[float]]:
-    """A list of one number, the smallest gap between a last chosen and a first rejected logit so far; reset it at will."""
+    """Yields a list of one number: the smallest gap so far between a token's last chosen and
+    first rejected logit. The caller may reset it.
+    """
     original, smallest = moe.choose, [math.inf]
 
     def spying(logits: Tensor, count: int) -> Tensor:
