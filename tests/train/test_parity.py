@@ -79,17 +79,25 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_options_on_two_ranks(pool, data, tmp_path, option):
+# Each option on one of the two layouts; on the other one it is a slow test. Resharding is FSDP2's.
+CASES = [
+    pytest.param(layout, option, marks=() if layout == ("ddp2", "fsdp2")[number % 2] else pytest.mark.slow)
+    for number, option in enumerate(OPTIONS, start=1)
+    for layout in ("ddp2", "fsdp2")
+    if (layout, option) != ("ddp2", "no reshard")
+]
+
+
+@pytest.mark.parametrize(("layout", "option"), CASES)
+def test_options_on_two_ranks(pool, data, tmp_path, layout, option):
     expected = losses(data, str(tmp_path / "one"), "orscale_lm", 10, **OPTIONS[option])
-    for layout in ("ddp2", "fsdp2"):
-        world, sections = LAYOUTS[layout]
-        merged = {
-            **OPTIONS[option],
-            "parallel": {**sections.get("parallel", {}), **OPTIONS[option].get("parallel", {})},
-        }
-        for curve in pool(world).run(losses, data, str(tmp_path / layout), "orscale_lm", 10, **merged):
-            np.testing.assert_allclose(curve, expected, rtol=1e-5)
+    world, sections = LAYOUTS[layout]
+    merged = {
+        **OPTIONS[option],
+        "parallel": {**sections.get("parallel", {}), **OPTIONS[option].get("parallel", {})},
+    }
+    for curve in pool(world).run(losses, data, str(tmp_path / layout), "orscale_lm", 10, **merged):
+        np.testing.assert_allclose(curve, expected, rtol=1e-5)
 
 
 def stream_dtypes(data: str, folder: str) -> set[str]:
