@@ -116,7 +116,7 @@ class Launched:
         if self in _LAUNCHED:
             _LAUNCHED.remove(self)
 
-    def wait(self, timeout: float = 120.0, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def wait(self, timeout: float = 300.0, check: bool = True) -> subprocess.CompletedProcess[str]:
         """Waits for the end; kills the tree at `timeout` and whatever outlives the command."""
         try:
             status = self.process.wait(timeout)
@@ -168,7 +168,7 @@ def start(
 def launch(
     argv: Sequence[str],
     processes: int = 1,
-    timeout: float = 120.0,
+    timeout: float = 300.0,
     env: dict[str, str | None] | None = None,
     check: bool = True,
     cwd: str | Path | None = None,

@@ -46,8 +46,8 @@ from tests.commands import die_with_parent, kill_all, read_text
 from tests.commands import launch as launch
 from tests.commands import start as start
 
-START_TIMEOUT = 60.0  # seconds for a pool to come up, with the server's import of torch
-GROUP_TIMEOUT = 60.0  # seconds for one collective
+START_TIMEOUT = 180.0  # seconds for a pool to come up, with the server's import of torch
+GROUP_TIMEOUT = 180.0  # seconds for one collective
 MAX_OPEN_FILES = 500  # in one rank; the usual limit of a process is 1,024
 GRACE = 1.0  # seconds the other ranks have to answer after the first one raised
 # A real-time signal, because SIGUSR1, SIGUSR2 and SIGTERM belong to the code under test.
@@ -158,7 +158,7 @@ class Pool:
         self,
         fn: Callable[..., Any],
         *args: Any,
-        timeout: float = 60.0,
+        timeout: float = 300.0,
         expect_error: bool = False,
         **kwargs: Any,
     ) -> list[Any]:

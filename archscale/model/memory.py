@@ -183,12 +183,19 @@ def memory(
     reducing = sharded_gradients * (c + FP32) * block
     head_gradient = c * root if sharded_gradients else 0 if collected else FP32 * table
     embedding_last = 0 if collected or model.tied_embeddings else FP32 * table
+    # A cast is freed before its weight's float32 gradient exists: the first block never holds
+    # all of both.
+    lag = (
+        _lag([FP32 * whole[w.name] // L for w in stored if w.in_blocks and w.role == "matrix"], c / FP32)
+        if casts and not collected
+        else 0
+    )
     base = fixed + kept + terms["cast_weights"] + terms["activations"] + gathered
     phases = {
         "loss": base + loss + head_input + logits + casts * c * table,
         "backward_start": base + 2 * loss + (c < FP32) * c * table,
         "backward_first": base + terms["backward"] + head_gradient + fresh + reducing + bucket,
-        "backward_last": fixed + gradients - embedding_last + mask + cast + saved + backward + fresh + reducing
+        "backward_last": fixed + gradients - embedding_last + mask + cast - lag + saved + backward + fresh + reducing
         + layout.gathers * c * (root + min(2, L) * block) + sharded_gradients * c * table + bucket,
         "backward_end": fixed + gradients + 2 * stream + (0 if embedding_last or sharded_gradients else FP32 * table)
         + layout.gathers * c * root + sharded_gradients * (c + FP32) * root + bucket,
@@ -219,6 +226,19 @@ def block_activations(model: ModelConfig, c: int, micro_batch: int, spread: bool
             router = FP32 * D * (micro_batch * T + E) - (not model.moe.shared_expert) * c * D * micro_batch * T
     rope = 0 if c == FP32 else 4 * c * T * K // 2  # casts of the tables
     return micro_batch * T * token + router + rope
+
+
+def _lag(gradients: list[int], cast: float) -> int:
+    """Bytes by which a block's gradients and casts stay below their sum in its backward pass.
+
+    While one matrix holds both, those before it have only their casts and those after it only
+    their gradients.
+
+    Args:
+        gradients: bytes of the float32 gradients of the block's matrices, in forward order.
+        cast: bytes of a cast, as a share of its gradient's.
+    """
+    return min(round(sum(gradients[:i]) + cast * sum(gradients[i + 1 :])) for i in range(len(gradients)))
 
 
 def _optimizer_buffers(

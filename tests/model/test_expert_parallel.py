@@ -63,7 +63,7 @@ def test_outputs_and_gradients_equal_those_of_one_process(pool, world, one_exper
     """In float64; also with all tokens on the same three experts (F8), so that ranks get no rows at all. Three ranks share four
     sequences unevenly."""
     alone = passes(False, one_expert=one_expert)
-    parts = pool(world).run(passes, True, one_expert=one_expert, timeout=60)
+    parts = pool(world).run(passes, True, one_expert=one_expert)
     found = together(parts)
     for key, value in found.items():
         torch.testing.assert_close(
@@ -80,14 +80,14 @@ def test_outputs_and_gradients_equal_those_of_one_process(pool, world, one_exper
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fast_path_with_ranks_without_rows(pool, dtype):
     alone = passes(False, dtype, one_expert=True)
-    found = together(pool(4).run(passes, True, dtype, one_expert=True, timeout=60))
+    found = together(pool(4).run(passes, True, dtype, one_expert=True))
     torch.testing.assert_close(found["y"], alone["y"], rtol=0, atol=1e-2 if dtype == torch.bfloat16 else 1e-6)
     assert all(value.isfinite().all() for value in found.values())
 
 
 def test_only_routed_rows_travel(pool):
     """Counts; then rows and gates there, outputs back, and the gradients of the three: nothing else, and to nobody in vain."""
-    for me, part in enumerate(pool(2).run(passes, True, timeout=60)):
+    for me, part in enumerate(pool(2).run(passes, True)):
         to = part["load"].sum(0).view(2, -1).sum(1).tolist()  # rows for each rank's experts
         counts, rows, gates, outputs, *backward = part["crossed"]
         assert counts == [6, 6]

@@ -79,10 +79,13 @@ def test_every_indicator_equals_its_definition(name):
     expected = definition(slow, tokens, model_config, eos)
     seen = fast(tokens, tokens, probe=Probe()).seen
     metrics = stability_metrics(seen, tokens.numel(), 6, 48, per_layer=True)
+    # Features are sums of 48 float32 products of which one is 40 times the rest: 48 · 6e-8 · 40.
+    close = {"rtol": 1.2e-4, "atol": 1e-6}
     for key, values in expected.items():
-        torch.testing.assert_close(metrics[f"stability/{key}"].double(), values.mean(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(metrics[f"stability/{key}"].double(), values.mean(), **close)
         for i, value in enumerate(values):
-            torch.testing.assert_close(metrics[f"stability/layer_{i:02d}/{key}"].double(), value, rtol=1e-5, atol=1e-6)
+            found = metrics[f"stability/layer_{i:02d}/{key}"].double()
+            torch.testing.assert_close(found, value, **close)
     assert expected["mlp_outlier_pct"].min() > 0.5
     assert ("router_z" in expected) == (name == "experts") == bool(metrics["stability/router_z"].isfinite())
 
@@ -144,7 +147,7 @@ def test_metrics_are_global(pool, data, alone, tmp_path, variant):
         found = [lines(data, str(tmp_path), **sections)]
     else:
         sections.setdefault("training", {"micro_batch": 3})
-        found = pool(world).run(lines, data, str(tmp_path), timeout=100, **sections)
+        found = pool(world).run(lines, data, str(tmp_path), **sections)
     for other in found:
         for line, expected in zip(looked_into(other), looked_into(alone), strict=True):
             assert line.keys() == expected.keys()
@@ -188,7 +191,7 @@ def test_a_look_changes_nothing(pool, data, tmp_path, variant):
         if world == 1:
             curves.append(lines(data, folder, **options))
         else:
-            curves.append(pool(world).run(lines, data, folder, timeout=60, **options)[0])
+            curves.append(pool(world).run(lines, data, folder, **options)[0])
     watched, plain = curves
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in watched] == [line[key] for line in plain]

@@ -59,7 +59,7 @@ def poisoned(data: str, folder: str, when: list[int], sections: dict, rule: str 
 @pytest.mark.parametrize("rule", ["orscale_lm", "muonh", "adamw"])
 def test_a_bad_step_is_skipped_on_all_ranks_with_state_untouched(pool, data, tmp_path, world, rule):
     args = (data, str(tmp_path), [4], ACT, rule)
-    for lines, states in [poisoned(*args)] if world == 1 else pool(2).run(poisoned, *args, timeout=60):
+    for lines, states in [poisoned(*args)] if world == 1 else pool(2).run(poisoned, *args):
         assert [line["step"] for line in lines] == list(range(1, 9))
         assert [line.get("event", "") for line in lines[:3]] == [""] * 3
         assert lines[3]["event"].startswith("skipped: non-finite grad_norm")
@@ -72,7 +72,7 @@ def test_too_many_skips_fall_back_to_a_checkpoint(pool, data, tmp_path):
     """Steps 6, 7, 8 are bad: the third skip in a row goes back to before them, and from there all is well."""
     sections = {**ACT, "checkpoint": {"every": 2, "keep": 9}}
     clean = run(config(data, "orscale_lm", 8, **sections), str(tmp_path / "clean"))
-    for lines, _ in pool(2).run(poisoned, data, str(tmp_path / "r"), [6, 7, 8], sections, timeout=60):
+    for lines, _ in pool(2).run(poisoned, data, str(tmp_path / "r"), [6, 7, 8], sections):
         assert [line["step"] for line in lines] == list(range(1, 9))
         told = "skipped steps 6 to 8 and fell back to the checkpoint of step 4 (non-finite grad_norm)"
         assert told in lines[4]["event"]
@@ -83,7 +83,7 @@ def test_too_many_skips_fall_back_to_a_checkpoint(pool, data, tmp_path):
 def test_fall_backs_are_bounded_and_the_end_has_a_cause(pool, data, tmp_path):
     sections = {**ACT, "checkpoint": {"every": 2, "keep": 9}}
     with pytest.raises(WorkerError) as caught:
-        pool(2).run(poisoned, data, str(tmp_path / "r"), list(range(6, 100)), sections, timeout=60)
+        pool(2).run(poisoned, data, str(tmp_path / "r"), list(range(6, 100)), sections)
     assert caught.value.type_name == "TrainingError"
     assert "3 steps in a row were skipped at step 5" in str(caught.value)  # after going back to 4 and to 2
     assert "2 fall-backs did not help" in str(caught.value)
@@ -259,7 +259,7 @@ def slow_run(data: str, folder: str) -> list[dict]:
 
 def test_the_rank_that_arrives_last_is_named(pool, data, tmp_path):
     """F20."""
-    for lines in pool(2).run(slow_run, data, str(tmp_path), timeout=60):
+    for lines in pool(2).run(slow_run, data, str(tmp_path)):
         for line in (lines[1], lines[3]):
             assert line["straggler/rank"] == 1
             assert 0.05 < line["straggler/wait_seconds"] < 1

@@ -1,5 +1,7 @@
 """Experts in training: one trajectory on any layout, exact balance over the whole step, no count twice."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from archscale.scaling.transfer import resolve
 from archscale.train import balance as balance_module
 from archscale.train.balance import StepBalance
 from archscale.train.generate import generate
+from tests.train.routing import smallest_gaps
 from tests.train.tiny import LAYOUTS as DATA_PARALLEL
 from tests.train.tiny import config, crash_after, run, tiny_data
 
@@ -43,28 +46,32 @@ def one_thread():
 
 
 def watched(data: str, folder: str, steps: int, /, moe: dict = MOE, rule: str = "muonh", **sections) -> dict:
-    """Metrics of a run by name, and the experts' loads (steps, L, E) that they came from."""
-    original, loads = balance_module.load_metrics, []
+    """Metrics of a run by name, the experts' loads (steps, L, E) that they came from, and the smallest gap of this process's
+    routing in each step."""
+    original, loads, gaps = balance_module.load_metrics, [], []
+    with smallest_gaps() as gap:
 
-    def spying(load):
-        loads.append(load.tolist())
-        return original(load)
+        def spying(load):
+            loads.append(load.tolist())
+            gaps.append(gap[0])
+            gap[0] = math.inf
+            return original(load)
 
-    balance_module.load_metrics = spying
-    try:
-        model = {"moe": moe, **sections.pop("model", {})}
-        lines = run(config(data, rule, steps, model=model, **sections), folder)
-    finally:
-        balance_module.load_metrics = original
+        balance_module.load_metrics = spying
+        try:
+            model = {"moe": moe, **sections.pop("model", {})}
+            lines = run(config(data, rule, steps, model=model, **sections), folder)
+        finally:
+            balance_module.load_metrics = original
     keys = ("loss", "aux_loss", "moe/max_violation", "moe/load_entropy")
-    return {**{key: np.array([line[key] for line in lines]) for key in keys}, "load": np.array(loads)}
+    return {**{key: np.array([line[key] for line in lines]) for key in keys}, "load": np.array(loads), "gap": gaps}
 
 
 # ---------------------------------------------------------------------------------------------------- one trajectory
 
 # A token whose last chosen and first rejected logit nearly tie is routed by rounding, and one such flip moves the loss by
 # 1e-5 to 1e-4. Orthogonalization amplifies rounding in proportion to the learning rate: at 1e-3 every second run of 50
-# steps has a flip, at this rate one in sixteen had, and the seed below none.
+# steps has a flip, at this rate one in sixteen. Which runs have one is the processor's choice; see `assert_same`.
 SLOW = {"parameterization": {"base": {"lr": 4e-4}}}
 
 
@@ -74,21 +81,36 @@ def alone(data, tmp_path_factory):
     return watched(data, str(tmp_path_factory.mktemp("alone")), STEPS, training={"micro_batch": 24}, **SLOW)
 
 
+TIE = 1e-5  # logits of two layouts differ by 1e-7 at first, and by 1e-6 where orthogonalization has amplified that
+
+
 def assert_same(curve: dict, expected: dict) -> None:
-    np.testing.assert_array_equal(curve["load"], expected["load"])
+    """Equal loads and losses up to a step at which `expected`, of one process, routed a token by less than TIE; from there
+    on at most two assignments in a hundred elsewhere, and losses within what such flips do."""
+    moved = np.abs(curve["load"] - expected["load"]).sum((1, 2))
+    flip = int(np.argmax(moved > 0)) if moved.any() else len(moved)
+    assert flip == len(moved) or expected["gap"][flip] < TIE
     for key in ("loss", "aux_loss", "moe/max_violation", "moe/load_entropy"):
-        np.testing.assert_allclose(curve[key], expected[key], rtol=1e-5, err_msg=key)
+        np.testing.assert_allclose(curve[key][:flip], expected[key][:flip], rtol=1e-5, err_msg=key)
+    assert (moved[flip:] <= 0.02 * expected["load"].sum((1, 2))[flip:]).all()
+    np.testing.assert_allclose(curve["loss"][flip:], expected["loss"][flip:], rtol=1e-3)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("layout", ["one", "ddp2", "fsdp2", "ep2", "ep2 fsdp2"])
+@pytest.mark.parametrize(
+    ("layout", "accumulation"),
+    [("one", 2), ("ddp2", 1), ("fsdp2", 2), ("ep2", 1), ("ep2 fsdp2", 2)]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [("ddp2", 2), ("fsdp2", 1), ("ep2", 2), ("ep2 fsdp2", 1)]
+    ],
+)
 def test_one_trajectory(pool, data, alone, tmp_path, layout, accumulation):
     world, sections = LAYOUTS.get(layout, (1, {}))
     sections = {**sections, **SLOW, "training": {"micro_batch": 24 // (world * accumulation)}}
     if layout == "one":
         curves = [watched(data, str(tmp_path), STEPS, **sections)]
     else:
-        curves = pool(world).run(watched, data, str(tmp_path), STEPS, timeout=110, **sections)
+        curves = pool(world).run(watched, data, str(tmp_path), STEPS, **sections)
     for curve in curves:
         assert_same(curve, alone)
     assert alone["loss"][-1] < alone["loss"][0] - 0.05
@@ -119,7 +141,7 @@ def test_options_on_two_ranks_with_accumulation(pool, data, tmp_path, option):
         if option == "uneven" and expert == 2:
             continue
         layout = {**training, "parallel": {**parallel, "expert": expert}}
-        for curve in pool(2).run(watched, data, str(tmp_path / f"{expert}"), 5, **sections, **layout, timeout=60):
+        for curve in pool(2).run(watched, data, str(tmp_path / f"{expert}"), 5, **sections, **layout):
             assert_same(curve, expected)
     assert (expected["aux_loss"] > 0).all() == (option != "no balance")
 
@@ -131,7 +153,7 @@ def test_four_ranks(pool, data, tmp_path, layout):
     expected = watched(data, str(tmp_path / "one"), 5, moe, training={"micro_batch": 24}, **SLOW)
     _, sections = LAYOUTS[layout.removesuffix(" uneven")]
     sections = {**sections, **SLOW, "training": {"micro_batch": 3}}
-    for curve in pool(4).run(watched, data, str(tmp_path / "4"), 5, moe, timeout=60, **sections):
+    for curve in pool(4).run(watched, data, str(tmp_path / "4"), 5, moe, **sections):
         assert_same(curve, expected)
 
 
@@ -142,7 +164,7 @@ def test_bf16_layouts_route_alike(pool, data, tmp_path):
     expected = watched(data, str(tmp_path / "one"), 5, **bf16)
     for layout in ("ddp2", "fsdp2", "ep2"):
         world, sections = LAYOUTS[layout]
-        for curve in pool(world).run(watched, data, str(tmp_path / layout), 5, timeout=60, **bf16, **sections):
+        for curve in pool(world).run(watched, data, str(tmp_path / layout), 5, **bf16, **sections):
             assert np.abs(curve["load"][0] - expected["load"][0]).sum() <= 4
             np.testing.assert_allclose(curve["loss"], expected["loss"], rtol=5e-3)
 
@@ -158,11 +180,11 @@ def compiled(data: str, folder: str, **sections) -> dict:
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("layout", ["ddp2", "fsdp2", "ep2"])
+@pytest.mark.parametrize("layout", [pytest.param("ddp2", marks=pytest.mark.slow), "fsdp2", "ep2"])
 def test_compiled_blocks(pool, data, tmp_path, layout):
     world, sections = LAYOUTS[layout]
     expected = watched(data, str(tmp_path / "eager"), 3, training={"micro_batch": 24}, **SLOW)
-    for curve in pool(world).run(compiled, data, str(tmp_path / "two"), timeout=100, **sections):
+    for curve in pool(world).run(compiled, data, str(tmp_path / "two"), **sections):
         assert_same(curve, expected)
 
 
@@ -177,9 +199,9 @@ def test_a_crash_changes_nothing(pool, data, tmp_path):
     """11 experts, whose stacks two ranks shard unevenly, and 8 spread over two; bitwise."""
     for straight, resumed in [
         straight_and_resumed(data, str(tmp_path / "1"), UNEVEN),
-        *pool(2).run(straight_and_resumed, data, str(tmp_path / "2"), UNEVEN, timeout=60),
-        *pool(2).run(straight_and_resumed, data, str(tmp_path / "ep"), MOE, expert=2, timeout=60),
-        *pool(4).run(straight_and_resumed, data, str(tmp_path / "ep fsdp"), MOE, expert=2, timeout=60),
+        *pool(2).run(straight_and_resumed, data, str(tmp_path / "2"), UNEVEN),
+        *pool(2).run(straight_and_resumed, data, str(tmp_path / "ep"), MOE, expert=2),
+        *pool(4).run(straight_and_resumed, data, str(tmp_path / "ep fsdp"), MOE, expert=2),
     ]:
         assert straight == resumed
 
@@ -189,12 +211,12 @@ def test_checkpoints_reshard_between_expert_parallel_degrees(pool, data, tmp_pat
     sections = {"model": {"moe": MOE}, "checkpoint": {"every": 2}, **SLOW}
     expected = run(config(data, "orscale_lm", 10, **sections), str(tmp_path / "alone"))
     folder = str(tmp_path / "moving")
-    pool(2).run(crash_after, config(data, "orscale_lm", 10, parallel={"expert": 2}, **sections), folder, 2, timeout=60)
+    pool(2).run(crash_after, config(data, "orscale_lm", 10, parallel={"expert": 2}, **sections), folder, 2)
     crash_after(config(data, "orscale_lm", 10, **sections), folder, 2)
     for expert in (2, 4):
         made = config(data, "orscale_lm", 10, parallel={"expert": expert}, **sections)
-        pool(4).run(crash_after, made, folder, 2, timeout=60)
-    for lines in pool(2).run(run, config(data, "orscale_lm", 10, **sections), folder, timeout=60):
+        pool(4).run(crash_after, made, folder, 2)
+    for lines in pool(2).run(run, config(data, "orscale_lm", 10, **sections), folder):
         for key in ("loss", "aux_loss", "grad_norm"):
             np.testing.assert_allclose([line[key] for line in lines], [line[key] for line in expected], rtol=1e-5)
 
@@ -279,8 +301,8 @@ def test_balance_loss_and_its_gradient_know_no_ranks_and_no_micro_batches(pool, 
     found = [balance_gradients(balance, 1, 1), balance_gradients(balance, 2, 1), balance_gradients(balance, 2, 1, True)]
     for accumulation in (1, 2):
         for shard in (1, 2):
-            found += pool(2).run(balance_gradients, balance, accumulation, shard, timeout=60)
-        found += pool(2).run(balance_gradients, balance, accumulation, 2, expert=2, timeout=60)
+            found += pool(2).run(balance_gradients, balance, accumulation, shard)
+        found += pool(2).run(balance_gradients, balance, accumulation, 2, expert=2)
     for loss, grads in found:
         assert loss == pytest.approx(value, rel=1e-6)
         for name, grad in expected.items():

@@ -13,6 +13,8 @@ from archscale.parallel import native
 from tests.train.tiny import LAYOUTS, RULES, config, losses, run, tiny_data
 
 STEPS = 50
+# Rounding is amplified by orthogonalization and by steps. Weights perturbed by 1e-6, ten times what another order of float32
+# sums does, move the losses of these 50 steps by up to 4e-5; stand-ins for other processors (tests/README.md) by 2.5e-6.
 TOLERANCE = 1e-5
 
 
@@ -42,15 +44,17 @@ def furthest(a: list[float], b: list[float]) -> float:
 
 @pytest.mark.parametrize(
     ("layout", "rule"),
-    [(layout, rule) for layout in ("ddp2", "fsdp2") for rule in RULES] + [("fsdp3", "orscale_lm"), ("hsdp4", "muonh")],
+    [("fsdp2", rule) for rule in RULES]
+    + [("ddp2", "orscale_lm"), ("ddp2", "adamw"), ("fsdp3", "orscale_lm"), ("hsdp4", "muonh")]
+    + [pytest.param("ddp2", rule, marks=pytest.mark.slow) for rule in RULES if rule not in ("orscale_lm", "adamw")],
 )
 def test_every_rule_on_every_layout(pool, data, alone, tmp_path, rule, layout):
     world, sections = LAYOUTS[layout]
-    curves = pool(world).run(losses, data, str(tmp_path), rule, STEPS, timeout=110, **sections)
+    curves = pool(world).run(losses, data, str(tmp_path), rule, STEPS, **sections)
     assert max(furthest(curve, alone(rule)) for curve in curves) < TOLERANCE
 
 
-@pytest.mark.parametrize("micro_batch", [2, 12])
+@pytest.mark.parametrize("micro_batch", [3, pytest.param(12, marks=pytest.mark.slow)])
 def test_accumulation_changes_nothing(pool, data, alone, tmp_path, micro_batch):
     """F4: the same samples in other micro-batches, on one process and under DDP and FSDP2."""
     training = {"micro_batch": micro_batch}
@@ -59,7 +63,7 @@ def test_accumulation_changes_nothing(pool, data, alone, tmp_path, micro_batch):
     for layout in ("ddp2", "fsdp2"):
         world, sections = LAYOUTS[layout]
         folder = str(tmp_path / layout)
-        curves = pool(world).run(losses, data, folder, "orscale_lm", STEPS, **sections, training=training, timeout=110)
+        curves = pool(world).run(losses, data, folder, "orscale_lm", STEPS, **sections, training=training)
         assert max(furthest(curve, alone("orscale_lm")) for curve in curves) < TOLERANCE
 
 
@@ -75,17 +79,25 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_options_on_two_ranks(pool, data, tmp_path, option):
+# Each option on one of the two layouts; on the other one it is a slow test. Resharding is FSDP2's.
+CASES = [
+    pytest.param(layout, option, marks=() if layout == ("ddp2", "fsdp2")[number % 2] else pytest.mark.slow)
+    for number, option in enumerate(OPTIONS, start=1)
+    for layout in ("ddp2", "fsdp2")
+    if (layout, option) != ("ddp2", "no reshard")
+]
+
+
+@pytest.mark.parametrize(("layout", "option"), CASES)
+def test_options_on_two_ranks(pool, data, tmp_path, layout, option):
     expected = losses(data, str(tmp_path / "one"), "orscale_lm", 10, **OPTIONS[option])
-    for layout in ("ddp2", "fsdp2"):
-        world, sections = LAYOUTS[layout]
-        merged = {
-            **OPTIONS[option],
-            "parallel": {**sections.get("parallel", {}), **OPTIONS[option].get("parallel", {})},
-        }
-        for curve in pool(world).run(losses, data, str(tmp_path / layout), "orscale_lm", 10, timeout=60, **merged):
-            np.testing.assert_allclose(curve, expected, rtol=1e-5)
+    world, sections = LAYOUTS[layout]
+    merged = {
+        **OPTIONS[option],
+        "parallel": {**sections.get("parallel", {}), **OPTIONS[option].get("parallel", {})},
+    }
+    for curve in pool(world).run(losses, data, str(tmp_path / layout), "orscale_lm", 10, **merged):
+        np.testing.assert_allclose(curve, expected, rtol=1e-5)
 
 
 def stream_dtypes(data: str, folder: str) -> set[str]:
@@ -107,7 +119,7 @@ def stream_dtypes(data: str, folder: str) -> set[str]:
 
 
 def test_the_residual_stream_stays_float32_in_bf16(pool, data, tmp_path):
-    for seen in pool(2).run(stream_dtypes, data, str(tmp_path / "r"), timeout=60):
+    for seen in pool(2).run(stream_dtypes, data, str(tmp_path / "r")):
         assert seen == {"torch.float32"}
 
 
@@ -116,9 +128,7 @@ def test_bf16_curves_agree_statistically(pool, data, tmp_path):
     expected = losses(data, str(tmp_path / "one"), "orscale_lm", 10, training=bf16)
     for layout in ("ddp2", "fsdp2"):
         world, sections = LAYOUTS[layout]
-        for curve in pool(world).run(
-            losses, data, str(tmp_path / layout), "orscale_lm", 10, **sections, training=bf16, timeout=60
-        ):
+        for curve in pool(world).run(losses, data, str(tmp_path / layout), "orscale_lm", 10, **sections, training=bf16):
             np.testing.assert_allclose(curve, expected, rtol=5e-3)
 
 
@@ -141,7 +151,7 @@ def nan_run(data: str, folder: str) -> list[dict]:
 
 
 def test_a_nan_gradient_does_not_reach_the_weights(pool, data, tmp_path):
-    curves = [nan_run(data, str(tmp_path / "one")), *pool(2).run(nan_run, data, str(tmp_path / "two"), timeout=60)]
+    curves = [nan_run(data, str(tmp_path / "one")), *pool(2).run(nan_run, data, str(tmp_path / "two"))]
     for lines in curves:
         assert lines[2]["grad_norm"] is None
         assert lines[2]["event"] == "non-finite grad_norm"
@@ -169,7 +179,7 @@ def test_every_matrix_is_orthogonalized_once_a_step(pool, data, tmp_path):
     """F3, F4: matrices × steps, whatever the accumulation; the ranks share them."""
     matrices = 2 * (4 + 1 + 2 + 1)  # per block: q k v gate, out, gate up, down
     assert count_orthogonalizations(data, str(tmp_path / "one")) == 5 * matrices
-    assert sum(pool(2).run(count_orthogonalizations, data, str(tmp_path / "two"), timeout=60)) == 5 * matrices
+    assert sum(pool(2).run(count_orthogonalizations, data, str(tmp_path / "two"))) == 5 * matrices
 
 
 def test_the_manifest_is_the_golden_one(data, tmp_path):

@@ -31,16 +31,21 @@ def curve(lines: list[dict]) -> list[tuple]:
     return [(line["loss"], line["grad_norm"], line["lr"]) for line in lines]
 
 
-@pytest.mark.parametrize("rule", ["orscale_lm", "muonh", "adamw"])
-def test_ten_steps_equal_five_and_a_crash_and_five_bitwise(pool, data, tmp_path, rule):
-    """A vocabulary that neither 2 nor 3 divides; every layout."""
+@pytest.mark.parametrize(
+    ("rule", "layouts"),
+    [("orscale_lm", ("ddp2", "fsdp3")), ("muonh", ("fsdp2",)), ("adamw", ("fsdp3",))]
+    + [
+        pytest.param(rule, ("ddp2", "fsdp2", "fsdp3"), marks=pytest.mark.slow)
+        for rule in ("orscale_lm", "muonh", "adamw")
+    ],
+)
+def test_ten_steps_equal_five_and_a_crash_and_five_bitwise(pool, data, tmp_path, rule, layouts):
+    """A vocabulary that neither 2 nor 3 divides; of one layout the same sums in the same order."""
     straight, resumed = straight_and_resumed(data, str(tmp_path / "1"), rule, {})
     assert curve(straight) == curve(resumed)
-    for layout in ("ddp2", "fsdp2", "fsdp3"):
+    for layout in layouts:
         world, sections = LAYOUTS[layout]
-        for straight, resumed in pool(world).run(
-            straight_and_resumed, data, str(tmp_path / layout), rule, sections, timeout=100
-        ):
+        for straight, resumed in pool(world).run(straight_and_resumed, data, str(tmp_path / layout), rule, sections):
             assert curve(straight) == curve(resumed)
 
 
@@ -49,9 +54,9 @@ def test_other_world_sizes_continue_the_same_curve(pool, data, tmp_path):
     made = config(data, "orscale_lm", 12, checkpoint={"every": 4})
     expected = run(made, str(tmp_path / "alone"))
     folder = str(tmp_path / "moving")
-    pool(2).run(crash_after, made, folder, 4, timeout=100)
+    pool(2).run(crash_after, made, folder, 4)
     crash_after(made, folder, 4)
-    for lines in pool(4).run(run, made, folder, timeout=100):
+    for lines in pool(4).run(run, made, folder):
         np.testing.assert_allclose([line["loss"] for line in lines], [line["loss"] for line in expected], rtol=1e-5)
 
 
@@ -66,11 +71,11 @@ def test_the_command_killed_and_repeated(data, tmp_path):
         assert job.process.poll() is None, job.output
     job.signal(signal.SIGKILL)
     job.kill()
-    assert start(command, processes=2).wait(timeout=100).returncode == 0
+    assert start(command, processes=2).wait().returncode == 0
     lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, 31))
     np.testing.assert_allclose([line["loss"] for line in lines], [line["loss"] for line in straight], rtol=1e-5)
-    again = start(command, processes=2).wait(timeout=100)
+    again = start(command, processes=2).wait()
     assert "already done" in again.stdout
 
 

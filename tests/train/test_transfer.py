@@ -37,23 +37,24 @@ def curve(lines: list[dict]) -> np.ndarray:
 
 
 def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
-    np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=5e-5)
+    # Weights perturbed by 1e-6, ten times what another order of float32 sums does, move these losses by 7e-7.
+    np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=5e-6)
     assert np.array_equal(found[:, 1:], expected[:, 1:])
 
 
 def test_hyperp_and_a_growing_batch_on_any_ranks_and_after_a_crash(pool, data, tmp_path):
     """12 sequences a step until 96 are seen, then 24; the crash falls into the ramp, the resumption after it.
 
-    Untied, as HyperP is: early gradients are ill-conditioned (see `tiny.config`), hence 5e-5. Rates and tokens are exact.
+    Tied, unlike HyperP, because a perturbation by 1e-6 moves the untied model's losses by 5e-4 (see `tiny.config`).
     """
-    made = growing(data)
+    made = growing(data, model={"tied_embeddings": True, "depth_mup": True})
     alone = curve(run(made, str(tmp_path / "alone")))
     assert alone[:, 2].tolist() == [12 * 16 * min(n, 8) + 24 * 16 * max(0, n - 8) for n in range(1, 17)]
-    for lines in pool(2).run(run, made, str(tmp_path / "fsdp"), timeout=100):
+    for lines in pool(2).run(run, made, str(tmp_path / "fsdp")):
         assert_same(curve(lines), alone)
     folder = str(tmp_path / "moving")
     crash_after(made, folder, 7)
-    for lines in pool(2).run(run, made, folder, timeout=100):
+    for lines in pool(2).run(run, made, folder):
         assert_same(curve(lines), alone)
 
 
