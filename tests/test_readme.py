@@ -39,6 +39,7 @@ PAGES = [
     "data_prep/README.md",
     "docker/README.md",
     "launch/README.md",
+    "tests/README.md",
 ]
 SLOW_PAGES = ["README.md", "CONTRIBUTING.md", "configs/studies/README.md", "launch/README.md"]
 
@@ -90,6 +91,7 @@ NOT_COMMANDS = [
     r"^Rule\(",  # a row of a Python table
     r"^dataset\.json ",  # files of a data set
     r"^\d+ parameters, ",  # a printed table
+    r"^ATEN_CPU_CAPABILITY=",  # the whole suite, by stand-ins for other processors
 ]
 
 # Page → Python that stands for what the reader's own program has.

@@ -261,7 +261,7 @@ class Manifest(_Entry):
 def read_manifest(directory: str | Path) -> Manifest:
     """The manifest of a dataset directory. DataError if the directory is missing, half prepared or
     foreign."""
-    directory, prepare = Path(directory), "make it with `archscale data prepare RECIPE`"
+    directory = Path(directory)
     if not directory.is_dir():
         raise DataError("no data set", str(directory), f"{how_to_make(directory)}, or correct the path")
     path = directory / MANIFEST
