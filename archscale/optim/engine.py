@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -389,7 +389,7 @@ class MatrixOptimizer(Described, torch.optim.Optimizer):
         plan = layout.plan(members)
         weights = {i: local_tensor(layout.params[i]).view(-1) for i in members}
         grads = {i: self._flat_gradient(i) for i in members}
-        absent = [i for i in members if layout.params[i].grad is None]  # on several ranks: others may have it
+        absent = {i for i in members if layout.params[i].grad is None}  # on several ranks: others may have it
         rows = 4 if self.watch or any(g.rule.ratio == "momentum" for g in layout.groups) else 3
         rows += len(self.watch.keys) if self.watch else 0
         # One buffer, because it takes one all-reduce: inner products by matrix, and on several ranks by parameter
@@ -441,7 +441,7 @@ class MatrixOptimizer(Described, torch.optim.Optimizer):
             )
         self._warned = True
 
-    def _elementwise_directions(self, grads: Mapping[int, Tensor], absent: Sequence[int]) -> None:
+    def _elementwise_directions(self, grads: Mapping[int, Tensor], absent: Set[int]) -> None:
         layout = self._planned
         for group in layout.groups:
             options = group.options
@@ -465,7 +465,7 @@ class MatrixOptimizer(Described, torch.optim.Optimizer):
                     momentum_direction_(grad, **buffers, mu=options["momentum"], nesterov=options["nesterov"])
 
     def _whole_matrix_directions(
-        self, plan: StepPlan, grads: dict[int, Tensor], absent: Sequence[int], sums: Tensor
+        self, plan: StepPlan, grads: dict[int, Tensor], absent: Set[int], sums: Tensor
     ) -> None:
         """Momentum, exchange, orthogonalization. The owner adds to `sums` what only it knows of a whole matrix."""
         layout = self._planned

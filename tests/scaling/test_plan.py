@@ -8,7 +8,7 @@ import pytest
 
 from archscale.config import Config, load_config
 from archscale.errors import ConfigError
-from archscale.optim.engine import STATE_OF
+from archscale.optim.layout import BUFFERS
 from archscale.optim.rules import RULES
 from archscale.scaling.devices import DEVICES, RESERVED, Device, find_device
 from archscale.scaling.plan import ELEMENTWISE, INITIALIZATION, STATE_BUFFERS, make_plan
@@ -258,7 +258,7 @@ def test_an_unknown_vocabulary_is_taken_from_the_data_or_is_a_problem(tmp_path):
 
 def test_tables_agree_with_the_optimizer():
     for name, rule in RULES.items():
-        assert STATE_BUFFERS.get(name, 1) == len(STATE_OF[rule.direction])
+        assert STATE_BUFFERS.get(name, 1) == len(BUFFERS[rule.direction])
         assert (name in ELEMENTWISE) == (rule.direction != "orthogonal")
 
 
