@@ -46,10 +46,10 @@ def test_a_convnet_learns_digits_with_every_parameter(rule):
         assert not torch.equal(p, start), name
 
 
-SLOW = [pytest.param(script, marks=pytest.mark.slow) for script in ("with_accelerate", "deepspeed_zero")]
+SLOW = [pytest.param(script, marks=pytest.mark.slow) for script in ("ddp", "with_accelerate", "deepspeed_zero")]
 
 
-@pytest.mark.parametrize("script", ["ddp", "fsdp2", *SLOW])
+@pytest.mark.parametrize("script", ["fsdp2", *SLOW])
 def test_a_script_on_two_ranks(script):
     if script == "with_accelerate":
         pytest.importorskip("accelerate")

@@ -57,7 +57,10 @@ def test_trainer_of_transformers(which, tmp_path):
     assert_same_weights(wrapped.alone_with_a_schedule(which), [wrapped.with_trainer(which, str(tmp_path))])
 
 
-@pytest.mark.parametrize(("stage", "bf16"), [(1, False), (2, False), (1, True), (3, False)])
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((2, False), (1, True))]
+
+
+@pytest.mark.parametrize(("stage", "bf16"), [(1, False), (3, False), *SLOW])
 def test_deepspeed_refuses_by_name(pool, stage, bf16):
     """Flat partitions are no matrices. torch's AdamW trains on them, and MatrixOptimizer says so instead of doing nothing."""
     for moved in pool(2).run(wrapped.with_deepspeed, "adamw", stage, bf16, timeout=100):

@@ -81,15 +81,17 @@ def alone(data, tmp_path_factory):
     return watched(data, str(tmp_path_factory.mktemp("alone")), STEPS, training={"micro_batch": 24}, **SLOW)
 
 
-TIE = 1e-5  # logits of two layouts differ by 1e-7 at first, and by 1e-6 where orthogonalization has amplified that
+# Difference of two logits that rounding can turn over, a step. Random changes of all weights by 1e-7 at the start, which is what
+# other layouts' sums do, move router logits by 2e-6 · (1 + step) (measured over 45 steps), a difference of two by twice that.
+TIE = 1e-5
 
 
 def assert_same(curve: dict, expected: dict) -> None:
-    """Equal loads and losses up to a step at which `expected`, of one process, routed a token by less than TIE; from there
+    """Equal loads and losses up to a step at which `expected`, of one process, routed a token by less than TIE a step; from there
     on at most two assignments in a hundred elsewhere, and losses within what such flips do."""
     moved = np.abs(curve["load"] - expected["load"]).sum((1, 2))
     flip = int(np.argmax(moved > 0)) if moved.any() else len(moved)
-    assert flip == len(moved) or expected["gap"][flip] < TIE
+    assert flip == len(moved) or expected["gap"][flip] < TIE * (1 + flip)
     for key in ("loss", "aux_loss", "moe/max_violation", "moe/load_entropy"):
         np.testing.assert_allclose(curve[key][:flip], expected[key][:flip], rtol=1e-5, err_msg=key)
     assert (moved[flip:] <= 0.02 * expected["load"].sum((1, 2))[flip:]).all()

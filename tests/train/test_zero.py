@@ -91,7 +91,7 @@ def furthest(found: dict[str, list], expected: dict[str, list]) -> float:
         same = np.isclose(found["moe/load_entropy"], expected["moe/load_entropy"], rtol=1e-6, atol=0)
         if not same.all():
             end = int(np.argmin(same))
-            assert expected["gap"][end] < TIE
+            assert expected["gap"][end] < TIE * (1 + end)
             np.testing.assert_allclose(a[end:], b[end:], rtol=1e-3)
     return float(np.max(np.abs(a[:end] / b[:end] - 1)))
 
@@ -115,12 +115,16 @@ def alone(data, tmp_path_factory):
 # ---------------------------------------------------------------------------------------------------- one trajectory
 
 CASES = list(itertools.product(LAYOUTS, (1, 4), MODELS, RULES))
-PAIRWISE = [  # every pair of values of two of the four axes but FSDP2's, which other tests cover
-    ("zero1", 1, "dense", "orscale_lm"), ("zero1", 4, "experts", "muonh"), ("zero1", 4, "dense", "muon"),
-    ("zero2", 4, "experts", "orscale_lm"), ("zero2", 1, "dense", "muonh"), ("zero2", 1, "experts", "muon"),
-    ("zero3", 4, "dense", "orscale_lm"), ("zero3", 1, "experts", "muonh"), ("zero3", 4, "experts", "muon"),
-    ("zero3x3", 1, "experts", "orscale_lm"), ("zero3x3", 4, "dense", "muonh"), ("zero3x3", 1, "dense", "muon"),
-]  # fmt: skip
+PAIRWISE = [  # each stage with either model and accumulation, rules in turn; FSDP2 is in other tests
+    ("zero1", 1, "dense", "orscale_lm"),
+    ("zero1", 4, "experts", "muonh"),
+    ("zero2", 4, "experts", "orscale_lm"),
+    ("zero2", 1, "dense", "muonh"),
+    ("zero3", 4, "dense", "orscale_lm"),
+    ("zero3", 1, "experts", "muonh"),
+    ("zero3x3", 1, "experts", "orscale_lm"),
+    ("zero3x3", 4, "dense", "muon"),
+]
 
 
 @pytest.mark.parametrize(
