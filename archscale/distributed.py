@@ -125,7 +125,7 @@ def on_rank_zero(fn: Callable[[], Any]) -> Any:
         try:
             result[0] = fn()
         except Exception as error:  # carried to every rank: one that raised alone would leave the others waiting
-            result[1] = _portable(error)
+            result[1] = portable(error)
     if is_distributed():
         dist.broadcast_object_list(result, src=0)
     if result[1] is not None:
@@ -133,7 +133,7 @@ def on_rank_zero(fn: Callable[[], Any]) -> Any:
     return result[0]
 
 
-def _portable(error: Exception) -> Exception:
+def portable(error: Exception | None) -> Exception | None:
     """The error, or its text where it would not survive pickling (and would leave the other ranks waiting)."""
     try:
         pickle.loads(pickle.dumps(error))
@@ -158,7 +158,7 @@ def agree(fn: Callable[[], Any]) -> Any:
     try:
         result = fn()
     except Exception as caught:  # raised below, on every rank together
-        error = _portable(caught)
+        error = portable(caught)
     for failure in gather_objects(error):
         if failure is not None:
             raise same_everywhere(failure)
@@ -289,8 +289,10 @@ def laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
 
 def fill(tensor: Tensor, value: Tensor) -> None:
     """Copy a value of the same shape into `tensor`, in its dtype and on its device. A whole value fills this
-    rank's part of a DTensor."""
+    rank's part of a DTensor; a DTensor is gathered for a plain tensor, by all ranks together."""
     value = laid_out_as(tensor, value)
+    if isinstance(value, DTensor) and not isinstance(tensor, DTensor):
+        value = value.full_tensor()
     if not isinstance(tensor, DTensor) or isinstance(value, DTensor):
         local_tensor(tensor).copy_(local_tensor(value))
         return

@@ -93,7 +93,8 @@ def check_same_everywhere(descriptions: Sequence[Sequence[tuple]]) -> None:
                     here, there = f"{here}, {mine}", f"{there}, {yours}"
                 raise ValueError(
                     f"the ranks have different parameters: number {place} is {here} on rank 0, {there} on rank {rank}: build "
-                    "the same model and optimizer, in the same order, on every rank"
+                    "the same model and optimizer, in the same order, on every rank, or give process_group= the ranks that have "
+                    "the same"
                 )
 
 
@@ -121,14 +122,33 @@ def check_parameter(name: str, p: Tensor, fragment: tuple[Sequence[int], int] | 
         raise ValueError(f"parameter {name!r}: {error}") from None
 
 
-def checked_options(options: dict[str, Any]) -> Rule:
-    """Validate one parameter group; leaves plain data in it, for a state dict: names in place of the rule and of dtypes."""
+def check_same_use(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """A saved group against the one that it is loaded into: what decides the shapes and the meaning of its state."""
+    for key in ("rule", "view", "transposed"):
+        if saved.get(key, own[key]) != own[key]:
+            raise ValueError(
+                f"the state dict was saved with the same parameters under {key} {saved[key]!r}, here they have {own[key]!r}: "
+                f"load a state saved with the same {key}"
+            )
+
+
+def checked_options(options: dict[str, Any], rule: Rule | None = None) -> Rule:
+    """Validate one parameter group; leaves plain data in it, for a state dict: names in place of the rule and of dtypes.
+
+    Args:
+        rule: the group's, where `options` has its name only; None: the one in `options`.
+    """
     for key in DTYPE_OPTIONS:
         if isinstance(options[key], torch.dtype):
             options[key] = str(options[key]).removeprefix("torch.")
-    rule = get_rule(options["rule"])
+        if options[key] is not None and not isinstance(getattr(torch, str(options[key]), None), torch.dtype):
+            raise ValueError(f"{key} {options[key]!r} is no dtype of torch: give one such as torch.bfloat16")
+    rule = rule or get_rule(options["rule"])
     options["rule"] = rule.name
-    for key in ("lr", "weight_decay", "eps"):
+    for beta in options["betas"]:
+        if not 0 <= beta < 1:
+            raise ValueError(f"betas {tuple(options['betas'])} must lie in [0, 1)")
+    for key in ("lr", "weight_decay", "eps", "adam_eps"):
         if not options[key] >= 0:
             raise ValueError(f"{key} {options[key]} must not be negative")
     if not 0 <= options["momentum"] < 1:

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 
 class Described:
-    """The part of `MatrixOptimizer` that changes nothing."""
+    """The part of `MatrixOptimizer` that changes nothing. After parameters have been replaced, and on a copy, the first
+    call plans anew, which all ranks do together."""
 
     _synchronize: Callable[[], Layout]
     _steps: list[tuple[Group, Step]]

@@ -9,6 +9,7 @@ A single process is the degenerate case: it owns every matrix and the exchange i
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
@@ -17,11 +18,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from archscale.distributed import Piece, all_reduce, fill, gather_objects, is_distributed, laid_out_as, local_tensor
+from archscale.distributed import (
+    all_reduce,
+    fill,
+    gather_objects,
+    is_distributed,
+    laid_out_as,
+    local_tensor,
+    portable,
+)
 from archscale.optim.checks import (
     check_distinct,
     check_parameter,
     check_same_everywhere,
+    check_same_use,
     check_saved,
     checked_options,
     in_group,
@@ -115,37 +125,56 @@ class MatrixOptimizer(Described, torch.optim.Optimizer):
             "view": view,
             "transposed": False,
         }
-        super().__init__(params, defaults)
-        self._build()
+        error: Exception | None = None
+        try:
+            super().__init__(params, defaults)
+        except Exception as caught:  # raised in `_build`, on every rank
+            error = caught
+        self._build(error)
 
     # ------------------------------------------------------------------------------------------------ torch's contract
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take one more group. After construction all ranks have to call it together."""
-        number = len(self.param_groups)
-        params = param_group["params"]
-        param_group["params"] = [params] if isinstance(params, Tensor) else list(params)
-        with in_group(number):
-            given = named(param_group["params"], sum(map(len, self._specs)))
-            before = [
-                (s.name, p)
-                for group, specs in zip(self.param_groups, self._specs)
-                for p, s in zip(group["params"], specs)
-            ]
-            check_distinct(before + given)
+        """Take one more group; the dict itself is left as it is. After construction all ranks have to call it together."""
+        if self._layout is None:  # within the constructor, or a copy that has not been used yet
+            self._add_group(param_group)
+            return
+        error: Exception | None = None
+        try:
+            self._add_group(param_group)
+        except Exception as caught:  # raised in `_build`, on every rank
+            error = caught
+        number = len(self.param_groups) - 1
+        try:
+            self._build(error)
+        except Exception:
+            if error is None:
+                del self.param_groups[number:], self._rules[number:], self._specs[number:]
+            raise
+
+    def _add_group(self, param_group: dict[str, Any]) -> None:
+        number, group = len(self.param_groups), dict(param_group)
+        params = group["params"]
+        if not isinstance(params, set):  # which torch refuses
+            group["params"] = [params] if isinstance(params, Tensor) else list(params)
+            with in_group(number):
+                given = named(group["params"], sum(map(len, self._specs)))
+                members = zip(self.param_groups, self._specs)
+                before = [(s.name, p) for other, specs in members for p, s in zip(other["params"], specs)]
+                check_distinct(before + given)
         for key, value in self._more_defaults.items():
-            param_group.setdefault(key, value)
-        super().add_param_group(param_group)
+            group.setdefault(key, value)
+        if "rule" in group and get_rule(group["rule"]).ratio is None:
+            group.setdefault("clip", None)  # the optimizer's bounds are meant for rules that have a ratio
+        super().add_param_group(group)
         try:
             with in_group(number):
-                rule, specs = self._take(self.param_groups[-1], [name for name, _ in given])
-                self._rules.append(rule)
-                self._specs.append(specs)
-            if self._layout is not None:
-                self._build()
-        except ValueError:
-            del self.param_groups[number:], self._rules[number:], self._specs[number:]
+                rule, specs = self._take(group, [name for name, _ in given])
+        except Exception:
+            del self.param_groups[number:]
             raise
+        self._rules.append(rule)
+        self._specs.append(specs)
 
     def _take(self, group: dict[str, Any], names: Sequence[str]) -> tuple[Rule, list[ParameterSpec]]:
         """Check a new group; leaves plain data in it, so that a state dict holds nothing else."""
@@ -205,11 +234,8 @@ class MatrixOptimizer(Described, torch.optim.Optimizer):
         entries: list[Mapping[str, Any]] = []  # by parameter
         for number, (saved_group, group) in enumerate(zip(saved_groups, layout.groups)):
             with in_group(number):
-                if saved_group.get("rule", group.rule.name) != group.rule.name:
-                    raise ValueError(
-                        f"the state dict was saved with the same parameters under rule {saved_group['rule']!r}, here they "
-                        f"have {group.rule.name!r}: load a state saved with the same rule"
-                    )
+                check_same_use(saved_group, group.options)
+                checked_options(group.options | {k: v for k, v in saved_group.items() if k != "params"}, group.rule)
                 entries += [saved_state.get(key, {}) for key in saved_group["params"]]
         self._ensure_state(i for i, entry in enumerate(entries) if entry)
         for i, entry in enumerate(entries):
@@ -226,7 +252,7 @@ class MatrixOptimizer(Described, torch.optim.Optimizer):
             group.options |= {key: value for key, value in saved_group.items() if key != "params"}
             if names is not None:
                 group.options["param_names"] = names
-            checked_options(group.options)
+            checked_options(group.options, group.rule)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -247,58 +273,93 @@ class MatrixOptimizer(Described, torch.optim.Optimizer):
         return layout
 
     @torch.no_grad()
-    def _build(self) -> None:
-        """Plan for the parameters that the groups hold now, and create their state."""
+    def _build(self, error: Exception | None = None) -> None:
+        """Plan for the parameters that the groups hold now, and create their state.
+
+        Args:
+            error: of this rank, on the way here; raised on all of them.
+        """
         rank = dist.get_rank(self._process_group) if is_distributed() else 0
-        error: ValueError | None = None
         description: list[tuple] = []
-        try:
-            description = describe_parameters(self.param_groups, self._rules, self._specs)
-            self._carry_state([entry[-1] for entry in description])
-        except ValueError as caught:
-            error = caught
-        everyone = gather_objects((error, description), self._process_group)
-        for failure, _ in everyone:
+        state_is_lost: dict[str, bool] = {}
+        if error is None:
+            try:
+                description = describe_parameters(self.param_groups, self._rules, self._specs)
+                state_is_lost = self._state_in_the_way()
+            except Exception as caught:
+                error = caught
+        everyone = gather_objects((portable(error), description, state_is_lost), self._process_group)
+        for failure, _, _ in everyone:
             if failure is not None:  # raised on every rank: one that raised alone would leave the others waiting
-                raise failure
-        check_same_everywhere([[entry[:-1] for entry in entries] for _, entries in everyone])
-        pieces = [[entry[-1] for entry in entries] for _, entries in everyone]
+                raise failure if error is None else error
+        check_same_everywhere([[entry[:-1] for entry in entries] for _, entries, _ in everyone])
+        pieces = [[entry[-1] for entry in entries] for _, entries, _ in everyone]
         layout = Layout(self.param_groups, self._rules, self._specs, pieces, rank, self._process_group)
+        self._carry_state(layout, [lost for _, _, lost in everyone])
         self._layout = layout
+        for p in layout.params:
+            for key, value in self.state.get(p, {}).items():
+                self.state[p][key] = value.to(layout.device)  # where the model has been moved
         # Scalars of a parameter's matrices are views of the stacked ones: one entry per matrix.
         none = [0.0] * len(layout.views)
         self._calibration, self._radius = layout.scalars(none), layout.scalars(none)
-        self._weight_norm = layout.scalars(none)  # ‖W‖ before the last step that the matrix took part in
         self._slots: dict[int, dict[str, Tensor]] = {}  # by parameter: its part of the stacked scalars, in its state
+        # ‖W‖ before the last step that a matrix took part in
+        self._weight_norm = self._norms(tuple(range(len(layout.params)))) if none else layout.scalars(none)
         trainable = {*layout.trainable()}
         self._ensure_state(i for i, p in enumerate(layout.params) if i in trainable or p in self.state)
 
-    def _carry_state(self, pieces: Sequence[list[Piece]]) -> None:
-        """Give parameters that stand in another's place its state, where it is laid out alike.
-
-        Args:
-            pieces: of the present parameters, which this rank holds.
-        """
+    def _replaced(self) -> list[tuple[str, Tensor, Tensor]]:
+        """(name, old, new) of parameters that stand in another's place, whose state they have not got."""
         if self._layout is None:
-            return
-        held = dict(zip(self._layout.names, zip(self._layout.params, self._layout.pieces[self._layout.rank])))
+            return []
+        old = dict(zip(self._layout.names, self._layout.params))
         params = [p for group in self.param_groups for p in group["params"]]
         names = [spec.name for specs in self._specs for spec in specs]
-        for p, name, mine in zip(params, names, pieces):
-            old, before = held.get(name, (p, mine))
-            if old is p or old not in self.state or p in self.state:
-                continue
-            state = self.state.pop(old)
-            buffers = {key: value for key, value in state.items() if key not in (*PER_MATRIX, "step")}
-            if before == mine:
-                self.state[p] = state | {key: torch.zeros_like(p, dtype=value.dtype) for key, value in buffers.items()}
-                for key, value in buffers.items():
-                    local_tensor(self.state[p][key]).copy_(local_tensor(value))
-            elif any(bool(local_tensor(value).any()) for value in buffers.values()):
+        return [
+            (name, old[name], p)
+            for name, p in zip(names, params)
+            if name in old and old[name] is not p and old[name] in self.state and p not in self.state
+        ]
+
+    def _state_in_the_way(self) -> dict[str, bool]:
+        """By name of replaced parameters: whether their state says anything, so that dropping it would lose it."""
+        return {
+            name: any(
+                bool(local_tensor(value).any()) for key, value in self.state[old].items() if key not in PER_MATRIX
+            )
+            for name, old, _ in self._replaced()
+        }
+
+    def _carry_state(self, layout: Layout, lost: Sequence[Mapping[str, bool]]) -> None:
+        """Give parameters that stand in another's place its state, where every rank holds the same of both.
+
+        Args:
+            layout: of the present parameters.
+            lost: by rank, what `_state_in_the_way` says.
+        """
+        replaced = self._replaced()
+        places = {name: i for i, name in enumerate(layout.names)}
+        before = {name: i for i, name in enumerate(self._layout.names)} if self._layout else {}
+        alike = {
+            name: self._layout is not None
+            and [ranks[before[name]] for ranks in self._layout.pieces]
+            == [ranks[places[name]] for ranks in layout.pieces]
+            for name, _, _ in replaced
+        }
+        for name, same in alike.items():  # before anything is changed
+            if not same and any(rank.get(name) for rank in lost):
                 raise ValueError(
                     f"parameter {name!r} has been replaced by one that is sharded otherwise, and its momentum belongs to the "
                     "old one: wrap the model before the first step, or load a state dict afterwards"
                 )
+        for name, old, p in replaced:
+            state = self.state.pop(old)
+            if alike[name]:
+                self.state[p] = dict(state)
+                for key in state.keys() - {*PER_MATRIX, "step"}:
+                    self.state[p][key] = torch.zeros_like(p, dtype=state[key].dtype)
+                    local_tensor(self.state[p][key]).copy_(local_tensor(state[key]))
 
     # ---------------------------------------------------------------------------------------------------------- state
 
@@ -313,18 +374,21 @@ class MatrixOptimizer(Described, torch.optim.Optimizer):
                 missing.append(i)
             elif i in layout.spans and any(state[key] is not self._slots.get(i, {}).get(key) for key in PER_MATRIX):
                 self._fill_slots(i, {key: state[key] for key in PER_MATRIX})
-                for key in layout.state_keys[i] - {*PER_MATRIX}:
-                    state[key] = state[key].to(layout.device)
         if not missing:
             return
-        norms = layout.scalars([0.0] * len(layout.views))
-        for run in layout.plan(tuple(missing)).runs if any(i in layout.spans for i in missing) else ():
-            if run.counted:
-                w = run.of(local_tensor(layout.params[run.param]).view(-1))
-                norms[run.views] += dot(w, w)
-        norms = self._all_reduce(norms).sqrt()
+        norms = self._norms(tuple(missing)) if any(i in layout.spans for i in missing) else layout.scalars([])
         for i in missing:
             self._create_state(i, layout.group_of[i], norms)
+
+    def _norms(self, members: tuple[int, ...]) -> Tensor:
+        """‖W‖ of every matrix of these parameters; 0 for the others."""
+        layout = self._planned
+        squares = layout.scalars([0.0] * len(layout.views))
+        for run in layout.plan(members).runs:
+            if run.counted:
+                w = run.of(local_tensor(layout.params[run.param]).view(-1))
+                squares[run.views] += dot(w, w)
+        return self._all_reduce(squares).sqrt()
 
     @property
     def _planned(self) -> Layout:
@@ -387,7 +451,7 @@ class MatrixOptimizer(Described, torch.optim.Optimizer):
             return loss
         self._ensure_state(members)
         plan = layout.plan(members)
-        weights = {i: local_tensor(layout.params[i]).view(-1) for i in members}
+        weights = {i: self._flat_weight(i) for i in members}
         grads = {i: self._flat_gradient(i) for i in members}
         absent = {i for i in members if layout.params[i].grad is None}  # on several ranks: others may have it
         rows = 4 if self.watch or any(g.rule.ratio == "momentum" for g in layout.groups) else 3
@@ -409,7 +473,8 @@ class MatrixOptimizer(Described, torch.optim.Optimizer):
                 sums[Q, run.views] += dot(q, q)
                 sums[P, run.views] += dot(w, q)
         if layout.world > 1:
-            holders[layout.indices([i for i in members if layout.params[i].grad is not None])] = 1.0
+            have = [float(i in grads and i not in absent) for i in range(len(layout.params))]
+            holders.copy_(torch.tensor(have, dtype=layout.dtype), non_blocking=True)
         self._all_reduce(reduced)
         seen = holders > 0 if layout.world > 1 else None  # by parameter: whether any rank had a gradient
         self._update(plan, weights, grads, sums, seen)
@@ -418,6 +483,14 @@ class MatrixOptimizer(Described, torch.optim.Optimizer):
                 self._decay_state(i, seen[i])
         self._watched |= gradients
         return loss
+
+    def _flat_weight(self, param: int) -> Tensor:
+        local = local_tensor(self._planned.params[param])
+        if not local.is_contiguous():
+            raise ValueError(
+                f"parameter {self._planned.names[param]!r} is no longer contiguous (channels_last?): keep weights row-major"
+            )
+        return local.view(-1)
 
     def _flat_gradient(self, param: int) -> Tensor:
         """This rank's gradient, flat; zero where it has none. A copy where it is not stored row-major."""
@@ -433,13 +506,16 @@ class MatrixOptimizer(Described, torch.optim.Optimizer):
         return local_tensor(laid_out_as(p, grad)).contiguous().view(-1)
 
     def _warn_of_no_gradient(self) -> None:
-        if not self._warned:
-            warnings.warn(
-                "MatrixOptimizer.step() found no gradient in any of its parameters and changed nothing: where a wrapper "
-                "(fully_shard, DeepSpeed) has made new parameters, build the optimizer after it",
-                stacklevel=4,
-            )
-        self._warned = True
+        if self._warned:
+            return
+        self._warned, level, frame = True, 2, sys._getframe(1)
+        while frame.f_back and frame.f_globals.get("__name__", "").startswith(("torch.", "archscale.optim.engine")):
+            level, frame = level + 1, frame.f_back  # the caller's line, not the profiler's around `step`
+        warnings.warn(
+            "MatrixOptimizer.step() found no gradient in any of its parameters on this rank: where a wrapper (fully_shard, "
+            "DeepSpeed) has made new parameters, build the optimizer after it",
+            stacklevel=level,
+        )
 
     def _elementwise_directions(self, grads: Mapping[int, Tensor], absent: Set[int]) -> None:
         layout = self._planned

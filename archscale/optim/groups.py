@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from archscale.optim.kinds import KINDS, Kind, known_types
@@ -76,7 +76,13 @@ def matrix_groups(
     """
     claims = _Claims(dict(kinds or {}), _head_parameters(model, head))
     for prefix, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
+        own = dict(module.named_parameters(recurse=False))
+        for key in getattr(module, "parameter_roles", {}).keys() - own.keys():
+            raise ValueError(
+                f"{prefix or 'the model'}: parameter_roles names {key!r}, which is no parameter of this "
+                f"{type(module).__name__}: correct the name, or take it out"
+            )
+        for key, parameter in own.items():
             claims.add(clean_name(f"{prefix}.{key}" if prefix else key), key, module, parameter)
     claims.check(ask_for_head=head is None)
     others = {"rule": "adamw", **(element or {})}
@@ -116,11 +122,11 @@ class ParameterGroups(list):
         self.left_out, self.tied = list(left_out), list(tied)
 
     def __repr__(self) -> str:
-        heads = [name for group in self if group["role"] == "head" for name, _ in _members(group)]
+        heads = [name for group in self if group["role"] == "head" for name, _ in group["params"]]
         heads += [f"{name} (tied: follows the embedding)" for name in self.tied]
         lines: dict[tuple[str, ...], list[tuple[str, int]]] = {}  # equal layers share a line
         for group in self:
-            for name, p in _members(group):
+            for name, p in group["params"]:
                 shape = whole_shape(p)
                 row = (
                     group["role"],
@@ -144,14 +150,6 @@ class ParameterGroups(list):
         text += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
         text += [f"left out, not floating-point: {', '.join(self.left_out)}"] * bool(self.left_out)
         return "\n".join(text)
-
-
-def _members(group: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    """(name, parameter) of a group, also after an optimizer has split the pairs."""
-    params = group["params"]
-    if params and isinstance(params[0], tuple):
-        return params
-    return list(zip(group["param_names"], params))
 
 
 def _view_text(group: Mapping[str, Any], shape: Sequence[int], blocks: Sequence[str]) -> str:

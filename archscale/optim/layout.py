@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from archscale.distributed import Piece, local_pieces
-from archscale.optim.checks import check_group_count, check_one_device, check_unchanged, in_group
+from archscale.optim.checks import check_group_count, check_one_device, check_parameter, check_unchanged, in_group
 from archscale.optim.exchange import Exchange, Run
 from archscale.optim.rules import Rule
 from archscale.optim.shards import MatrixView, matrix_views, plan_exchange
@@ -81,8 +81,8 @@ class Group:
 def describe_parameters(
     param_groups: Sequence[Mapping[str, Any]], rules: Sequence[Rule], specs: Sequence[Sequence[ParameterSpec]]
 ) -> list[tuple]:
-    """Of every parameter (name, shape, what its group does with it, blocks, pieces held here); all but the last are
-    the same on every rank.
+    """Of every parameter (name, shape, what its group does with it, blocks, whether it is trained, pieces held here); all
+    but the last are the same on every rank.
 
     Raises:
         ValueError: a parameter that its rule cannot update, or one of another shape than when the optimizer was built.
@@ -95,11 +95,12 @@ def describe_parameters(
             check_unchanged(own, options["params"])
             use = ("view", "transposed", "orthogonalizer", "compute_dtype", "wire_dtype")
             for spec, p in zip(own, options["params"]):
+                check_parameter(spec.name, p, None if spec.start is None else (spec.shape, spec.start))
                 if rule.direction == "orthogonal":
                     spec.views(0, options["view"], True)  # refuses what is no matrix
                 pieces = [Piece(spec.start, p.numel())] if spec.start is not None else local_pieces(p)
                 use_of = (rule.name, *(options[key] for key in use))
-                description.append((spec.name, spec.shape, use_of, spec.blocks, pieces))
+                description.append((spec.name, spec.shape, use_of, spec.blocks, p.requires_grad, pieces))
     return description
 
 
@@ -176,11 +177,15 @@ class Layout:
         return (
             len(param_groups) == len(self.groups)
             and len(params) == len(self.params)
+            and all(len(options["params"]) == len(group.params) for options, group in zip(param_groups, self.groups))
             and all(p is q and p.device == self.device for p, q in zip(params, self.params))
         )
 
     def trainable(self) -> tuple[int, ...]:
-        """Parameters that may get a gradient."""
+        """Parameters that may get a gradient. On several ranks all of them have to say the same, so what happens to have
+        one here does not count."""
+        if self.world > 1:
+            return tuple(i for i, p in enumerate(self.params) if p.requires_grad)
         return tuple(i for i, p in enumerate(self.params) if p.requires_grad or p.grad is not None)
 
     def taking_part(self) -> tuple[int, ...]:
@@ -197,6 +202,7 @@ class Layout:
         )
         key = (members, uses)
         if key in self._plans:
+            self._plans[key] = self._plans.pop(key)  # the last one used is the last one to go
             return self._plans[key]
         if len(self._plans) >= MAX_PLANS:
             self._plans.pop(next(iter(self._plans)))

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 import warnings
 
 import pytest
@@ -20,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from archscale.distributed import local_pieces
-from archscale.optim import RULES, MatrixOptimizer
+from archscale.optim import RULES, MatrixOptimizer, Rule, matrix_groups
 from tests.optim import wrapped
 
 CONTROL = [pytest.param(make, id=make) for make in ("adamw", "ours")]
@@ -619,3 +620,181 @@ def test_shards_within_rows(pool, mesh_shape, placements):
             assert right
             for a, b in zip(params, weights):
                 torch.testing.assert_close(a.detach(), b, rtol=1e-10, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------- what users' dicts and ranks do
+
+
+def test_groups_can_be_used_twice():
+    """Two optimizers from the same dicts are alike: nothing is taken out of them."""
+    attention = nn.MultiheadAttention(8, 2, bias=False)
+    groups = matrix_groups(attention)
+    names = [MatrixOptimizer(groups, lr=lr, rule="muon").matrix_names() for lr in (0.1, 0.2)]
+    assert names[0] == names[1] == ["in_proj_weight.q", "in_proj_weight.k", "in_proj_weight.v", "out_proj.weight"]
+    assert MatrixOptimizer(groups, lr=0.2, rule="muon").param_groups[0]["lr"] == 0.2
+
+
+def test_the_state_of_a_rule_of_ones_own_loads():
+    mine = Rule("mine", shape="spectral")
+    params = parameters((6, 8))
+    optimizer = MatrixOptimizer(params, lr=0.02, rule=mine)
+    train(params, optimizer, range(2))
+    twin = MatrixOptimizer([nn.Parameter(params[0].detach().clone())], lr=0.02, rule=mine)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert torch.equal(*(o.state[o.param_groups[0]["params"][0]]["momentum"] for o in (optimizer, twin)))
+
+
+def sharded_state_into_whole() -> bool:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    (value,) = tensors((2, 3))
+    p = nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]))
+    optimizer = build([p])
+    p.grad = distribute_tensor(tensors((2, 3), seed=5)[0], mesh, [Shard(0)])
+    optimizer.step()
+    saved = copy.deepcopy(optimizer.state_dict())
+    whole = nn.Parameter(value.clone())
+    other = build([whole])
+    other.load_state_dict(saved)
+    return torch.equal(other.state[whole]["momentum"], optimizer.state[p]["momentum"].full_tensor())
+
+
+def test_a_sharded_state_fills_whole_parameters(pool):
+    assert all(pool(2).run(sharded_state_into_whole, timeout=30))
+
+
+def one_row_sharded_later(rule: str) -> torch.Tensor:
+    """On rank 0 the shard of a matrix of one row is laid out as the whole one was, on rank 1 it is empty."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    (value,) = tensors((1, 4))
+    optimizer = build([("w", nn.Parameter(value.clone()))], rule)
+    p = nn.Parameter(distribute_tensor(value, mesh, [Shard(0)]))
+    optimizer.param_groups[0]["params"] = [p]
+    for seed in range(2):
+        p.grad = distribute_tensor(tensors((1, 4), seed=seed)[0], mesh, [Shard(0)])
+        optimizer.step()
+    return p.full_tensor().detach()
+
+
+@pytest.mark.parametrize("rule", ["muonh", "orscale_lm"])
+def test_ranks_decide_together_what_becomes_of_the_state(pool, rule):
+    params = parameters((1, 4))
+    optimizer = build(params, rule)
+    for seed in range(2):
+        params[0].grad = tensors((1, 4), seed=seed)[0]
+        optimizer.step()
+    for weights in pool(2).run(one_row_sharded_later, rule, timeout=30):
+        torch.testing.assert_close(weights, params[0].detach(), rtol=1e-6, atol=1e-6)
+
+
+def refused_twice() -> list[str]:
+    messages = []
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    (value,) = tensors((6, 8))
+    p = nn.Parameter(value.clone())
+    optimizer = build([("w", p)])
+    p.grad = value.clone()
+    optimizer.step()
+    q = nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)]))
+    q.grad = distribute_tensor(value, mesh, [Shard(0)])
+    optimizer.param_groups[0]["params"] = [q]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="sharded otherwise") as caught:
+            optimizer.step()
+        messages.append(str(caught.value))
+    assert p in optimizer.state
+    return messages
+
+
+def test_a_refused_replacement_is_refused_again(pool):
+    for first, second in pool(2).run(refused_twice, timeout=30):
+        assert first == second
+
+
+def test_a_parameter_moved_to_another_group_is_refused():
+    a, b, c = parameters((4, 4), (4, 4), (4, 4))
+    optimizer = build([{"params": [("a", a), ("b", b)]}, {"params": [("c", c)], "lr": 0.0}])
+    optimizer.param_groups[0]["params"] = [a]
+    optimizer.param_groups[1]["params"] = [b, c]
+    give_gradients([a, b, c], 0)
+    with pytest.raises(ValueError, match="group 0: parameter 'b'.*had 2 parameters.*has 1 now"):
+        optimizer.step()
+
+
+def test_a_weight_that_is_no_longer_contiguous_is_refused_by_name():
+    convolution = nn.Conv2d(3, 4, 3, bias=False)
+    optimizer = build(convolution.named_parameters(), "orscale_lm", view="flatten")
+    convolution.to(memory_format=torch.channels_last)
+    give_gradients([convolution.weight], 0)
+    with pytest.raises(ValueError, match="'weight' is no longer contiguous"):
+        optimizer.step()
+
+
+def real_on_one_rank() -> None:
+    with torch.device("cpu" if dist.get_rank() == 0 else "meta"):
+        weight = nn.Parameter(torch.ones(4, 4))
+    MatrixOptimizer([("w", weight)], lr=0.1, rule="muon")
+
+
+def frozen_on_one_rank() -> None:
+    weight = nn.Parameter(torch.ones(4, 4), requires_grad=dist.get_rank() == 0)
+    MatrixOptimizer([("w", weight)], lr=0.1, rule="muon")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [(real_on_one_rank, "'w' is on the meta device"), (frozen_on_one_rank, "the ranks have different parameters.*'w'")],
+)
+def test_what_one_rank_refuses_all_refuse(pool, make, message):
+    for kind, text in pool(2).run(make, timeout=30, expect_error=True):
+        assert kind == "ValueError"
+        assert re.search(message, text)
+
+
+def test_clip_bounds_are_for_the_groups_with_a_ratio():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = MatrixOptimizer(matrix_groups(model), lr=0.1, rule="orscale", clip=(0.5, 1.0))
+    assert [group["clip"] for group in optimizer.param_groups] == [(0.5, 1.0), None]
+
+
+def test_diagnostics_after_a_group_is_added():
+    params = parameters((6, 8), (4, 3))
+    optimizer = build(params[:1])
+    train(params[:1], optimizer, range(2))
+    optimizer.add_param_group({"params": params[1:]})
+    params[1].grad = torch.ones(4, 3)
+    optimizer.step()
+    seen = optimizer.diagnostics()
+    torch.testing.assert_close(seen["weight_norm"][0], params[0].detach().norm())
+    assert abs(seen["norm_drift"][0].item()) < 0.5
+
+
+def test_the_warning_names_the_callers_line():
+    optimizer = build(parameters((4, 4)))
+    with pytest.warns(UserWarning, match="no gradient") as caught:
+        optimizer.step()
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"compute_dtype": "bf16"}, ValueError, "compute_dtype 'bf16' is no dtype of torch"),
+        ({"betas": (2.0, 0.9)}, ValueError, r"betas \(2.0, 0.9\) must lie in \[0, 1\)"),
+        ({"adam_eps": -1.0}, ValueError, "adam_eps -1.0 must not be negative"),
+        ({"view": "rows"}, ValueError, "unknown view 'rows'; one of stack, flatten"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        build(parameters((4, 4)), **options)
+
+
+def test_a_set_of_parameters_is_refused_as_torch_does():
+    with pytest.raises(TypeError, match="ordered"):
+        MatrixOptimizer([{"params": set(parameters((4, 4)))}], lr=0.1)
+
+
+def test_a_state_of_another_view_is_refused():
+    stack = build([nn.Parameter(torch.ones(4, 3, 3))], "muon").state_dict()
+    with pytest.raises(ValueError, match="saved.*view 'stack'.*'flatten'"):
+        build([nn.Parameter(torch.ones(4, 3, 3))], "muon", view="flatten").load_state_dict(stack)
