@@ -313,7 +313,7 @@ class Reader:
         return done.stdout
 
     def check(self, where: str, text: str) -> None:
-        """Of a command that is not run: its options, and the files that it names."""
+        """Check the options of a command that is not run, and that the files it names exist."""
         words = shlex.split(text)
         if (arguments := archscale_arguments(words)) is not None:
             try:

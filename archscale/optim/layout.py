@@ -81,7 +81,7 @@ class Group:
 def describe_parameters(
     param_groups: Sequence[Mapping[str, Any]], rules: Sequence[Rule], specs: Sequence[Sequence[ParameterSpec]]
 ) -> list[tuple]:
-    """Of every parameter (name, shape, what its group does with it, blocks, whether it is trained, pieces held here); all
+    """List (name, shape, use by its group, blocks, whether it is trained, pieces held here) of every parameter; all
     but the last are the same on every rank.
 
     Raises:
