@@ -1,6 +1,8 @@
-"""How many sequences each step takes: a pure function of the step, so that nothing has to be remembered or counted.
+"""How many sequences each step takes: a pure function of the step, so that nothing has to be
+remembered or counted.
 
-The batch can grow: in `stages` equal stages from batch / stages to the whole batch, over the first `ramp` sequences.
+The batch can grow: in `stages` equal stages from batch / stages to the whole batch, over the first
+`ramp` sequences.
 """
 
 from __future__ import annotations
@@ -11,7 +13,8 @@ from typing import NamedTuple
 
 
 class Stage(NamedTuple):
-    """Steps `step` … with `size` sequences each; the first takes the global sample number `sample`."""
+    """Steps `step` … with `size` sequences each; the first takes the global sample number
+    `sample`."""
 
     step: int
     sample: int
@@ -34,7 +37,8 @@ class BatchSchedule:
 
     @cached_property
     def _stages(self) -> list[Stage]:
-        """Where each size begins. Stage k of n ends with the first step past k / (n − 1) of the ramp."""
+        """Where each size begins. Stage k of n ends with the first step past k / (n − 1) of the
+        ramp."""
         found, step, sample = [], 0, 0
         count = self.stages if self.ramp else 1
         for k in range(1, count):
@@ -57,5 +61,9 @@ class BatchSchedule:
 
     def steps(self, samples: float) -> int:
         """Whole steps that come closest to `samples` sequences (half rounds up), at least 1."""
-        stage = next((stage for stage in reversed(self._stages) if stage.sample <= samples), self._stages[0])
-        return max(1, stage.step + int((2 * (samples - stage.sample) + stage.size) // (2 * stage.size)))
+        stage = next(
+            (stage for stage in reversed(self._stages) if stage.sample <= samples), self._stages[0]
+        )
+        return max(
+            1, stage.step + int((2 * (samples - stage.sample) + stage.size) // (2 * stage.size))
+        )

@@ -20,17 +20,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-data_app = typer.Typer(help="Turn text into token shards and look at them.", invoke_without_command=True)
+data_app = typer.Typer(
+    help="Turn text into token shards and look at them.", invoke_without_command=True
+)
 app.add_typer(data_app, name="data")
 bench_app = typer.Typer(help="Measure on this machine.", invoke_without_command=True)
 app.add_typer(bench_app, name="bench")
 
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable."),
 ]
 
 
-# Names of `archscale.scaling.laws.LAWS` and of the settings of fits, here so that --help needs no numpy; a test compares them.
+# Names of `archscale.scaling.laws.LAWS` and of the settings of fits, here so that --help needs no
+# numpy; a test compares them.
 Form = StrEnum("Form", ["power", "power_irreducible", "quadratic_log", "chinchilla"])
 Space = StrEnum("Space", ["log", "linear"])
 Loss = StrEnum("Loss", ["squares", "huber"])
@@ -60,7 +64,12 @@ def common(
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the versions of archscale and torch."),
+        typer.Option(
+            "--version",
+            callback=_version,
+            is_eager=True,
+            help="Print the versions of archscale and torch.",
+        ),
     ] = False,
 ) -> None:
     """Pre-train language models and find their scaling laws."""
@@ -75,12 +84,16 @@ bench_app.callback()(_help_unless_command)
 def train(
     config: Annotated[Path, typer.Argument(help="YAML config.")],
     set: Overrides = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Run directory; default runs/<name>.")] = None,
-    resume: Annotated[str, typer.Option(metavar="auto|never|PATH", help="Where to continue from.")] = "auto",
+    run_dir: Annotated[
+        Path | None, typer.Option(help="Run directory; default runs/<name>.")
+    ] = None,
+    resume: Annotated[
+        str, typer.Option(metavar="auto|never|PATH", help="Where to continue from.")
+    ] = "auto",
 ) -> None:
     """Train one model; resumes by itself from the newest checkpoint of its run directory.
 
-    Example: torchrun --standalone --nproc_per_node=2 -m archscale train configs/quickstart.yaml --set seed=1
+    Example: torchrun --standalone --nproc_per_node=2 -m archscale train configs/quickstart.yaml
     """
     from archscale.config import load_config
 
@@ -90,10 +103,17 @@ def train(
     summary = run(resolved, run_dir or Path("runs") / resolved.name, resume)
     if int(os.environ.get("RANK", "0")) == 0:
         losses = "".join(
-            f", {key} {summary[key]:.4f}" for key in ("loss", "val_loss", "val_bits_per_byte") if key in summary
+            f", {key} {summary[key]:.4f}"
+            for key in ("loss", "val_loss", "val_bits_per_byte")
+            if key in summary
         )
-        done = "already done" if summary["already_done"] else f"finished in {summary['seconds']:.0f} s"
-        print(f"{resolved.name}: {done}: {summary['steps']} steps, {summary['tokens']:,} tokens{losses}")
+        done = (
+            "already done" if summary["already_done"] else f"finished in {summary['seconds']:.0f} s"
+        )
+        print(
+            f"{resolved.name}: {done}: {summary['steps']} steps, {summary['tokens']:,}"
+            f" tokens{losses}"
+        )
         print(f"metrics {summary['run_dir']}/metrics.jsonl, checkpoint {summary['checkpoint']}")
 
 
@@ -102,19 +122,34 @@ def plan(
     config: Annotated[Path, typer.Argument(help="YAML config.")],
     set: Overrides = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Devices, one process each; default parallel.replicate × parallel.shard.")
+        int | None,
+        typer.Option(
+            min=1, help="Devices, one process each; default parallel.replicate × parallel.shard."
+        ),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Plan for this one, such as h100, or cpu (measured); default: compare all known.")
+        str | None,
+        typer.Option(
+            help="Plan for this one, such as h100, or cpu (measured); default: compare all known."
+        ),
     ] = None,
     peak: Annotated[
         float | None,
-        typer.Option(min=1e-6, metavar="TFLOP/S", help="Dense bf16 peak of --device, for one that is not known."),
+        typer.Option(
+            min=1e-6,
+            metavar="TFLOP/S",
+            help="Dense bf16 peak of --device, for one that is not known.",
+        ),
     ] = None,
     memory: Annotated[
-        float | None, typer.Option(min=1e-6, metavar="GIB", help="Memory of --device, for one that is not known.")
+        float | None,
+        typer.Option(
+            min=1e-6, metavar="GIB", help="Memory of --device, for one that is not known."
+        ),
     ] = None,
-    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the peak that training reaches.")] = 0.4,
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Share of the peak that training reaches.")
+    ] = 0.4,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """What a config will train, cost and need, and every problem it has. Starts nothing.
@@ -129,18 +164,24 @@ def plan(
     from archscale.train.preflight import plan_config
 
     if device is None and (peak or memory):
-        raise ArchscaleError("--peak and --memory describe a device", "archscale plan", "name it with --device")
+        raise ArchscaleError(
+            "--peak and --memory describe a device", "archscale plan", "name it with --device"
+        )
     chosen = None
     if device is not None:
         room = None if memory is None else round(memory * 2**30)
         chosen = find_device(device, peak=None if peak is None else peak * 1e12, memory=room)
     try:
-        found = plan_config(load_config(config, set or []), world_size=processes, device=chosen, mfu=mfu)
+        found = plan_config(
+            load_config(config, set or []), world_size=processes, device=chosen, mfu=mfu
+        )
         problems, content = found.problems, found.as_dict()
     except ConfigError as error:  # not a config, so there is nothing to plan
         problems, content = error.all or [error], {}
         if json:
-            print(encoder.dumps({"problems": [problem.as_dict() for problem in problems]}, indent=1))
+            print(
+                encoder.dumps({"problems": [problem.as_dict() for problem in problems]}, indent=1)
+            )
     if content:
         print(encoder.dumps(content, indent=1) if json else render(content))
     for problem in problems:
@@ -153,25 +194,44 @@ def plan(
 def sweep(
     grid: Annotated[Path, typer.Argument(help="YAML grid: a base config and axes over its keys.")],
     set: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the base; repeatable.")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the base; repeatable."),
     ] = None,
-    sweep_dir: Annotated[Path | None, typer.Option(help="Sweep directory; default runs/<name>.")] = None,
-    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at once; default: all that there is room for.")] = None,
-    retries: Annotated[int, typer.Option(min=0, help="How often a run that crashed is tried again.")] = 2,
+    sweep_dir: Annotated[
+        Path | None, typer.Option(help="Sweep directory; default runs/<name>.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Runs at once; default: all that there is room for.")
+    ] = None,
+    retries: Annotated[
+        int, typer.Option(min=0, help="How often a run that crashed is tried again.")
+    ] = 2,
     launcher: Annotated[
-        Cluster, typer.Option(help="Who trains the runs; kubernetes and skypilot write files for you to submit.")
+        Cluster,
+        typer.Option(
+            help="Who trains the runs; kubernetes and skypilot write files for you to submit."
+        ),
     ] = Cluster.local,
     wait: Annotated[
-        bool, typer.Option("--wait/--no-wait", help="With slurm: stay to the end, or leave the rest to a job.")
+        bool,
+        typer.Option(
+            "--wait/--no-wait", help="With slurm: stay to the end, or leave the rest to a job."
+        ),
     ] = True,
     index: Annotated[
-        int | None, typer.Option(min=0, help="Train only this run of those that --dry-run numbers, here.")
+        int | None,
+        typer.Option(min=0, help="Train only this run of those that --dry-run numbers, here."),
     ] = None,
-    collect: Annotated[bool, typer.Option("--collect", help="Only tabulate and fit what is finished.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs and what all cost; start nothing.")] = False,
+    collect: Annotated[
+        bool, typer.Option("--collect", help="Only tabulate and fit what is finished.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the runs and what all cost; start nothing.")
+    ] = False,
     continued: Annotated[bool, typer.Option("--continued", hidden=True)] = False,
 ) -> None:
-    """Train all runs of a grid, then tabulate and fit them. The same command again skips what is finished and resumes the rest.
+    """Train all runs of a grid, then tabulate and fit them. The same command again skips what is
+    finished and resumes the rest.
 
     Example: archscale sweep configs/sweeps/lr_tokens.yaml --dry-run
     """
@@ -179,44 +239,76 @@ def sweep(
     from archscale.train.sweep import sweep as run
 
     how = How(launcher.value, jobs, retries, wait, continued)
-    run(grid, set or [], sweep_dir=sweep_dir, how=how, dry_run=dry_run, collect_only=collect, index=index)
+    run(
+        grid,
+        set or [],
+        sweep_dir=sweep_dir,
+        how=how,
+        dry_run=dry_run,
+        collect_only=collect,
+        index=index,
+    )
 
 
 @app.command()
 def fit(
-    targets: Annotated[list[Path], typer.Argument(metavar="FILE_OR_DIR...", help="CSV files, or directories of runs.")],
-    x: Annotated[list[str], typer.Option("--x", metavar="COLUMN", help="Of the law; twice for chinchilla: N, then D.")],
+    targets: Annotated[
+        list[Path],
+        typer.Argument(metavar="FILE_OR_DIR...", help="CSV files, or directories of runs."),
+    ],
+    x: Annotated[
+        list[str],
+        typer.Option("--x", metavar="COLUMN", help="Of the law; twice for chinchilla: N, then D."),
+    ],
     y: Annotated[str, typer.Option("--y", metavar="COLUMN", help="What the law predicts.")],
     form: Annotated[Form, typer.Option(help="Of the law.")],
     group: Annotated[
-        list[str] | None, typer.Option(metavar="COLUMN", help="A fit for each of its values; repeatable.")
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="A fit for each of its values; repeatable."),
     ] = None,
     against: Annotated[
         str | None,
-        typer.Option(metavar="COLUMN", help="With quadratic_log: a power law of the optimal x in this column."),
+        typer.Option(
+            metavar="COLUMN",
+            help="With quadratic_log: a power law of the optimal x in this column.",
+        ),
     ] = None,
     joint: Annotated[
         bool, typer.Option("--joint", help="That law by one fit of all points, not in two stages.")
     ] = False,
     block: Annotated[
         str | None,
-        typer.Option(metavar="COLUMN", help="With quadratic_log: its values, such as seeds, shift whole bowls."),
+        typer.Option(
+            metavar="COLUMN",
+            help="With quadratic_log: its values, such as seeds, shift whole bowls.",
+        ),
     ] = None,
     nearest: Annotated[
-        int | None, typer.Option(min=3, help="With quadratic_log: only that many different x around the best one.")
+        int | None,
+        typer.Option(
+            min=3, help="With quadratic_log: only that many different x around the best one."
+        ),
     ] = None,
     leverage: Annotated[
-        tuple[str, str] | None, typer.Option(metavar="A B", help="How many times the x of group A group B needs.")
+        tuple[str, str] | None,
+        typer.Option(metavar="A B", help="How many times the x of group A group B needs."),
     ] = None,
     at: Annotated[
         list[float] | None,
-        typer.Option(metavar="X", help="Where to take the leverage; repeatable. Default: common range."),
+        typer.Option(
+            metavar="X", help="Where to take the leverage; repeatable. Default: common range."
+        ),
     ] = None,
-    space: Annotated[Space | None, typer.Option(help="Residuals of ln y or of y; default by form.")] = None,
+    space: Annotated[
+        Space | None, typer.Option(help="Residuals of ln y or of y; default by form.")
+    ] = None,
     loss: Annotated[Loss, typer.Option(help="huber for data with outliers.")] = Loss.squares,
     delta: Annotated[
         float | None,
-        typer.Option(min=1e-12, help="Of Huber's loss; default 1.345 standard deviations, estimated robustly."),
+        typer.Option(
+            min=1e-12,
+            help="Of Huber's loss; default 1.345 standard deviations, estimated robustly.",
+        ),
     ] = None,
     replicates: Annotated[int, typer.Option(min=99, max=100_000, help="Of the bootstrap.")] = 999,
     confidence: Annotated[float, typer.Option(min=0.5, max=0.99, help="Of the intervals.")] = 0.95,
@@ -225,7 +317,7 @@ def fit(
 ) -> None:
     """Fit a scaling law to CSV files or directories of runs, by group, with intervals.
 
-    Example: archscale fit runs/lr_transfer --form quadratic_log --x parameterization.base.lr --y val_loss --group model.width
+    Example: archscale fit runs/batch --form power --x training.batch_tokens --y val_loss
     """
     import json as encoder
 
@@ -234,11 +326,22 @@ def fit(
     from archscale.scaling.fit_text import render
     from archscale.scaling.table import read_table
 
-    settings = Settings(space and space.value, loss.value, delta, replicates, confidence, seed, nearest)
+    settings = Settings(
+        space and space.value, loss.value, delta, replicates, confidence, seed, nearest
+    )
     found = fit_table(
-        read_table(targets), form.value, x, y, group or [], against=against, joint=joint, over=leverage, at=at or [],
-        block=block, settings=settings,
-    )  # fmt: skip
+        read_table(targets),
+        form.value,
+        x,
+        y,
+        group or [],
+        against=against,
+        joint=joint,
+        over=leverage,
+        at=at or [],
+        block=block,
+        settings=settings,
+    )
     print(encoder.dumps(found.as_dict(), indent=1) if json else render(found))
     if refusal := found.refusal:
         raise refusal
@@ -250,7 +353,9 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Sample among the k likeliest tokens only.")] = 50,
+    top_k: Annotated[
+        int | None, typer.Option(min=1, help="Sample among the k likeliest tokens only.")
+    ] = 50,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Continue a prompt with a trained model.
@@ -259,23 +364,34 @@ def generate(
     """
     from archscale.train.generate import generate as run
 
-    print(run(target, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed))
+    print(
+        run(target, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
+    )
 
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Directory of a run or of a sweep, which may still be going on.")],
-    other: Annotated[Path | None, typer.Argument(help="A second run, to see both side by side.")] = None,
+    run: Annotated[
+        Path, typer.Argument(help="Directory of a run or of a sweep, which may still be going on.")
+    ],
+    other: Annotated[
+        Path | None, typer.Argument(help="A second run, to see both side by side.")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="File to write; default RUN/report.html, for two runs RUN/report_and_<name of the other>.html. "
-            "Figures (SVG, PNG) and tables (CSV) of a sweep lie beside it, in a folder of its name."
+            help=(
+                "File to write; default RUN/report.html, for two runs RUN/report_and_<name of the"
+                " other>.html. "
+                "Figures (SVG, PNG) and tables (CSV) of a sweep lie beside it, in a folder of its"
+                " name."
+            )
         ),
     ] = None,
 ) -> None:
-    """One self-contained HTML file about a run: curves, every layer and matrix, the plan beside what was measured. Or about a
-    sweep: loss over FLOPs, learning-rate bowls, transfer, leverage, indicators, fits and runs.
+    """One self-contained HTML file about a run: curves, every layer and matrix, the plan beside
+    what was measured. Or about a sweep: loss over FLOPs, learning-rate bowls, transfer, leverage,
+    indicators, fits and runs.
 
     Example: archscale report runs/quickstart
     """
@@ -289,7 +405,9 @@ def report(
 def study(
     file: Annotated[Path, typer.Argument(help="YAML study.")],
     set: Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Directory of the results; default runs/<name>.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory of the results; default runs/<name>.")
+    ] = None,
 ) -> None:
     """Run a study of the papers' claims: tables, figures and a summary.
 
@@ -365,15 +483,22 @@ def doctor() -> None:
 def bench_optimizer(
     shape: Annotated[
         list[str] | None,
-        typer.Option(metavar="COUNTxMxN", help="Matrices; repeatable. Default 28x512x512 and 4x1024x1024."),
+        typer.Option(
+            metavar="COUNTxMxN", help="Matrices; repeatable. Default 28x512x512 and 4x1024x1024."
+        ),
     ] = None,
     rounds: Annotated[int, typer.Option(min=2, help="Measurements of each arm.")] = 7,
-    dtype: Annotated[list[str] | None, typer.Option(help="Of the orthogonalization; repeatable.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="Of the orthogonalization; repeatable.")
+    ] = None,
     peers: Annotated[bool, typer.Option(help="Measure other libraries too.")] = True,
     limit: Annotated[
-        float, typer.Option(min=1, help="Seconds that a peer's first step may take; it may compile.")
+        float,
+        typer.Option(min=1, help="Seconds that a peer's first step may take; it may compile."),
     ] = 60,
-    processes: Annotated[int, typer.Option(min=1, help="Also the distributed step on this many ranks.")] = 1,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Also the distributed step on this many ranks.")
+    ] = 1,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """One optimizer step: ours and every installed peer on the same matrices, in the same run.
@@ -382,7 +507,11 @@ def bench_optimizer(
     """
     from archscale.bench.optimizer import parse_shapes, report
 
-    groups = [parse_shapes(shape)] if shape else [parse_shapes(["28x512x512"]), parse_shapes(["4x1024x1024"])]
+    groups = (
+        [parse_shapes(shape)]
+        if shape
+        else [parse_shapes(["28x512x512"]), parse_shapes(["4x1024x1024"])]
+    )
     print(
         report(
             groups,
@@ -401,10 +530,13 @@ def bench_train(
     config: Annotated[Path, typer.Argument(help="YAML config.")],
     set: Overrides = None,
     rounds: Annotated[int, typer.Option(min=2, help="Measurements of each model.")] = 7,
-    telemetry: Annotated[bool, typer.Option("--telemetry", help="Also what telemetry costs.")] = False,
+    telemetry: Annotated[
+        bool, typer.Option("--telemetry", help="Also what telemetry costs.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Forward, backward and optimizer of a config's model; with experts, beside the dense model of equal active parameters.
+    """Forward, backward and optimizer of a config's model; with experts, beside the dense model of
+    equal active parameters.
 
     Example: archscale bench train configs/small/hyperp_moe.yaml --set training.micro_batch=8
     """
@@ -438,25 +570,36 @@ def main() -> None:
         if _reports(error):
             print(f"archscale: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(5)  # torchrun ends all ranks with the first that exits: let the one that reports be it
+            time.sleep(
+                5
+            )  # torchrun ends all ranks with the first that exits: let the one that reports be it
         sys.stdout.flush()
         os._exit(2)  # without waiting for ranks and threads that may wait for this one
     except BrokenPipeError:  # whoever read the output, such as `head`, has closed it
         os._exit(1)
     except OSError as error:
-        if os.environ.get("ARCHSCALE_DEBUG") == "1" or isinstance(error, ConnectionError | TimeoutError):
+        if os.environ.get("ARCHSCALE_DEBUG") == "1" or isinstance(
+            error, ConnectionError | TimeoutError
+        ):
             raise
         cause, remedy = explain_os_error(error, "check the path")
         where = error.filename or "no file named"
         hint = "ARCHSCALE_DEBUG=1 shows where"
-        print(f"archscale: cannot read or write: {cause} ({where}): {remedy}; {hint}", file=sys.stderr, flush=True)
+        print(
+            f"archscale: cannot read or write: {cause} ({where}): {remedy}; {hint}",
+            file=sys.stderr,
+            flush=True,
+        )
         sys.stdout.flush()
         os._exit(2)
     except Exception as error:  # what typer raises for a wrong command line
         if not hasattr(error, "format_message"):
             raise
         where = getattr(getattr(error, "ctx", None), "command_path", None) or "archscale"
-        print(f"archscale: {error.format_message().rstrip('.')} ({where}): see {where} --help", file=sys.stderr)
+        print(
+            f"archscale: {error.format_message().rstrip('.')} ({where}): see {where} --help",
+            file=sys.stderr,
+        )
         sys.exit(2)
 
 
@@ -465,4 +608,6 @@ def _reports(error: ArchscaleError) -> bool:
     distributed = sys.modules.get("archscale.distributed")
     if distributed is not None and distributed.is_distributed():
         return os.environ.get("RANK", "0") == "0" or not getattr(error, "on_every_rank", False)
-    return os.environ.get("LOCAL_RANK", "0") == "0"  # before start-up ranks fail alone: one line a machine
+    return (
+        os.environ.get("LOCAL_RANK", "0") == "0"
+    )  # before start-up ranks fail alone: one line a machine

@@ -1,9 +1,11 @@
-"""One run as a config: the schema's sections together, what must hold across them, and the numbers that follow.
+"""One run as a config: the schema's sections together, what must hold across them, and the numbers
+that follow.
 
     config = load_config("configs/quickstart.yaml", ["training.micro_batch=4"])
 
-Building a section in Python raises pydantic's ValidationError; `load_config` and `Config.from_dict` raise ConfigError. The
-sections are in `archscale.config_model` and `archscale.config_sections`; reading files and the wording of errors are in `archscale.config_io`.
+Building a section in Python raises pydantic's ValidationError; `load_config` and `Config.from_dict`
+raise ConfigError. The sections are in `archscale.config_model` and `archscale.config_sections`;
+reading files and the wording of errors are in `archscale.config_io`.
 """
 
 import math
@@ -14,7 +16,17 @@ from typing import Any, NamedTuple, Self
 from pydantic import Field, ValidationError
 
 from archscale.batch import BatchSchedule
-from archscale.config_io import CountOrZero, Layer, Text, choice, divisors, explain, merge, read_layers, write_yaml
+from archscale.config_io import (
+    CountOrZero,
+    Layer,
+    Text,
+    choice,
+    divisors,
+    explain,
+    merge,
+    read_layers,
+    write_yaml,
+)
 from archscale.config_model import BaseConfig, ModelConfig, MoEConfig, ParameterizationConfig
 from archscale.config_sections import (
     MATRIX_RULES,
@@ -77,7 +89,12 @@ class NotYet(NamedTuple):
 # Whoever builds a feature deletes its row.
 NOT_YET = [
     NotYet("checkpoint.async", lambda v: v, "asynchronous checkpointing", "set it to false"),
-    NotYet("data.mixture", lambda v: v is not None, "a data mixture", "set it to null and give data.train"),
+    NotYet(
+        "data.mixture",
+        lambda v: v is not None,
+        "a data mixture",
+        "set it to null and give data.train",
+    ),
 ]
 
 
@@ -116,27 +133,40 @@ class Config(Section):
                 "name",
                 "leave out slashes, control characters, leading dots",
             )
-        tokens, batch, context = self.training.tokens, self.training.batch_tokens, self.model.context
+        tokens, batch, context = (
+            self.training.tokens,
+            self.training.batch_tokens,
+            self.model.context,
+        )
         schedule = self.schedule
         if batch != "auto" and batch % context:
-            works = [size for size in (batch // context * context, (batch // context + 1) * context) if size]
+            works = [
+                size
+                for size in (batch // context * context, (batch // context + 1) * context)
+                if size
+            ]
             yield ConfigError(
-                f"batch_tokens {batch} is not a multiple of model.context {context}", "training.batch_tokens",
+                f"batch_tokens {batch} is not a multiple of model.context {context}",
+                "training.batch_tokens",
                 f"set it to {choice(works, batch)}",
-            )  # fmt: skip
+            )
         elif schedule.batch_ramp_tokens and (
             schedule.batch_ramp_stages == 1 or schedule.batch_ramp_tokens < self.batch_tokens
         ):
             yield ConfigError(
-                f"a ramp over {schedule.batch_ramp_tokens} tokens in {schedule.batch_ramp_stages} stages changes no batch",
+                f"a ramp over {schedule.batch_ramp_tokens} tokens in {schedule.batch_ramp_stages}"
+                " stages changes no batch",
                 "schedule.batch_ramp_tokens",
-                f"set it to 0, or to at least {self.batch_tokens} with batch_ramp_stages of at least 2",
-            )  # fmt: skip
+                f"set it to 0, or to at least {self.batch_tokens} with batch_ramp_stages of at"
+                " least 2",
+            )
         elif schedule.batch_ramp_tokens and self.batch_size % schedule.batch_ramp_stages:
             yield ConfigError(
-                f"{schedule.batch_ramp_stages} stages do not divide a batch of {self.batch_size} sequences",
-                "schedule.batch_ramp_stages", f"set it to {choice(divisors(self.batch_size), schedule.batch_ramp_stages)}",
-            )  # fmt: skip
+                f"{schedule.batch_ramp_stages} stages do not divide a batch of {self.batch_size}"
+                " sequences",
+                "schedule.batch_ramp_stages",
+                f"set it to {choice(divisors(self.batch_size), schedule.batch_ramp_stages)}",
+            )
         if tokens != "auto":
             decay = schedule.decay_ratio if schedule.kind == "wsd" else 0.0
             for key in ("warmup_tokens", "batch_ramp_tokens"):
@@ -164,13 +194,15 @@ class Config(Section):
 
     @property
     def tokens(self) -> int:
-        """Training tokens, as a number: the config must be resolved (`archscale.scaling.transfer.resolve`) if it says auto."""
+        """Training tokens, as a number: the config must be resolved
+        (`archscale.scaling.transfer.resolve`) if it says auto."""
         assert self.training.tokens != "auto", "resolve() the config first"
         return self.training.tokens
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens per optimizer step, as a number; auto is that of the base, to the nearest multiple of the context."""
+        """Tokens per optimizer step, as a number; auto is that of the base, to the nearest multiple
+        of the context."""
         if self.training.batch_tokens == "auto":
             return nearest_multiple(self.parameterization.base.batch_tokens, self.model.context)
         return self.training.batch_tokens
@@ -213,24 +245,35 @@ class Config(Section):
             if world_size % replicate:
                 works = divisors(world_size)
                 raise ConfigError(
-                    f"replicate {replicate} does not divide the {world_size} ranks", "parallel.replicate",
+                    f"replicate {replicate} does not divide the {world_size} ranks",
+                    "parallel.replicate",
                     f"set it to {choice(works, replicate)}",
-                )  # fmt: skip
+                )
             shard = world_size // replicate
         if replicate * shard != world_size:
             raise ConfigError(
-                f"replicate {replicate} × shard {shard} is {replicate * shard}, not the {world_size} ranks",
-                "parallel.shard", f"start {replicate * shard} ranks, or set parallel.shard: auto",
-            )  # fmt: skip
+                f"replicate {replicate} × shard {shard} is {replicate * shard}, not the"
+                f" {world_size} ranks",
+                "parallel.shard",
+                f"start {replicate * shard} ranks, or set parallel.shard: auto",
+            )
         moe, expert = self.model.moe, self.parallel.expert
         routed = moe.routed_experts if moe else 0
-        for total, what in ((shard, f"the {shard} ranks of a shard group"), (routed, f"the {routed} routed experts")):
+        for total, what in (
+            (shard, f"the {shard} ranks of a shard group"),
+            (routed, f"the {routed} routed experts"),
+        ):
             if expert > 1 and (not total or total % expert):
                 works = [divisor for divisor in divisors(math.gcd(shard, routed)) if routed]
                 raise ConfigError(
-                    f"expert {expert} does not divide {what}" if total else "a model without experts has none to spread",
-                    "parallel.expert", f"set it to {choice(works, expert)}" if works else "set it to 1",
-                )  # fmt: skip
+                    (
+                        f"expert {expert} does not divide {what}"
+                        if total
+                        else "a model without experts has none to spread"
+                    ),
+                    "parallel.expert",
+                    f"set it to {choice(works, expert)}" if works else "set it to 1",
+                )
         return shard
 
     def accumulation(self, world_size: int) -> int:
@@ -243,39 +286,52 @@ class Config(Section):
         if batch % (micro * world_size) == 0 and smallest % (micro * world_size):
             works = [n for n in divisors(batch // (micro * world_size)) if n > 1]
             remedy = (
-                f"set it to {choice(works, self.schedule.batch_ramp_stages)}" if works else "set batch_ramp_tokens: 0"
+                f"set it to {choice(works, self.schedule.batch_ramp_stages)}"
+                if works
+                else "set batch_ramp_tokens: 0"
             )
             raise ConfigError(
-                f"the ramp's smallest batch of {smallest} sequences cannot be divided over {world_size} ranks × "
-                f"micro_batch {micro}", "schedule.batch_ramp_stages", remedy,
-            )  # fmt: skip
+                f"the ramp's smallest batch of {smallest} sequences cannot be divided over"
+                f" {world_size} ranks × micro_batch {micro}",
+                "schedule.batch_ramp_stages",
+                remedy,
+            )
         if batch % (micro * world_size) == 0:
             return batch // (micro * world_size)
         whole = nearest_multiple(batch, micro * world_size) * context
         if batch % world_size == 0:
             per_rank = batch // world_size
             raise ConfigError(
-                f"micro_batch {micro} does not divide the {per_rank} sequences of each of {world_size} ranks",
+                f"micro_batch {micro} does not divide the {per_rank} sequences of each of"
+                f" {world_size} ranks",
                 "training.micro_batch",
                 f"set it to {_largest_divisor(per_rank, micro)}, or training.batch_tokens: {whole}",
             )
         close = nearest_multiple(batch, world_size)
         smaller = _largest_divisor(close // world_size, micro)
-        other = f", or {close * context} with training.micro_batch: {smaller}" if close * context != whole else ""
+        other = (
+            f", or {close * context} with training.micro_batch: {smaller}"
+            if close * context != whole
+            else ""
+        )
         raise ConfigError(
-            f"{batch} sequences per step cannot be divided over {world_size} ranks", "training.batch_tokens",
+            f"{batch} sequences per step cannot be divided over {world_size} ranks",
+            "training.batch_tokens",
             f"set training.batch_tokens: {whole}{other}",
-        )  # fmt: skip
+        )
 
     def with_vocab(self, size: int) -> Self:
         """A copy whose vocabulary holds `size` tokens. A larger one stays: its rest is padding."""
         wanted = self.model.vocab_size
         if wanted is not None and wanted < size:
             raise ConfigError(
-                f"vocab_size {wanted} is smaller than the data's {size} tokens", "model.vocab_size",
+                f"vocab_size {wanted} is smaller than the data's {size} tokens",
+                "model.vocab_size",
                 f"set it to null, or to at least {size}",
-            )  # fmt: skip
-        return self.model_copy(update={"model": self.model.model_copy(update={"vocab_size": wanted or size})})
+            )
+        return self.model_copy(
+            update={"model": self.model.model_copy(update={"vocab_size": wanted or size})}
+        )
 
     # To and from plain data.
 
@@ -306,7 +362,8 @@ def _largest_divisor(value: int, limit: int) -> int:
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
-    """The file, over what it inherits by `base:`, under the overrides `section.key=value` (in YAML)."""
+    """The file, over what it inherits by `base:`, under the overrides `section.key=value` (in
+    YAML)."""
     return Config.from_layers(read_layers(path, overrides))
 
 

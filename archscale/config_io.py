@@ -1,9 +1,11 @@
 """Reading and writing config files: YAML layers, kinds of values, and errors in one line.
 
-Nothing here knows which keys exist: the schema is `archscale.config`, and `explain` is given its root class.
+Nothing here knows which keys exist: the schema is `archscale.config`, and `explain` is given its
+root class.
 
-A config is a stack of layers, oldest ancestor first: the `base:` chain, the file itself, then each override.
-The layers are kept beside their merged result, so that an error can name the file that a key came from.
+A config is a stack of layers, oldest ancestor first: the `base:` chain, the file itself, then each
+override. The layers are kept beside their merged result, so that an error can name the file that a
+key came from.
 """
 
 import contextlib
@@ -18,14 +20,25 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, PlainValidator, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    PlainValidator,
+    ValidationError,
+)
 from pydantic_core import PydanticCustomError
 
 from archscale.config_synonyms import synonym
 from archscale.errors import ConfigError, explain_os_error
 
-PROBLEMS = "archscale_problems"  # pydantic error type; its context holds a list of ConfigErrors: key "problems"
-EXPECTED = "archscale_expected"  # pydantic error type; its context says what was expected: key "expected"
+PROBLEMS = (  # pydantic error type; its context holds a list of ConfigErrors: key "problems"
+    "archscale_problems"
+)
+EXPECTED = (  # pydantic error type; its context says what was expected: key "expected"
+    "archscale_expected"
+)
 
 
 class Layer(NamedTuple):
@@ -36,19 +49,24 @@ class Layer(NamedTuple):
 
 
 def read_layers(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> list[Layer]:
-    """The `base:` chain of `path`, oldest first, then the file, then one layer per override `a.b=c`."""
+    """The `base:` chain of `path`, oldest first, then the file, then one layer per override
+    `a.b=c`."""
     layers: list[Layer] = []
     seen: list[Path] = []
     file: Path | None = Path(path)
     where = ""
     while file is not None:
         if file.resolve() in seen:
-            raise ConfigError(f"{file} inherits from itself", where, "remove one `base` of the cycle")
+            raise ConfigError(
+                f"{file} inherits from itself", where, "remove one `base` of the cycle"
+            )
         seen.append(file.resolve())
         data = read_file(file, where)
         base = data.pop("base", None)
         if base is not None and not (isinstance(base, str) and base):
-            raise ConfigError(f"got {show(base)}, expected a file name", f"base in {file}", "name one YAML file")
+            raise ConfigError(
+                f"got {show(base)}, expected a file name", f"base in {file}", "name one YAML file"
+            )
         layers.insert(0, Layer(str(file), data))
         where = f"base in {file}"
         file = None if base is None else Path(os.path.normpath(file.parent / base))
@@ -82,18 +100,21 @@ def write_yaml(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
             os.fsync(stream.fileno())
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide the file from the rest of the group
+        os.chmod(
+            temporary, 0o666 & ~umask
+        )  # mkstemp's 0600 would hide the file from the rest of the group
         os.replace(temporary, target)
     except BaseException:
         os.unlink(temporary)
         raise
 
 
-# --- YAML ---------------------------------------------------------------------------------------------------
+# --- YAML
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys, keys that are not strings, and self-containing structures."""
+    """Safe YAML that refuses duplicate keys, keys that are not strings, and self-containing
+    structures."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[Any] = set()
@@ -112,33 +133,53 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=True)
 
 
-# Depth first, not in PyYAML's two passes: a self-containing alias is an error then, not an endless merge.
+# Depth first, not in PyYAML's two passes: a self-containing alias is an error then, not an endless
+# merge.
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_mapping)
-_Loader.add_constructor("tag:yaml.org,2002:seq", lambda loader, node: loader.construct_sequence(node, deep=True))
+_Loader.add_constructor(
+    "tag:yaml.org,2002:seq", lambda loader, node: loader.construct_sequence(node, deep=True)
+)
 
 
 def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
-        line = f", line {error.problem_mark.line + 1}" if error.problem_mark and "\n" in text.strip() else ""
+        line = (
+            f", line {error.problem_mark.line + 1}"
+            if error.problem_mark and "\n" in text.strip()
+            else ""
+        )
         what = _one_line(error.problem or error.context or "cannot be read")
-        raise ConfigError(f"not valid YAML: {what}", f"{where}{line}", "correct the YAML there") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: an impossible date or number
+        raise ConfigError(
+            f"not valid YAML: {what}", f"{where}{line}", "correct the YAML there"
+        ) from error
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: an impossible date or number
         what = _one_line(str(error))
         raise ConfigError(f"not valid YAML: {what}", where, "correct the YAML there") from error
 
 
-def read_file(path: Path, included_from: str = "", needs: str = "`name` and `data: {train: ...}`") -> dict[str, Any]:
-    """The mapping in a YAML file; `included_from` and `needs` (what a file of this kind has at least) are for errors."""
+def read_file(
+    path: Path, included_from: str = "", needs: str = "`name` and `data: {train: ...}`"
+) -> dict[str, Any]:
+    """The mapping in a YAML file; `included_from` and `needs` (what a file of this kind has at
+    least) are for errors."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        remedy = "give a path relative to the file that names it" if included_from else "check the path"
+        remedy = (
+            "give a path relative to the file that names it" if included_from else "check the path"
+        )
         raise ConfigError(f"there is no file {path}", included_from or str(path), remedy) from error
     except OSError as error:
         cause, remedy = explain_os_error(error, "name a YAML file")
-        raise ConfigError(f"cannot read {path}: {cause}", included_from or str(path), remedy) from error
+        raise ConfigError(
+            f"cannot read {path}: {cause}", included_from or str(path), remedy
+        ) from error
     except UnicodeDecodeError as error:
         what = f"cannot read {path}: {_one_line(str(error))}"
         raise ConfigError(what, included_from or str(path), "name a YAML file in UTF-8") from error
@@ -146,7 +187,9 @@ def read_file(path: Path, included_from: str = "", needs: str = "`name` and `dat
     if data is None:
         raise ConfigError("the file is empty", str(path), f"give at least {needs}")
     if not isinstance(data, dict):
-        raise ConfigError(f"got {show(data)}, expected `key: value` pairs", str(path), "begin with `name: ...`")
+        raise ConfigError(
+            f"got {show(data)}, expected `key: value` pairs", str(path), "begin with `name: ...`"
+        )
     return data
 
 
@@ -164,13 +207,15 @@ def _parse_override(text: str) -> Layer:
     return Layer(origin, data)
 
 
-# --- kinds of values ----------------------------------------------------------------------------------------
+# --- kinds of values
 
 
 def _number(value: Any, expected: str, valid: Callable[[float], bool]) -> int | float:
     """YAML 1.1 reads 1e9 and 10.4e9 as text: text that is a number counts as one. A bool does not,
     nor does what is not finite or absurdly large."""
-    number: int | float | None = None if isinstance(value, bool) or not isinstance(value, int | float) else value
+    number: int | float | None = (
+        None if isinstance(value, bool) or not isinstance(value, int | float) else value
+    )
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             number = float(value) if set(value) & set(".eE") else int(value)
@@ -180,7 +225,11 @@ def _number(value: Any, expected: str, valid: Callable[[float], bool]) -> int | 
 
 
 def _whole(least: int, auto: bool = False, null: bool = False) -> BeforeValidator:
-    expected = f"a whole number of at least {least}" + (" or auto" if auto else "") + (" or null" if null else "")
+    expected = (
+        f"a whole number of at least {least}"
+        + (" or auto" if auto else "")
+        + (" or null" if null else "")
+    )
 
     def validate(value: Any) -> Any:
         if (auto and value == "auto") or (null and value is None):
@@ -210,7 +259,8 @@ def _pair(interval: str, valid: Callable[[float], bool]) -> BeforeValidator:
 Count = Annotated[int, _whole(1)]
 CountOrZero = Annotated[int, _whole(0)]
 CountOrAuto = Annotated[int | Literal["auto"], _whole(1, auto=True)]
-# null in the YAML, always a number once the section is built: plain, because int would refuse the null
+# null in the YAML, always a number once the section is built: plain, because int would refuse the
+# null
 Derived = Annotated[int, PlainValidator(_whole(1, null=True).func)]
 Positive = Annotated[float, _real("above 0", lambda x: x > 0)]
 NonNegative = Annotated[float, _real("of at least 0", lambda x: x >= 0)]
@@ -222,7 +272,9 @@ Bounds = Annotated[tuple[float, float], _pair("of at least 0", lambda x: x >= 0)
 
 
 def _printable(value: str) -> str:
-    if not value.isprintable():  # YAML does not carry every control character through a dump and a load
+    if (
+        not value.isprintable()
+    ):  # YAML does not carry every control character through a dump and a load
         raise PydanticCustomError(EXPECTED, "", {"expected": "text without control characters"})
     return value
 
@@ -230,7 +282,7 @@ def _printable(value: str) -> str:
 Text = Annotated[str, Field(min_length=1), AfterValidator(_printable)]
 
 
-# --- errors -------------------------------------------------------------------------------------------------
+# --- errors
 
 
 def explain(error: ValidationError, root: type[BaseModel], layers: Sequence[Layer]) -> ConfigError:
@@ -242,10 +294,14 @@ def explain(error: ValidationError, root: type[BaseModel], layers: Sequence[Laye
     found.sort(key=lambda item: not item.what.startswith("unknown key"))
     if layers:
         found = [
-            ConfigError(item.what, f"{item.where} in {_origin(item.where, layers)}", item.remedy) for item in found
+            ConfigError(item.what, f"{item.where} in {_origin(item.where, layers)}", item.remedy)
+            for item in found
         ]
     return ConfigError.several(
-        [ConfigError(*(_one_line(part) for part in (item.what, item.where, item.remedy))) for item in found]
+        [
+            ConfigError(*(_one_line(part) for part in (item.what, item.where, item.remedy)))
+            for item in found
+        ]
     )
 
 
@@ -265,7 +321,8 @@ def _one_line(text: str) -> str:
 
 
 def _origin(dotted: str, layers: Sequence[Layer]) -> str:
-    """The newest layer that has the key, or the part of its path that exists; otherwise the newest file."""
+    """The newest layer that has the key, or the part of its path that exists; otherwise the newest
+    file."""
     parts = dotted.split(".")
     for length in range(len(parts), 0, -1):
         for layer in reversed(layers):
@@ -293,18 +350,30 @@ def _problems(detail: Any, root: type[BaseModel]) -> Iterator[ConfigError]:
     owner, field = _owner(root, loc)
     keys = fields_by_key(owner)
     if kind == "extra_forbidden":
-        yield ConfigError(f"unknown key {show(loc[-1])}", dotted, which_key(dotted, list(keys), list(all_keys(root))))
+        yield ConfigError(
+            f"unknown key {show(loc[-1])}",
+            dotted,
+            which_key(dotted, list(keys), list(all_keys(root))),
+        )
     elif kind == "missing":
         yield ConfigError(f"{dotted} is missing", dotted, f"add `{loc[-1]}`")
     elif kind == "literal_error":
         choices = [str(choice) for choice in _literals(field.annotation)]
         close = nearest(value, choices)
         remedy = f"did you mean {close}?" if close else "choose one of them"
-        yield ConfigError(f"got {show(value)}, expected one of {', '.join(choices)}", dotted, remedy)
+        yield ConfigError(
+            f"got {show(value)}, expected one of {', '.join(choices)}", dotted, remedy
+        )
     elif kind in ("model_type", "model_attributes_type", "dict_type"):
         inner = _model_in(field.annotation) if field else root
-        remedy = f"give its keys: {', '.join(fields_by_key(inner))}" if inner else "give `key: value` pairs"
-        yield ConfigError(f"got {show(value)}, expected a section of `key: value` pairs", dotted, remedy)
+        remedy = (
+            f"give its keys: {', '.join(fields_by_key(inner))}"
+            if inner
+            else "give `key: value` pairs"
+        )
+        yield ConfigError(
+            f"got {show(value)}, expected a section of `key: value` pairs", dotted, remedy
+        )
     else:
         expected = {
             EXPECTED: detail.get("ctx", {}).get("expected", ""),
@@ -317,7 +386,9 @@ def _problems(detail: Any, root: type[BaseModel]) -> Iterator[ConfigError]:
         default = field.get_default(call_default_factory=False) if field else None
         example = "" if default is None or field.is_required() else f", such as {show(default)}"
         quoted = " in quotes" if kind == "string_type" and value is not None else ""
-        yield ConfigError(f"got {show(value)}, expected {expected}", dotted, f"give {expected}{quoted}{example}")
+        yield ConfigError(
+            f"got {show(value)}, expected {expected}", dotted, f"give {expected}{quoted}{example}"
+        )
 
 
 def fields_by_key(section: type[BaseModel]) -> dict[str, Any]:
@@ -326,7 +397,8 @@ def fields_by_key(section: type[BaseModel]) -> dict[str, Any]:
 
 
 def _owner(root: type[BaseModel], loc: tuple[Any, ...]) -> tuple[type[BaseModel], Any]:
-    """The section that holds the last key of `loc`, and that key's field (None for an unknown key)."""
+    """The section that holds the last key of `loc`, and that key's field (None for an unknown
+    key)."""
     owner, field = root, None
     for part in loc:
         if isinstance(part, int):  # an index into a list: the field is still the list's
@@ -369,12 +441,15 @@ def which_key(dotted: str, here: Sequence[str], everywhere: Sequence[str]) -> st
 
 
 def our_name(dotted: str, everywhere: Sequence[str]) -> str | None:
-    """The key of `everywhere` that other libraries call so, with how its value differs; or the option of a command."""
+    """The key of `everywhere` that other libraries call so, with how its value differs; or the
+    option of a command."""
     meant = synonym(dotted)
     if meant is None or not meant.key:
         return meant and meant.hint
     # A study has the keys of a config below a section of its own.
-    known = next((key for key in everywhere if key == meant.key or key.endswith(f".{meant.key}")), None)
+    known = next(
+        (key for key in everywhere if key == meant.key or key.endswith(f".{meant.key}")), None
+    )
     return f"{known} ({meant.hint})" if known and meant.hint else known
 
 

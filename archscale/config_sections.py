@@ -26,12 +26,36 @@ from archscale.config_io import (
 from archscale.errors import ConfigError
 
 MatrixRule = Literal[
-    "muon", "muon_spectral", "moonlight", "orscale", "orscale_lm", "muonh", "orscale_lm_sphere",
-    "hybrid_shape", "hybrid_momentum", "hybrid_decoupled", "adamh", "adamw", "lion", "sgd", "lamb",
-]  # fmt: skip
+    "muon",
+    "muon_spectral",
+    "moonlight",
+    "orscale",
+    "orscale_lm",
+    "muonh",
+    "orscale_lm_sphere",
+    "hybrid_shape",
+    "hybrid_momentum",
+    "hybrid_decoupled",
+    "adamh",
+    "adamw",
+    "lion",
+    "sgd",
+    "lamb",
+]
 MATRIX_RULES: tuple[str, ...] = get_args(MatrixRule)
-SPHERE_RULES = ("muonh", "orscale_lm_sphere", "adamh")  # rules that hold every matrix at its initial norm
-PLAIN_RULES = ("muon", "muon_spectral", "moonlight", "adamw", "lion", "sgd")  # without a trust ratio
+SPHERE_RULES = (
+    "muonh",
+    "orscale_lm_sphere",
+    "adamh",
+)  # rules that hold every matrix at its initial norm
+PLAIN_RULES = (
+    "muon",
+    "muon_spectral",
+    "moonlight",
+    "adamw",
+    "lion",
+    "sgd",
+)  # without a trust ratio
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -69,7 +93,8 @@ class MatrixOptimizerConfig(Section):
     clip: Bounds | None = None
     """[least, greatest] trust ratio; null: the rule's own bounds."""
     compute_dtype: Dtype = "auto"
-    """Orthogonalization arithmetic; auto: float32 under training.precision fp32, otherwise bfloat16."""
+    """Orthogonalization arithmetic; auto: float32 under training.precision fp32, otherwise
+    bfloat16."""
     wire_dtype: Dtype = "auto"
     """What ranks exchange; auto as for compute_dtype."""
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -77,13 +102,16 @@ class MatrixOptimizerConfig(Section):
 
     def problems(self) -> Iterator[ConfigError]:
         if self.clip and self.rule in PLAIN_RULES:
-            yield ConfigError(f"{self.rule} has no trust ratio to clip", "optimizer.matrix.clip", "set it to null")
+            yield ConfigError(
+                f"{self.rule} has no trust ratio to clip", "optimizer.matrix.clip", "set it to null"
+            )
         if self.clip and self.clip[0] > self.clip[1]:
             low, high = self.clip
             yield ConfigError(
-                f"the lower bound {low} is above the upper bound {high}", "optimizer.matrix.clip",
+                f"the lower bound {low} is above the upper bound {high}",
+                "optimizer.matrix.clip",
                 f"write [{high}, {low}]",
-            )  # fmt: skip
+            )
 
 
 class ElementOptimizerConfig(Section):
@@ -114,7 +142,8 @@ class OptimizerConfig(Section):
     def problems(self) -> Iterator[ConfigError]:
         if self.weight_decay > 0 and self.matrix.rule in SPHERE_RULES:
             yield ConfigError(
-                f"weight decay {self.weight_decay} does nothing under {self.matrix.rule}: norms are fixed",
+                f"weight decay {self.weight_decay} does nothing under {self.matrix.rule}: norms are"
+                " fixed",
                 "optimizer.weight_decay",
                 "set it to 0, or choose a rule without the sphere, such as orscale_lm",
             )
@@ -147,7 +176,8 @@ class MixtureEntry(Section):
 
 
 class DataConfig(Section):
-    """Directories of token shards from `archscale data prepare`, relative to the working directory."""
+    """Directories of token shards from `archscale data prepare`, relative to the working
+    directory."""
 
     train: Text
     """Directory whose training split is read."""
@@ -165,7 +195,8 @@ class TrainingConfig(Section):
     tokens: CountOrAuto = "auto"
     """Training tokens; auto: by the parameterization."""
     batch_tokens: CountOrAuto = "auto"
-    """Tokens per step over all ranks, a multiple of model.context; auto: by the parameterization."""
+    """Tokens per step over all ranks, a multiple of model.context; auto: by the
+    parameterization."""
     micro_batch: Count = 8
     """Sequences per device and forward pass; accumulation makes up the rest of the batch."""
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -186,58 +217,68 @@ class ParallelConfig(Section):
     shard: CountOrAuto = "auto"
     """Ranks over which parameters are sharded; 1 is DDP; auto: world size / replicate."""
     reshard_after_forward: StrictBool = True
-    """Free gathered parameters after the forward pass and gather again; false: more memory, less traffic."""
+    """Free gathered parameters after the forward pass and gather again; false: more memory, less
+    traffic."""
     expert: Count = 1
     """Ranks over which experts are spread; divides shard."""
     zero_stage: Literal[1, 2, 3] = 1
     """ZeRO stage of the deepspeed engine; the native engine takes the default only."""
     offload_optimizer: StrictBool = False
-    """Float32 weights and optimizer state in host memory, and the update there; deepspeed engine, zero_stage 2 or 3."""
+    """Float32 weights and optimizer state in host memory, and the update there; deepspeed engine,
+    zero_stage 2 or 3."""
     deepspeed: Text | None = None
-    """DeepSpeed JSON whose keys are added to the generated ones; null: none. Keys that the config decides are refused."""
+    """DeepSpeed JSON whose keys are added to the generated ones; null: none. Keys that the config
+    decides are refused."""
 
     def problems(self) -> Iterator[ConfigError]:
         if self.engine == "native" and self.zero_stage != 1:
             yield ConfigError(
-                f"zero_stage {self.zero_stage} means nothing to the native engine", "parallel.zero_stage",
+                f"zero_stage {self.zero_stage} means nothing to the native engine",
+                "parallel.zero_stage",
                 "remove it; parallel.shard is what shards parameters",
-            )  # fmt: skip
+            )
         if self.engine == "native":
             for key in ("offload_optimizer", "deepspeed"):
                 if value := getattr(self, key):
                     yield ConfigError(
-                        f"{key} {value} means nothing to the native engine", f"parallel.{key}",
+                        f"{key} {value} means nothing to the native engine",
+                        f"parallel.{key}",
                         "remove it, or set parallel.engine: deepspeed",
-                    )  # fmt: skip
+                    )
         else:
             yield from self._zero_problems()
         if self.shard != "auto" and self.shard % self.expert:
             yield ConfigError(
-                f"expert {self.expert} does not divide shard {self.shard}", "parallel.expert",
+                f"expert {self.expert} does not divide shard {self.shard}",
+                "parallel.expert",
                 "set it to a divisor of parallel.shard",
-            )  # fmt: skip
+            )
 
     def _zero_problems(self) -> Iterator[ConfigError]:
         if self.expert > 1:
             yield ConfigError(
-                f"experts cannot be spread over {self.expert} ranks by the deepspeed engine", "parallel.expert",
+                f"experts cannot be spread over {self.expert} ranks by the deepspeed engine",
+                "parallel.expert",
                 "set it to 1, or parallel.engine: native",
-            )  # fmt: skip
+            )
         if self.replicate > 1:
             yield ConfigError(
-                f"the deepspeed engine shards over all ranks, not over 1/{self.replicate} of them", "parallel.replicate",
+                f"the deepspeed engine shards over all ranks, not over 1/{self.replicate} of them",
+                "parallel.replicate",
                 "set it to 1, or parallel.engine: native",
-            )  # fmt: skip
+            )
         if not self.reshard_after_forward:
             yield ConfigError(
-                "reshard_after_forward false means nothing to the deepspeed engine", "parallel.reshard_after_forward",
+                "reshard_after_forward false means nothing to the deepspeed engine",
+                "parallel.reshard_after_forward",
                 "remove it; zero_stage 2 gathers no parameters",
-            )  # fmt: skip
+            )
         if self.offload_optimizer and self.zero_stage == 1:
             yield ConfigError(
-                "zero_stage 1 keeps its optimizer state on the device", "parallel.offload_optimizer",
+                "zero_stage 1 keeps its optimizer state on the device",
+                "parallel.offload_optimizer",
                 "set parallel.zero_stage: 2 or 3",
-            )  # fmt: skip
+            )
 
 
 class CheckpointConfig(Section):
@@ -264,7 +305,8 @@ class GuardConfig(Section):
     """What happens when a step is not finite or spikes."""
 
     mode: Literal["off", "warn", "act"] = "warn"
-    """warn: an event in the metrics; act: also skip the step, then fall back, then stop (waits for the device every step)."""
+    """warn: an event in the metrics; act: also skip the step, then fall back, then stop (waits for
+    the device every step)."""
     window: Annotated[int, Field(ge=16)] = 64
     """Steps that loss and gradient norm are compared with."""
     spike: Positive = 12.0
@@ -279,14 +321,17 @@ class TelemetryConfig(Section):
     """What is measured while training."""
 
     every: Count = 10
-    """Optimizer steps between readings of the device; every step has its line, the last of a reading also what was looked
-    into: `stability/*`, `optimizer/*`, `spectrum/*`."""
+    """Optimizer steps between readings of the device; every step has its line, the last of a
+    reading also what was looked into: `stability/*`, `optimizer/*`, `spectrum/*`."""
     per_layer: StrictBool = True
-    """Stability indicators and expert loads of each layer, trust ratios and spectra of each matrix, beside their means."""
+    """Stability indicators and expert loads of each layer, trust ratios and spectra of each matrix,
+    beside their means."""
     spectrum_every: CountOrZero = 0
-    """Optimizer steps between singular value decompositions of gradients and momenta, at readings; 0: never."""
+    """Optimizer steps between singular value decompositions of gradients and momenta, at readings;
+    0: never."""
     stuck_after: Annotated[NonNegative, Field(le=1e7)] = 900.0
-    """Seconds without a finished step, evaluation or checkpoint after which every rank writes its stacks and ends; 0: never."""
+    """Seconds without a finished step, evaluation or checkpoint after which every rank writes its
+    stacks and ends; 0: never."""
     guard: GuardConfig = GuardConfig()
     """Steps that go wrong."""
     wandb: WandbConfig = WandbConfig()

@@ -1,4 +1,5 @@
-"""Process-group start-up and rank helpers; everything here is safe when not launched by torchrun."""
+"""Process-group start-up and rank helpers; everything here is safe when not launched by
+torchrun."""
 
 from __future__ import annotations
 
@@ -48,9 +49,11 @@ def start(timeout_seconds: float = 600.0) -> torch.device:
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(
-                f"{os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1)} processes on a machine with {torch.cuda.device_count()} GPUs",
-                "--nproc_per_node", "start at most one process per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES=",
-            )  # fmt: skip
+                f"{os.environ.get('LOCAL_WORLD_SIZE', local_rank + 1)} processes on a machine with"
+                f" {torch.cuda.device_count()} GPUs",
+                "--nproc_per_node",
+                "start at most one process per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES=",
+            )
         torch.cuda.set_device(device)
     if "WORLD_SIZE" in os.environ and not is_distributed():
         backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
@@ -59,7 +62,8 @@ def start(timeout_seconds: float = 600.0) -> torch.device:
 
 
 def stop() -> None:
-    """Leave the process group; a barrier first, so that no rank tears down sockets that another still reads."""
+    """Leave the process group; a barrier first, so that no rank tears down sockets that another
+    still reads."""
     if is_distributed():
         barrier()
         dist.destroy_process_group()
@@ -91,7 +95,9 @@ class _Done:
         pass
 
 
-def all_to_all(send: Tensor, sends: list[int], receives: list[int], group: Any = None) -> tuple[Tensor, Any]:
+def all_to_all(
+    send: Tensor, sends: list[int], receives: list[int], group: Any = None
+) -> tuple[Tensor, Any]:
     """Start one packed all-to-all of a flat tensor; returns (received, work), to be waited for.
 
     Args:
@@ -103,9 +109,13 @@ def all_to_all(send: Tensor, sends: list[int], receives: list[int], group: Any =
     # As bytes: gloo does not know every dtype.
     size = send.element_size()
     work = dist.all_to_all_single(
-        received.view(torch.uint8), send.view(torch.uint8),
-        [n * size for n in receives], [n * size for n in sends], group=group, async_op=True,
-    )  # fmt: skip
+        received.view(torch.uint8),
+        send.view(torch.uint8),
+        [n * size for n in receives],
+        [n * size for n in sends],
+        group=group,
+        async_op=True,
+    )
     return received, work
 
 
@@ -119,12 +129,15 @@ def gather_objects(value: Any, group: Any = None) -> list[Any]:
 
 
 def on_rank_zero(fn: Callable[[], Any]) -> Any:
-    """Run `fn` on rank 0 and return its result on every rank; its exception is raised on every rank."""
+    """Run `fn` on rank 0 and return its result on every rank; its exception is raised on every
+    rank."""
     result: list[Any] = [None, None]
     if rank() == 0:
         try:
             result[0] = fn()
-        except Exception as error:  # carried to every rank: one that raised alone would leave the others waiting
+        except (
+            Exception
+        ) as error:  # carried to every rank: one that raised alone would leave the others waiting
             result[1] = portable(error)
     if is_distributed():
         dist.broadcast_object_list(result, src=0)
@@ -134,7 +147,8 @@ def on_rank_zero(fn: Callable[[], Any]) -> Any:
 
 
 def portable(error: Exception | None) -> Exception | None:
-    """The error, or its text where it would not survive pickling (and would leave the other ranks waiting)."""
+    """The error, or its text where it would not survive pickling (and would leave the other ranks
+    waiting)."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -171,7 +185,8 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def shard_rows(tensor: Tensor) -> Tensor:
-    """`tensor`, the same on every rank, as a DTensor with its rows chunked over all ranks; itself on one process."""
+    """`tensor`, the same on every rank, as a DTensor with its rows chunked over all ranks; itself
+    on one process."""
     if not is_distributed():
         return tensor
     mesh = init_device_mesh(tensor.device.type, (world_size(),))
@@ -194,13 +209,14 @@ class Piece:
 
 
 def local_pieces(tensor: Tensor) -> list[Piece]:
-    """What this rank stores of the row-major flattened whole tensor, in the order in which it stores it.
+    """What this rank stores of the row-major flattened whole tensor, in the order in which it
+    stores it.
 
-    A plain tensor is stored whole. A DTensor stores a box: its rows under `Shard(0)` (one interval), a
-    piece of each row under `Shard(1)` (equally spaced runs), both on a 2-D mesh. Dimensions are
-    chunked by ceiling, so the last ranks can be short or empty. Where FSDP2 shards a dimension that
-    tensor or expert parallelism has sharded before, its placement stands first and applies last
-    (`_StridedShard`).
+    A plain tensor is stored whole. A DTensor stores a box: its rows under `Shard(0)` (one
+    interval), a piece of each row under `Shard(1)` (equally spaced runs), both on a 2-D mesh.
+    Dimensions are chunked by ceiling, so the last ranks can be short or empty. Where FSDP2 shards a
+    dimension that tensor or expert parallelism has sharded before, its placement stands first and
+    applies last (`_StridedShard`).
 
     Raises:
         ValueError: a placement other than these and `Replicate`.
@@ -245,13 +261,16 @@ def _cutting_order(tensor: DTensor) -> list[int]:
 
 
 def box_pieces(shape: Sequence[int], box: Sequence[tuple[int, int]]) -> list[Piece]:
-    """The box [low, high) by dimension of a row-major flattened `shape`; nothing where it is empty."""
+    """The box [low, high) by dimension of a row-major flattened `shape`; nothing where it is
+    empty."""
     if any(low >= high for low, high in box):
         return []
     cut = [d for d, size in enumerate(shape) if box[d] != (0, size)]
     if not cut:
         return [Piece(0, math.prod(shape))]
-    sizes = [math.prod(shape[d + 1 :]) for d in range(len(shape))]  # elements of one index of dimension d
+    sizes = [
+        math.prod(shape[d + 1 :]) for d in range(len(shape))
+    ]  # elements of one index of dimension d
     inner, outer = cut[-1], cut[-2] if len(cut) > 1 else None
     length, stride = (box[inner][1] - box[inner][0]) * sizes[inner], shape[inner] * sizes[inner]
     start = box[inner][0] * sizes[inner]
@@ -259,9 +278,16 @@ def box_pieces(shape: Sequence[int], box: Sequence[tuple[int, int]]) -> list[Pie
         return [Piece(start, length, stride, math.prod(shape[:inner]))]
     low, high = box[outer]
     count = (high - low) * math.prod(shape[outer + 1 : inner])
-    before = itertools.product(*(range(*box[d]) for d in range(outer)))  # each is a piece of its own
+    before = itertools.product(
+        *(range(*box[d]) for d in range(outer))
+    )  # each is a piece of its own
     return [
-        Piece(start + low * sizes[outer] + sum(i * sizes[d] for d, i in enumerate(index)), length, stride, count)
+        Piece(
+            start + low * sizes[outer] + sum(i * sizes[d] for d, i in enumerate(index)),
+            length,
+            stride,
+            count,
+        )
         for index in before
     ]
 
@@ -282,14 +308,19 @@ def local_interval(tensor: Tensor) -> tuple[int, int]:
 
 def laid_out_as(tensor: Tensor, other: Tensor) -> Tensor:
     """`other` with the placements of `tensor`, where both are DTensors."""
-    if isinstance(tensor, DTensor) and isinstance(other, DTensor) and other.placements != tensor.placements:
+    if (
+        isinstance(tensor, DTensor)
+        and isinstance(other, DTensor)
+        and other.placements != tensor.placements
+    ):
         return other.redistribute(placements=tensor.placements)
     return other
 
 
 def fill(tensor: Tensor, value: Tensor) -> None:
-    """Copy a value of the same shape into `tensor`, in its dtype and on its device. A whole value fills this
-    rank's part of a DTensor; a DTensor is gathered for a plain tensor, by all ranks together."""
+    """Copy a value of the same shape into `tensor`, in its dtype and on its device. A whole value
+    fills this rank's part of a DTensor; a DTensor is gathered for a plain tensor, by all ranks
+    together."""
     value = laid_out_as(tensor, value)
     if isinstance(value, DTensor) and not isinstance(tensor, DTensor):
         value = value.full_tensor()
@@ -305,7 +336,8 @@ def fill(tensor: Tensor, value: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Fragment:
-    """What this rank stores of a tensor of `shape`: elements [lo, lo + len(data)) of its row-major flattening.
+    """What this rank stores of a tensor of `shape`: elements [lo, lo + len(data)) of its row-major
+    flattening.
 
     Attributes:
         data: 1-D, in the memory of the tensor itself.
@@ -318,4 +350,6 @@ class Fragment:
 
 def fragment(tensor: Tensor) -> Fragment:
     """Of a plain tensor or a DTensor."""
-    return Fragment(tuple(tensor.shape), local_interval(tensor)[0], local_tensor(tensor).detach().view(-1))
+    return Fragment(
+        tuple(tensor.shape), local_interval(tensor)[0], local_tensor(tensor).detach().view(-1)
+    )

@@ -1,4 +1,5 @@
-"""Errors a user can cause. Each ends in one line on stderr and exit status 2 (see `archscale.cli.main`)."""
+"""Errors a user can cause. Each ends in one line on stderr and exit status 2 (see
+`archscale.cli.main`)."""
 
 import errno
 
@@ -37,7 +38,8 @@ class ConfigError(ArchscaleError):
 
     @classmethod
     def several(cls, problems: "list[ConfigError]", hint: str = "") -> "ConfigError":
-        """The first of `problems` in one line, which says how many more there are, and then `hint`."""
+        """The first of `problems` in one line, which says how many more there are, and then
+        `hint`."""
         first, more = problems[0], len(problems) - 1
         tail = f" (and {more} more {'problem' if more == 1 else 'problems'}{hint})" if more else ""
         summary = cls(first.what, first.where, first.remedy + tail)
@@ -61,7 +63,8 @@ def explain_os_error(error: OSError, otherwise: str, *, vanished: bool = False) 
     """(cause, remedy) of a failed read or write, in words that are true of this error.
 
     Args:
-        otherwise: what helps where the path itself is unsuitable, such as "give another with --run-dir".
+        otherwise: what helps where the path itself is unsuitable, such as "give another with
+            --run-dir".
         vanished: a path that is missing was there before, so that another process has deleted it.
     """
     number = error.errno
@@ -73,7 +76,10 @@ def explain_os_error(error: OSError, otherwise: str, *, vanished: bool = False) 
     if number in (errno.EACCES, errno.EPERM):
         return cause, f"get permission for it, or {otherwise}"
     if vanished and number in (errno.ENOENT, errno.ESTALE):
-        return f"{cause}: another process deleted it", f"let only one process work there, or {otherwise}"
+        return (
+            f"{cause}: another process deleted it",
+            f"let only one process work there, or {otherwise}",
+        )
     if number in (errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENOTEMPTY):
         return f"{cause}: something else stands there", otherwise
     if number == errno.EFBIG:

@@ -1,6 +1,7 @@
 """`archscale` commands as tests run them: each in a process tree of its own, with a time limit.
 
-done = launch(["plan", "config.yaml", "--json"])      # python -m archscale plan ...; raises on failure
+done = launch(["plan", "config.yaml", "--json"])      # python -m archscale plan ...; raises on
+                                                      failure
 launch(["train", "config.yaml"], processes=2)         # the same under torchrun
 assert launch(["train", "no.yaml"], check=False).returncode == 2
 
@@ -27,7 +28,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-TAG = "ARCHSCALE_TEST_LAUNCH"  # environment variable by which the processes of one command are found
+TAG = (  # environment variable by which the processes of one command are found
+    "ARCHSCALE_TEST_LAUNCH"
+)
 RANK_VARIABLES = {"RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
 MASTER_VARIABLES = {"MASTER_ADDR", "MASTER_PORT"}
 _PDEATHSIG = 1
@@ -49,7 +52,10 @@ class LaunchFailed(subprocess.CalledProcessError):
     """The exit status was not 0; the message ends with what was printed."""
 
     def __str__(self) -> str:
-        return f"{super().__str__()}\n--- stdout\n{self.stdout[-4000:]}\n--- stderr\n{self.stderr[-8000:]}"
+        return (
+            f"{super().__str__()}\n--- stdout\n{self.stdout[-4000:]}\n---"
+            f" stderr\n{self.stderr[-8000:]}"
+        )
 
 
 class LaunchTimeout(LaunchFailed):
@@ -57,7 +63,8 @@ class LaunchTimeout(LaunchFailed):
 
 
 class Launched:
-    """A command running in its own session; `launch` waits for one, crash tests hold and kill one."""
+    """A command running in its own session; `launch` waits for one, crash tests hold and kill
+    one."""
 
     def __init__(self, command: Sequence[str], env: dict[str, str], cwd: str | Path | None) -> None:
         self.command = list(command)
@@ -74,7 +81,9 @@ class Launched:
                 env=env | {TAG: self._tag},
                 cwd=cwd,
                 start_new_session=True,
-                preexec_fn=lambda: die_with_parent(signal.SIGTERM),  # torchrun ends its ranks on SIGTERM
+                preexec_fn=lambda: die_with_parent(
+                    signal.SIGTERM
+                ),  # torchrun ends its ranks on SIGTERM
             )
         _LAUNCHED.append(self)
 
@@ -86,7 +95,8 @@ class Launched:
     def tree(self) -> dict[int, int | None]:
         """Process id → rank (None outside a rank) of every living process of this command.
 
-        By an environment variable: torchrun gives its ranks sessions, and orphans lose their parent.
+        By an environment variable: torchrun gives its ranks sessions, and orphans lose their
+        parent.
         """
         found: dict[int, int | None] = {}
         for path in Path("/proc").glob("[0-9]*/environ"):
@@ -124,7 +134,9 @@ class Launched:
             self.signal(signal.SIGABRT)  # PYTHONFAULTHANDLER: every process prints its stacks
             time.sleep(1.0)
             self.kill()
-            raise LaunchTimeout(-signal.SIGKILL, [*self.command, f"(limit {timeout:g} s)"], *self.output) from None
+            raise LaunchTimeout(
+                -signal.SIGKILL, [*self.command, f"(limit {timeout:g} s)"], *self.output
+            ) from None
         finally:
             self.kill()
         done = subprocess.CompletedProcess(self.command, status, *self.output)
@@ -149,13 +161,19 @@ def start(
     cwd: str | Path | None = None,
     module: str = "archscale",
 ) -> Launched:
-    """Starts `python -m archscale *argv`, under torchrun if `processes` > 1; a None in `env` unsets."""
+    """Starts `python -m archscale *argv`, under torchrun if `processes` > 1; a None in `env`
+    unsets."""
     python = [sys.executable]
     if processes > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     full = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES | MASTER_VARIABLES}
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    full |= {"PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    full |= {
+        "PYTHONPATH": path,
+        "PYTHONFAULTHANDLER": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
     if sys.platform == "linux":
         full["GLOO_SOCKET_IFNAME"] = "lo"
     for key, value in (env or {}).items():
@@ -174,5 +192,6 @@ def launch(
     cwd: str | Path | None = None,
     module: str = "archscale",
 ) -> subprocess.CompletedProcess[str]:
-    """Runs an archscale command to its end and returns it with its output; with `check`, a failure raises."""
+    """Runs an archscale command to its end and returns it with its output; with `check`, a failure
+    raises."""
     return start(argv, processes, env, cwd, module).wait(timeout, check)

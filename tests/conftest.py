@@ -12,15 +12,20 @@ import pytest
 
 from tests import pool as processes
 
-LIMIT = 400.0  # seconds, also `@pytest.mark.timeout(seconds)`; it ends hangs, and a busy machine is no hang
+# seconds, also `@pytest.mark.timeout(seconds)`; it ends hangs, and a busy machine is no hang
+LIMIT = 400.0
 SLOW_LIMIT = 1800.0  # for tests marked slow
-LAST_RESORT = 15.0  # seconds after the limit until a test stuck outside Python ends the whole session
+LAST_RESORT = (
+    15.0  # seconds after the limit until a test stuck outside Python ends the whole session
+)
 
 _stderr = pytest.StashKey[Any]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "timeout(seconds): time limit of this test, instead of 400 s")
+    config.addinivalue_line(
+        "markers", "timeout(seconds): time limit of this test, instead of 400 s"
+    )
     # The real standard error, which pytest captures during tests but not in this hook.
     config.stash[_stderr] = os.fdopen(os.dup(2), "w")
 

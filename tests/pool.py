@@ -1,8 +1,10 @@
-"""Resident pools of gloo ranks for distributed tests; `launch` (tests/commands.py) runs whole commands.
+"""Resident pools of gloo ranks for distributed tests; `launch` (tests/commands.py) runs whole
+commands.
 
     from tests.pool import pool
 
-    def rank_sum(value):                              # top level of a test module: workers import it by name
+    def rank_sum(value):                              # top level of a test module: workers import
+                                                      it by name
         tensor = torch.full((1,), value + dist.get_rank())
         dist.all_reduce(tensor)
         return tensor
@@ -11,11 +13,12 @@
         assert [r.item() for r in pool(2).run(rank_sum, 1.0, timeout=30)] == [3.0, 3.0]
 
 A pool of a world size starts on first use and stays until pytest ends, so a distributed test costs
-milliseconds. Its workers are forked from one server that has imported torch and started no thread. A run that
-hangs, a rank that raises and a rank that dies end in an exception in the test, with stacks, never in a hung
-session. Every run starts with seed 0 and gets its changes of the environment undone; modules and process
-groups stay, until the groups are so many that the pool starts anew. Workers see no GPU, and of the
-environment only what was set before the first pool started.
+milliseconds. Its workers are forked from one server that has imported torch and started no thread.
+A run that hangs, a rank that raises and a rank that dies end in an exception in the test, with
+stacks, never in a hung session. Every run starts with seed 0 and gets its changes of the
+environment undone; modules and process groups stay, until the groups are so many that the pool
+starts anew. Workers see no GPU, and of the environment only what was set before the first pool
+started.
 """
 
 from __future__ import annotations
@@ -52,7 +55,13 @@ MAX_OPEN_FILES = 500  # in one rank; the usual limit of a process is 1,024
 GRACE = 1.0  # seconds the other ranks have to answer after the first one raised
 # A real-time signal, because SIGUSR1, SIGUSR2 and SIGTERM belong to the code under test.
 DUMP_SIGNAL = getattr(signal, "SIGRTMIN", signal.SIGQUIT)
-PRELOAD = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch._dynamo", "pytest", "hypothesis"]
+PRELOAD = [
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "torch._dynamo",
+    "pytest",
+    "hypothesis",
+]
 
 
 class WorkerError(AssertionError):
@@ -79,17 +88,19 @@ class _Raised:
     breaks_group: bool  # the collectives of this rank may be out of step with the others'
 
 
-# ------------------------------------------------------------ worker side
+# --- worker side
 
 
 def _worker(conn: connection.Connection, rank: int, env: dict[str, str], folder: str) -> None:
     parent = os.getppid()
     die_with_parent(signal.SIGKILL)
-    # The server ends once no process holds this pipe: held here, the server and busy workers outlive pytest.
+    # The server ends once no process holds this pipe: held here, the server and busy workers
+    # outlive pytest.
     server: Any = vars(forkserver)["_forkserver"]
     os.close(server._forkserver_alive_fd)
     server._forkserver_alive_fd = None
-    os.setsid()  # a process group of its own, so that its children (data workers) are killed with it
+    # a process group of its own, so that its children (data workers) are killed with it
+    os.setsid()
     log = os.open(f"{folder}/log_{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -115,7 +126,8 @@ def _worker(conn: connection.Connection, rank: int, env: dict[str, str], folder:
 
 
 def _answer(request: bytes) -> bytes:
-    """Calls the function of a request in a clean seed and environment; returns the pickled answer."""
+    """Calls the function of a request in a clean seed and environment; returns the pickled
+    answer."""
     import numpy
     import torch
 
@@ -139,7 +151,7 @@ def _answer(request: bytes) -> bytes:
         os.environ.update(before)
 
 
-# ------------------------------------------------------------ parent side
+# --- parent side
 
 
 class Pool:
@@ -164,12 +176,15 @@ class Pool:
     ) -> list[Any]:
         """Calls `fn(*args, **kwargs)` on every rank and returns the results in rank order.
 
-        Raises WorkerError soon after any rank raises, WorkerDied when one dies, PoolTimeout when a rank has
-        not answered after `timeout` seconds. With `expect_error` every rank has to answer, and the result is,
-        per rank, (type name, message) of what it raised, or None where it returned.
+        Raises WorkerError soon after any rank raises, WorkerDied when one dies, PoolTimeout when a
+        rank has not answered after `timeout` seconds. With `expect_error` every rank has to answer,
+        and the result is, per rank, (type name, message) of what it raised, or None where it
+        returned.
         """
         if fn.__module__ == "__main__" or "<" in fn.__qualname__:
-            raise TypeError(f"{fn.__qualname__} is not importable in a worker: move it to the top of its module")
+            raise TypeError(
+                f"{fn.__qualname__} is not importable in a worker: move it to the top of its module"
+            )
         # Plain pickle: multiprocessing's own would send tensors as shared-memory file descriptors.
         request = pickle.dumps((fn.__module__, fn.__qualname__, pickle.dumps((args, kwargs))))
         if self._is_worn():
@@ -221,7 +236,8 @@ class Pool:
         self._processes, self._conns, self.pids, self._folder = [], [], [], None
 
     def _is_worn(self) -> bool:
-        """Every process group keeps 5 file descriptors and 3 threads in each rank, and tests make many."""
+        """Every process group keeps 5 file descriptors and 3 threads in each rank, and tests make
+        many."""
         folder = Path(f"/proc/{self.pids[0] if self.pids else 0}/fd")
         return folder.exists() and len(list(folder.iterdir())) > MAX_OPEN_FILES
 
@@ -244,7 +260,9 @@ class Pool:
             for rank in range(self.world_size):
                 mine, theirs = context.Pipe()
                 ranked = env | {"RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
-                process = context.Process(target=_worker, args=(theirs, rank, ranked, str(self._folder)))
+                process = context.Process(
+                    target=_worker, args=(theirs, rank, ranked, str(self._folder))
+                )
                 with _no_main():
                     process.start()
                 theirs.close()
@@ -271,7 +289,9 @@ class Pool:
                 rank, raised = first
                 raise self._error(rank, raised, f"{pending} gave no answer {GRACE:g} s later")
             if not ready:
-                missing = f"{what}: ranks {pending} of {self.world_size} gave no answer in {timeout:g} s"
+                missing = (
+                    f"{what}: ranks {pending} of {self.world_size} gave no answer in {timeout:g} s"
+                )
                 raise PoolTimeout(f"{missing}\n{self._stacks()}")
             for rank in sorted({sources[source] for source in ready}):
                 answers[rank] = answer = self._receive(rank, what)
@@ -291,7 +311,10 @@ class Pool:
         raise WorkerDied(died + self._log(rank), rank, "WorkerDied")
 
     def _error(self, rank: int, raised: _Raised, others: str) -> WorkerError:
-        head = f"rank {rank} of {self.world_size} raised {raised.type_name}: {raised.message} ({others})"
+        head = (
+            f"rank {rank} of {self.world_size} raised {raised.type_name}: {raised.message}"
+            f" ({others})"
+        )
         message = f"{head}\n{raised.traceback}{self._log(rank)}"
         return WorkerError(message, rank, raised.type_name, raised.traceback)
 
@@ -306,10 +329,14 @@ class Pool:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, DUMP_SIGNAL)
         until = time.monotonic() + 2.0
-        while time.monotonic() < until and not all(path.exists() and path.stat().st_size for path in paths):
+        while time.monotonic() < until and not all(
+            path.exists() and path.stat().st_size for path in paths
+        ):
             time.sleep(0.02)
         time.sleep(0.05)  # the last dump may still be half written
-        return "\n".join(f"--- stacks of rank {r}\n{read_text(p)}{self._log(r)}" for r, p in enumerate(paths))
+        return "\n".join(
+            f"--- stacks of rank {r}\n{read_text(p)}{self._log(r)}" for r, p in enumerate(paths)
+        )
 
 
 _POOLS: dict[int, Pool] = {}
@@ -332,7 +359,8 @@ atexit.register(close_all)  # before multiprocessing's own handler, which would 
 
 @contextlib.contextmanager
 def _no_main() -> Iterator[None]:
-    """Hides the main module, which every worker would otherwise import again: pytest, or a whole script."""
+    """Hides the main module, which every worker would otherwise import again: pytest, or a whole
+    script."""
     main = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")
     try:

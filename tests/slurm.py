@@ -1,4 +1,5 @@
-"""A real Slurm of two nodes on this machine, for tests: Debian's slurm-wlm and munge, as root, without accounting."""
+"""A real Slurm of two nodes on this machine, for tests: Debian's slurm-wlm and munge, as root,
+without accounting."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ PartitionName=all Nodes={host},{host}-2 Default=YES MaxTime=INFINITE State=UP
 
 @dataclass(frozen=True)
 class Code(Job):
-    """A job that runs Python instead of archscale; here, because a task imports the module it is from."""
+    """A job that runs Python instead of archscale; here, because a task imports the module it is
+    from."""
 
     def command(self, *_: object) -> list[str]:  # type: ignore[override]
         return [sys.executable, "-c", *self.arguments]
@@ -66,7 +68,9 @@ class Sweep:
 
     def __init__(self, folder: Path, codes: dict[str, str], **options: Any):
         self.folder, self.options = folder, {"at_once": None, "retries": 2} | options
-        self.jobs = [Code(name, [code], folder / "logs" / f"{name}.log") for name, code in codes.items()]
+        self.jobs = [
+            Code(name, [code], folder / "logs" / f"{name}.log") for name, code in codes.items()
+        ]
         folder.mkdir(exist_ok=True)
 
     def write(self, **line: Any) -> None:
@@ -104,7 +108,8 @@ def missing() -> str:
 
 @contextlib.contextmanager
 def cluster(folder: Path) -> Iterator[dict[str, str]]:
-    """Slurm with its files in `folder`; gives the environment variables under which its commands find it.
+    """Slurm with its files in `folder`; gives the environment variables under which its commands
+    find it.
 
     Raises:
         RuntimeError: it does not start; the message has its logs.
@@ -116,22 +121,42 @@ def cluster(folder: Path) -> Iterator[dict[str, str]]:
     key.write_bytes(os.urandom(128))
     key.chmod(0o400)
     conf = folder / "slurm.conf"
-    host = socket.gethostname().partition(".")[0]  # also a node's name, so that a rendezvous on that node is found
+    host = socket.gethostname().partition(".")[
+        0
+    ]  # also a node's name, so that a rendezvous on that node is found
     conf.write_text(CONF.format(host=host, folder=folder, ports=_free_ports(3)))
     env = {**os.environ, "SLURM_CONF": str(conf), "PATH": path}
     munged = [
-        "munged", "--foreground", "--force", f"--key-file={key}", f"--socket={folder}/munge.socket",
-        f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed",
-    ]  # fmt: skip
-    daemons = [munged, ["slurmctld", "-D", "-c"], ["slurmd", "-D", "-N", host], ["slurmd", "-D", "-N", f"{host}-2"]]
+        "munged",
+        "--foreground",
+        "--force",
+        f"--key-file={key}",
+        f"--socket={folder}/munge.socket",
+        f"--pid-file={folder}/munged.pid",
+        f"--log-file={folder}/munged.log",
+        f"--seed-file={folder}/munged.seed",
+    ]
+    daemons = [
+        munged,
+        ["slurmctld", "-D", "-c"],
+        ["slurmd", "-D", "-N", host],
+        ["slurmd", "-D", "-N", f"{host}-2"],
+    ]
     running: list[subprocess.Popen[bytes]] = []
     try:
         for command in daemons:
             with open(folder / f"{command[0]}.out", "ab") as out:
-                running.append(subprocess.Popen(
-                    command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
-                    preexec_fn=lambda: die_with_parent(signal.SIGTERM),
-                ))  # fmt: skip
+                running.append(
+                    subprocess.Popen(
+                        command,
+                        env=env,
+                        stdin=subprocess.DEVNULL,
+                        stdout=out,
+                        stderr=out,
+                        start_new_session=True,
+                        preexec_fn=lambda: die_with_parent(signal.SIGTERM),
+                    )
+                )
             if command is munged:
                 _wait(lambda: (folder / "munge.socket").exists(), 10, folder, running)
         idle = ["sinfo", "--noheader", "--states=idle", "--format=%D"]
@@ -166,7 +191,8 @@ def _wait(ready, seconds: float, folder: Path, running: list[subprocess.Popen[by
     while not ready():
         if time.monotonic() > limit or any(process.poll() is not None for process in running):
             logs = [
-                f"--- {p.name}\n{p.read_text(errors='replace')[-1500:]}" for p in sorted(folder.glob("*.[lo][ou][gt]"))
+                f"--- {p.name}\n{p.read_text(errors='replace')[-1500:]}"
+                for p in sorted(folder.glob("*.[lo][ou][gt]"))
             ]
             raise RuntimeError("Slurm does not start\n" + "\n".join(logs))
         time.sleep(0.1)

@@ -8,8 +8,10 @@ from archscale.batch import BatchSchedule
 
 schedules = st.builds(
     lambda stages, unit, ramp: BatchSchedule(stages * unit, ramp, stages),
-    st.integers(1, 8), st.integers(1, 50), st.integers(0, 5000),
-)  # fmt: skip
+    st.integers(1, 8),
+    st.integers(1, 50),
+    st.integers(0, 5000),
+)
 
 
 @given(schedules, st.integers(0, 300))
@@ -25,7 +27,8 @@ def test_steps_follow_each_other_and_never_shrink(batches, step):
 
 @given(schedules)
 def test_the_ramp_ends_where_it_should(batches):
-    """The whole batch comes once the ramp's sequences are seen, and no more than one step later than that."""
+    """The whole batch comes once the ramp's sequences are seen, and no more than one step later
+    than that."""
     whole = next(step for step in range(10**5) if batches.at(step)[1] == batches.size)
     first, _ = batches.at(whole)
     ramp = batches.ramp if batches.stages > 1 else 0
@@ -46,8 +49,17 @@ def test_by_hand():
     """12 sequences in 3 stages over 40: 4 a step until 20, 8 until 40, then 12."""
     batches = BatchSchedule(12, ramp=40, stages=3)
     assert [batches.at(step) for step in range(10)] == [
-        (0, 4), (4, 4), (8, 4), (12, 4), (16, 4), (20, 8), (28, 8), (36, 8), (44, 12), (56, 12),
-    ]  # fmt: skip
+        (0, 4),
+        (4, 4),
+        (8, 4),
+        (12, 4),
+        (16, 4),
+        (20, 8),
+        (28, 8),
+        (36, 8),
+        (44, 12),
+        (56, 12),
+    ]
     assert [batches.steps(n) for n in (0, 3, 20, 44, 49, 50, 56)] == [1, 1, 5, 8, 8, 9, 9]
 
 

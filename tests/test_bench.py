@@ -17,7 +17,9 @@ from tests.pool import launch
 def test_shapes_and_flops():
     assert parse_shapes(["28x512x256", "3x4"]) == [(28, 512, 256), (1, 3, 4)]
     assert nominal_flops([(2, 4, 8)]) == 2 * 5 * (4 * 16 * 8 + 2 * 64)
-    with pytest.raises(ConfigError, match=r"'5xa' is not a shape \(--shape\): write COUNTxROWSxCOLS"):
+    with pytest.raises(
+        ConfigError, match=r"'5xa' is not a shape \(--shape\): write COUNTxROWSxCOLS"
+    ):
         parse_shapes(["5xa"])
 
 
@@ -37,11 +39,21 @@ def test_optimizer_bench_measures_ours_peers_and_two_ranks():
     ]
     [measured] = json.loads(launch(command).stdout)
     labels = {row["label"] for row in measured["rows"]}
-    assert {"archscale muon", "archscale orscale_lm", "archscale muonh", "torch.optim.AdamW"} <= labels
+    assert {
+        "archscale muon",
+        "archscale orscale_lm",
+        "archscale muonh",
+        "torch.optim.AdamW",
+    } <= labels
     assert all(row["seconds"] >= row["fastest"] > 0 for row in measured["rows"])
     for row in measured["rows"]:
         ours = row["label"].startswith("archscale")
-        assert (row["fastest_ratio"] is not None) == (row["paired"] is not None) == (row["rest"] is not None) == ours
+        assert (
+            (row["fastest_ratio"] is not None)
+            == (row["paired"] is not None)
+            == (row["rest"] is not None)
+            == ours
+        )
     assert (measured["rows"][0]["fastest_ratio"], measured["rows"][0]["paired"]) == (1, [1, 1, 1])
     [distributed] = measured["distributed"]
     # Half of each matrix travels to its owner and back; what a rank keeps does not.
@@ -51,7 +63,9 @@ def test_optimizer_bench_measures_ours_peers_and_two_ranks():
 def test_paired_ratio_ignores_what_disturbs_a_whole_round():
     base = [1.0, 2.0, 3.0, 50.0, 60.0]
     assert paired_ratio([1.1 * t for t in base], base) == pytest.approx((1.1, 1.1, 1.1))
-    ratio, low, high = paired_ratio([1.2, 2.2, 3.0, 55.0, 66.0], base)  # the medians alone would say 1.0
+    ratio, low, high = paired_ratio(
+        [1.2, 2.2, 3.0, 55.0, 66.0], base
+    )  # the medians alone would say 1.0
     assert ratio == pytest.approx(1.1)
     assert (low, high) == pytest.approx((1.0, 1.2), abs=0.06)
     assert low < ratio < high
@@ -82,21 +96,33 @@ def test_slow_and_broken_peers_are_reported(monkeypatch):
 def test_step_without_q_orthogonalizes_nothing(monkeypatch):
     calls = []
     whole = engine.orthogonalize_
-    monkeypatch.setattr(engine, "orthogonalize_", lambda *args: calls.append(args[0].shape) or whole(*args))
+    monkeypatch.setattr(
+        engine, "orthogonalize_", lambda *args: calls.append(args[0].shape) or whole(*args)
+    )
     measured = bench_optimizer([(2, 4, 4)], dtypes=["float32"], rounds=2, peers=False)
     assert calls == [(2, 4, 4)] * 3 * (1 + 2)  # three rules; a warm-up and two rounds
     assert all(row.rest > 0 for row in measured["rows"])
 
 
 def test_train_bench_measures_experts_beside_the_dense_model():
-    command = ["bench", "train", "configs/small/hyperp_moe.yaml", "--rounds", "2", "--telemetry", "--json"]
+    command = [
+        "bench",
+        "train",
+        "configs/small/hyperp_moe.yaml",
+        "--rounds",
+        "2",
+        "--telemetry",
+        "--json",
+    ]
     sizes = [
         "model.vocab_size=64",
         "model.context=32",
         "training.micro_batch=2",
         "parameterization.base.batch_tokens=64",
     ]
-    measured = json.loads(launch(command + [part for size in sizes for part in ("--set", size)]).stdout)
+    measured = json.loads(
+        launch(command + [part for size in sizes for part in ("--set", size)]).stdout
+    )
     dense, experts = measured["rows"]
     assert (dense["label"], experts["label"]) == ("dense", "experts")
     assert dense["active"] == dense["parameters"] < experts["parameters"]
@@ -106,7 +132,9 @@ def test_train_bench_measures_experts_beside_the_dense_model():
     for row in (dense, experts):
         assert row["peak"] == pytest.approx(row["planned"], rel=0.1)
         assert row["tokens_per_second"] == pytest.approx(64 / row["seconds"])
-        assert row["batch"] == pytest.approx(49 * row["optimizer"] * row["tokens_per_second"], abs=1)
+        assert row["batch"] == pytest.approx(
+            49 * row["optimizer"] * row["tokens_per_second"], abs=1
+        )
     assert measured["telemetry"].keys() == {"dense", "experts"}
     assert measured["telemetry"]["dense"]["share"] == pytest.approx(
         (measured["telemetry"]["dense"]["ratio"][0] - 1) / 10

@@ -1,4 +1,5 @@
-"""Commands as a user types them: bad input ends in one line on stderr, status 2, and nothing half-written."""
+"""Commands as a user types them: bad input ends in one line on stderr, status 2, and nothing
+half-written."""
 
 import json
 import re
@@ -60,7 +61,10 @@ def test_a_typo(tmp_path, data):
 
 
 def test_a_value_that_is_not_available_yet(tmp_path, data):
-    refused(train(tmp_path, config(data), "--set", "checkpoint.async=true"), "asynchronous.*not available")
+    refused(
+        train(tmp_path, config(data), "--set", "checkpoint.async=true"),
+        "asynchronous.*not available",
+    )
 
 
 def damaged(data: str, tmp_path, change) -> str:
@@ -100,13 +104,18 @@ def test_a_damaged_shard(tmp_path, data, change, processes, pattern):
 
 
 def test_a_vocabulary_smaller_than_the_data(tmp_path, data):
-    refused(train(tmp_path, config(data, model={"vocab_size": 10})), r"vocab_size 10 .*300.*model\.vocab_size")
+    refused(
+        train(tmp_path, config(data, model={"vocab_size": 10})),
+        r"vocab_size 10 .*300.*model\.vocab_size",
+    )
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_world_size_that_does_not_divide_the_batch(tmp_path, data, processes):
     made = config(data, training={"batch_tokens": 16 * 21, "tokens": 16 * 210, "micro_batch": 4})
-    refused(train(tmp_path, made, processes=processes), r"training\.(batch_tokens|micro_batch).*set")
+    refused(
+        train(tmp_path, made, processes=processes), r"training\.(batch_tokens|micro_batch).*set"
+    )
     assert not (tmp_path / "r").exists()
 
 
@@ -132,12 +141,9 @@ def test_train_generate_and_again(tmp_path, data):
     }
     rows = {row["parameter"]: row for row in json.loads((run / "manifest.json").read_text())}
     assert rows["blocks.0.attention.qkv.weight"]["rule"] == "muonh"
-    assert [m.split()[0].split(".")[-1] for m in rows["blocks.0.attention.qkv.weight"]["matrices"]] == [
-        "q",
-        "k",
-        "v",
-        "gate",
-    ]
+    assert [
+        m.split()[0].split(".")[-1] for m in rows["blocks.0.attention.qkv.weight"]["matrices"]
+    ] == ["q", "k", "v", "gate"]
     assert rows["embedding.weight"]["rule"] == "adamw"
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert {
@@ -150,7 +156,8 @@ def test_train_generate_and_again(tmp_path, data):
         "val_bits_per_byte",
     } <= last.keys()
     out = launch(
-        ["generate", str(run), "--prompt", "ab", "--max-tokens", "5", "--temperature", "0"], cwd=tmp_path
+        ["generate", str(run), "--prompt", "ab", "--max-tokens", "5", "--temperature", "0"],
+        cwd=tmp_path,
     ).stdout
     assert out.startswith("ab")
     assert "already done" in train(tmp_path, config(data, steps=6), processes=2).stdout
@@ -177,7 +184,14 @@ def test_doctor_and_help_name_every_command():
     assert "torch" in launch(["doctor"]).stdout
     shown = launch(["--help"]).stdout
     assert all(command in shown for command in ("train", "generate", "data", "doctor"))
-    for command in (["train"], ["generate"], ["data", "prepare"], ["data", "inspect"], ["data", "verify"], ["doctor"]):
+    for command in (
+        ["train"],
+        ["generate"],
+        ["data", "prepare"],
+        ["data", "inspect"],
+        ["data", "verify"],
+        ["doctor"],
+    ):
         assert "Example" in launch([*command, "--help"]).stdout
 
 
@@ -189,11 +203,15 @@ def test_a_wrong_command_line_is_one_line_too():
 def test_a_rank_that_fails_before_the_group_exists_says_so(tmp_path):
     dump_config(config("nowhere"), tmp_path / "c.yaml")
     env = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}
-    refused(launch(["train", str(tmp_path / "c.yaml")], check=False, env=env, cwd=tmp_path), "nowhere")
+    refused(
+        launch(["train", str(tmp_path / "c.yaml")], check=False, env=env, cwd=tmp_path), "nowhere"
+    )
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    result = launch(["generate", str(tmp_path), "--prompt", "x"], check=False, env={"ARCHSCALE_DEBUG": "1"})
+    result = launch(
+        ["generate", str(tmp_path), "--prompt", "x"], check=False, env={"ARCHSCALE_DEBUG": "1"}
+    )
     assert "Traceback" in result.stderr
     assert sys.version_info >= (3, 11)
 
@@ -216,7 +234,9 @@ def test_every_key_is_in_the_table_of_configs():
     listed = set(re.findall(r"^\| `([a-z0-9_.]+)` \|", table, re.M))
     assert not set(keys(resolved)) - listed
     moe = {key for key in listed if key.startswith("model.moe.")}
-    assert {key for key in listed - moe - set(keys(resolved)) if not key.endswith(".yaml")} <= {"base"}
+    assert {key for key in listed - moe - set(keys(resolved)) if not key.endswith(".yaml")} <= {
+        "base"
+    }
 
 
 def test_the_examples_of_the_readme_run():

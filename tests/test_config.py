@@ -1,4 +1,5 @@
-"""The YAML schema: what loads, what is refused and in which words, and the numbers derived from it."""
+"""The YAML schema: what loads, what is refused and in which words, and the numbers derived from
+it."""
 
 import ast
 import inspect
@@ -57,7 +58,7 @@ def refusal(path: Path, *overrides: str) -> ConfigError:
     return caught.value
 
 
-# --- what loads ---------------------------------------------------------------------------------------------
+# --- what loads
 
 
 def test_defaults(tmp_path):
@@ -73,20 +74,31 @@ def test_defaults(tmp_path):
 
 def test_every_key_says_what_it_means():
     undocumented = []
-    source = inspect.getsource(sections_module) + inspect.getsource(model_module) + inspect.getsource(config_module)
+    source = (
+        inspect.getsource(sections_module)
+        + inspect.getsource(model_module)
+        + inspect.getsource(config_module)
+    )
     assert source.count("(Section):") > 14
     for section in ast.parse(source).body:
-        if not (isinstance(section, ast.ClassDef) and any(ast.unparse(b) == "Section" for b in section.bases)):
+        if not (
+            isinstance(section, ast.ClassDef)
+            and any(ast.unparse(b) == "Section" for b in section.bases)
+        ):
             continue
         for statement, following in zip(section.body, [*section.body[1:], None]):
-            documented = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            documented = isinstance(following, ast.Expr) and isinstance(
+                following.value, ast.Constant
+            )
             if isinstance(statement, ast.AnnAssign) and not documented:
                 undocumented.append(f"{section.name}.{ast.unparse(statement.target)}")
     assert not undocumented
 
 
 def test_a_clip_without_a_ratio_is_refused(small):
-    with pytest.raises(ConfigError, match=r"moonlight has no trust ratio to clip \(optimizer.matrix.clip"):
+    with pytest.raises(
+        ConfigError, match=r"moonlight has no trust ratio to clip \(optimizer.matrix.clip"
+    ):
         load_config(small, ["optimizer.matrix.rule=moonlight", "optimizer.matrix.clip=[0.1, 1]"])
 
 
@@ -95,10 +107,14 @@ def test_rules_are_those_of_the_optimizer():
 
     assert set(MATRIX_RULES) == set(RULES)
     assert set(SPHERE_RULES) == {name for name, rule in RULES.items() if rule.sphere}
-    assert set(sections_module.PLAIN_RULES) == {name for name, rule in RULES.items() if rule.ratio is None}
+    assert set(sections_module.PLAIN_RULES) == {
+        name for name, rule in RULES.items() if rule.ratio is None
+    }
 
 
-@pytest.mark.parametrize("text", ["2000000", "2_000_000", "2e6", "2.0e6", "2.0e+6", "'2000000'", "2000000.0"])
+@pytest.mark.parametrize(
+    "text", ["2000000", "2_000_000", "2e6", "2.0e6", "2.0e+6", "'2000000'", "2000000.0"]
+)
 def test_numbers_as_people_write_them(small, text):
     tokens = load_config(small, [f"training.tokens={text}"]).training.tokens
     assert tokens == 2_000_000
@@ -136,7 +152,7 @@ def test_import_does_not_load_torch():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-# --- inheritance --------------------------------------------------------------------------------------------
+# --- inheritance
 
 
 def test_base_chain_is_relative_to_the_file_that_names_it(tmp_path):
@@ -144,7 +160,12 @@ def test_base_chain_is_relative_to_the_file_that_names_it(tmp_path):
     write(tmp_path, "root.yaml", SMALL)
     write(tmp_path / "sub", "middle.yaml", "base: ../root.yaml\nmodel: {depth: 4}\nseed: 1")
     config = load_config(write(tmp_path, "leaf.yaml", "base: sub/middle.yaml\nname: leaf\nseed: 2"))
-    assert (config.name, config.seed, config.model.depth, config.model.head_dim) == ("leaf", 2, 4, 16)
+    assert (config.name, config.seed, config.model.depth, config.model.head_dim) == (
+        "leaf",
+        2,
+        4,
+        16,
+    )
 
 
 def test_lists_and_null_replace(tmp_path):
@@ -177,7 +198,7 @@ def test_error_names_the_file_that_has_the_key(tmp_path):
     assert error.remedy == "did you mean head_dim?"
 
 
-# --- files that cannot be read ------------------------------------------------------------------------------
+# --- files that cannot be read
 
 
 @pytest.mark.parametrize(
@@ -207,12 +228,14 @@ def test_missing_file_folder_and_binary(tmp_path):
     assert "cannot read" in refusal(tmp_path / "b.yaml").what
 
 
-@pytest.mark.parametrize("override", ["seed", "=1", "a..b=1", ".=1", "seed=[1", "base=x.yaml", "seed={a: 1, a: 2}"])
+@pytest.mark.parametrize(
+    "override", ["seed", "=1", "a..b=1", ".=1", "seed=[1", "base=x.yaml", "seed={a: 1, a: 2}"]
+)
 def test_bad_overrides(small, override):
     assert "override" in refusal(small, override).where
 
 
-# --- keys and types -----------------------------------------------------------------------------------------
+# --- keys and types
 
 
 @pytest.mark.parametrize(
@@ -249,17 +272,29 @@ def test_unknown_key(small, override, remedy):
         ("training.tokens=2.1M", 'got "2.1M", expected a whole number of at least 1 or auto'),
         ("training.tokens=-5", "got -5, expected a whole number of at least 1 or auto"),
         ("model.mlp_ratio=1e300", 'got "1e300", expected a number above 0'),
-        ("seed=9223372036854775808", "got 9223372036854775808, expected a whole number of at least 0"),
-        ("training.batch_tokens=.inf", "got Infinity, expected a whole number of at least 1 or auto"),
+        (
+            "seed=9223372036854775808",
+            "got 9223372036854775808, expected a whole number of at least 0",
+        ),
+        (
+            "training.batch_tokens=.inf",
+            "got Infinity, expected a whole number of at least 1 or auto",
+        ),
         ("parallel.shard=many", 'got "many", expected a whole number of at least 1 or auto'),
         ("parallel.replicate=0", "got 0, expected a whole number of at least 1"),
         ("parameterization.base.lr=0", "got 0, expected a number above 0"),
         ("parameterization.base.lr=.nan", "got NaN, expected a number above 0"),
         ("optimizer.weight_decay=-1", "got -1, expected a number of at least 0"),
         ("optimizer.matrix.momentum=1", "got 1, expected a number in [0, 1)"),
-        ("optimizer.element.betas=[0.9, 1.0]", "got [0.9, 1.0], expected a list of two numbers in [0, 1)"),
+        (
+            "optimizer.element.betas=[0.9, 1.0]",
+            "got [0.9, 1.0], expected a list of two numbers in [0, 1)",
+        ),
         ("optimizer.element.betas=[0.9]", "got [0.9], expected a list of two numbers in [0, 1)"),
-        ("optimizer.matrix.clip=[-1, 1]", "got [-1, 1], expected a list of two numbers of at least 0"),
+        (
+            "optimizer.matrix.clip=[-1, 1]",
+            "got [-1, 1], expected a list of two numbers of at least 0",
+        ),
         ("schedule.final_ratio=1.1", "got 1.1, expected a number in [0, 1]"),
         ("training.compile=1", "got 1, expected true or false"),
         ("training.compile='yes'", 'got "yes", expected true or false'),
@@ -314,12 +349,9 @@ def test_name_must_be_able_to_name_a_directory(small, name):
     assert refusal(small, f"name={name}").where.startswith("name in ")
 
 
-# --- what does not exist yet --------------------------------------------------------------------------------
+# --- what does not exist yet
 
-NOT_YET_VALUES = {
-    "checkpoint.async": "true",
-    "data.mixture": "[{path: a, weight: 1}]",
-}
+NOT_YET_VALUES = {"checkpoint.async": "true", "data.mixture": "[{path: a, weight: 1}]"}
 
 
 @pytest.mark.parametrize("row", NOT_YET, ids=lambda row: row.key)
@@ -335,7 +367,7 @@ def test_override_through_a_null_section_creates_it(small):
     assert load_config(small, ["model.moe=null", "model.moe.top_k=4"]).model.moe.top_k == 4
 
 
-# --- combinations -------------------------------------------------------------------------------------------
+# --- combinations
 
 
 @pytest.mark.parametrize(
@@ -344,12 +376,20 @@ def test_override_through_a_null_section_creates_it(small):
         (["model.aspect=40"], "model.width", "width 64 is not aspect 40 × depth 2"),
         (["model.aspect=null", "model.width=null"], "model.width", "both null"),
         (["model.head_dim=15", "model.heads=4"], "model.head_dim", "head_dim 15 is odd"),
-        (["model.head_dim=24"], "model.head_dim", "set model.head_dim: 16 or 32, or model.width: 48 or 72"),
+        (
+            ["model.head_dim=24"],
+            "model.head_dim",
+            "set model.head_dim: 16 or 32, or model.width: 48 or 72",
+        ),
         (["model.kv_heads=3"], "model.kv_heads", "does not divide heads 4.*set it to 2 or 4"),
         (["model.kv_heads=8"], "model.kv_heads", "does not divide heads 4.*set it to 4$"),
         (["model.mlp_ratio=2.67"], "model.mlp_ratio", "set it to 2.671875"),
         (["model.moe.top_k=1"], "model.moe.top_k", "leaves no routed one"),
-        (["model.moe={top_k: 2, balance_weight: 0}"], "model.moe.balance_weight", "above 0, or top_k to at least 3$"),
+        (
+            ["model.moe={top_k: 2, balance_weight: 0}"],
+            "model.moe.balance_weight",
+            "above 0, or top_k to at least 3$",
+        ),
         (["model.moe.top_k=7"], "model.moe.top_k", "does not divide 256 .*set it to 4 or 8"),
         (["optimizer.matrix.clip=[2, 1]"], "optimizer.matrix.clip", "is above the upper bound"),
         (
@@ -362,7 +402,11 @@ def test_override_through_a_null_section_creates_it(small):
             "training.batch_tokens",
             "multiple of model.context 128.*set it to 128$",
         ),
-        (["schedule.warmup_tokens=2e6"], "schedule.warmup_tokens", "exceeds the 1000000 tokens of training"),
+        (
+            ["schedule.warmup_tokens=2e6"],
+            "schedule.warmup_tokens",
+            "exceeds the 1000000 tokens of training",
+        ),
         (
             ["schedule.kind=wsd", "schedule.warmup_tokens=9e5"],
             "schedule.warmup_tokens",
@@ -394,7 +438,7 @@ def test_width_decides_the_aspect_unless_both_are_written():
     assert ModelConfig(depth=4, aspect=64, head_dim=64).width == 256
 
 
-# --- derived numbers ----------------------------------------------------------------------------------------
+# --- derived numbers
 
 
 def small_config(**training) -> Config:
@@ -402,7 +446,13 @@ def small_config(**training) -> Config:
     parallel = training.pop("parallel", {})
     training = {"tokens": 10**6, "batch_tokens": 8192} | training
     return Config.from_dict(
-        {"name": "a", "data": {"train": "d"}, "model": model, "training": training, "parallel": parallel}
+        {
+            "name": "a",
+            "data": {"train": "d"},
+            "model": model,
+            "training": training,
+            "parallel": parallel,
+        }
     )
 
 
@@ -443,9 +493,13 @@ def test_shard_size():
     assert small_config().shard_size(8) == 8
     assert small_config(parallel={"replicate": 2}).shard_size(8) == 4
     assert small_config(parallel={"replicate": 8, "shard": 1}).shard_size(8) == 1
-    with pytest.raises(ConfigError, match=r"replicate 3 does not divide the 8 ranks .*: set it to 2 or 4"):
+    with pytest.raises(
+        ConfigError, match=r"replicate 3 does not divide the 8 ranks .*: set it to 2 or 4"
+    ):
         small_config(parallel={"replicate": 3}).shard_size(8)
-    with pytest.raises(ConfigError, match=r"replicate 2 × shard 3 is 6, not the 8 ranks .*: start 6 ranks"):
+    with pytest.raises(
+        ConfigError, match=r"replicate 2 × shard 3 is 6, not the 8 ranks .*: start 6 ranks"
+    ):
         small_config(parallel={"replicate": 2, "shard": 3}).shard_size(8)
 
 
@@ -465,7 +519,7 @@ def test_auto_dtypes_follow_the_precision():
     assert (full.compute_dtype, full.wire_dtype) == ("float32", "float32")
 
 
-# --- round trip ---------------------------------------------------------------------------------------------
+# --- round trip
 
 printable = {"codec": "utf-8", "exclude_categories": ("C", "Z"), "include_characters": " "}
 text = st.text(st.characters(**printable), min_size=1, max_size=20)
@@ -499,7 +553,11 @@ def configs(draw) -> dict:
         "seed": draw(st.integers(0, 2**63 - 1)),
         "model": model,
         "parameterization": {"base": {"lr": draw(positive)}},
-        "optimizer": {"matrix": matrix, "element": element, "grad_clip": draw(st.none() | positive)},
+        "optimizer": {
+            "matrix": matrix,
+            "element": element,
+            "grad_clip": draw(st.none() | positive),
+        },
         "schedule": {"final_ratio": draw(below_one), "decay_ratio": draw(st.floats(1e-12, 1))},
         "data": {"train": draw(text), "val": draw(st.none() | text)},
         "training": {"tokens": tokens, "batch_tokens": context * draw(st.integers(1, 1000))},
@@ -507,7 +565,9 @@ def configs(draw) -> dict:
     }
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60, deadline=None
+)
 @given(data=configs())
 def test_dump_loads_as_an_equal_config(tmp_path, data):
     config = Config.from_dict(data)
@@ -515,18 +575,20 @@ def test_dump_loads_as_an_equal_config(tmp_path, data):
     dump_config(config, path)
     loaded = load_config(path)
     assert loaded == config
-    assert loaded.resolved() == config.resolved() == yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert (
+        loaded.resolved() == config.resolved() == yaml.safe_load(path.read_text(encoding="utf-8"))
+    )
     assert os.listdir(tmp_path) == ["dump.yaml"]
 
 
 def test_resolved_is_complete(small):
     resolved = load_config(small).resolved()
     assert "base" not in resolved
-    assert (resolved["model"]["width"], resolved["model"]["heads"], resolved["model"]["kv_heads"]) == (
-        64,
-        4,
-        4,
-    )
+    assert (
+        resolved["model"]["width"],
+        resolved["model"]["heads"],
+        resolved["model"]["kv_heads"],
+    ) == (64, 4, 4)
     assert resolved["checkpoint"] == {"every": 1000, "keep": 3, "async": False}
 
 
@@ -552,11 +614,20 @@ def test_failed_dump_leaves_the_old_file(small, tmp_path, monkeypatch):
         ("hidden_size", "model.width"),
         ("model.d_model", "model.width"),
         ("model.n_heads", "model.heads"),
-        ("epochs", r"training.tokens (epochs × tokens of the data set, which `archscale data inspect` prints)"),
+        (
+            "epochs",
+            (
+                r"training.tokens (epochs × tokens of the data set, which `archscale data inspect`"
+                r" prints)"
+            ),
+        ),
         ("steps", "training.tokens (steps × training.batch_tokens)"),
         ("training.max_steps", "training.tokens (steps × training.batch_tokens)"),
         ("training.batch_size", "training.batch_tokens (sequences × model.context)"),
-        ("optimizer.name", "optimizer.matrix.rule (of matrices; optimizer.element.kind is the rule of all else)"),
+        (
+            "optimizer.name",
+            "optimizer.matrix.rule (of matrices; optimizer.element.kind is the rule of all else)",
+        ),
         ("optimizer.learning-rate", "parameterization.base.lr"),
         ("training.lr", "parameterization.base.lr"),
         ("optimizer.matrix.weight_decay", "optimizer.weight_decay"),

@@ -14,7 +14,16 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "archscale"
 
 LAYERS = [
-    {"errors", "batch", "config", "config_io", "config_model", "config_sections", "config_synonyms", "distributed"},
+    {
+        "errors",
+        "batch",
+        "config",
+        "config_io",
+        "config_model",
+        "config_sections",
+        "config_synonyms",
+        "distributed",
+    },
     {"model", "optim", "data", "parallel", "telemetry"},
     {"scaling", "export"},
     {"train", "report", "bench", "study"},
@@ -47,7 +56,8 @@ def within(name: str, prefix: str) -> bool:
 
 
 def imports(module: str, is_package: bool, tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """(line, dotted name) of everything imported anywhere in the module, also lazily, by type or by string.
+    """(line, dotted name) of everything imported anywhere in the module, also lazily, by type or by
+    string.
 
     `from a import b` counts as `a.b`, since b may be a module.
     """
@@ -62,7 +72,11 @@ def imports(module: str, is_package: bool, tree: ast.Module) -> Iterator[tuple[i
                 source = ".".join([*parents, *filter(None, [source])])
             yield from ((node.lineno, f"{source}.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
-            function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            function = (
+                node.func.attr
+                if isinstance(node.func, ast.Attribute)
+                else getattr(node.func, "id", "")
+            )
             if function in {"import_module", "__import__"}:
                 yield node.lineno, str(node.args[0].value)
 
@@ -72,7 +86,9 @@ def distributed_attributes(tree: ast.Module) -> Iterator[int]:
     names = {"torch"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            names |= {alias.asname for alias in node.names if alias.name == "torch" and alias.asname}
+            names |= {
+                alias.asname for alias in node.names if alias.name == "torch" and alias.asname
+            }
     for node in ast.walk(tree):
         match node:
             case ast.Attribute(value=ast.Name(id=name), attr="distributed") if name in names:
@@ -139,7 +155,10 @@ def test_imports_run_one_way():
         ("archscale.model.moe", "from ..parallel.mesh import build_mesh"),
         ("archscale.model.moe", "if TYPE_CHECKING:\n    from archscale.data import shards"),
         ("archscale.data.loader", "from .. import telemetry"),
-        ("archscale.data.loader", "import importlib\nimportlib.import_module('archscale.train.step')"),
+        (
+            "archscale.data.loader",
+            "import importlib\nimportlib.import_module('archscale.train.step')",
+        ),
         ("archscale.optim.roles", "from archscale.config import Config"),
         ("archscale.scaling.plan", "from archscale.model import Transformer"),
         ("archscale.scaling.plan", "import archscale.model.transformer"),
@@ -166,15 +185,27 @@ def test_a_violation_is_caught(module, source):
 @pytest.mark.parametrize(
     ("module", "source", "is_package"),
     [
-        ("archscale.train.step", "import archscale\nfrom archscale.model import Transformer", False),
-        ("archscale.train.step", "import torch.distributed as dist\nfrom archscale.report import run", False),
+        (
+            "archscale.train.step",
+            "import archscale\nfrom archscale.model import Transformer",
+            False,
+        ),
+        (
+            "archscale.train.step",
+            "import torch.distributed as dist\nfrom archscale.report import run",
+            False,
+        ),
         (
             "archscale.optim.engine",
             "from torch import distributed\nfrom archscale.distributed import rank",
             False,
         ),
         ("archscale.optim", "from .engine import MatrixOptimizer\nfrom . import rules", True),
-        ("archscale.model.moe", "from .loss import z_loss\nfrom ..config import ModelConfig", False),
+        (
+            "archscale.model.moe",
+            "from .loss import z_loss\nfrom ..config import ModelConfig",
+            False,
+        ),
         ("archscale.scaling.plan", "from archscale.model.counting import flops", False),
         ("archscale.scaling.plan", "from archscale.model import counting", False),
         ("archscale.export.huggingface", "from archscale.model import Transformer", False),
@@ -192,6 +223,11 @@ def test_what_is_allowed(module, source, is_package):
 
 @pytest.mark.skipif(not (PACKAGE / "cli.py").exists(), reason="no archscale/cli.py yet")
 def test_the_command_line_starts_without_torch():
-    code = "import sys, archscale.cli; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    code = (
+        "import sys, archscale.cli; print(sorted({'torch', 'numpy', 'transformers'} &"
+        " set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr

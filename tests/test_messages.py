@@ -1,4 +1,5 @@
-"""What commands say: the true cause, a remedy that helps and harms nothing. In one process, because each start takes seconds."""
+"""What commands say: the true cause, a remedy that helps and harms nothing. In one process, because
+each start takes seconds."""
 
 import errno
 import json
@@ -58,7 +59,8 @@ def plan_file(tmp_path, data):
     return path
 
 
-# ----------------------------------------------------------------------------------------------- a user's own folder
+# --- a
+# user's own folder
 
 
 @pytest.mark.parametrize(
@@ -71,7 +73,9 @@ def plan_file(tmp_path, data):
     ],
     ids=lambda command: " ".join(map(str, command[:2])),
 )
-@pytest.mark.parametrize("manifest", [None, "[]", "{", '{"format_version": 99}', '{"format_version": 1}'])
+@pytest.mark.parametrize(
+    "manifest", [None, "[]", "{", '{"format_version": 99}', '{"format_version": 1}']
+)
 def test_a_folder_of_the_user_is_not_to_be_removed(run, tmp_path, monkeypatch, command, manifest):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "thesis"
@@ -86,7 +90,8 @@ def test_a_folder_of_the_user_is_not_to_be_removed(run, tmp_path, monkeypatch, c
     if manifest is None:
         assert f"not a prepared data set: it has no {MANIFEST} ({folder})" in said
         assert (
-            "give the directory of a prepared data set" in said or "into another directory with --set output=" in said
+            "give the directory of a prepared data set" in said
+            or "into another directory with --set output=" in said
         )
     assert (folder / "thesis.tex").read_text() == "years of work"
 
@@ -94,14 +99,15 @@ def test_a_folder_of_the_user_is_not_to_be_removed(run, tmp_path, monkeypatch, c
 def test_no_message_advises_to_remove_what_a_user_made():
     """Remedies that speak of removing speak of keys, axes and lines in a file."""
     advice = re.compile(
-        r"(?i)\"[^\"\n]*\b(remove|delete)\b[^\"\n]*(directory|folder|data ?set|checkpoint|\brun\b)[^\"\n]*\""
+        r"(?i)\"[^\"\n]*\b(remove|delete)\b[^\"\n]*(directory|folder|data"
+        r" ?set|checkpoint|\brun\b)[^\"\n]*\""
     )
     for path in (ROOT / "archscale").rglob("*.py"):
         for line in path.read_text().splitlines():
             assert '"""' in line or not advice.search(line), f"{path}: {line}"
 
 
-# ------------------------------------------------------------------------------------------------ failed reads and writes
+# --- failed reads and writes
 
 
 @pytest.mark.parametrize(
@@ -112,15 +118,24 @@ def test_no_message_advises_to_remove_what_a_user_made():
         (errno.EACCES, "Permission denied", "get permission for it"),
         (errno.EPERM, "Operation not permitted", "get permission for it"),
         (errno.EROFS, "Read-only file system", "train in another directory"),
-        (errno.ENOENT, "No such file or directory: another process deleted it", "let only one process work there"),
-        (errno.ENOTDIR, "Not a directory: something else stands there", "train in another directory"),
+        (
+            errno.ENOENT,
+            "No such file or directory: another process deleted it",
+            "let only one process work there",
+        ),
+        (
+            errno.ENOTDIR,
+            "Not a directory: something else stands there",
+            "train in another directory",
+        ),
         (errno.EFBIG, "File too large", "raise the limit of `ulimit -f`"),
         (errno.EIO, "Input/output error", "check the device"),
     ],
 )
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, number, cause, remedy, wrapped):
-    """Also where torch's serializer hides the cause: `RuntimeError: unexpected pos` is raised over it."""
+    """Also where torch's serializer hides the cause: `RuntimeError: unexpected pos` is raised over
+    it."""
 
     def fail(*_, **__):
         try:
@@ -129,7 +144,9 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, number, caus
             if not wrapped:
                 raise
             try:
-                raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598")
+                raise RuntimeError(
+                    "[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"
+                )
             except RuntimeError as hidden:  # its context is the error of the system
                 raise CheckpointException("", {0: (hidden, None)}) from None
 
@@ -152,20 +169,25 @@ def test_an_unknown_cause_is_not_given_another(tmp_path, monkeypatch):
 
     monkeypatch.setattr(dcp, "save", fail)
     with pytest.raises(
-        CheckpointError, match=r"RuntimeError: unexpected pos .*check that the directory can be written"
+        CheckpointError,
+        match=r"RuntimeError: unexpected pos .*check that the directory can be written",
     ):
         checkpoint.save_checkpoint(tmp_path / "checkpoints", {}, NoOptimizer(), {"step": 1}, 3)
 
 
 def test_a_real_limit_of_the_system_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match=r"Not a directory: something else stands there .*--run-dir"):
+    with pytest.raises(
+        CheckpointError, match=r"Not a directory: something else stands there .*--run-dir"
+    ):
         checkpoint.save_checkpoint(tmp_path / "file", {}, NoOptimizer(), {"step": 1}, 3)
 
 
 def test_every_error_of_the_system_has_a_cause_and_a_remedy():
     for number in errno.errorcode:
-        cause, remedy = explain_os_error(OSError(number, os.strerror(number)), "give another with --out")
+        cause, remedy = explain_os_error(
+            OSError(number, os.strerror(number)), "give another with --out"
+        )
         assert cause.startswith(os.strerror(number))
         assert remedy
     assert explain_os_error(OSError("no number"), "give another") == ("no number", "give another")
@@ -177,7 +199,18 @@ def test_a_failure_that_nothing_foresees_is_one_line(run, tmp_path, monkeypatch)
 
     monkeypatch.setattr("archscale.scaling.fit_text.render", fail)
     (tmp_path / "t.csv").write_text("x,y\n1,1\n2,2.1\n4,3.9\n8,8.2\n16,15\n")
-    command = ["fit", tmp_path / "t.csv", "--form", "power", "--x", "x", "--y", "y", "--replicates", "99"]
+    command = [
+        "fit",
+        tmp_path / "t.csv",
+        "--form",
+        "power",
+        "--x",
+        "x",
+        "--y",
+        "y",
+        "--replicates",
+        "99",
+    ]
     status, _, said = run(*command)
     assert (status, len(said.splitlines())) == (2, 1)
     assert "No space left on device (no file named): free space" in said
@@ -186,7 +219,7 @@ def test_a_failure_that_nothing_foresees_is_one_line(run, tmp_path, monkeypatch)
         run(*command)
 
 
-# --------------------------------------------------------------------------------------------------------------- plan
+# --- plan
 
 
 def test_tokens_a_parameter_follow_from_the_count_that_is_named(run, plan_file):
@@ -194,9 +227,15 @@ def test_tokens_a_parameter_follow_from_the_count_that_is_named(run, plan_file):
     assert status == 0
     figures = json.loads(run("plan", plan_file, "--json")[1])
     tokens, parameters = figures["training"]["tokens"], figures["model"]["parameters"]["total"]
-    own, published = f"{tokens / parameters:.2g}", f"{tokens / figures['model']['published_parameters']:.2g}"
+    own, published = (
+        f"{tokens / parameters:.2g}",
+        f"{tokens / figures['model']['published_parameters']:.2g}",
+    )
     (line,) = re.findall(r"^  tokens +(.*)$", printed, re.M)
-    numbers = [float(number) for number in re.findall(r"(?<![\d,.])\d*\.?\d+(?= (?:for each|by the))", line)]
+    numbers = [
+        float(number)
+        for number in re.findall(r"(?<![\d,.])\d*\.?\d+(?= (?:for each|by the))", line)
+    ]
     assert numbers == pytest.approx([float(own), float(published)], rel=0.05)
     assert f"for each of the {parameters:,} parameters" in line
 
@@ -205,9 +244,14 @@ def test_only_what_standard_reads_of_the_base_is_printed(run, plan_file):
     _, printed, _ = run("plan", plan_file, "--set", "parameterization.kind=standard")
     (line,) = re.findall(r"^  base +(.*)$", printed, re.M)
     assert re.fullmatch(r"lr [\d.]+", line)
-    base = "parameterization={kind: hyperp, base: {depth: 2, width: 32, lr: 0.01, tokens: 1e6, batch_tokens: 384}}"
+    base = (
+        "parameterization={kind: hyperp, base: {depth: 2, width: 32, lr: 0.01, tokens: 1e6,"
+        " batch_tokens: 384}}"
+    )
     assert "base" in run("plan", plan_file, "--set", base)[1]
-    assert re.search(r"^  base +lr 0.01 at depth 2, width 32", run("plan", plan_file, "--set", base)[1], re.M)
+    assert re.search(
+        r"^  base +lr 0.01 at depth 2, width 32", run("plan", plan_file, "--set", base)[1], re.M
+    )
 
 
 def test_accumulation_is_whole_or_refused(run, plan_file):
@@ -230,7 +274,14 @@ def test_passes_over_the_data_and_a_remedy_that_helps(run, plan_file, data):
     assert f"the run passes 450 times over its {tokens:,} tokens of data" in printed
     (fewer,) = re.findall(r"set training.tokens to at most (\d+)", printed)
     assert "repeated text" not in run("plan", plan_file, "--set", f"training.tokens={fewer}")[1]
-    vocabulary = ("--set", "model.vocab_size=300", "--set", "data.train=nowhere", "--set", "data.val=null")
+    vocabulary = (
+        "--set",
+        "model.vocab_size=300",
+        "--set",
+        "data.train=nowhere",
+        "--set",
+        "data.val=null",
+    )
     _, printed, _ = run("plan", plan_file, *vocabulary, "--set", f"training.tokens={tokens * 450}")
     assert "tokens and passes not known" in printed
 
@@ -239,18 +290,22 @@ def test_an_unknown_device_takes_its_figures(run, plan_file):
     device = ("--device", "RTX 9999")
     unknown = json.loads(run("plan", plan_file, "--json", *device)[1])["devices"][0]
     assert (unknown["peak_flops"], unknown["memory"], unknown["seconds"]) == (None, None, None)
-    (given,) = json.loads(run("plan", plan_file, "--json", *device, "--peak", 100, "--memory", 24)[1])["devices"]
+    (given,) = json.loads(
+        run("plan", plan_file, "--json", *device, "--peak", 100, "--memory", 24)[1]
+    )["devices"]
     assert (given["peak_flops"], given["memory"], given["fits"]) == (100e12, 24 * 2**30, True)
     assert given["seconds"] > 0
     assert given["source"] == "peak and memory as given"
-    known = json.loads(run("plan", plan_file, "--json", "--device", "h100", "--memory", 94)[1])["devices"][0]
+    known = json.loads(run("plan", plan_file, "--json", "--device", "h100", "--memory", 94)[1])[
+        "devices"
+    ][0]
     assert (known["peak_flops"], known["memory"]) == (989.4e12, 94 * 2**30)
     status, _, said = run("plan", plan_file, "--peak", 100)
     assert status == 2
     assert "--device" in said
 
 
-# ----------------------------------------------------------------------------------------------------- the command itself
+# --- the command itself
 
 
 @pytest.mark.parametrize("group", [[], ["data"], ["bench"]])
@@ -266,13 +321,17 @@ def test_the_version(run):
 
 
 def test_an_unknown_key_leads_to_ours(run, plan_file):
-    for key, meant in (("n_layers", "model.depth"), ("epochs", "training.tokens"), ("optimizer.name", "matrix.rule")):
+    for key, meant in (
+        ("n_layers", "model.depth"),
+        ("epochs", "training.tokens"),
+        ("optimizer.name", "matrix.rule"),
+    ):
         status, _, said = run("plan", plan_file, "--set", f"{key}=4")
         assert status == 2
         assert re.search(f"unknown key .*did you mean .*{re.escape(meant)}", said)
 
 
-# --------------------------------------------------------------------------------------------------------------- data
+# --- data
 
 
 def test_data_commands_print_tables_or_json(run, data, tmp_path, monkeypatch):
@@ -287,11 +346,16 @@ def test_data_commands_print_tables_or_json(run, data, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts").mkdir()
     for number in range(40):
-        (tmp_path / "texts" / f"{number}.txt").write_text(f"text {number} of some words that repeat themselves " * 20)
+        (tmp_path / "texts" / f"{number}.txt").write_text(
+            f"text {number} of some words that repeat themselves " * 20
+        )
     recipe = {
-        "name": "r", "sources": [{"kind": "text", "path": "texts/*.txt"}], "validation": 0.2, "output": "made",
+        "name": "r",
+        "sources": [{"kind": "text", "path": "texts/*.txt"}],
+        "validation": 0.2,
+        "output": "made",
         "tokenizer": {"train": {"vocab_size": 300}},
-    }  # fmt: skip
+    }
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
     status, printed, said = run("data", "prepare", "r.yaml", "--json")
     assert status == 0

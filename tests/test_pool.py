@@ -1,4 +1,5 @@
-"""The test harness on itself: results, hangs, errors, deaths, time limits, and nothing left behind."""
+"""The test harness on itself: results, hangs, errors, deaths, time limits, and nothing left
+behind."""
 
 from __future__ import annotations
 
@@ -41,7 +42,12 @@ def rank_sum(tensor, scale=1):
 def surroundings():
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "OMP_NUM_THREADS")
     os.environ["LEFT_BEHIND"] = "1"
-    return os.getpid(), {name: os.environ[name] for name in names}, torch.get_num_threads(), torch.rand(1)
+    return (
+        os.getpid(),
+        {name: os.environ[name] for name in names},
+        torch.get_num_threads(),
+        torch.rand(1),
+    )
 
 
 def left_behind():
@@ -113,7 +119,12 @@ def test_workers_stay_and_look_like_torchrun(pool):
     first, second = pool(3).run(surroundings), pool(3).run(surroundings)
     assert [r[0] for r in first] == [r[0] for r in second] == pool(3).pids
     for rank, (_, env, threads, _) in enumerate(first):
-        assert env == {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "3", "OMP_NUM_THREADS": "1"}
+        assert env == {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "3",
+            "OMP_NUM_THREADS": "1",
+        }
         assert threads == 1
     for leaked, random in pool(3).run(left_behind):
         assert not leaked
@@ -243,7 +254,9 @@ def test_launch_timeout_kills_the_tree_and_shows_stacks(program):
 def test_ranks_of_a_launch_can_be_found_and_killed(program):
     running = start(["hang"], processes=2, **program)
     assert eventually(lambda: running.output[0].count("rank") == 2, 60)
-    assert eventually(lambda: len(running.tree()) == 5)  # torchrun, two ranks, two sleeping children
+    assert eventually(
+        lambda: len(running.tree()) == 5
+    )  # torchrun, two ranks, two sleeping children
     tree = running.tree()
     assert sorted({rank for rank in tree.values() if rank is not None}) == [0, 1]
     running.kill()
@@ -261,7 +274,9 @@ def test_the_limit_of_a_test(tmp_path):
     options = ["-q", "-p", "no:cacheprovider", f"--rootdir={tmp_path}"]
     command = [sys.executable, "-m", "pytest", *options, str(tmp_path)]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
     assert "1 failed, 1 passed" in done.stdout
     assert "over its limit of 0.5 s" in done.stdout
     assert "in test_sleeps" in done.stderr

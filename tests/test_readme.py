@@ -1,8 +1,8 @@
 """Every command block and every Python and YAML block of the pages is run as a reader would.
 
 Each page gets a copy of the tracked files in which nothing is prepared, so a page that names no
-command for what it needs fails. Blocks run in order. Three tables hold the exceptions; an entry that
-matches nothing fails, so none outlives its example.
+command for what it needs fails. Blocks run in order. Three tables hold the exceptions; an entry
+that matches nothing fails, so none outlives its example.
 """
 
 from __future__ import annotations
@@ -45,19 +45,28 @@ SLOW_PAGES = ["README.md", "CONTRIBUTING.md", "configs/studies/README.md", "laun
 
 # Pattern of a command → arguments that make it small enough for a test.
 SHORTER = {
-    r"data prepare data_prep/python_stdlib\.yaml": "--set sources.0.include_tests=false "
-    "--set sources.0.weight=0.1 --set tokenizer.train.vocab_size=512",
-    r"data prepare data_prep/python_stdlib_512\.yaml": "--set sources.0.include_tests=false --set sources.0.weight=0.1",
+    r"data prepare data_prep/python_stdlib\.yaml": (
+        "--set sources.0.include_tests=false "
+        "--set sources.0.weight=0.1 --set tokenizer.train.vocab_size=512"
+    ),
+    r"data prepare data_prep/python_stdlib_512\.yaml": (
+        "--set sources.0.include_tests=false --set sources.0.weight=0.1"
+    ),
     r"(train|launch/torchrun\.sh) configs/quickstart\.yaml": "--set training.tokens=8192",
     r"train configs/small/transfer\.yaml": "--set training.tokens=10240",
-    r"bench train ": "--rounds 2 --set training.micro_batch=1 --set model.context=64 --set model.depth=2",
+    r"bench train ": (
+        "--rounds 2 --set training.micro_batch=1 --set model.context=64 --set model.depth=2"
+    ),
     r"sweep configs/sweeps/\w+\.yaml$": "--index 0 --set training.tokens=10240",
-    r"study configs/studies/sqrt_gate\.yaml": "--set tokens=64 --set granularities=[1,2] "
-    "--set width=64 --set hidden=64",
+    r"study configs/studies/sqrt_gate\.yaml": (
+        "--set tokens=64 --set granularities=[1,2] --set width=64 --set hidden=64"
+    ),
     r"study configs/studies/hybrids\.yaml": "--set seeds=[0] --set run.training.tokens=5120",
-    r"study configs/studies/spectral_flattening\.yaml": "--set seeds=[0] --set tolerance=0.1 "
-    "--set language.after=[0] --set language.race.steps=2 --set least_squares.exponents=[0] "
-    "--set least_squares.race.steps=5",
+    r"study configs/studies/spectral_flattening\.yaml": (
+        "--set seeds=[0] --set tolerance=0.1 "
+        "--set language.after=[0] --set language.race.steps=2 --set least_squares.exponents=[0] "
+        "--set least_squares.race.steps=5"
+    ),
 }
 
 # Pattern of a command → what the default suite runs in its place; None: only the slow tests run it.
@@ -69,7 +78,8 @@ SLOW: dict[str, str | None] = {
     r"def test_rank_sum": None,
 }
 
-# Pattern of a command that no test can run → why. Its syntax, its options and its files are checked.
+# Pattern of a command that no test can run → why. Its syntax, its options and its files are
+# checked.
 NOT_RUN = {
     r"^bash launch/(quickstart|test|install)\.sh": "installs from a package index",
     r"^source \.venv/bin/activate": "the tests choose their own environment",
@@ -96,14 +106,17 @@ NOT_COMMANDS = [
 
 # Page → Python that stands for what the reader's own program has.
 READERS_PROGRAM = {
-    "archscale/optim/README.md": "from archscale.optim.examples.digits import ConvNet\nmodel = ConvNet()",
+    "archscale/optim/README.md": (
+        "from archscale.optim.examples.digits import ConvNet\nmodel = ConvNet()"
+    )
 }
 
 # Commands whose printed output on the page has to be what they print on any machine.
 SAME_OUTPUT = [r"^archscale fit "]
 
 COMMAND = re.compile(
-    r"^(\$ )?([A-Z_]+=\S+ )*(archscale|bash|source|torchrun|docker|kubectl|sbatch|pip|\.venv/bin/\w+) "
+    r"^(\$ )?([A-Z_]+=\S+"
+    r" )*(archscale|bash|source|torchrun|docker|kubectl|sbatch|pip|\.venv/bin/\w+) "
 )
 CLUSTERS = ("slurm", "kubernetes", "skypilot")
 
@@ -117,7 +130,8 @@ class Block(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A command of a page, its continuation lines joined; `output` is what the page says it prints."""
+    """A command of a page, its continuation lines joined; `output` is what the page says it
+    prints."""
 
     line: int
     text: str
@@ -308,7 +322,9 @@ class Reader:
             "CUDA_VISIBLE_DEVICES": "",
             "GLOO_SOCKET_IFNAME": "lo",
         }
-        done = subprocess.run(words, cwd=self.folder, env=env, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(
+            words, cwd=self.folder, env=env, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, f"{where}: {words}\n{done.stdout}\n{done.stderr}"
         return done.stdout
 

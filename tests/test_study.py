@@ -1,4 +1,5 @@
-"""`archscale study`: bad files end in one line; small studies run, twice to the same numbers, and say what the formulas say."""
+"""`archscale study`: bad files end in one line; small studies run, twice to the same numbers, and
+say what the formulas say."""
 
 import csv
 import json
@@ -16,7 +17,13 @@ from archscale.study.hybrids import matrix_rows
 from archscale.study.language import Language
 from archscale.study.output import Panel, Results, Series, draw, write
 from archscale.study.run import run_study
-from archscale.study.spectral import judged, orthogonalizers, planted_conditioning, run_spectral, slopes
+from archscale.study.spectral import (
+    judged,
+    orthogonalizers,
+    planted_conditioning,
+    run_spectral,
+    slopes,
+)
 from archscale.telemetry.flattening import flatness, guaranteed, largest_curvature
 from tests.commands import launch
 from tests.train.tiny import tiny_data
@@ -32,30 +39,54 @@ def data(tmp_path_factory):
 
 def spectral(data: str) -> dict:
     return {
-        "study": "spectral_flattening", "name": "s", "seeds": [0], "tolerance": 1e-3,
+        "study": "spectral_flattening",
+        "name": "s",
+        "seeds": [0],
+        "tolerance": 1e-3,
         "least_squares": {
-            "rows": 6, "columns": 8, "exponents": [0, 1, 2], "sigma_means": [0.1, 10], "conditions": [1, 10],
+            "rows": 6,
+            "columns": 8,
+            "exponents": [0, 1, 2],
+            "sigma_means": [0.1, 10],
+            "conditions": [1, 10],
             "race": {"sigma_means": [10], "lrs": [0.1], "steps": 3},
         },
         "kronecker": {"rows": 3, "columns": 6, "output_conditions": [1, 10], "samples": 4},
         "language": {
-            "model": MODEL, "data": data, "batch": 2, "after": [2], "lanczos": 3, "samples": 2,
+            "model": MODEL,
+            "data": data,
+            "batch": 2,
+            "after": [2],
+            "lanczos": 3,
+            "samples": 2,
             "race": {"sigma_means": [10], "lrs": [0.1], "steps": 2, "target": 5.0},
         },
-    }  # fmt: skip
+    }
 
 
 def hybrids(data: str, **arm) -> dict:
     return {
-        "study": "hybrids", "name": "h", "seeds": [0],
+        "study": "hybrids",
+        "name": "h",
+        "seeds": [0],
         "run": {
-            "model": MODEL, "data": {"train": data}, "schedule": {"kind": "constant"},
-            "training": {"tokens": 12 * 64, "batch_tokens": 64, "micro_batch": 4, "precision": "fp32", "compile": False},
+            "model": MODEL,
+            "data": {"train": data},
+            "schedule": {"kind": "constant"},
+            "training": {
+                "tokens": 12 * 64,
+                "batch_tokens": 64,
+                "micro_batch": 4,
+                "precision": "fp32",
+                "compile": False,
+            },
             "telemetry": {"every": 2},
         },
-        "arms": [{"label": rule, "rule": rule, "lr": 0.02, "weight_decay": 0.05, **arm}
-                 for rule in ("orscale_lm", "hybrid_shape", "hybrid_momentum", "hybrid_decoupled")],
-    }  # fmt: skip
+        "arms": [
+            {"label": rule, "rule": rule, "lr": 0.02, "weight_decay": 0.05, **arm}
+            for rule in ("orscale_lm", "hybrid_shape", "hybrid_momentum", "hybrid_decoupled")
+        ],
+    }
 
 
 def file(tmp_path: Path, content: dict) -> Path:
@@ -69,7 +100,10 @@ def file(tmp_path: Path, content: dict) -> Path:
     [
         (
             "study=spectral_flatening",
-            r"expected one of spectral_flattening, hybrids, sqrt_gate .*did you mean spectral_flattening",
+            (
+                r"expected one of spectral_flattening, hybrids, sqrt_gate .*did you mean"
+                r" spectral_flattening"
+            ),
         ),
         ("least_squares.row=3", r'unknown key "row".*did you mean rows'),
         ("language.race.lrs=3", r"expected a list \(language\.race\.lrs"),
@@ -83,7 +117,12 @@ def file(tmp_path: Path, content: dict) -> Path:
 )
 def test_a_wrong_study_is_refused_by_name(tmp_path, data, override, pattern):
     with pytest.raises(Exception) as error:
-        run_study(file(tmp_path, spectral(data)), [override, "seeds=[0]"], tmp_path / "out", lambda _: None)
+        run_study(
+            file(tmp_path, spectral(data)),
+            [override, "seeds=[0]"],
+            tmp_path / "out",
+            lambda _: None,
+        )
     assert re.search(pattern, str(error.value)), str(error.value)
     assert "\n" not in str(error.value)
 
@@ -94,12 +133,18 @@ def test_a_wrong_study_is_refused_by_name(tmp_path, data, override, pattern):
         ({"run": {"seed": 3}}, r"seed is set by the study"),
         ({"run": {"modle": {}}}, r'unknown key "modle".*did you mean model'),
         ({"arms": []}, r"not empty"),
-        ({"arms": [{"label": "a", "rule": "hybrid_shap", "lr": 1, "weight_decay": 0}]}, r"did you mean hybrid_shape"),
+        (
+            {"arms": [{"label": "a", "rule": "hybrid_shap", "lr": 1, "weight_decay": 0}]},
+            r"did you mean hybrid_shape",
+        ),
         (
             {"arms": [{"label": "a", "rule": "muonh", "lr": 1, "weight_decay": 1}]},
             r"does nothing under muonh.*run of arm a: optimizer\.weight_decay",
         ),
-        ({"arms": [{"label": "a", "rule": "muon", "lr": 1, "weight_decay": 1}] * 2}, r"two arms are called 'a'"),
+        (
+            {"arms": [{"label": "a", "rule": "muon", "lr": 1, "weight_decay": 1}] * 2},
+            r"two arms are called 'a'",
+        ),
         ({"study": None}, r"study is missing"),
     ],
 )
@@ -119,7 +164,9 @@ def test_the_command(tmp_path, data):
     assert refused.stderr.count("\n") == 1
     assert "there is no file no.yaml" in refused.stderr
     out = tmp_path / "out"
-    said = launch(["study", str(file(tmp_path, spectral(data))), "--out", str(out)], cwd=tmp_path, timeout=500).stdout
+    said = launch(
+        ["study", str(file(tmp_path, spectral(data))), "--out", str(out)], cwd=tmp_path, timeout=500
+    ).stdout
     assert "Slopes of log" in said
     results = json.loads((out / "results.json").read_text())
     assert results["settings"]["least_squares"]["rows"] == 6
@@ -146,9 +193,11 @@ def test_the_command(tmp_path, data):
     # Where the theorem is exact, the tables hold it.
     rows = [row for row in results["tables"]["edges_least_squares"] if row["condition"] == 1]
     for row in rows:
-        expected = {"gradient": 1, "normalized": row["sigma_max"], "muon_exact": row["sigma_mean"]}.get(
-            row["direction"]
-        )
+        expected = {
+            "gradient": 1,
+            "normalized": row["sigma_max"],
+            "muon_exact": row["sigma_mean"],
+        }.get(row["direction"])
         if expected is not None:
             assert row["edge"] == pytest.approx(2 * expected, rel=1e-3)
     found = {(r["family"], r["direction"]): r for r in results["tables"]["slopes"]}
@@ -166,18 +215,25 @@ def test_the_hybrids_show_their_symptoms(tmp_path, data):
     assert found["hybrid_momentum"]["at_most"] > 0.9
     first = [row for row in tables["matrices"] if row["arm"] in ("orscale_lm", "hybrid_decoupled")]
     assert first
-    assert all(row["ratio_first"] == pytest.approx(1, rel=0.3) for row in first)  # step 2; calibrated at step 1
+    assert all(
+        row["ratio_first"] == pytest.approx(1, rel=0.3) for row in first
+    )  # step 2; calibrated at step 1
     assert (tmp_path / "out" / "symptoms.svg").exists()
 
 
 def test_matrix_rows_from_a_made_run():
-    """A matrix whose norm doubles in 10 steps of relative length 0.1, r = 1 and 6: every column by hand."""
+    """A matrix whose norm doubles in 10 steps of relative length 0.1, r = 1 and 6: every column by
+    hand."""
     arm = HybridStudy.model_validate(hybrids("d")).arms[3]
     lines = [
-        {"step": step, "optimizer/matrix/a/trust_ratio": ratio, "optimizer/matrix/a/weight_norm": norm,
-         "optimizer/matrix/a/relative_update": 0.1}
+        {
+            "step": step,
+            "optimizer/matrix/a/trust_ratio": ratio,
+            "optimizer/matrix/a/weight_norm": norm,
+            "optimizer/matrix/a/relative_update": 0.1,
+        }
         for step, ratio, norm in ((1, 1.0, 3.0), (11, 6.0, 6.0))
-    ]  # fmt: skip
+    ]
     [row] = matrix_rows(arm, lines, {"a": (9, 16)})
     assert row["runaway"] == 2
     assert row["denominator"] == pytest.approx((3.0 + 1.0) / 2 / 3)
@@ -199,7 +255,12 @@ def test_curvature_and_edges_of_the_model_against_differences(data):
     batch, views = of.held_out(), [of.views[0], of.views[-1]]
     gradients = [G for view, G in zip(of.views, of.gradients(batch)) if view in views]
     product = of.curvature(views, batch)
-    v = torch.cat([torch.randn(G.shape, generator=torch.Generator().manual_seed(0)).flatten() for G in gradients])
+    v = torch.cat(
+        [
+            torch.randn(G.shape, generator=torch.Generator().manual_seed(0)).flatten()
+            for G in gradients
+        ]
+    )
     parts = [x.view_as(G) for x, G in zip(v.split([G.numel() for G in gradients]), gradients)]
 
     def shifted(by: float) -> torch.Tensor:
@@ -223,12 +284,17 @@ def test_curvature_and_edges_of_the_model_against_differences(data):
 
 
 def test_covariances_are_those_of_the_layers(data):
-    """A from the embedding's normalized output, B and the gradient against a direct backward pass."""
+    """A from the embedding's normalized output, B and the gradient against a direct backward
+    pass."""
     of = language(data)
     name, A, B, G = next(iter(of.covariances()))
     assert name == "blocks.0.attention.qkv.weight.q"
     inputs = torch.cat([of.held_out(1 + i)[0] for i in range(2)])
-    x = torch.nn.functional.rms_norm(of.model.embedding(inputs), (16,), eps=1e-5).flatten(0, 1).double()
+    x = (
+        torch.nn.functional.rms_norm(of.model.embedding(inputs), (16,), eps=1e-5)
+        .flatten(0, 1)
+        .double()
+    )
     torch.testing.assert_close(A, x.mT @ x / len(x), rtol=1e-4, atol=1e-6)
     assert (torch.linalg.eigvalsh(B) > -1e-9).all()
     assert B.shape == (16, 16)
@@ -236,7 +302,8 @@ def test_covariances_are_those_of_the_layers(data):
 
 
 def test_the_output_covariance_is_that_of_a_tokens_derivatives(data):
-    """Of the last projection, whose output is added to what the head reads: δ is the loss's derivative by that sum."""
+    """Of the last projection, whose output is added to what the head reads: δ is the loss's
+    derivative by that sum."""
     of = language(data)
     seen: list[torch.Tensor] = []
     hook = of.model.blocks[-1].register_forward_hook(lambda module, given, out: seen.append(out[0]))
@@ -266,14 +333,26 @@ def test_muon_does_not_know_the_scale_of_the_loss_and_sgd_does(data):
 
 
 def test_judgement():
-    assert judged([2.0, 1.0, 3.0, 0.5], 1.0) == {"first_rise": 2, "diverged": False, "steps_to_target": 1, "final": 0.5}
+    assert judged([2.0, 1.0, 3.0, 0.5], 1.0) == {
+        "first_rise": 2,
+        "diverged": False,
+        "steps_to_target": 1,
+        "final": 0.5,
+    }
     broken = judged([2.0, 1.5, math.nan], 1.0)
     assert (broken["first_rise"], broken["diverged"], broken["steps_to_target"]) == (2, True, None)
 
 
 def test_points_without_an_edge_are_counted():
     squares = [
-        {"condition": 1.0, "direction": "muon", "edge": edge, "lipschitz": 2.0, "sigma_mean": edge, "sigma_max": 2.0**i}
+        {
+            "condition": 1.0,
+            "direction": "muon",
+            "edge": edge,
+            "lipschitz": 2.0,
+            "sigma_mean": edge,
+            "sigma_max": 2.0**i,
+        }
         for i, edge in enumerate([1.0, 3.0, 5.0, 20.0, math.inf])
     ]
     [row] = slopes({"edges_least_squares": squares, "edges_language": []})
@@ -290,16 +369,27 @@ def test_planted_conditioning_says_what_the_formulas_say(data):
 
 
 def test_figures_leave_out_what_cannot_be_drawn_and_tables_write_infinity(tmp_path):
-    panel = Panel("p", "x", "y", [Series("a", [1.0, 2.0], [math.inf, 3.0]), Series("none", [], [])], log_x=True)
+    panel = Panel(
+        "p",
+        "x",
+        "y",
+        [Series("a", [1.0, 2.0], [math.inf, 3.0]), Series("none", [], [])],
+        log_x=True,
+    )
     panels = [panel, Panel("zeros", "x", "y", [Series("a", [0.0], [0.0])], log_x=True)]
     assert draw(panels).count("<svg") == 1
     assert draw(panels) == draw(panels)
     write(Results("t", {}, {"rows": [{"a": math.inf, "b": math.nan}, {"c": 1}]}), tmp_path)
-    assert json.loads((tmp_path / "results.json").read_text())["tables"]["rows"] == [{"a": "inf", "b": None}, {"c": 1}]
+    assert json.loads((tmp_path / "results.json").read_text())["tables"]["rows"] == [
+        {"a": "inf", "b": None},
+        {"c": 1},
+    ]
     assert (tmp_path / "rows.csv").read_text().splitlines() == ["a,b,c", "inf,,", ",,1"]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs" / "studies").glob("*.yaml")), ids=lambda p: p.stem
+)
 def test_the_studies_of_the_configs_load(path):
     assert load_study(path).name == path.stem
 
@@ -307,7 +397,14 @@ def test_the_studies_of_the_configs_load(path):
 def test_sqrt_gate_is_flat_and_the_plain_gate_falls(tmp_path):
     """As the definition says; the study's own figures, with a few small layers."""
     file = tmp_path / "g.yaml"
-    settings = {"study": "sqrt_gate", "name": "g", "seeds": [0, 1], "width": 64, "hidden": 256, "tokens": 128}
+    settings = {
+        "study": "sqrt_gate",
+        "name": "g",
+        "seeds": [0, 1],
+        "width": 64,
+        "hidden": 256,
+        "tokens": 128,
+    }
     file.write_text(yaml.safe_dump({**settings, "granularities": [1, 4, 16], "sparsity": 4}))
     out = run_study(file, [], tmp_path / "out", lambda text: None)
     with open(out / "rms.csv") as table:

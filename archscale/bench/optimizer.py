@@ -1,11 +1,13 @@
-"""`archscale bench optimizer`: one optimizer step, ours and every installed peer, on the same matrices in the same run.
+"""`archscale bench optimizer`: one optimizer step, ours and every installed peer, on the same
+matrices in the same run.
 
-Arms are interleaved and their order is shuffled every round, so that a noisy machine disturbs all of them alike. Three
-comparisons with archscale muon in the same dtype: medians and spread, fastest times (which others' load disturbs least), and
-the median over rounds of the ratio within a round, with a 95 % bootstrap interval. `without Q` is our step with its
-orthogonalization left out. Every arm gets fresh copies of the same gradients outside the timing. FLOPs are the nominal
-direct form, 5 (4 m² n + 2 m³) with m the short side, whatever an implementation saves; the machine's own matmul rate is
-measured between the arms.
+Arms are interleaved and their order is shuffled every round, so that a noisy machine disturbs all
+of them alike. Three comparisons with archscale muon in the same dtype: medians and spread, fastest
+times (which others' load disturbs least), and the median over rounds of the ratio within a round,
+with a 95 % bootstrap interval. `without Q` is our step with its orthogonalization left out. Every
+arm gets fresh copies of the same gradients outside the timing. FLOPs are the nominal direct form, 5
+(4 m² n + 2 m³) with m the short side, whatever an implementation saves; the machine's own matmul
+rate is measured between the arms.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from archscale.errors import ConfigError
 from archscale.optim import MatrixOptimizer, engine
 
 OURS = ("muon", "orscale_lm", "muonh")
-PEERS = {  # label → (module, class, parameter group); each orthogonalizes in bfloat16, five iterations
+# label → (module, class, parameter group); each orthogonalizes in bfloat16, five iterations
+PEERS = {
     "torch.optim.Muon": ("torch.optim", "Muon", {"lr": 0.02}),
     "pytorch_optimizer.Muon": ("pytorch_optimizer", "Muon", {"lr": 0.02, "use_muon": True}),
     "heavyball.Muon": ("heavyball", "Muon", {"lr": 0.02}),
@@ -60,7 +63,9 @@ class Row:
     fastest: float  # seconds
     spread: float  # (90th − 10th percentile) / median
     fastest_ratio: float | None  # of the fastest times, to archscale muon's in the same dtype
-    paired: tuple[float, float, float] | None  # median ratio within a round, ends of its 95 % interval
+    paired: (
+        tuple[float, float, float] | None
+    )  # median ratio within a round, ends of its 95 % interval
     rest: float | None  # fastest step without its orthogonalization, seconds
     rate: float | None  # nominal FLOP/s
     share: float | None  # of the matmul rate in the same dtype
@@ -72,7 +77,11 @@ def parse_shapes(texts: Sequence[str]) -> list[Shape]:
     for text in texts:
         parts = text.lower().split("x")
         if len(parts) not in (2, 3) or not all(part.isdigit() and int(part) > 0 for part in parts):
-            raise ConfigError(f"{text!r} is not a shape", "--shape", "write COUNTxROWSxCOLS, for example 28x512x512")
+            raise ConfigError(
+                f"{text!r} is not a shape",
+                "--shape",
+                "write COUNTxROWSxCOLS, for example 28x512x512",
+            )
         count, m, n = ([1] if len(parts) == 2 else []) + [int(part) for part in parts]
         shapes.append((count, m, n))
     return shapes
@@ -80,7 +89,9 @@ def parse_shapes(texts: Sequence[str]) -> list[Shape]:
 
 def nominal_flops(shapes: Sequence[Shape]) -> int:
     """Of orthogonalizing every matrix once: 5 (4 m² n + 2 m³), m the short side."""
-    return sum(count * 5 * (4 * min(m, n) ** 2 * max(m, n) + 2 * min(m, n) ** 3) for count, m, n in shapes)
+    return sum(
+        count * 5 * (4 * min(m, n) ** 2 * max(m, n) + 2 * min(m, n) ** 3) for count, m, n in shapes
+    )
 
 
 def bench_optimizer(
@@ -92,7 +103,8 @@ def bench_optimizer(
     limit: float = 60.0,
     device: torch.device | None = None,
 ) -> dict[str, Any]:
-    """Measure all arms; see the module. Returns {rows, matmul (FLOP/s by dtype), missing (peers and why), machine}.
+    """Measure all arms; see the module. Returns {rows, matmul (FLOP/s by dtype), missing (peers and
+    why), machine}.
 
     A peer whose first step, which may compile, takes longer than `limit` seconds is missing.
     """
@@ -102,7 +114,9 @@ def bench_optimizer(
     for dtype in dtypes:
         for rule in OURS:
             params = [nn.Parameter(w) for w in _matrices(shapes, device, seed=0)]
-            optimizer = MatrixOptimizer(params, lr=0.02, rule=rule, compute_dtype=getattr(torch, dtype))
+            optimizer = MatrixOptimizer(
+                params, lr=0.02, rule=rule, compute_dtype=getattr(torch, dtype)
+            )
             arms.append(Arm(f"archscale {rule}", dtype, params, optimizer.step, ours=True))
     for label, (module, name, group) in PEERS.items() if peers else ():
         params = [nn.Parameter(w) for w in _matrices(shapes, device, seed=0)]
@@ -126,8 +140,12 @@ def bench_optimizer(
         random.Random(round_).shuffle(order)
         for i in order:
             seconds[i].append(_time(arms[i], gradients, device))
-            if arms[i].ours:  # what the rules can differ in: momentum, copies, inner products, update
-                with mock.patch.object(engine, "orthogonalize_", lambda stack, *_: stack.new_ones(len(stack))):
+            if arms[
+                i
+            ].ours:  # what the rules can differ in: momentum, copies, inner products, update
+                with mock.patch.object(
+                    engine, "orthogonalize_", lambda stack, *_: stack.new_ones(len(stack))
+                ):
                     rests[i].append(_time(arms[i], gradients, device))
         for dtype in dtypes:
             matmul[dtype].append(matmul_rate(size, getattr(torch, dtype), device))
@@ -139,12 +157,25 @@ def bench_optimizer(
         rate = nominal_flops(shapes) / median if arm.dtype in rates else None
         rows.append(
             Row(
-                arm.label, arm.dtype, median, fastest, spread(measured),
-                fastest / min(muon) if muon else None, paired_ratio(measured, muon) if muon else None,
-                min(rest, default=None), rate, rate / rates[arm.dtype] if rate else None,
+                arm.label,
+                arm.dtype,
+                median,
+                fastest,
+                spread(measured),
+                fastest / min(muon) if muon else None,
+                paired_ratio(measured, muon) if muon else None,
+                min(rest, default=None),
+                rate,
+                rate / rates[arm.dtype] if rate else None,
             )
-        )  # fmt: skip
-    return {"rows": rows, "matmul": rates, "missing": missing, "machine": machine(device), "shapes": list(shapes)}
+        )
+    return {
+        "rows": rows,
+        "matmul": rates,
+        "missing": missing,
+        "machine": machine(device),
+        "shapes": list(shapes),
+    }
 
 
 @contextlib.contextmanager
@@ -164,12 +195,18 @@ def _at_most(seconds: float) -> Iterator[None]:
 
 
 def bench_distributed(
-    shapes: Sequence[Shape], processes: int, *, dtype: str = "float32", rounds: int = 7, rule: str = "orscale_lm"
+    shapes: Sequence[Shape],
+    processes: int,
+    *,
+    dtype: str = "float32",
+    rounds: int = 7,
+    rule: str = "orscale_lm",
 ) -> dict[str, Any]:
-    """One rank's step against `processes` ranks' on FSDP2 shards, one thread per process in both arms.
+    """One rank's step against `processes` ranks' on FSDP2 shards, one thread per process in both
+    arms.
 
-    Returns {one, many (median seconds), ratio, bytes (sent in the exchanges, all ranks), packed (what the two packed
-    exchanges carry at least)}.
+    Returns {one, many (median seconds), ratio, bytes (sent in the exchanges, all ranks), packed
+    (what the two packed exchanges carry at least)}.
     """
     alone = _spawn(1, shapes, dtype, rounds, rule)
     together = _spawn(processes, shapes, dtype, rounds, rule)
@@ -178,7 +215,9 @@ def bench_distributed(
     many = statistics.median([max(times) for times in zip(*(rank[0] for rank in together))])
     elements = sum(count * m * n for count, m, n in shapes)
     size = getattr(torch, dtype).itemsize
-    packed = round(2 * elements * (1 - 1 / processes) * size)  # what a rank owns and holds never travels
+    packed = round(
+        2 * elements * (1 - 1 / processes) * size
+    )  # what a rank owns and holds never travels
     return {
         "one": one,
         "many": many,
@@ -203,7 +242,9 @@ def _spawn(
     results = context.Queue()
     workers = [
         context.Process(
-            target=_worker, args=(rank, processes, port, list(shapes), dtype, rounds, rule, results), daemon=True
+            target=_worker,
+            args=(rank, processes, port, list(shapes), dtype, rounds, rule, results),
+            daemon=True,
         )
         for rank in range(processes)
     ]
@@ -216,7 +257,14 @@ def _spawn(
 
 
 def _worker(
-    rank: int, world: int, port: int, shapes: list[Shape], dtype: str, rounds: int, rule: str, results: Any
+    rank: int,
+    world: int,
+    port: int,
+    shapes: list[Shape],
+    dtype: str,
+    rounds: int,
+    rule: str,
+    results: Any,
 ) -> None:
     """One rank: times `rounds` steps from barrier to end."""
     import os
@@ -261,7 +309,9 @@ def _time(arm: Arm, gradients: Sequence[Tensor], device: torch.device) -> float:
 def _matrices(shapes: Sequence[Shape], device: torch.device, seed: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(m, n, generator=generator) / n**0.5).to(device) for count, m, n in shapes for _ in range(count)
+        (torch.randn(m, n, generator=generator) / n**0.5).to(device)
+        for count, m, n in shapes
+        for _ in range(count)
     ]
 
 
@@ -288,17 +338,23 @@ def report(
             ]
         results.append(measured)
     if as_json:
-        return json.dumps([{**r, "rows": [asdict(row) for row in r["rows"]]} for r in results], indent=1)
+        return json.dumps(
+            [{**r, "rows": [asdict(row) for row in r["rows"]]} for r in results], indent=1
+        )
     return "\n".join(_table(measured) for measured in results)
 
 
 def _table(measured: dict[str, Any]) -> str:
     shapes = ", ".join(f"{count} × {m}×{n}" for count, m, n in measured["shapes"])
-    rates = ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in measured["matmul"].items())
+    rates = ", ".join(
+        f"{dtype} {rate / 1e9:,.0f} GFLOP/s" for dtype, rate in measured["matmul"].items()
+    )
     lines = [f"\n{shapes} on {measured['machine']}; matmul {rates}", ""]
     lines += [
-        "| optimizer | dtype | ms (median) | spread | fastest | fastest / muon's | paired ratio to muon, 95 % | without Q (fastest) "
-        "| nominal GFLOP/s | of matmul rate |",
+        (
+            "| optimizer | dtype | ms (median) | spread | fastest | fastest / muon's | paired ratio"
+            " to muon, 95 % | without Q (fastest) | nominal GFLOP/s | of matmul rate |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in measured["rows"]:
@@ -307,13 +363,14 @@ def _table(measured: dict[str, Any]) -> str:
         rest = f"{row.rest * 1e3:,.1f}" if row.rest else "–"
         rate = f"{row.rate / 1e9:,.0f} | {row.share:.0%}" if row.rate else "– | –"
         lines.append(
-            f"| {row.label} | {row.dtype} | {row.seconds * 1e3:,.1f} | {row.spread:.0%} | {row.fastest * 1e3:,.1f} | {ratio} "
-            f"| {paired} | {rest} | {rate} |"
+            f"| {row.label} | {row.dtype} | {row.seconds * 1e3:,.1f} | {row.spread:.0%} |"
+            f" {row.fastest * 1e3:,.1f} | {ratio} | {paired} | {rest} | {rate} |"
         )
     lines += [f"not measured: {label} ({why})" for label, why in measured["missing"].items()]
     for d in measured.get("distributed", []):
         lines.append(
-            f"{d['processes']} ranks, {d['dtype']}: {d['many'] * 1e3:,.1f} ms against {d['one'] * 1e3:,.1f} ms on one "
-            f"(ratio {d['ratio']:.3f}); {d['bytes']:,} bytes sent, {d['bytes'] / d['packed']:.3f} of the two packed exchanges"
+            f"{d['processes']} ranks, {d['dtype']}: {d['many'] * 1e3:,.1f} ms against"
+            f" {d['one'] * 1e3:,.1f} ms on one (ratio {d['ratio']:.3f}); {d['bytes']:,} bytes sent,"
+            f" {d['bytes'] / d['packed']:.3f} of the two packed exchanges"
         )
     return "\n".join(lines)

@@ -1,14 +1,16 @@
-"""`archscale bench train`: forward and backward pass of a config's model; with experts, beside the dense model of equal active
-parameters.
+"""`archscale bench train`: forward and backward pass of a config's model; with experts, beside the
+dense model of equal active parameters.
 
-Both are trained as `archscale train` would train them, on one process and random tokens. Arms alternate within a round, and
-their order is shuffled. The optimizer's time depends on the matrices and not on the batch, so it stands apart: with the batch
-from which on it takes less than 2 % of a step. FLOPs are structural with the causal half of attention, as in MFU; the
-machine's matmul rate in the same dtype is measured between the arms. Peak memory is that of one whole step that telemetry reads, on an accelerator
-by its allocator and on the CPU by the profiler's record of live bytes.
+Both are trained as `archscale train` would train them, on one process and random tokens. Arms
+alternate within a round, and their order is shuffled. The optimizer's time depends on the matrices
+and not on the batch, so it stands apart: with the batch from which on it takes less than 2 % of a
+step. FLOPs are structural with the causal half of attention, as in MFU; the machine's matmul rate
+in the same dtype is measured between the arms. Peak memory is that of one whole step that telemetry
+reads, on an accelerator by its allocator and on the CPU by the profiler's record of live bytes.
 
-With `telemetry`, whole training steps are timed with and without a look into them (`telemetry` section of the config, all
-layers): what a reading costs more, divided by the steps between readings, is telemetry's share of a step.
+With `telemetry`, whole training steps are timed with and without a look into them (`telemetry`
+section of the config, all layers): what a reading costs more, divided by the steps between
+readings, is telemetry's share of a step.
 """
 
 from __future__ import annotations
@@ -78,7 +80,9 @@ class Row:
     spread: float
     tokens_per_second: float  # of forward and backward
     share: float  # of the matmul rate
-    ratio: tuple[float, float, float] | None  # tokens/s to the dense model's: median within a round, 95 % interval
+    ratio: (
+        tuple[float, float, float] | None
+    )  # tokens/s to the dense model's: median within a round, 95 % interval
     optimizer: float  # seconds, median
     batch: int  # tokens from which on the optimizer takes less than OPTIMIZER_SHARE
     peak: int  # bytes
@@ -86,8 +90,9 @@ class Row:
 
 
 def bench_train(config: Config, *, rounds: int = 7, telemetry: bool = False) -> dict[str, Any]:
-    """Measure; see the module. Returns {rows, matmul (FLOP/s), dtype, micro_batch, context, machine, telemetry}, the last by
-    model: {plain, read (median seconds of a step), ratio (within a round, 95 %), share (of a step at `telemetry.every`)}.
+    """Measure; see the module. Returns {rows, matmul (FLOP/s), dtype, micro_batch, context,
+    machine, telemetry}, the last by model: {plain, read (median seconds of a step), ratio (within a
+    round, 95 %), share (of a step at `telemetry.every`)}.
 
     Raises:
         ConfigError: what `archscale plan` would say of the model or the optimizer.
@@ -112,17 +117,30 @@ def bench_train(config: Config, *, rounds: int = 7, telemetry: bool = False) -> 
         count = parameters(arm.config.model)
         rows.append(
             Row(
-                arm.label, count.total, count.active, seconds, spread(arm.seconds), tokens / seconds,
+                arm.label,
+                count.total,
+                count.active,
+                seconds,
+                spread(arm.seconds),
+                tokens / seconds,
                 training_flops(arm.config.model) * tokens / seconds / rate,
                 paired_ratio(arms[0].seconds, arm.seconds) if arm is not arms[0] else None,
-                update, round(update * (1 / OPTIMIZER_SHARE - 1) * tokens / seconds), peak, arm.planned,
+                update,
+                round(update * (1 / OPTIMIZER_SHARE - 1) * tokens / seconds),
+                peak,
+                arm.planned,
             )
-        )  # fmt: skip
+        )
     looks = {arm.label: _telemetry(arm, rounds, device) for arm in arms} if telemetry else {}
     return {
-        "telemetry": looks, "rows": rows, "matmul": rate, "dtype": str(dtype).removeprefix("torch."), "machine": machine(device),
-        "micro_batch": config.training.micro_batch, "context": model.context,
-    }  # fmt: skip
+        "telemetry": looks,
+        "rows": rows,
+        "matmul": rate,
+        "dtype": str(dtype).removeprefix("torch."),
+        "machine": machine(device),
+        "micro_batch": config.training.micro_batch,
+        "context": model.context,
+    }
 
 
 def _build(label: str, config: Config, device: torch.device) -> Arm:
@@ -131,15 +149,23 @@ def _build(label: str, config: Config, device: torch.device) -> Arm:
     values["training"]["batch_tokens"] = config.training.micro_batch * config.model.context
     values["schedule"]["batch_ramp_tokens"] = 0
     values["parallel"] = {}
-    config = Config.from_dict(values)  # random tokens need no data, unless the vocabulary is to come from there
+    config = Config.from_dict(
+        values
+    )  # random tokens need no data, unless the vocabulary is to come from there
     plan = make_plan(config) if config.model.vocab_size else plan_config(config, world_size=1)
     refuse(plan)
     config = plan.config
     transfer = transfer_of(config)
     engine = NativeEngine(
-        lambda: build_model(config, 0), lambda model: initialize(model, config.seed), device=device, replicate=1, shard=1,
-        reshard=False, dtype=DTYPES[config.training.precision], compile=config.training.compile,
-    )  # fmt: skip
+        lambda: build_model(config, 0),
+        lambda model: initialize(model, config.seed),
+        device=device,
+        replicate=1,
+        shard=1,
+        reshard=False,
+        dtype=DTYPES[config.training.precision],
+        compile=config.training.compile,
+    )
     optimizer = build_optimizer(config, assign_roles(engine.module), transfer.roles)
     model, micro_batch = config.model, config.training.micro_batch
     assert model.vocab_size is not None
@@ -160,7 +186,9 @@ def _build(label: str, config: Config, device: torch.device) -> Arm:
 
     def step(looking: bool) -> None:
         probe = readings.look(1, looking)
-        measured, seen = train_step(engine, optimizer, [(inputs, targets)], device, clip, model.moe, probe)
+        measured, seen = train_step(
+            engine, optimizer, [(inputs, targets)], device, clip, model.moe, probe
+        )
         readings.add(1, 0.0, measured)
         if looking:
             readings.read(seen, 1.0)
@@ -179,7 +207,12 @@ def _telemetry(arm: Arm, rounds: int, device: torch.device) -> dict[str, Any]:
                 times[looking].append(seconds)
     ratio = paired_ratio(times[True], times[False])
     plain, read = (statistics.median(times[key]) for key in (False, True))
-    return {"plain": plain, "read": read, "ratio": ratio, "share": (ratio[0] - 1) / arm.config.telemetry.every}
+    return {
+        "plain": plain,
+        "read": read,
+        "ratio": ratio,
+        "share": (ratio[0] - 1) / arm.config.telemetry.every,
+    }
 
 
 def _time(run: Callable[[], Any], device: torch.device) -> float:
@@ -191,7 +224,8 @@ def _time(run: Callable[[], Any], device: torch.device) -> float:
 
 
 def _peak_bytes(arm: Arm, device: torch.device) -> int:
-    """Live bytes at the fullest moment of a step that is read, parameters and optimizer state included; other arms' left out."""
+    """Live bytes at the fullest moment of a step that is read, parameters and optimizer state
+    included; other arms' left out."""
     arm.step(True)
     held = arm.resident()
     if device.type == "cuda":
@@ -203,7 +237,11 @@ def _peak_bytes(arm: Arm, device: torch.device) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         arm.step(True)
     assert record.profiler is not None
-    changes = [(e.start_ns(), e.nbytes()) for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = [
+        (e.start_ns(), e.nbytes())
+        for e in record.profiler.kineto_results.events()
+        if e.name() == "[memory]"
+    ]
     live = peak = 0
     for _, size in sorted(changes):
         live += size
@@ -217,24 +255,32 @@ def report(config: Config, *, rounds: int, telemetry: bool, as_json: bool) -> st
     if as_json:
         return json.dumps({**measured, "rows": [asdict(row) for row in measured["rows"]]}, indent=1)
     lines = [
-        f"\n{config.name}: {measured['micro_batch']} × {measured['context']} tokens, {measured['dtype']}, on "
-        f"{measured['machine']}; matmul {measured['matmul'] / 1e9:,.0f} GFLOP/s",
+        (
+            f"\n{config.name}: {measured['micro_batch']} × {measured['context']} tokens,"
+            f" {measured['dtype']}, on {measured['machine']}; matmul"
+            f" {measured['matmul'] / 1e9:,.0f} GFLOP/s"
+        ),
         "",
-        "| model | parameters | active | forward and backward, ms | spread | tokens/s | of matmul rate | to dense, 95 % "
-        f"| optimizer, ms | under {OPTIMIZER_SHARE:.0%} of a step from | peak memory, MB | planned |",
+        (
+            "| model | parameters | active | forward and backward, ms | spread | tokens/s | of"
+            f" matmul rate | to dense, 95 % | optimizer, ms | under {OPTIMIZER_SHARE:.0%} of a step"
+            " from | peak memory, MB | planned |"
+        ),
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in measured["rows"]:
         ratio = "{:.3f} [{:.3f}, {:.3f}]".format(*row.ratio) if row.ratio else "–"
         lines.append(
-            f"| {row.label} | {row.parameters:,} | {row.active:,} | {row.seconds * 1e3:,.1f} | {row.spread:.0%} "
-            f"| {row.tokens_per_second:,.0f} | {row.share:.0%} | {ratio} | {row.optimizer * 1e3:,.1f} "
-            f"| {row.batch:,} tokens | {row.peak / 1e6:,.1f} | {row.planned / 1e6:,.1f} |"
+            f"| {row.label} | {row.parameters:,} | {row.active:,} | {row.seconds * 1e3:,.1f} |"
+            f" {row.spread:.0%} | {row.tokens_per_second:,.0f} | {row.share:.0%} | {ratio} |"
+            f" {row.optimizer * 1e3:,.1f} | {row.batch:,} tokens | {row.peak / 1e6:,.1f} |"
+            f" {row.planned / 1e6:,.1f} |"
         )
     for label, of in measured["telemetry"].items():
         ratio = "{:.3f} [{:.3f}, {:.3f}]".format(*of["ratio"])
         lines.append(
-            f"telemetry, {label}: a step that is read takes {of['read'] * 1e3:,.1f} ms against {of['plain'] * 1e3:,.1f} ms ({ratio}); "
-            f"every {config.telemetry.every} steps that is {of['share']:.1%} of training"
+            f"telemetry, {label}: a step that is read takes {of['read'] * 1e3:,.1f} ms against"
+            f" {of['plain'] * 1e3:,.1f} ms ({ratio}); every {config.telemetry.every} steps that is"
+            f" {of['share']:.1%} of training"
         )
     return "\n".join(lines)

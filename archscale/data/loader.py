@@ -1,7 +1,7 @@
 """Batches for one rank, assembled ahead of the step that trains on them.
 
-B is a micro-batch, T the context. Which windows a step gets is `sampler`'s pure function; the thread here
-only fetches them early, so prefetching, restarting and closing cannot change the order.
+B is a micro-batch, T the context. Which windows a step gets is `sampler`'s pure function; the
+thread here only fetches them early, so prefetching, restarting and closing cannot change the order.
 """
 
 import queue
@@ -22,13 +22,14 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # inputs, targets: int64 [B, T] each
 
 
 def _windows(split: TokenSplit, indices: np.ndarray) -> Batch:
-    """inputs, targets int64 [len(indices), T]. An id outside the vocabulary would index past the embedding:
-    DataError."""
+    """inputs, targets int64 [len(indices), T]. An id outside the vocabulary would index past the
+    embedding: DataError."""
     block = np.stack([split.sample(i) for i in indices.tolist()])
     highest = int(block.max())
     if highest >= split.vocab_size:
         raise DataError(
-            f"token id {highest} in split {split.split!r} is outside the vocabulary of {split.vocab_size}",
+            f"token id {highest} in split {split.split!r} is outside the vocabulary of"
+            f" {split.vocab_size}",
             str(split.path),
             "run `archscale data verify` on it; the dataset changed or is damaged",
         )
@@ -37,7 +38,8 @@ def _windows(split: TokenSplit, indices: np.ndarray) -> Batch:
 
 
 class Loader:
-    """Iterates over the steps from `start_step` on, without end; each step is a list of micro-batches.
+    """Iterates over the steps from `start_step` on, without end; each step is a list of
+    micro-batches.
 
     Starting at step 10^9 costs what starting at 0 costs.
 
@@ -76,7 +78,9 @@ class Loader:
         self.step = start_step
         self._queue: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=ahead)
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(start_step,), daemon=True, name="archscale-loader")
+        self._thread = threading.Thread(
+            target=self._work, args=(start_step,), daemon=True, name="archscale-loader"
+        )
         self._thread.start()
 
     def batches(self, step: int) -> list[Batch]:
@@ -129,12 +133,12 @@ class Loader:
 def validation_batches(
     split: TokenSplit, batches: int, batch_size: int, rank: int = 0, world: int = 1
 ) -> Iterator[Batch]:
-    """The first `batches * batch_size` windows of the split, or all if there are fewer, in order, over the
-    ranks.
+    """The first `batches * batch_size` windows of the split, or all if there are fewer, in order,
+    over the ranks.
 
-    Every window is yielded by exactly one rank. Every rank yields the same number of batches of the same
-    shape, so that collectives line up; rows without a window have all targets -100, so sum the loss and
-    divide by the number of targets that are not, over all ranks.
+    Every window is yielded by exactly one rank. Every rank yields the same number of batches of the
+    same shape, so that collectives line up; rows without a window have all targets -100, so sum the
+    loss and divide by the number of targets that are not, over all ranks.
 
     Args:
         batches, batch_size: how many windows, and how many of them (B) make a batch.
@@ -144,7 +148,8 @@ def validation_batches(
     """
     total = min(batches * batch_size, split.num_samples)
     for first in range(0, total, batch_size * world):
-        begin = first + rank * batch_size  # may lie past the end: then this rank pads the whole batch
+        # may lie past the end: then this rank pads the whole batch
+        begin = first + rank * batch_size
         indices = np.arange(begin, min(begin + batch_size, total))
         inputs = torch.full((batch_size, split.context), split.eos_id, dtype=torch.int64)
         targets = torch.full((batch_size, split.context), IGNORE, dtype=torch.int64)

@@ -29,7 +29,10 @@ def how_to_make(directory: Path) -> str:
         if manual
         else "data_prep/README.md of archscale's source, which is not installed here, shows how"
     )
-    return f"write a recipe with `output: {directory}` ({where}) and give it to `archscale data prepare`"
+    return (
+        f"write a recipe with `output: {directory}` ({where}) and give it to `archscale data"
+        " prepare`"
+    )
 
 
 def _output(recipe: Path) -> str | None:

@@ -1,4 +1,5 @@
-"""A recipe → a dataset directory: read, drop duplicates, split by content, train or load a tokenizer, encode.
+"""A recipe → a dataset directory: read, drop duplicates, split by content, train or load a
+tokenizer, encode.
 
 The output directory appears in one rename when everything in it is on disk.
 """
@@ -52,16 +53,18 @@ class Document(NamedTuple):
 
 
 def _share(digest: bytes, part: int) -> float:
-    """A number in [0, 1) from 53 bits of a content hash: as many as a float holds, or the highest would round
-    to 1."""
+    """A number in [0, 1) from 53 bits of a content hash: as many as a float holds, or the highest
+    would round to 1."""
     return (int.from_bytes(digest[8 * part : 8 * part + 8]) >> 11) / 2**53
 
 
 def documents(recipe: Recipe, dropped: Counter) -> Iterator[Document]:
-    """The recipe's documents. Whether one is taken, and into which split, depends on its content alone.
+    """The recipe's documents. Whether one is taken, and into which split, depends on its content
+    alone.
 
-    `dropped` counts: empty, duplicate (exact), unweighted (left out by a source's weight); and, though these
-    are kept, repaired (half of a surrogate pair, which UTF-8 cannot hold, became U+FFFD).
+    `dropped` counts: empty, duplicate (exact), unweighted (left out by a source's weight); and,
+    though these are kept, repaired (half of a surrogate pair, which UTF-8 cannot hold, became
+    U+FFFD).
     """
     seen: set[bytes] = set()
     for source in recipe.sources:
@@ -107,7 +110,9 @@ class _SplitWriter:
         while len(rest):
             if self._shard is None:
                 path = self.directory / f"{self.split}_{len(self.entry.shards):05d}.bin"
-                self._shard = ShardWriter(path, self.tokenizer.vocab_size, self.tokenizer.fingerprint)
+                self._shard = ShardWriter(
+                    path, self.tokenizer.vocab_size, self.tokenizer.fingerprint
+                )
             room = self.shard_tokens - self._shard.tokens
             self._shard.write(rest[:room])
             rest = rest[room:]
@@ -117,7 +122,9 @@ class _SplitWriter:
     def close(self) -> None:
         if self._shard is not None:
             self._shard.close()
-            self.entry.shards.append(ShardEntry(file=self._shard.path.name, tokens=self._shard.tokens))
+            self.entry.shards.append(
+                ShardEntry(file=self._shard.path.name, tokens=self._shard.tokens)
+            )
             self._shard = None
 
 
@@ -143,7 +150,9 @@ def _tokenizer(recipe: Recipe, out_dir: Path, say: Say) -> Tokenizer:
         return tokenizer
     say(f"training a tokenizer of {spec.train.vocab_size} pieces")
     # Not on the validation documents: their compression is part of what validation measures.
-    texts = (document.text for document in documents(recipe, Counter()) if document.split == SPLITS[0])
+    texts = (
+        document.text for document in documents(recipe, Counter()) if document.split == SPLITS[0]
+    )
     return train_sentencepiece(texts, spec.train.vocab_size, out_dir, spec.train.seed)
 
 
@@ -153,8 +162,8 @@ def _partial_of(output: Path) -> Path:
 
 @contextmanager
 def _partial(output: Path) -> Iterator[Path]:
-    """A sibling of `output` to build in, removed if the block fails; what a killed process left there is
-    cleared."""
+    """A sibling of `output` to build in, removed if the block fails; what a killed process left
+    there is cleared."""
     partial = _partial_of(output)
     partial.mkdir(parents=True, exist_ok=True)
     lock = os.open(partial, os.O_RDONLY)
@@ -162,7 +171,9 @@ def _partial(output: Path) -> Iterator[Path]:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(lock)
-        raise DataError("another process is preparing this dataset", str(partial), "wait for it to end") from error
+        raise DataError(
+            "another process is preparing this dataset", str(partial), "wait for it to end"
+        ) from error
     try:
         for entry in partial.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -210,7 +221,8 @@ def prepare(
         say: receives lines of progress.
 
     Returns:
-        A summary: name, output, already_there, vocab_size, fingerprint, dropped, and per split tokens,
+        A summary: name, output, already_there, vocab_size, fingerprint, dropped, and per split
+        tokens,
             documents, bytes, bytes_per_token, shards.
 
     Raises:
@@ -225,7 +237,9 @@ def prepare(
             raise DataError(what, str(output), remedy)
         manifest = read_manifest(output)
         if manifest.origin != origin:
-            what = "output holds a dataset made from another recipe, or its source files changed since"
+            what = (
+                "output holds a dataset made from another recipe, or its source files changed since"
+            )
             raise DataError(what, str(output), remedy)
         say(f"{output} is already there, made from this recipe and these sources")
         return _summary(output, manifest, already=True)
@@ -250,7 +264,9 @@ def _build(recipe: Recipe, origin: str, directory: Path, shard_tokens: int, say:
     writers = {split: _SplitWriter(directory, split, tokenizer, shard_tokens) for split in SPLITS}
     dropped: Counter = Counter(empty=0, duplicate=0, unweighted=0, repaired=0)
     for batch in _batched(documents(recipe, dropped)):
-        for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch])):
+        for document, ids in zip(
+            batch, tokenizer.encode_batch([document.text for document in batch])
+        ):
             writers[document.split].write([*ids, tokenizer.eos_id], document.bytes)
         say(f"encoded {sum(w.entry.bytes for w in writers.values()) / 1e6:,.1f} MB")
     for split, writer in writers.items():
@@ -258,7 +274,9 @@ def _build(recipe: Recipe, origin: str, directory: Path, shard_tokens: int, say:
         if writer.entry.documents == 0:
             total = sum(w.entry.documents for w in writers.values())
             what = f"split {split!r} is empty: {total} documents, validation {recipe.validation}"
-            raise DataError(what, recipe.name, "change validation, or give more and smaller documents")
+            raise DataError(
+                what, recipe.name, "change validation, or give more and smaller documents"
+            )
     table = io.BytesIO()
     np.save(table, tokenizer.token_bytes())
     write_atomically(directory / TOKEN_BYTES, table.getvalue())
@@ -282,20 +300,24 @@ def _build(recipe: Recipe, origin: str, directory: Path, shard_tokens: int, say:
 
 
 def inspect(directory: str | Path) -> dict:
-    """A summary as `prepare` returns it, without `already_there`; and tokenizer, recipe, and a decoded
-    `excerpt`."""
+    """A summary as `prepare` returns it, without `already_there`; and tokenizer, recipe, and a
+    decoded `excerpt`."""
     directory = Path(directory)
     manifest = read_manifest(directory)
     summary = _summary(directory, manifest, already=True)
     del summary["already_there"]
     ids = open_shard(directory / manifest.splits[SPLITS[0]].shards[0].file)[:_EXCERPT_TOKENS]
     excerpt = load_tokenizer(directory).decode(ids.tolist())
-    return summary | {"tokenizer": manifest.tokenizer.kind, "recipe": manifest.recipe, "excerpt": excerpt}
+    return summary | {
+        "tokenizer": manifest.tokenizer.kind,
+        "recipe": manifest.recipe,
+        "excerpt": excerpt,
+    }
 
 
 def verify(directory: str | Path) -> list[str]:
-    """Reads every byte of a dataset. One line for each problem, naming the file; none means that it is
-    whole."""
+    """Reads every byte of a dataset. One line for each problem, naming the file; none means that it
+    is whole."""
     directory, problems = Path(directory), []
     try:
         manifest = read_manifest(directory)
@@ -310,13 +332,17 @@ def verify(directory: str | Path) -> list[str]:
         problems.append(str(error))
     for entry in manifest.splits.values():
         if sum(shard.tokens for shard in entry.shards) != entry.tokens:
-            problems.append(f"shards and split disagree on the number of tokens ({directory / MANIFEST})")
+            problems.append(
+                f"shards and split disagree on the number of tokens ({directory / MANIFEST})"
+            )
         for shard in entry.shards:
             path = directory / shard.file
             try:
                 header = verify_shard(path)
                 if header.tokens != shard.tokens:
-                    problems.append(f"{header.tokens} tokens where {MANIFEST} says {shard.tokens} ({path})")
+                    problems.append(
+                        f"{header.tokens} tokens where {MANIFEST} says {shard.tokens} ({path})"
+                    )
                 if header.fingerprint != manifest.tokenizer.fingerprint:
                     problems.append(f"made with another tokenizer ({path})")
                 if header.max_id >= manifest.tokenizer.vocab_size:

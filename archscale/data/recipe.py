@@ -26,7 +26,8 @@ class TrainTokenizer(_Strict):
 
 
 class TokenizerRecipe(_Strict):
-    """Either `train`, or the `path` of a trained one (for huggingface: file, directory or hub name)."""
+    """Either `train`, or the `path` of a trained one (for huggingface: file, directory or hub
+    name)."""
 
     kind: Literal["sentencepiece", "huggingface"] = "sentencepiece"
     path: str | None = None
@@ -64,8 +65,8 @@ class Recipe(_Strict):
 
 
 def _recipe_error(error: ValidationError, where: str) -> DataError:
-    """One line for the first complaint: dotted key, what is wrong, and for an unknown key the nearest known
-    one."""
+    """One line for the first complaint: dotted key, what is wrong, and for an unknown key the
+    nearest known one."""
     first = error.errors()[0]
     loc = list(first["loc"])
     parent: Any = Recipe
@@ -103,19 +104,25 @@ def _override(recipe: dict, assignment: str) -> None:
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads and checks a recipe; `overrides` are "dotted.key=value" with YAML values. DataError names the
-    key."""
+    """Reads and checks a recipe; `overrides` are "dotted.key=value" with YAML values. DataError
+    names the key."""
     try:
         raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         cause, remedy = explain_os_error(error, "give the path of a recipe YAML")
         raise DataError(f"cannot read the recipe: {cause}", str(path), remedy) from error
     except UnicodeDecodeError as error:
-        raise DataError(f"cannot read the recipe: {error}", str(path), "give a recipe YAML in UTF-8") from error
+        raise DataError(
+            f"cannot read the recipe: {error}", str(path), "give a recipe YAML in UTF-8"
+        ) from error
     except yaml.YAMLError as error:
-        raise DataError(f"not YAML: {' '.join(str(error).split())}", str(path), "correct the recipe") from error
+        raise DataError(
+            f"not YAML: {' '.join(str(error).split())}", str(path), "correct the recipe"
+        ) from error
     if not isinstance(raw, dict):
-        raise DataError("a recipe is a mapping of keys", str(path), "data_prep/README.md has an example")
+        raise DataError(
+            "a recipe is a mapping of keys", str(path), "data_prep/README.md has an example"
+        )
     for assignment in overrides:
         _override(raw, assignment)
     try:

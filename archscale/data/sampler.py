@@ -1,7 +1,8 @@
 """The order of the training windows: a pure function of (seed, global sample number).
 
-Nothing is stored and nothing is stepped through: the window that sample number 10^12 gets costs what number 0
-costs, on any world size, after any restart. Every epoch is a fresh permutation of all windows.
+Nothing is stored and nothing is stepped through: the window that sample number 10^12 gets costs
+what number 0 costs, on any world size, after any restart. Every epoch is a fresh permutation of all
+windows.
 """
 
 import numpy as np
@@ -17,7 +18,8 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def _permute(values: np.ndarray, key: np.ndarray, half: int) -> np.ndarray:
-    """A Feistel network: for each key a bijection of [0, 4^half), whatever the round function is."""
+    """A Feistel network: for each key a bijection of [0, 4^half), whatever the round function
+    is."""
     shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
     left, right = values >> shift, values & mask
     for r in range(_ROUNDS):
@@ -32,8 +34,8 @@ def sample_index(seed: int, number: np.ndarray | int, num_samples: int) -> np.nd
     Args:
         seed: any integer; its low 64 bits count.
         number: global sample numbers, int64 [...], not negative, in the order of the steps.
-        num_samples: windows in the split; numbers e * num_samples … (e + 1) * num_samples - 1 visit each
-            once.
+        num_samples: windows in the split; numbers e * num_samples … (e + 1) * num_samples - 1 visit
+            each once.
 
     Returns:
         int64 [...], each in [0, num_samples).
@@ -46,10 +48,13 @@ def sample_index(seed: int, number: np.ndarray | int, num_samples: int) -> np.nd
     epoch, position = np.divmod(numbers.ravel(), np.int64(num_samples))
     half = max(1, ((num_samples - 1).bit_length() + 1) // 2)
     with np.errstate(over="ignore"):  # arithmetic modulo 2^64 is meant
-        key = _mix(_mix(np.full(epoch.shape, seed & 0xFFFFFFFFFFFFFFFF, np.uint64)) + epoch.astype(np.uint64))
+        key = _mix(
+            _mix(np.full(epoch.shape, seed & 0xFFFFFFFFFFFFFFFF, np.uint64))
+            + epoch.astype(np.uint64)
+        )
         index = _permute(position.astype(np.uint64), key, half)
-        # Cycle walking: follow the permutation of the larger set until it comes back inside. The larger set
-        # is at most 4 times the smaller, so few turns are needed.
+        # Cycle walking: follow the permutation of the larger set until it comes back inside. The
+        # larger set is at most 4 times the smaller, so few turns are needed.
         while (outside := np.flatnonzero(index >= np.uint64(num_samples))).size:
             index[outside] = _permute(index[outside], key[outside], half)
     return index.astype(np.int64).reshape(numbers.shape)
@@ -58,8 +63,8 @@ def sample_index(seed: int, number: np.ndarray | int, num_samples: int) -> np.nd
 def rank_numbers(first: int, size: int, rank: int, world: int, micro_batch: int) -> np.ndarray:
     """The part of a step's sample numbers that one rank trains on.
 
-    Over all ranks and micro-batches the parts are the step's numbers, each once, whatever `world` and
-    `micro_batch`.
+    Over all ranks and micro-batches the parts are the step's numbers, each once, whatever `world`
+    and `micro_batch`.
 
     Args:
         first, size: the step takes the global sample numbers first … first + size - 1.
@@ -73,5 +78,7 @@ def rank_numbers(first: int, size: int, rank: int, world: int, micro_batch: int)
     if world < 1 or micro_batch < 1 or not 0 <= rank < world:
         raise ValueError(f"rank {rank} of world {world} with micro-batches of {micro_batch}")
     if size < 1 or size % (world * micro_batch):
-        raise ValueError(f"{size} sequences do not divide over {world} ranks x micro-batches of {micro_batch}")
+        raise ValueError(
+            f"{size} sequences do not divide over {world} ranks x micro-batches of {micro_batch}"
+        )
     return np.arange(first, first + size, dtype=np.int64).reshape(-1, world, micro_batch)[:, rank]

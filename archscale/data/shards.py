@@ -1,7 +1,7 @@
 """Token shards on disk, and the dataset directory made of them.
 
-A shard is a 128-byte header and `count` little-endian token ids, uint16 where the vocabulary fits and uint32
-where it does not. A dataset directory is
+A shard is a 128-byte header and `count` little-endian token ids, uint16 where the vocabulary fits
+and uint32 where it does not. A dataset directory is
 
     dataset.json       the manifest, written last: a directory without it was never finished
     tokenizer/         the tokenizer the ids came from
@@ -34,14 +34,19 @@ TOKEN_BYTES = "token_bytes.npy"
 SPLITS = ("train", "validation")
 DTYPES: dict[int, np.dtype] = {1: np.dtype("<u2"), 2: np.dtype("<u4")}
 
-# magic, version, dtype code, tokens, highest id, tokenizer fingerprint, payload sha256; then the sha256 of
-# these 96 bytes, without which a flipped bit in the highest id would pass for a sound file.
+# magic, version, dtype code, tokens, highest id, tokenizer fingerprint, payload sha256; then the
+# sha256 of these 96 bytes, without which a flipped bit in the highest id would pass for a sound
+# file.
 _FIELDS = struct.Struct("<8sIIQQ32s32s")
 HEADER_BYTES = _FIELDS.size + 32
 _CHUNK = 1 << 24  # bytes hashed at a time
 
-# `prepare` finds a directory that has a manifest made already, so that preparing again needs another one.
-AGAIN = "`archscale data prepare RECIPE --set output=DIR` makes the data set again, in another directory"
+# `prepare` finds a directory that has a manifest made already, so that preparing again needs
+# another one.
+AGAIN = (
+    "`archscale data prepare RECIPE --set output=DIR` makes the data set again, in another"
+    " directory"
+)
 _REMEDY = f"copy the file again from where it is whole, or prepare anew: {AGAIN}"
 _GIVE_PREPARED = "give the directory of a prepared data set, as `archscale data prepare` makes it"
 
@@ -99,7 +104,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 class ShardWriter:
-    """Streams token ids into one shard. The file gets its name only when it is complete and on disk.
+    """Streams token ids into one shard. The file gets its name only when it is complete and on
+    disk.
 
     As a context manager it closes on success and leaves nothing behind on an exception.
 
@@ -138,7 +144,9 @@ class ShardWriter:
 
     def close(self) -> ShardHeader:
         """Writes the header, waits for the disk, and gives the file its name."""
-        header = ShardHeader(self.dtype, self.tokens, self.max_id, self.fingerprint, self._hash.hexdigest())
+        header = ShardHeader(
+            self.dtype, self.tokens, self.max_id, self.fingerprint, self._hash.hexdigest()
+        )
         self._file.seek(0)
         self._file.write(_pack(header))
         self._file.flush()
@@ -164,8 +172,8 @@ class ShardWriter:
 
 
 def read_header(path: str | Path) -> ShardHeader:
-    """The header of a shard, its size held against it. DataError if the file is missing, foreign, damaged,
-    truncated."""
+    """The header of a shard, its size held against it. DataError if the file is missing, foreign,
+    damaged, truncated."""
     try:
         with open(path, "rb") as file:
             raw = file.read(HEADER_BYTES)
@@ -189,7 +197,9 @@ def read_header(path: str | Path) -> ShardHeader:
     expected = HEADER_BYTES + tokens * DTYPES[code].itemsize
     if size != expected:
         word = "truncated shard" if size < expected else "foreign bytes after the tokens"
-        raise DataError(f"{word}: {size} bytes where {tokens} tokens need {expected}", str(path), _REMEDY)
+        raise DataError(
+            f"{word}: {size} bytes where {tokens} tokens need {expected}", str(path), _REMEDY
+        )
     return ShardHeader(DTYPES[code], tokens, max_id, fingerprint.hex(), checksum.hex())
 
 
@@ -199,11 +209,14 @@ def open_shard(path: str | Path) -> np.ndarray:
     header = read_header(path)
     if header.tokens == 0:  # an empty file region cannot be mapped
         return np.empty(0, header.dtype)
-    return np.memmap(path, dtype=header.dtype, mode="r", offset=HEADER_BYTES, shape=(header.tokens,))
+    return np.memmap(
+        path, dtype=header.dtype, mode="r", offset=HEADER_BYTES, shape=(header.tokens,)
+    )
 
 
 def verify_shard(path: str | Path) -> ShardHeader:
-    """Reads the whole shard: its checksum and its highest id must be those of the header, else DataError."""
+    """Reads the whole shard: its checksum and its highest id must be those of the header, else
+    DataError."""
     header, tokens = read_header(path), open_shard(path)
     digest, max_id, step = hashlib.sha256(), 0, _CHUNK // header.dtype.itemsize
     for start in range(0, header.tokens, step):
@@ -213,7 +226,9 @@ def verify_shard(path: str | Path) -> ShardHeader:
     if digest.hexdigest() != header.checksum:
         raise DataError("damaged shard: the tokens do not match their checksum", str(path), _REMEDY)
     if max_id != header.max_id:
-        raise DataError(f"the highest id is {max_id}, the header says {header.max_id}", str(path), _REMEDY)
+        raise DataError(
+            f"the highest id is {max_id}, the header says {header.max_id}", str(path), _REMEDY
+        )
     return header
 
 
@@ -236,7 +251,8 @@ class SplitEntry(_Entry):
 
 
 class TokenizerEntry(_Entry):
-    """The tokenizer of a dataset; `file` is relative to the directory, `fingerprint` a hexadecimal sha256."""
+    """The tokenizer of a dataset; `file` is relative to the directory, `fingerprint` a hexadecimal
+    sha256."""
 
     kind: str
     file: str
@@ -263,7 +279,9 @@ def read_manifest(directory: str | Path) -> Manifest:
     foreign."""
     directory = Path(directory)
     if not directory.is_dir():
-        raise DataError("no data set", str(directory), f"{how_to_make(directory)}, or correct the path")
+        raise DataError(
+            "no data set", str(directory), f"{how_to_make(directory)}, or correct the path"
+        )
     path = directory / MANIFEST
     try:
         raw = json.loads(path.read_bytes())
@@ -278,7 +296,9 @@ def read_manifest(directory: str | Path) -> Manifest:
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != DATASET_VERSION:
         what = f"dataset format {version}, but this archscale reads {DATASET_VERSION}"
-        remedy = f"use the archscale that wrote it, or this one: {AGAIN}" if version else _GIVE_PREPARED
+        remedy = (
+            f"use the archscale that wrote it, or this one: {AGAIN}" if version else _GIVE_PREPARED
+        )
         raise DataError(what, str(path), remedy)
     try:
         return Manifest.model_validate(raw)
@@ -289,11 +309,11 @@ def read_manifest(directory: str | Path) -> Manifest:
 
 
 class TokenSplit:
-    """One split of a dataset, cut into windows of `context` tokens; memory-mapped, so its size does not
-    matter.
+    """One split of a dataset, cut into windows of `context` tokens; memory-mapped, so its size does
+    not matter.
 
-    Window i is tokens[i * context : i * context + context + 1]: its last token is the next one's first, so
-    every token but the very first is a target exactly once.
+    Window i is tokens[i * context : i * context + context + 1]: its last token is the next one's
+    first, so every token but the very first is a target exactly once.
 
     Args:
         path: dataset directory.
@@ -322,11 +342,13 @@ class TokenSplit:
         self.num_samples = max(0, self.num_tokens - 1) // context
         if self.num_samples == 0:
             raise DataError(
-                f"split {split!r} has {self.num_tokens} tokens, less than one window of {context} + 1",
+                f"split {split!r} has {self.num_tokens} tokens, less than one window of"
+                f" {context} + 1",
                 str(path),
                 "shorten model.context or prepare more text",
             )
-        # A mapped file holds a file descriptor: keep the number below the usual limit of 1,024 for a process.
+        # A mapped file holds a file descriptor: keep the number below the usual limit of 1,024 for
+        # a process.
         self._open = functools.lru_cache(maxsize=256)(self._open_uncached)
 
     def _header(self, number: int) -> ShardHeader:
@@ -354,14 +376,17 @@ class TokenSplit:
         try:
             table = np.load(path)
         except (OSError, ValueError) as error:
-            raise DataError(f"cannot read the token lengths: {error}", str(path), _REMEDY) from error
+            raise DataError(
+                f"cannot read the token lengths: {error}", str(path), _REMEDY
+            ) from error
         if table.shape != (self.vocab_size,):
             what = f"{table.shape} token lengths for a vocabulary of {self.vocab_size}"
             raise DataError(what, str(path), _REMEDY)
         return table
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """int64 [stop - start]: the tokens of the split from position `start`, across shard borders."""
+        """int64 [stop - start]: the tokens of the split from position `start`, across shard
+        borders."""
         if not 0 <= start <= stop <= self.num_tokens:
             raise IndexError(f"tokens {start}:{stop} of {self.num_tokens}")
         out = np.empty(stop - start, np.int64)
@@ -374,8 +399,8 @@ class TokenSplit:
         return out
 
     def sample(self, index: int) -> np.ndarray:
-        """int64 [context + 1]: window `index`; inputs are all but the last token, targets all but the
-        first."""
+        """int64 [context + 1]: window `index`; inputs are all but the last token, targets all but
+        the first."""
         if not 0 <= index < self.num_samples:
             raise IndexError(f"sample {index} of {self.num_samples}")
         start = int(index) * self.context
@@ -386,11 +411,13 @@ class TokenSplit:
 
         Args:
             vocab_size: of the model: every shard's highest id must be below it.
-            verify_up_to_bytes: a split no larger than this on disk is read whole and held against its
-                checksums.
+            verify_up_to_bytes: a split no larger than this on disk is read whole and held against
+                its checksums.
         """
         headers = [self._header(number) for number in range(len(self._shards))]
-        whole = sum(header.tokens * header.dtype.itemsize for header in headers) <= verify_up_to_bytes
+        whole = (
+            sum(header.tokens * header.dtype.itemsize for header in headers) <= verify_up_to_bytes
+        )
         for shard, header in zip(self._shards, headers):
             path = self.path / shard.file
             if header.max_id >= vocab_size:

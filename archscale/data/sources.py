@@ -1,8 +1,8 @@
-"""Where documents come from: one class a kind of source, listed in `SOURCES`. A new kind is a class and a row
-there.
+"""Where documents come from: one class a kind of source, listed in `SOURCES`. A new kind is a class
+and a row there.
 
-A source yields documents as strings, in a fixed order, and can say which local files it reads, so that a
-second `prepare` can tell whether they changed.
+A source yields documents as strings, in a fixed order, and can say which local files it reads, so
+that a second `prepare` can tell whether they changed.
 """
 
 import glob
@@ -19,12 +19,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from archscale.errors import DataError, explain_os_error
 
-_END_BYTES = 1 << 20  # of a file's beginning and end go into its fingerprint: all of a small one, O(1) of a huge one
+# of a file's beginning and end go into its fingerprint: all of a small one, O(1) of a huge one
+_END_BYTES = 1 << 20
 
 
 class _Source(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    weight: float = Field(default=1.0, gt=0, le=1, description="share of the documents taken, by content hash")
+    weight: float = Field(
+        default=1.0, gt=0, le=1, description="share of the documents taken, by content hash"
+    )
 
     def documents(self) -> Iterator[str]:
         raise NotImplementedError
@@ -35,7 +38,11 @@ class _Source(BaseModel):
 
 
 def _glob(pattern: str) -> list[tuple[str, Path]]:
-    found = [(name, Path(name)) for name in sorted(glob.glob(pattern, recursive=True)) if Path(name).is_file()]
+    found = [
+        (name, Path(name))
+        for name in sorted(glob.glob(pattern, recursive=True))
+        if Path(name).is_file()
+    ]
     if not found:
         raise DataError(
             "no file matches",
@@ -51,14 +58,18 @@ def _whole_lines(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
         yield from lines
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         what = f"not a whole gzip file: {error}"
-        raise DataError(what, str(path), "copy the file again, or leave it out of the source's path") from error
+        raise DataError(
+            what, str(path), "copy the file again, or leave it out of the source's path"
+        ) from error
 
 
 def _field(record: Any, field: str, where: str) -> str:
     value = record.get(field) if isinstance(record, dict) else None
     if not isinstance(value, str):
         there = ", ".join(map(str, record)) if isinstance(record, dict) else type(record).__name__
-        raise DataError(f"no text in field {field!r}; there is: {there}", where, "set the source's field")
+        raise DataError(
+            f"no text in field {field!r}; there is: {there}", where, "set the source's field"
+        )
     return value
 
 
@@ -77,7 +88,9 @@ class TextSource(_Source):
             try:
                 yield path.read_bytes().decode(self.encoding)
             except (UnicodeDecodeError, LookupError) as error:
-                raise DataError(f"not {self.encoding} text: {error}", str(path), "set the source's encoding") from error
+                raise DataError(
+                    f"not {self.encoding} text: {error}", str(path), "set the source's encoding"
+                ) from error
 
 
 class JsonlSource(_Source):
@@ -98,13 +111,15 @@ class JsonlSource(_Source):
                     try:
                         record = json.loads(line) if line.strip() else {self.field: ""}
                     except ValueError as error:
-                        raise DataError(f"not a JSON line: {error}", where, "correct or remove the line") from error
+                        raise DataError(
+                            f"not a JSON line: {error}", where, "correct or remove the line"
+                        ) from error
                     yield _field(record, self.field, where)
 
 
 class PythonStdlibSource(_Source):
-    """The standard library of the running Python, each `.py` file one document: a corpus that is always
-    there."""
+    """The standard library of the running Python, each `.py` file one document: a corpus that is
+    always there."""
 
     kind: Literal["python_stdlib"]
     include_tests: bool = False
@@ -116,9 +131,15 @@ class PythonStdlibSource(_Source):
             skipped |= {"test", "tests", "idle_test"}
         names = sorted(path.relative_to(root) for path in root.rglob("*.py"))
         # _sysconfigdata is generated when Python is built, and differs from machine to machine.
-        found = [n for n in names if not skipped.intersection(n.parts) and not n.name.startswith("_sysconfigdata")]
+        found = [
+            n
+            for n in names
+            if not skipped.intersection(n.parts) and not n.name.startswith("_sysconfigdata")
+        ]
         if not found:
-            raise DataError("this Python has no source files", str(root), "use another kind of source")
+            raise DataError(
+                "this Python has no source files", str(root), "use another kind of source"
+            )
         return [(name.as_posix(), root / name) for name in found]
 
     def documents(self) -> Iterator[str]:
@@ -148,7 +169,9 @@ def _load(where: str, field: str, *args: Any, **kwargs: Any) -> Iterator[str]:
         raise
     except Exception as error:  # network, names, formats: `datasets` raises dozens of classes
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(f"cannot read the data set: {reason}", where, "check the name, files and network") from error
+        raise DataError(
+            f"cannot read the data set: {reason}", where, "check the name, files and network"
+        ) from error
 
 
 class ParquetSource(_Source):
@@ -163,7 +186,9 @@ class ParquetSource(_Source):
 
     def documents(self) -> Iterator[str]:
         files = [str(path) for _, path in self.files()]
-        return _load(self.path, self.field, "parquet", data_files=files, split="train", streaming=True)
+        return _load(
+            self.path, self.field, "parquet", data_files=files, split="train", streaming=True
+        )
 
 
 class HuggingFaceSource(_Source):
@@ -211,8 +236,9 @@ Source = Annotated[
 
 
 def fingerprint_files(files: Iterable[tuple[str, Path]]) -> str:
-    """sha256 over names, sizes, and the first and last MiB of each file: a change elsewhere in a larger file
-    that keeps its size is not seen. Not times: a copy of the same files is the same source."""
+    """sha256 over names, sizes, and the first and last MiB of each file: a change elsewhere in a
+    larger file that keeps its size is not seen. Not times: a copy of the same files is the same
+    source."""
     total = hashlib.sha256()
     for name, path in files:
         try:

@@ -19,12 +19,17 @@ _DETAILS = (*SPLITS, "dropped", "recipe", "excerpt")  # entries that have lines 
 
 
 def render(summary: Mapping[str, Any]) -> str:
-    """What `prepare` and `inspect` of `archscale.data.prepare` return: facts, then a table of splits.
+    """What `prepare` and `inspect` of `archscale.data.prepare` return: facts, then a table of
+    splits.
 
     Of `inspect` also the recipe, a line for each dotted key, and how the text begins.
     """
-    facts = {key.replace("_", " "): _text(value) for key, value in summary.items() if key not in _DETAILS}
-    facts["documents left out"] = ", ".join(f"{count:,} {why}" for why, count in summary["dropped"].items())
+    facts = {
+        key.replace("_", " "): _text(value) for key, value in summary.items() if key not in _DETAILS
+    }
+    facts["documents left out"] = ", ".join(
+        f"{count:,} {why}" for why, count in summary["dropped"].items()
+    )
     lines = _aligned([[key, value] for key, value in facts.items()])
     splits = [name for name in summary if name in SPLITS]
     cells = [[name, *(_text(summary[name][key]) for key in COLUMNS)] for name in splits]
@@ -33,7 +38,11 @@ def render(summary: Mapping[str, Any]) -> str:
         rows = [[f"  {key}", value] for key, value in _dotted(summary["recipe"])]
         lines += ["", "recipe", *_aligned(rows)]
     if "excerpt" in summary:
-        lines += ["", "the training split begins", *(f"  {line}" for line in summary["excerpt"].splitlines())]
+        lines += [
+            "",
+            "the training split begins",
+            *(f"  {line}" for line in summary["excerpt"].splitlines()),
+        ]
     return "\n".join(lines)
 
 
@@ -42,7 +51,10 @@ def _aligned(rows: list[list[str]], numbers: bool = False) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = []
     for first, *rest in rows:
-        cells = [cell.rjust(width) if numbers else cell.ljust(width) for cell, width in zip(rest, widths[1:])]
+        cells = [
+            cell.rjust(width) if numbers else cell.ljust(width)
+            for cell, width in zip(rest, widths[1:])
+        ]
         lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     return lines
 
@@ -51,7 +63,11 @@ def _dotted(tree: Any, key: str = "") -> list[tuple[str, str]]:
     """(dotted key, value) of every leaf that is set."""
     if isinstance(tree, Mapping) or (isinstance(tree, list) and tree):
         items = tree.items() if isinstance(tree, Mapping) else enumerate(tree)
-        return [leaf for name, value in items for leaf in _dotted(value, f"{key}.{name}" if key else str(name))]
+        return [
+            leaf
+            for name, value in items
+            for leaf in _dotted(value, f"{key}.{name}" if key else str(name))
+        ]
     return [] if tree is None else [(key, _text(tree))]
 
 

@@ -1,7 +1,7 @@
 """Tokenizers behind one small interface: SentencePiece models and Hugging Face `tokenizer.json`.
 
-Text is data: `encode` never turns the spelling of a special token into that token, and for a model trained
-here `decode(encode(text)) == text` for every string that UTF-8 can hold.
+Text is data: `encode` never turns the spelling of a special token into that token, and for a model
+trained here `decode(encode(text)) == text` for every string that UTF-8 can hold.
 """
 
 import hashlib
@@ -20,8 +20,11 @@ MODEL_FILE = "tokenizer.model"
 JSON_FILE = "tokenizer.json"
 SAMPLE_BYTES = 10_000_000  # text that a tokenizer is trained on: more hardly changes a BPE
 _DOCUMENT_BYTES = 1_000_000  # of which no document gives more than this
-_CHUNK_CHARS = 1_000  # text per training "sentence": across line ends, so that ":\n" can become a token
-_SPACE = "\u2581"  # how SentencePiece writes a space; it cannot tell it from the same character in the text
+_CHUNK_CHARS = (
+    1_000  # text per training "sentence": across line ends, so that ":\n" can become a token
+)
+# how SentencePiece writes a space; it cannot tell it from the same character in the text
+_SPACE = "\u2581"
 _EOS_NAMES = ("<eos>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<|eot_id|>", "[EOS]")
 
 
@@ -72,21 +75,31 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._model = model = SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
-            raise DataError("not a SentencePiece model", where, "give the path of a .model file") from error
+            raise DataError(
+                "not a SentencePiece model", where, "give the path of a .model file"
+            ) from error
         if model.eos_id() < 0:
-            raise DataError("the tokenizer has no end-of-document token", where, "train it with an eos piece")
+            raise DataError(
+                "the tokenizer has no end-of-document token", where, "train it with an eos piece"
+            )
         super().__init__(content, model.vocab_size(), model.eos_id())
         self._pieces = [self._bytes(i) for i in range(self.vocab_size)]
         # Models trained elsewhere may put a space before every text; it is not part of the text.
         self._prefixed = model.id_to_piece(model.encode("a")[0]).startswith(_SPACE)
         mark = _SPACE.encode()
-        self._mark_ids = [self._pieces.index(mark[i : i + 1]) for i in range(3)] if self._has_bytes() else []
+        self._mark_ids = (
+            [self._pieces.index(mark[i : i + 1]) for i in range(3)] if self._has_bytes() else []
+        )
 
     def _bytes(self, token: int) -> bytes:
         if self._model.is_control(token) or self._model.is_unknown(token):
             return b""
         piece = self._model.id_to_piece(token)
-        return bytes([int(piece[3:5], 16)]) if self._model.is_byte(token) else piece.replace(_SPACE, " ").encode()
+        return (
+            bytes([int(piece[3:5], 16)])
+            if self._model.is_byte(token)
+            else piece.replace(_SPACE, " ").encode()
+        )
 
     def _has_bytes(self) -> bool:
         return any(self._model.is_byte(token) for token in range(self.vocab_size))
@@ -117,12 +130,16 @@ class HuggingFaceTokenizer(Tokenizer):
 
     kind, file = "huggingface", JSON_FILE
 
-    def __init__(self, content: bytes, where: str, eos_id: int | None = None, eos: str | None = None):
+    def __init__(
+        self, content: bytes, where: str, eos_id: int | None = None, eos: str | None = None
+    ):
         backend_class = _import("tokenizers", where).Tokenizer
         try:
             self._backend = backend = backend_class.from_str(content.decode())
         except Exception as error:  # the package raises bare Exception
-            raise DataError(f"not a tokenizer.json: {error}", where, "give a Hugging Face fast tokenizer") from error
+            raise DataError(
+                f"not a tokenizer.json: {error}", where, "give a Hugging Face fast tokenizer"
+            ) from error
         # "<|endoftext|>" spelled in a document is text, not the end of the document.
         backend.encode_special_tokens = True
         backend.no_padding()
@@ -137,7 +154,10 @@ class HuggingFaceTokenizer(Tokenizer):
         super().__init__(content, max(vocabulary.values()) + 1, eos_id)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return [
+            encoding.ids
+            for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        ]
 
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(ids, skip_special_tokens=True)
@@ -169,14 +189,16 @@ def _import(package: str, where: str):
 
 
 def _from_hub(name: str, eos: str | None) -> Tokenizer:
-    """From a directory of Hugging Face files, or the hub; the eos token is the one its configuration
-    names."""
+    """From a directory of Hugging Face files, or the hub; the eos token is the one its
+    configuration names."""
     transformers = _import("transformers", name)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name)
     except Exception as error:  # network, missing files, unknown classes: all the same to the user
         first = str(error).strip().splitlines()[0]
-        raise DataError(f"cannot load the tokenizer: {first}", name, "check the path or hub name") from error
+        raise DataError(
+            f"cannot load the tokenizer: {first}", name, "check the path or hub name"
+        ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise DataError("the tokenizer has no fast version", name, "convert it to a tokenizer.json")
@@ -185,16 +207,18 @@ def _from_hub(name: str, eos: str | None) -> Tokenizer:
 
 
 def load_tokenizer(path: str | Path, kind: str | None = None, eos: str | None = None) -> Tokenizer:
-    """The tokenizer of a dataset directory, of a `.model` or `.json` file, or of the Hugging Face hub.
+    """The tokenizer of a dataset directory, of a `.model` or `.json` file, or of the Hugging Face
+    hub.
 
     Args:
         path: dataset directory, directory with Hugging Face tokenizer files, file, or hub name.
         kind: "sentencepiece" or "huggingface"; by default from what `path` is. A hub name needs
-            "huggingface". eos: spelling of the end-of-document token, for Hugging Face tokenizers whose own
-            is missing or other.
+            "huggingface". eos: spelling of the end-of-document token, for Hugging Face tokenizers
+            whose own is missing or other.
 
     Raises:
-        DataError: missing, foreign, not the one the dataset was made with, or its package is not installed.
+        DataError: missing, foreign, not the one the dataset was made with, or its package is not
+            installed.
     """
     local = Path(path)
     if (local / MANIFEST).is_file():
@@ -215,7 +239,10 @@ def load_tokenizer(path: str | Path, kind: str | None = None, eos: str | None = 
 
 def _of_dataset(directory: Path) -> Tokenizer:
     entry = read_manifest(directory).tokenizer
-    path, remedy = directory / entry.file, f"copy the file again from where it is whole, or prepare anew: {AGAIN}"
+    path, remedy = (
+        directory / entry.file,
+        f"copy the file again from where it is whole, or prepare anew: {AGAIN}",
+    )
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -229,11 +256,11 @@ def _of_dataset(directory: Path) -> Tokenizer:
 
 
 def _sample(texts: Iterable[str], seed: int) -> list[str]:
-    """SAMPLE_BYTES of text in whole documents (long ones cut): those with the lowest hashes, in the order of
-    the hash.
+    """SAMPLE_BYTES of text in whole documents (long ones cut): those with the lowest hashes, in the
+    order of the hash.
 
-    So the sample depends on what documents there are, never on their order, and takes no more memory than
-    itself.
+    So the sample depends on what documents there are, never on their order, and takes no more
+    memory than itself.
     """
     heap: list[tuple[int, str]] = []  # (-hash, text): the highest hash is the first to go
     held = 0
@@ -245,7 +272,10 @@ def _sample(texts: Iterable[str], seed: int) -> list[str]:
             continue
         heapq.heappush(heap, (-rank, text))
         held += len(encoded)
-        while len(heap) > 1 and held - (size := len(heap[0][1].encode("utf-8", errors="replace"))) >= SAMPLE_BYTES:
+        while (
+            len(heap) > 1
+            and held - (size := len(heap[0][1].encode("utf-8", errors="replace"))) >= SAMPLE_BYTES
+        ):
             heapq.heappop(heap)
             held -= size
     return [text for _, text in sorted(heap, reverse=True)]
@@ -262,8 +292,11 @@ def _chunks(text: str) -> Iterator[str]:
         yield chunk
 
 
-def train_sentencepiece(texts: Iterable[str], vocab_size: int, out_dir: str | Path, seed: int = 0) -> Tokenizer:
-    """Trains a BPE with byte fallback that loses nothing, and writes it to `out_dir/tokenizer.model`.
+def train_sentencepiece(
+    texts: Iterable[str], vocab_size: int, out_dir: str | Path, seed: int = 0
+) -> Tokenizer:
+    """Trains a BPE with byte fallback that loses nothing, and writes it to
+    `out_dir/tokenizer.model`.
 
     The same documents, in any order, give the same file.
 
@@ -306,7 +339,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, out_dir: str | Pa
             minloglevel=2,
         )
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0].rpartition("] ")[2]  # without its source location
+        # without its source location
+        reason = str(error).strip().splitlines()[0].rpartition("] ")[2]
         raise DataError(f"cannot train {vocab_size} pieces: {reason}", where, remedy) from error
     path.write_bytes(written.getvalue())
     return SentencePieceTokenizer(written.getvalue(), str(path))

@@ -1,8 +1,9 @@
 """Expert parallelism: experts spread over ranks, and only routed rows sent to them and back.
 
-Each of R ranks routes its own tokens and holds E / R of the experts. Rows (one for each assignment) are sorted by expert, so
-those for one rank are contiguous: two packed all-to-alls, there and back, and their transposes in the backward pass. Numbers of
-rows are exchanged first. They decide the sizes of what follows, so the host waits for them once a layer and pass.
+Each of R ranks routes its own tokens and holds E / R of the experts. Rows (one for each assignment)
+are sorted by expert, so those for one rank are contiguous: two packed all-to-alls, there and back,
+and their transposes in the backward pass. Numbers of rows are exchanged first. They decide the
+sizes of what follows, so the host waits for them once a layer and pass.
 
 Shapes: M assignments routed here, N rows received, D width, E experts, R ranks.
 """
@@ -21,8 +22,8 @@ from archscale.distributed import all_to_all
 
 
 def spread(experts: nn.Module, mesh: DeviceMesh) -> None:
-    """Make the stacks (E, …) of `experts`, on the meta device, DTensors of which each rank of the 1-D `mesh` holds an
-    equal part in order.
+    """Make the stacks (E, …) of `experts`, on the meta device, DTensors of which each rank of the
+    1-D `mesh` holds an equal part in order.
 
     Raises:
         ValueError: a stack that the ranks do not divide.
@@ -32,7 +33,11 @@ def spread(experts: nn.Module, mesh: DeviceMesh) -> None:
             if len(stack) % mesh.size():
                 raise ValueError(f"{len(stack)} experts cannot be spread over {mesh.size()} ranks")
             part = stack.detach()[: len(stack) // mesh.size()]
-            setattr(module, name, nn.Parameter(DTensor.from_local(part, mesh, [Shard(0)], run_check=False)))
+            setattr(
+                module,
+                name,
+                nn.Parameter(DTensor.from_local(part, mesh, [Shard(0)], run_check=False)),
+            )
 
 
 def held_here(weight: Tensor) -> Tensor:
@@ -42,7 +47,11 @@ def held_here(weight: Tensor) -> Tensor:
 
 @torch.compiler.disable  # the sizes of what is sent are data
 def run_elsewhere(
-    experts: Callable[[Tensor, Tensor, Tensor], Tensor], rows: Tensor, gates: Tensor, load: Tensor, mesh: DeviceMesh
+    experts: Callable[[Tensor, Tensor, Tensor], Tensor],
+    rows: Tensor,
+    gates: Tensor,
+    load: Tensor,
+    mesh: DeviceMesh,
 ) -> Tensor:
     """`experts(rows, gates, ends)` of all ranks' rows, each on the rank that holds its expert.
 
@@ -59,12 +68,16 @@ def run_elsewhere(
     arriving, work = all_to_all(load, even, even, group)
     work.wait()
     arriving = arriving.view(ranks, -1)  # by source, of each expert held here
-    sends, receives = torch.stack([load.view(ranks, -1).sum(1), arriving.sum(1)]).tolist()  # waits for the device
+    sends, receives = torch.stack(
+        [load.view(ranks, -1).sum(1), arriving.sum(1)]
+    ).tolist()  # waits for the device
     # Rows arrive by source and then by expert; the product wants them by expert and then by source.
     expert = torch.arange(arriving.shape[1], device=load.device).repeat(ranks)
     expert = expert.repeat_interleave(arriving.flatten(), output_size=sum(receives))
     order = expert.argsort(stable=True)
-    place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    place = torch.empty_like(order).scatter_(
+        0, order, torch.arange(len(order), device=order.device)
+    )
     rows = _Exchange.apply(rows, sends, receives, group)
     gates = _Exchange.apply(gates, sends, receives, group)
     ends = arriving.sum(0).cumsum(0).to(torch.int32)
@@ -73,7 +86,8 @@ def run_elsewhere(
 
 
 class _Exchange(torch.autograd.Function):
-    """Rows (M, …) cut into `sends` for the ranks of a group → the rows received from them, (N, …), in the order of ranks."""
+    """Rows (M, …) cut into `sends` for the ranks of a group → the rows received from them, (N, …),
+    in the order of ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sends: list[int], receives: list[int], group: Any) -> Tensor:
@@ -87,13 +101,16 @@ class _Exchange(torch.autograd.Function):
 
 def _exchange(x: Tensor, sends: list[int], receives: list[int], group: Any) -> Tensor:
     size = x.shape[1:].numel()
-    received, work = all_to_all(x.contiguous().view(-1), [n * size for n in sends], [n * size for n in receives], group)
+    received, work = all_to_all(
+        x.contiguous().view(-1), [n * size for n in sends], [n * size for n in receives], group
+    )
     work.wait()
     return received.view(-1, *x.shape[1:])
 
 
 class _Permute(torch.autograd.Function):
-    """x[order]; its derivative gathers by the inverse, where indexing's own would add atomically."""
+    """x[order]; its derivative gathers by the inverse, where indexing's own would add
+    atomically."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:

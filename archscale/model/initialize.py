@@ -1,6 +1,8 @@
-"""Initialization that does not depend on the sharding: each element is a function of (seed, parameter name, position).
+"""Initialization that does not depend on the sharding: each element is a function of (seed,
+parameter name, position).
 
-A parameter is cut into chunks of fixed size, each with its own generator, so a rank draws only the chunks that it holds.
+A parameter is cut into chunks of fixed size, each with its own generator, so a rank draws only the
+chunks that it holds.
 """
 
 from __future__ import annotations
@@ -14,15 +16,18 @@ from torch import Tensor, nn
 
 from archscale.distributed import Fragment, fragment
 
-CHUNK = 1 << 18  # elements of one generator; part of the definition of a run: changing it changes every weight
+# elements of one generator; part of the definition of a run: changing it changes every weight
+CHUNK = 1 << 18
 
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int, weights: Mapping[str, Fragment] | None = None) -> None:
-    """Fill every parameter of `model` (plain tensors or DTensors, on any device) from its module's `parameter_roles`.
+    """Fill every parameter of `model` (plain tensors or DTensors, on any device) from its module's
+    `parameter_roles`.
 
     Args:
-        weights: what to fill instead, by parameter name, where an engine keeps the weights elsewhere.
+        weights: what to fill instead, by parameter name, where an engine keeps the weights
+            elsewhere.
 
     Raises:
         ValueError: a parameter without `init`.
@@ -37,18 +42,23 @@ def initialize(model: nn.Module, seed: int, weights: Mapping[str, Fragment] | No
             spec = getattr(module, "parameter_roles", {}).get(key, {})
             if "init" not in spec:
                 raise ValueError(
-                    f"parameter {name!r} has no initialization: add 'init' to its module's parameter_roles"
+                    f"parameter {name!r} has no initialization: add 'init' to its module's"
+                    " parameter_roles"
                 )
             of = fragment(parameter) if weights is None else weights[name]
             hi, numel = of.lo + of.data.numel(), math.prod(of.shape)
             of.data.copy_(draw(*spec["init"], seed=seed, name=name, lo=of.lo, hi=hi, numel=numel))
 
 
-def draw(distribution: str, scale: float, *, seed: int, name: str, lo: int, hi: int, numel: int) -> Tensor:
-    """Elements [lo, hi) of a flattened parameter of `numel` elements; float32 on CPU, whatever the device.
+def draw(
+    distribution: str, scale: float, *, seed: int, name: str, lo: int, hi: int, numel: int
+) -> Tensor:
+    """Elements [lo, hi) of a flattened parameter of `numel` elements; float32 on CPU, whatever the
+    device.
 
     Args:
-        distribution: `uniform` on (−scale, scale), `normal` with standard deviation `scale`, or `constant`.
+        distribution: `uniform` on (−scale, scale), `normal` with standard deviation `scale`, or
+            `constant`.
     """
     values = torch.empty(hi - lo)
     if distribution == "constant":

@@ -1,8 +1,9 @@
 """Building blocks that declare the role and the initialization of their own parameters.
 
-`parameter_roles` maps a parameter's key to a plain dict: `role` (matrix, embedding, head, vector), `view` of more than two
-dimensions, `blocks` of a fused
-projection, and `init`, a pair (distribution, scale). The optimizer and the initializer read it; see `optim.roles`.
+`parameter_roles` maps a parameter's key to a plain dict: `role` (matrix, embedding, head, vector),
+`view` of more than two dimensions, `blocks` of a fused
+projection, and `init`, a pair (distribution, scale). The optimizer and the initializer read it; see
+`optim.roles`.
 
 Weights are stored in float32 and cast to the activations' dtype where they are used.
 """
@@ -21,7 +22,8 @@ NORM_EPS = 1e-5
 
 
 class Probe(Protocol):
-    """What looks into a forward pass (`telemetry.stability`): each method sums something over a micro-batch."""
+    """What looks into a forward pass (`telemetry.stability`): each method sums something over a
+    micro-batch."""
 
     def attention(self, q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         """Of rotated queries (B, H, T, K) and keys (B, G, T, K); scalar."""
@@ -37,14 +39,17 @@ class Projection(nn.Module):
     """x (…, fan_in) → (…, fan_out), no bias; U(−1/√fan_in, 1/√fan_in) at initialization.
 
     Args:
-        blocks: (name, rows) of the logical matrices stored one below the other; None: a single matrix.
+        blocks: (name, rows) of the logical matrices stored one below the other; None: a single
+            matrix.
     """
 
     def __init__(self, fan_in: int, fan_out: int, blocks: Sequence[tuple[str, int]] | None = None):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(fan_out, fan_in))
         init = ("uniform", 1 / math.sqrt(fan_in))
-        self.parameter_roles = {"weight": {"role": "matrix", "blocks": tuple(blocks or ()), "init": init}}
+        self.parameter_roles = {
+            "weight": {"role": "matrix", "blocks": tuple(blocks or ()), "init": init}
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
@@ -64,7 +69,8 @@ class RMSNorm(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token ids (B, T) → float32 (B, T, D), rounded to `dtype`: the start of the float32 residual stream."""
+    """Token ids (B, T) → float32 (B, T, D), rounded to `dtype`: the start of the float32 residual
+    stream."""
 
     def __init__(self, vocab_size: int, width: int, std: float, dtype: torch.dtype):
         super().__init__()

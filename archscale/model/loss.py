@@ -1,7 +1,7 @@
 """Cross-entropy of a language-model head without the logits of the whole batch.
 
-Shapes: N tokens, D width, V vocabulary. Logits exist for one chunk of tokens at a time; their gradient is taken in the
-forward pass, so that nothing is recomputed in the backward pass.
+Shapes: N tokens, D width, V vocabulary. Logits exist for one chunk of tokens at a time; their
+gradient is taken in the forward pass, so that nothing is recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ CHUNK_ELEMENTS = 1 << 22  # of float32 logits at a time: 16 MiB
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk_elements: int, training: bool) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk_elements: int, training: bool
+    ) -> Tensor:
         N, V = x.shape[0], weight.shape[0]
         rows = max(1, min(N, chunk_elements // V))
         dtype = torch.promote_types(x.dtype, torch.float32)
         grad_x = torch.empty_like(x) if training and ctx.needs_input_grad[0] else None
         grad_w = (
-            torch.zeros(weight.shape, device=x.device, dtype=dtype) if training and ctx.needs_input_grad[1] else None
+            torch.zeros(weight.shape, device=x.device, dtype=dtype)
+            if training and ctx.needs_input_grad[1]
+            else None
         )
         total = torch.zeros((), device=x.device, dtype=dtype)
         for start in range(0, N, rows):
@@ -59,7 +63,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return grad_x, grad_w, None, None, None
 
 
-def cross_entropy_sum(x: Tensor, weight: Tensor, targets: Tensor, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
+def cross_entropy_sum(
+    x: Tensor, weight: Tensor, targets: Tensor, chunk_elements: int = CHUNK_ELEMENTS
+) -> Tensor:
     """Σ over counted tokens of −log softmax(x Wᵀ)[target], in nats; float32 scalar.
 
     Args:

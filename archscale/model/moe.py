@@ -1,10 +1,12 @@
-"""Mixture of experts: token choice, no token dropped, SqrtGate, switch load balance (REFERENCE 4: HyperP, Switch Transformer).
+"""Mixture of experts: token choice, no token dropped, SqrtGate, switch load balance (REFERENCE 4:
+HyperP, Switch Transformer).
 
-Shapes: B batch, T time, N = B T tokens, D width, E routed experts, K of them that a token passes, M = N K assignments,
-F hidden features of one expert, L layers.
+Shapes: B batch, T time, N = B T tokens, D width, E routed experts, K of them that a token passes, M
+= N K assignments, F hidden features of one expert, L layers.
 
-A forward pass returns what it routed instead of storing it: recomputation then counts nothing twice, and the layers need
-neither buffers nor collectives. Whoever trains reduces the counts over ranks and micro-batches and weighs the balance loss.
+A forward pass returns what it routed instead of storing it: recomputation then counts nothing
+twice, and the layers need neither buffers nor collectives. Whoever trains reduces the counts over
+ranks and micro-batches and weighs the balance loss.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ class Routing(NamedTuple):
 
     Attributes:
         load: assignments to each expert, (L, B, E) int64; without gradient.
-        mass: Σ over a sequence's tokens of the softmax over ALL routed logits, (L, B, E), float32 or better.
+        mass: Σ over a sequence's tokens of the softmax over ALL routed logits, (L, B, E), float32
+            or better.
     """
 
     load: Tensor
@@ -35,15 +38,17 @@ class Routing(NamedTuple):
 class Router(nn.Module):
     """x (N, D) → logits (N, E) times `scale`, float32 or better.
 
-    The product is float32, the weight is rounded to x's dtype first as in every projection: FSDP2 gathers it in that dtype,
-    and a layout that did not round would route some tokens elsewhere.
+    The product is float32, the weight is rounded to x's dtype first as in every projection: FSDP2
+    gathers it in that dtype, and a layout that did not round would route some tokens elsewhere.
     """
 
     def __init__(self, width: int, experts: int, scale: float):
         super().__init__()
         self.scale = scale
         self.weight = nn.Parameter(torch.empty(experts, width))
-        self.parameter_roles = {"weight": {"role": "matrix", "init": ("uniform", 1 / math.sqrt(width))}}
+        self.parameter_roles = {
+            "weight": {"role": "matrix", "init": ("uniform", 1 / math.sqrt(width))}
+        }
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
@@ -58,11 +63,15 @@ class ExpertProjection(nn.Module):
         blocks: (name, rows) of the logical matrices stored one below the other in each expert's.
     """
 
-    def __init__(self, experts: int, fan_in: int, fan_out: int, blocks: tuple[tuple[str, int], ...] = ()):
+    def __init__(
+        self, experts: int, fan_in: int, fan_out: int, blocks: tuple[tuple[str, int], ...] = ()
+    ):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(experts, fan_out, fan_in))
         init = ("uniform", 1 / math.sqrt(fan_in))
-        self.parameter_roles = {"weight": {"role": "matrix", "view": "stack", "blocks": blocks, "init": init}}
+        self.parameter_roles = {
+            "weight": {"role": "matrix", "view": "stack", "blocks": blocks, "init": init}
+        }
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         return grouped_linear(x, held_here(self.weight).to(x.dtype), ends)
@@ -71,35 +80,41 @@ class ExpertProjection(nn.Module):
 class Experts(nn.Module):
     """All routed experts: each one's SwiGLU or relu² of its rows, times the row's gate.
 
-    Under expert parallelism: of those that this rank holds, for the rows of all ranks that chose them.
+    Under expert parallelism: of those that this rank holds, for the rows of all ranks that chose
+    them.
     """
 
     def __init__(self, experts: int, width: int, hidden: int, kind: str):
         super().__init__()
         self.kind = kind
         if kind == "swiglu":
-            self.up = ExpertProjection(experts, width, 2 * hidden, (("gate", hidden), ("up", hidden)))
+            self.up = ExpertProjection(
+                experts, width, 2 * hidden, (("gate", hidden), ("up", hidden))
+            )
         else:
             self.up = ExpertProjection(experts, width, hidden)
         self.down = ExpertProjection(experts, hidden, width)
 
     def forward(self, x: Tensor, gates: Tensor, ends: Tensor) -> Tensor:
-        """x (M, D) sorted by expert, gates (M, 1), ends (E,) int32: rows up to and including each expert's → (M, D)."""
+        """x (M, D) sorted by expert, gates (M, 1), ends (E,) int32: rows up to and including each
+        expert's → (M, D)."""
         h = self.up(x, ends)
         if self.kind == "swiglu":
             gate, up = h.chunk(2, dim=-1)
             h = F.silu(gate) * up
         else:
             h = F.relu(h).square()
-        # Before the linear map instead of after it: the outputs (M, D) then need not be kept for the gates' gradient.
+        # Before the linear map instead of after it: the outputs (M, D) then need not be kept for
+        # the gates' gradient.
         return self.down(h * gates.to(h.dtype), ends)
 
 
 class MoE(nn.Module):
     """y = Σ_e a_e E_e(x) over the K experts of largest logit, in place of `FeedForward`.
 
-    g = softmax over the chosen logits. Plain gate: a = g, plus shared(x). SqrtGate: a = √g, and with a shared expert
-    y = √½ Σ √g_e E_e(x) + √½ shared(x): experts of uncorrelated outputs of RMS ρ then give RMS(y) = ρ for every K.
+    g = softmax over the chosen logits. Plain gate: a = g, plus shared(x). SqrtGate: a = √g, and
+    with a shared expert y = √½ Σ √g_e E_e(x) + √½ shared(x): experts of uncorrelated outputs of RMS
+    ρ then give RMS(y) = ρ for every K.
 
     Args:
         hidden: F. kind: swiglu or relu2.
@@ -109,14 +124,22 @@ class MoE(nn.Module):
     """
 
     def __init__(
-        self, width: int, hidden: int, kind: str, experts: int, active: int, *, shared: bool, sqrt_gate: bool,
+        self,
+        width: int,
+        hidden: int,
+        kind: str,
+        experts: int,
+        active: int,
+        *,
+        shared: bool,
+        sqrt_gate: bool,
         logit_scale: float = 1.0,
-    ):  # fmt: skip
+    ):
         super().__init__()
         if not 1 <= active <= experts:
             raise ValueError(
-                f"a token cannot pass {active} of {experts} routed experts: set top_k to at least {1 + shared}, and "
-                "sparsity to at least 1"
+                f"a token cannot pass {active} of {experts} routed experts: set top_k to at least"
+                f" {1 + shared}, and sparsity to at least 1"
             )
         self.active, self.sqrt_gate = active, sqrt_gate
         self.share = math.sqrt(0.5) if shared and sqrt_gate else 1.0
@@ -126,14 +149,17 @@ class MoE(nn.Module):
         self.spread_over: Any = None  # mesh
 
     def spread_experts(self, mesh: Any) -> Experts:
-        """Spread the experts over the ranks of a 1-D device mesh; the model must still be on the meta device."""
+        """Spread the experts over the ranks of a 1-D device mesh; the model must still be on the
+        meta device."""
         spread(self.experts, mesh)
         self.spread_over = mesh
         return self.experts
 
-    def forward(self, x: Tensor, probe: Probe | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """x (B, T, D) → y (B, T, D), of each sequence `Routing.load` and `Routing.mass`, (B, E), and what a probe sees in the
-        router's logits."""
+    def forward(
+        self, x: Tensor, probe: Probe | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x (B, T, D) → y (B, T, D), of each sequence `Routing.load` and `Routing.mass`, (B, E),
+        and what a probe sees in the router's logits."""
         B, T, _ = x.shape
         tokens = x.flatten(0, 1)
         logits = self.router(tokens)
@@ -143,8 +169,12 @@ class MoE(nn.Module):
         mass = logits.softmax(-1).unflatten(0, (B, T)).sum(1)
         gates = self.gates(logits.gather(1, chosen)) * self.share
 
-        order = chosen.flatten().argsort(stable=True)  # by expert, then by token: assignment n K + j of each row
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        order = chosen.flatten().argsort(
+            stable=True
+        )  # by expert, then by token: assignment n K + j of each row
+        place = torch.empty_like(order).scatter_(
+            0, order, torch.arange(len(order), device=order.device)
+        )
         rows = _Dispatch.apply(tokens, order, place, self.active)
         row_gates = _Dispatch.apply(gates.flatten()[:, None], order, place, 1)
         count = load.sum(0)
@@ -158,26 +188,29 @@ class MoE(nn.Module):
         return y, load, mass, None if probe is None else probe.router(logits)
 
     def gates(self, logits: Tensor) -> Tensor:
-        """a of the chosen logits (N, K). √g as exp(½ log g): √ of a g that has underflown has an infinite derivative."""
+        """a of the chosen logits (N, K). √g as exp(½ log g): √ of a g that has underflown has an
+        infinite derivative."""
         log_gates = logits.log_softmax(-1)
         return (log_gates / 2 if self.sqrt_gate else log_gates).exp()
 
 
 def choose(logits: Tensor, count: int) -> Tensor:
-    """Columns of the `count` largest of each row, (N, count), largest first; of equal ones the first.
+    """Columns of the `count` largest of each row, (N, count), largest first; of equal ones the
+    first.
 
     A stable sort, because top-k leaves open which of equal values it takes.
     """
     return logits.sort(dim=-1, descending=True, stable=True).indices[:, :count].contiguous()
 
 
-# --------------------------------------------------------------------------------------- permutation and grouped product
+# --- permutation and grouped product
 
 
 class _Dispatch(torch.autograd.Function):
     """x (N, D) → a row for each of its K assignments, (N K, D), in the order of experts.
 
-    Its derivative is `_Combine`: a gather and a sum in a fixed order, where indexing's own would add atomically.
+    Its derivative is `_Combine`: a gather and a sum in a fixed order, where indexing's own would
+    add atomically.
     """
 
     @staticmethod
@@ -193,7 +226,8 @@ class _Dispatch(torch.autograd.Function):
 
 
 class _Combine(torch.autograd.Function):
-    """y (N K, D) in the order of experts → Σ over each token's K rows, (N, D), largest logit first."""
+    """y (N K, D) in the order of experts → Σ over each token's K rows, (N, D), largest logit
+    first."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, order: Tensor, place: Tensor, K: int) -> Tensor:
@@ -208,7 +242,8 @@ class _Combine(torch.autograd.Function):
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """x (M, fan_in) sorted by expert, weight (E, fan_out, fan_in), ends (E,) as in `Experts.forward` → (M, fan_out)."""
+    """x (M, fan_in) sorted by expert, weight (E, fan_out, fan_in), ends (E,) as in
+    `Experts.forward` → (M, fan_out)."""
     if x.dtype == torch.bfloat16 and has_grouped_product(x, weight):
         return F.grouped_mm(x, weight.mT, offs=ends)
     return _untraced_grouped_linear(x, weight, ends)
@@ -219,29 +254,34 @@ def _untraced_grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if has_grouped_product(x, weight):
         return F.grouped_mm(x, weight.mT, offs=ends)
     parts = x.tensor_split(ends[:-1].tolist())  # waits for the device
-    return torch.cat([part @ matrix.mT for part, matrix in zip(parts, weight.unbind(), strict=True)])
+    return torch.cat(
+        [part @ matrix.mT for part, matrix in zip(parts, weight.unbind(), strict=True)]
+    )
 
 
 def has_grouped_product(x: Tensor, weight: Tensor) -> bool:
-    """Whether grouped_mm takes these: bfloat16 or float32, rows of a multiple of 16 bytes. The rest loops over experts."""
+    """Whether grouped_mm takes these: bfloat16 or float32, rows of a multiple of 16 bytes. The rest
+    loops over experts."""
     _, fan_out, fan_in = weight.shape
     aligned = all(size * x.element_size() % 16 == 0 for size in (fan_in, fan_out))
     return aligned and x.dtype in (torch.bfloat16, torch.float32)
 
 
-# ------------------------------------------------------------------------------------------------------------- balance
+# --- balance
 
 
 def balance_loss(mass: Tensor, share: Tensor, tokens: Tensor | float, weight: float) -> Tensor:
     """γ E Σ_e f_e P_e, summed over layers: the part of the tokens in `mass`; scalar.
 
-    Given f it is linear in the probabilities. Parts of different tokens therefore add up to the loss of all of them, and
-    so do their gradients; nothing but f has to be reduced before the backward pass.
+    Given f it is linear in the probabilities. Parts of different tokens therefore add up to the
+    loss of all of them, and so do their gradients; nothing but f has to be reduced before the
+    backward pass.
 
     Args:
         mass: `Routing.mass`, (L, B, E).
-        share: f, share of the assignments of a scope that goes to each expert: (L, 1, E) where the scope is everything,
-            (L, B, E) where it is each sequence, whose losses are then averaged.
+        share: f, share of the assignments of a scope that goes to each expert: (L, 1, E) where the
+            scope is everything, (L, B, E) where it is each sequence, whose losses are then
+            averaged.
         tokens: of the whole batch, those elsewhere included.
         weight: γ.
     """
@@ -254,8 +294,8 @@ def load_share(load: Tensor) -> Tensor:
 
 
 def load_metrics(load: Tensor) -> dict[str, Tensor]:
-    """Of counts (L, E), means over layers: `moe/max_violation`, largest load over mean load − 1, and `moe/load_entropy`,
-    −Σ f log f in nats; equal loads have 0 and log E."""
+    """Of counts (L, E), means over layers: `moe/max_violation`, largest load over mean load − 1,
+    and `moe/load_entropy`, −Σ f log f in nats; equal loads have 0 and log E."""
     f = load_share(load)
     return {
         "moe/max_violation": (f.amax(-1) * f.shape[-1] - 1).mean(),

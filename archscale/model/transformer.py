@@ -26,31 +26,47 @@ HEAD_STD = 0.02
 
 
 class Block(nn.Module):
-    """x + a · attention(norm(x)), then x + a · mlp(norm(x)); a = 1/√(2L) under Depth-μP, else 1. The MLP is dense or `MoE`."""
+    """x + a · attention(norm(x)), then x + a · mlp(norm(x)); a = 1/√(2L) under Depth-μP, else 1.
+    The MLP is dense or `MoE`."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, router_logit_scale: float = 1.0):
         super().__init__()
         self.multiplier = 1 / math.sqrt(2 * config.depth) if config.depth_mup else 1.0
         self.attention_norm = RMSNorm(config.width, dtype)
         self.attention = Attention(
-            config.width, config.heads, config.kv_heads, config.head_dim,
-            qk_norm=config.qk_norm, gated=config.gated_attention, dtype=dtype,
-        )  # fmt: skip
+            config.width,
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
+            qk_norm=config.qk_norm,
+            gated=config.gated_attention,
+            dtype=dtype,
+        )
         self.mlp_norm = RMSNorm(config.width, dtype)
         self.mlp: FeedForward | MoE
         if config.moe is None:
             self.mlp = FeedForward(config.width, config.mlp_hidden, config.mlp)
         else:
             self.mlp = MoE(
-                config.width, config.mlp_hidden // config.moe.top_k, config.mlp, *experts(config),
-                shared=config.moe.shared_expert, sqrt_gate=config.moe.sqrt_gate, logit_scale=router_logit_scale,
-            )  # fmt: skip
+                config.width,
+                config.mlp_hidden // config.moe.top_k,
+                config.mlp,
+                *experts(config),
+                shared=config.moe.shared_expert,
+                sqrt_gate=config.moe.sqrt_gate,
+                logit_scale=router_logit_scale,
+            )
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, probe: Probe | None = None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        probe: Probe | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """x (B, T, D) → the same; with experts their load and mass, (B, E) as of `MoE`; with a probe its sums, (6,): attention,
-        router (NaN without experts), Σ h² of attention and MLP, outliers of attention and MLP."""
+        """x (B, T, D) → the same; with experts their load and mass, (B, E) as of `MoE`; with a
+        probe its sums, (6,): attention, router (NaN without experts), Σ h² of attention and MLP,
+        outliers of attention and MLP."""
         h, attention_seen = self.attention(self.attention_norm(x), rope, mask, probe)
         x = torch.add(x, h, alpha=self.multiplier)
         load = mass = router_seen = None
@@ -62,8 +78,12 @@ class Block(nn.Module):
         if probe is None:
             return x, load, mass, None
         assert attention_seen is not None
-        logits = torch.stack([attention_seen, attention_seen * math.nan if router_seen is None else router_seen])
-        outputs = torch.stack([probe.branch(h, self.multiplier), probe.branch(y, self.multiplier)], 1)
+        logits = torch.stack(
+            [attention_seen, attention_seen * math.nan if router_seen is None else router_seen]
+        )
+        outputs = torch.stack(
+            [probe.branch(h, self.multiplier), probe.branch(y, self.multiplier)], 1
+        )
         return x, load, mass, torch.cat([logits.float(), outputs.flatten()])
 
 
@@ -77,7 +97,8 @@ class Output(NamedTuple):
 
 
 class Head(nn.Module):
-    """Final norm and output matrix (V, D): logits, or the summed cross-entropy when targets are given.
+    """Final norm and output matrix (V, D): logits, or the summed cross-entropy when targets are
+    given.
 
     A tied head has no matrix of its own and is given the embedding's at every call.
     """
@@ -127,20 +148,30 @@ class Transformer(nn.Module):
         self.config, self.dtype, self.eos_id, self.recompute = config, dtype, eos_id, recompute
         std = HEAD_STD if config.tied_embeddings else EMBEDDING_STD
         self.embedding = Embedding(config.vocab_size, config.width, std, dtype)
-        self.blocks = nn.ModuleList(Block(config, dtype, router_logit_scale) for _ in range(config.depth))
+        self.blocks = nn.ModuleList(
+            Block(config, dtype, router_logit_scale) for _ in range(config.depth)
+        )
         self.head = Head(config, dtype, logit_scale)
 
     def forward(
-        self, tokens: Tensor, targets: Tensor | None = None, *, routing: bool = False, probe: Probe | None = None
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        routing: bool = False,
+        probe: Probe | None = None,
     ) -> Tensor | Output:
         """Summed loss in nats over targets that count, or logits (B, T, V) without targets.
 
         Args:
             tokens, targets: (B, T) int64; targets of `loss.IGNORE` do not count.
-            routing: return an `Output` with what the experts' routers did; without targets no head runs and its loss is None.
+            routing: return an `Output` with what the experts' routers did; without targets no head
+                runs and its loss is None.
             probe: return an `Output` with what this sees.
         """
-        rope = rope_table(tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device)
+        rope = rope_table(
+            tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device
+        )
         mask = attention_mask(tokens, self.config.window, self.eos_id, self.dtype)
         x = self.embedding(tokens)
         layers = []
@@ -156,6 +187,7 @@ class Transformer(nn.Module):
         loss = None if targets is None and routing else self.head(x, targets, tied)
         loads, masses, seen = zip(*layers)
         return Output(
-            loss, Routing(torch.stack(loads), torch.stack(masses)) if routing else None,
+            loss,
+            Routing(torch.stack(loads), torch.stack(masses)) if routing else None,
             None if probe is None else torch.stack(seen),
-        )  # fmt: skip
+        )

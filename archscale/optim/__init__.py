@@ -8,11 +8,4 @@ from archscale.optim.groups import ParameterGroups, matrix_groups
 from archscale.optim.orthogonalize import orthogonalize
 from archscale.optim.rules import RULES, Rule
 
-__all__ = [
-    "RULES",
-    "MatrixOptimizer",
-    "ParameterGroups",
-    "Rule",
-    "matrix_groups",
-    "orthogonalize",
-]
+__all__ = ["RULES", "MatrixOptimizer", "ParameterGroups", "Rule", "matrix_groups", "orthogonalize"]

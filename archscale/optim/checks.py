@@ -16,8 +16,9 @@ from archscale.optim.rules import Rule, check_clip, get_rule
 from archscale.optim.shards import VIEWS
 
 REPLACED = (
-    "whatever put others in their place (DeepSpeed does, with flat partitions) has to keep each parameter's shape: use "
-    "fully_shard or DDP, `archscale train` with parallel.engine=deepspeed, or an optimizer with `fragments`"
+    "whatever put others in their place (DeepSpeed does, with flat partitions) has to keep each"
+    " parameter's shape: use fully_shard or DDP, `archscale train` with parallel.engine=deepspeed,"
+    " or an optimizer with `fragments`"
 )
 DTYPE_OPTIONS = ("compute_dtype", "wire_dtype", "momentum_dtype")
 
@@ -32,8 +33,11 @@ def in_group(number: int) -> Iterator[None]:
 
 
 def named(params: Sequence[Any], first: int) -> list[tuple[str, Tensor]]:
-    """(name, parameter) of a group's parameters; those without a name are called by their number."""
-    return [p if isinstance(p, tuple) else (f"parameter {first + i}", p) for i, p in enumerate(params)]
+    """(name, parameter) of a group's parameters; those without a name are called by their
+    number."""
+    return [
+        p if isinstance(p, tuple) else (f"parameter {first + i}", p) for i, p in enumerate(params)
+    ]
 
 
 def check_distinct(params: Sequence[tuple[str, Tensor]]) -> None:
@@ -41,8 +45,9 @@ def check_distinct(params: Sequence[tuple[str, Tensor]]) -> None:
     for name, p in params:
         if id(p) in seen:
             raise ValueError(
-                f"parameter {seen[id(p)]!r} is given twice{'' if seen[id(p)] == name else f', also as {name!r}'}: list "
-                "every parameter once"
+                f"parameter {seen[id(p)]!r} is given"
+                f" twice{'' if seen[id(p)] == name else f', also as {name!r}'}: list every"
+                " parameter once"
             )
         seen[id(p)] = name
 
@@ -53,22 +58,22 @@ def check_unchanged(specs: Sequence[Any], params: Sequence[Tensor]) -> None:
         shape = tuple(p.shape)
         if (spec.start is None and shape != spec.shape) or (spec.start is not None and p.ndim != 1):
             raise ValueError(
-                f"parameter {spec.name!r} had shape {spec.shape} when the optimizer was built, and one of shape {shape} has "
-                f"taken its place; {REPLACED}"
+                f"parameter {spec.name!r} had shape {spec.shape} when the optimizer was built, and"
+                f" one of shape {shape} has taken its place; {REPLACED}"
             )
     if len(specs) != len(params):
         name = specs[min(len(params), len(specs) - 1)].name if specs else ""
         raise ValueError(
-            f"parameter {name!r}: its group had {len(specs)} parameters when the optimizer was built and has {len(params)} "
-            f"now; {REPLACED}"
+            f"parameter {name!r}: its group had {len(specs)} parameters when the optimizer was"
+            f" built and has {len(params)} now; {REPLACED}"
         )
 
 
 def check_group_count(names: Sequence[str], built: int, now: int) -> None:
     if built != now:
         raise ValueError(
-            f"parameter {names[0] if names else ''!r}: the optimizer was built with {built} parameter groups and has {now} "
-            f"now; {REPLACED}"
+            f"parameter {names[0] if names else ''!r}: the optimizer was built with {built}"
+            f" parameter groups and has {now} now; {REPLACED}"
         )
 
 
@@ -76,8 +81,8 @@ def check_one_device(params: Sequence[tuple[Any, Tensor]]) -> None:
     for spec, p in params:
         if p.device != params[0][1].device:
             raise ValueError(
-                f"parameter {spec.name!r} is on {p.device}, {params[0][0].name!r} on {params[0][1].device}: one optimizer "
-                "takes parameters of one device"
+                f"parameter {spec.name!r} is on {p.device}, {params[0][0].name!r} on"
+                f" {params[0][1].device}: one optimizer takes parameters of one device"
             )
 
 
@@ -92,30 +97,44 @@ def check_same_everywhere(descriptions: Sequence[Sequence[tuple]]) -> None:
                 if here == there:  # they differ in something else
                     here, there = f"{here}, {mine}", f"{there}, {yours}"
                 raise ValueError(
-                    f"the ranks have different parameters: number {place} is {here} on rank 0, {there} on rank {rank}: build "
-                    "the same model and optimizer, in the same order, on every rank, or give process_group= the ranks that have "
-                    "the same"
+                    f"the ranks have different parameters: number {place} is {here} on rank 0,"
+                    f" {there} on rank {rank}: build the same model and optimizer, in the same"
+                    " order, on every rank, or give process_group= the ranks that have the same"
                 )
 
 
 def _describe(parameter: tuple | None) -> str:
-    return f"{parameter[0]!r} {parameter[1]} under rule {parameter[2][0]!r}" if parameter else "no parameter"
+    return (
+        f"{parameter[0]!r} {parameter[1]} under rule {parameter[2][0]!r}"
+        if parameter
+        else "no parameter"
+    )
 
 
-def check_parameter(name: str, p: Tensor, fragment: tuple[Sequence[int], int] | None = None) -> None:
+def check_parameter(
+    name: str, p: Tensor, fragment: tuple[Sequence[int], int] | None = None
+) -> None:
     if fragment is not None:
         shape, lo = fragment
         if p.ndim != 1 or not 0 <= lo <= lo + p.numel() <= math.prod(shape):
             raise ValueError(
-                f"parameter {name!r}: a tensor of shape {tuple(p.shape)} at {lo} is no fragment of {tuple(shape)}: give a "
-                "1-D tensor and where it begins in the row-major flattened parameter"
+                f"parameter {name!r}: a tensor of shape {tuple(p.shape)} at {lo} is no fragment of"
+                f" {tuple(shape)}: give a 1-D tensor and where it begins in the row-major flattened"
+                " parameter"
             )
     if p.is_meta:
-        raise ValueError(f"parameter {name!r} is on the meta device: materialize and initialize the model first")
+        raise ValueError(
+            f"parameter {name!r} is on the meta device: materialize and initialize the model first"
+        )
     if not p.is_floating_point():
-        raise ValueError(f"parameter {name!r} is {p.dtype}: only real floating-point parameters are supported")
+        raise ValueError(
+            f"parameter {name!r} is {p.dtype}: only real floating-point parameters are supported"
+        )
     if not local_tensor(p).is_contiguous():
-        raise ValueError(f"parameter {name!r} is not contiguous: store it row-major, for example with .contiguous()")
+        raise ValueError(
+            f"parameter {name!r} is not contiguous: store it row-major, for example with"
+            " .contiguous()"
+        )
     try:
         local_pieces(p)
     except ValueError as error:
@@ -123,17 +142,19 @@ def check_parameter(name: str, p: Tensor, fragment: tuple[Sequence[int], int] | 
 
 
 def check_same_use(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """A saved group against the one that it is loaded into: what decides the shapes and the meaning of its state."""
+    """A saved group against the one that it is loaded into: what decides the shapes and the meaning
+    of its state."""
     for key in ("rule", "view", "transposed"):
         if saved.get(key, own[key]) != own[key]:
             raise ValueError(
-                f"the state dict was saved with the same parameters under {key} {saved[key]!r}, here they have {own[key]!r}: "
-                f"load a state saved with the same {key}"
+                f"the state dict was saved with the same parameters under {key} {saved[key]!r},"
+                f" here they have {own[key]!r}: load a state saved with the same {key}"
             )
 
 
 def checked_options(options: dict[str, Any], rule: Rule | None = None) -> Rule:
-    """Validate one parameter group; leaves plain data in it, for a state dict: names in place of the rule and of dtypes.
+    """Validate one parameter group; leaves plain data in it, for a state dict: names in place of
+    the rule and of dtypes.
 
     Args:
         rule: the group's, where `options` has its name only; None: the one in `options`.
@@ -141,8 +162,12 @@ def checked_options(options: dict[str, Any], rule: Rule | None = None) -> Rule:
     for key in DTYPE_OPTIONS:
         if isinstance(options[key], torch.dtype):
             options[key] = str(options[key]).removeprefix("torch.")
-        if options[key] is not None and not isinstance(getattr(torch, str(options[key]), None), torch.dtype):
-            raise ValueError(f"{key} {options[key]!r} is no dtype of torch: give one such as torch.bfloat16")
+        if options[key] is not None and not isinstance(
+            getattr(torch, str(options[key]), None), torch.dtype
+        ):
+            raise ValueError(
+                f"{key} {options[key]!r} is no dtype of torch: give one such as torch.bfloat16"
+            )
     rule = rule or get_rule(options["rule"])
     options["rule"] = rule.name
     for beta in options["betas"]:
@@ -157,11 +182,15 @@ def checked_options(options: dict[str, Any], rule: Rule | None = None) -> Rule:
     if options["clip"] is not None and rule.ratio is None:
         raise ValueError(f"rule {rule.name!r} has no trust ratio to clip: leave clip at None")
     if options["orthogonalizer"] not in SCHEMES:
-        raise ValueError(f"unknown orthogonalizer {options['orthogonalizer']!r}; one of {', '.join(SCHEMES)}")
+        raise ValueError(
+            f"unknown orthogonalizer {options['orthogonalizer']!r}; one of {', '.join(SCHEMES)}"
+        )
     if options["view"] is not None and options["view"] not in VIEWS:
         raise ValueError(f"unknown view {options['view']!r}; one of {', '.join(VIEWS)}")
     if rule.sphere and options["weight_decay"]:
-        raise ValueError(f"weight decay is a no-op on the sphere (rule {rule.name!r}): set weight_decay=0")
+        raise ValueError(
+            f"weight decay is a no-op on the sphere (rule {rule.name!r}): set weight_decay=0"
+        )
     return rule
 
 
@@ -169,13 +198,13 @@ def check_saved(name: str, saved: Mapping[str, Any], own: Mapping[str, Tensor]) 
     """A parameter's state in a state dict against the one that it is to fill."""
     if saved.keys() != own.keys():
         raise ValueError(
-            f"parameter {name!r}: the state dict has {sorted(saved)}, its rule needs {sorted(own)}: "
-            "load a state saved with the same rule"
+            f"parameter {name!r}: the state dict has {sorted(saved)}, its rule needs {sorted(own)}:"
+            " load a state saved with the same rule"
         )
     for key, value in saved.items():
         shape = tuple(torch.as_tensor(value).shape)
         if shape != tuple(own[key].shape):
             raise ValueError(
-                f"parameter {name!r}: saved {key} has shape {shape}, not {tuple(own[key].shape)}: load the state of the same "
-                "model"
+                f"parameter {name!r}: saved {key} has shape {shape}, not {tuple(own[key].shape)}:"
+                " load the state of the same model"
             )

@@ -1,7 +1,7 @@
 """Elementwise directions on local shards: Adam (AdamW, LAMB, adamh), Lion, momentum SGD.
 
-Each function updates its state in place and overwrites the gradient with the direction U, so that every rule of
-`rules.RULES` ends in the same W ← keep · W − apply · U.
+Each function updates its state in place and overwrites the gradient with the direction U, so that
+every rule of `rules.RULES` ends in the same W ← keep · W − apply · U.
 """
 
 from __future__ import annotations
@@ -11,9 +11,15 @@ from torch import Tensor
 
 
 def adam_direction_(
-    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, betas: tuple[float, float], eps: float
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: Tensor,
+    betas: tuple[float, float],
+    eps: float,
 ) -> None:
-    """U = m̂ / (√v̂ + ε), bias-corrected (Kingma and Ba 2017). `step` is 1 on the first call; float32 scalar."""
+    """U = m̂ / (√v̂ + ε), bias-corrected (Kingma and Ba 2017). `step` is 1 on the first call;
+    float32 scalar."""
     beta1, beta2 = betas
     step = step.to(exp_avg_sq.dtype)  # float64 weights get a correction in float64
     exp_avg.lerp_(grad.to(exp_avg.dtype), 1 - beta1)

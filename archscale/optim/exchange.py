@@ -1,8 +1,10 @@
-"""Execute a `shards.ExchangePlan`: momentum shards → whole matrices → orthogonalize → direction shards.
+"""Execute a `shards.ExchangePlan`: momentum shards → whole matrices → orthogonalize → direction
+shards.
 
-Per batch two packed all-to-alls. What a rank would send to itself never enters the wire: it is written straight into the
-stage (the owner's flat buffer of whole matrices) and back, so a single process exchanges nothing. While one batch is
-orthogonalized the next one's momentum is already travelling; at most two batches are in flight.
+Per batch two packed all-to-alls. What a rank would send to itself never enters the wire: it is
+written straight into the stage (the owner's flat buffer of whole matrices) and back, so a single
+process exchanges nothing. While one batch is orthogonalized the next one's momentum is already
+travelling; at most two batches are in flight.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ class Block(NamedTuple):
 
 
 class Move(NamedTuple):
-    """A copy between a block of a local shard (of parameter `param`) or of the stage, and one of the
-    wire or the stage."""
+    """A copy between a block of a local shard (of parameter `param`) or of the stage, and one of
+    the wire or the stage."""
 
     param: int  # 0 where `here` lies in the stage
     here: Block
@@ -46,23 +48,30 @@ class Move(NamedTuple):
 class _Route:
     """One batch as one rank sees it."""
 
-    stacks: list[tuple[int, int, int, list[int]]] = field(default_factory=list)  # (stage offset, rows, cols, views)
+    stacks: list[tuple[int, int, int, list[int]]] = field(
+        default_factory=list
+    )  # (stage offset, rows, cols, views)
     stage: int = 0  # elements of whole matrices owned here
     stay: list[Move] = field(default_factory=list)  # local, stage: momentum owned where it is held
     pack: list[Move] = field(default_factory=list)  # local, wire: momentum to other owners
     assemble: list[Move] = field(default_factory=list)  # stage, wire: momentum from other holders
-    return_stay: list[Move] = field(default_factory=list)  # local, stage: directions held where they are owned
+    return_stay: list[Move] = field(
+        default_factory=list
+    )  # local, stage: directions held where they are owned
     scatter: list[Move] = field(default_factory=list)  # stage, wire: directions to other holders
     unpack: list[Move] = field(default_factory=list)  # local, wire: directions from other owners
     sends: list[int] = field(default_factory=list)  # elements to each rank on the way in …
     receives: list[int] = field(default_factory=list)
-    returns: list[int] = field(default_factory=list)  # … and on the way back; more than came in, with replicas
+    returns: list[int] = field(
+        default_factory=list
+    )  # … and on the way back; more than came in, with replicas
     restores: list[int] = field(default_factory=list)
 
 
 @dataclass
 class Run:
-    """`count` equal pieces of matrices, adjacent in this rank's flat local tensor of one parameter."""
+    """`count` equal pieces of matrices, adjacent in this rank's flat local tensor of one
+    parameter."""
 
     param: int
     lo: int
@@ -80,7 +89,8 @@ class Run:
 
 
 Read = Callable[[int, Block, Tensor], None]
-"""Writes what is to be orthogonalized of a block of a parameter's flat local tensor into a tensor of its shape."""
+"""Writes what is to be orthogonalized of a block of a parameter's flat local tensor into a tensor
+of its shape."""
 
 
 class Watch(Protocol):
@@ -88,14 +98,16 @@ class Watch(Protocol):
 
     Attributes:
         keys: names of what it measures of M̂ and Q.
-        gradients: names of what it measures of gradients, which takes an exchange of its own; none: no exchange.
+        gradients: names of what it measures of gradients, which takes an exchange of its own; none:
+            no exchange.
     """
 
     keys: tuple[str, ...]
     gradients: tuple[str, ...]
 
     def __call__(self, momentum: Tensor, direction: Tensor) -> Tensor:
-        """Of M̂ and its Q, stacks (k, m, n) in the wire's dtype → (keys, k). Neither may be written to."""
+        """Of M̂ and its Q, stacks (k, m, n) in the wire's dtype → (keys, k). Neither may be written
+        to."""
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
         """Of a stack (k, m, n) of gradients → (gradients, k)."""
@@ -112,11 +124,14 @@ class Exchange:
 
     Args:
         plan: the same on every rank.
-        local: this rank's pieces by parameter, in the order in which its flat local tensor stores them.
+        local: this rank's pieces by parameter, in the order in which its flat local tensor stores
+            them.
         rank, group: this rank in process group `group`.
     """
 
-    def __init__(self, plan: ExchangePlan, local: Sequence[Sequence[Piece]], rank: int, group: Any = None):
+    def __init__(
+        self, plan: ExchangePlan, local: Sequence[Sequence[Piece]], rank: int, group: Any = None
+    ):
         self.plan, self._rank, self._group = plan, rank, group
         self._held = [held_rectangles(view, local[view.param]) for view in plan.views]
         self._routes = [self._route(batch) for batch in plan.batches]
@@ -133,12 +148,14 @@ class Exchange:
         orthogonalize_: Callable[[Tensor, list[int]], None],
         wire_dtype: torch.dtype,
     ) -> None:
-        """Gather whole matrices with `read`, orthogonalize them, scatter the results into `directions`.
+        """Gather whole matrices with `read`, orthogonalize them, scatter the results into
+        `directions`.
 
         Args:
             directions: flat local tensors by parameter, overwritten. `read` may read from them: a
                 block is read before it is written.
-            orthogonalize_: called on each owned stack (k, m, n) with its k view numbers; overwrites it.
+            orthogonalize_: called on each owned stack (k, m, n) with its k view numbers; overwrites
+                it.
             wire_dtype: of the whole matrices and of what travels.
         """
 
@@ -184,7 +201,9 @@ class Exchange:
                 following = send(routes[i + 1])
             stage = receive(route, arriving)
             for at, rows, cols, views in route.stacks:
-                orthogonalize_(stage[at : at + len(views) * rows * cols].view(len(views), rows, cols), views)
+                orthogonalize_(
+                    stage[at : at + len(views) * rows * cols].view(len(views), rows, cols), views
+                )
             if returning is not None:
                 receive_back(routes[i - 1], returning)
             returning = send_back(route, stage)
@@ -192,7 +211,7 @@ class Exchange:
         if returning is not None:
             receive_back(routes[-1], returning)
 
-    # ----------------------------------------------------------------------------------------------------------- plan
+    # --- plan
 
     def runs(self, numbers: Sequence[int]) -> list[Run]:
         """The pieces that this rank holds, for inner products and the update.
@@ -220,7 +239,8 @@ class Exchange:
         return runs
 
     def _local(self, segment: Segment) -> Block:
-        """Where this rank stores a segment that it holds: one row where the segment is contiguous there."""
+        """Where this rank stores a segment that it holds: one row where the segment is contiguous
+        there."""
         held = next(h for h in self._held[segment.view] if h.area.contains(segment.area))
         return _block(held.locate(segment.area), segment, held.stride)
 
@@ -259,7 +279,9 @@ class Exchange:
             ):
                 at = begin = sum(elements)
                 for s in segments if other != me else ():
-                    param, here = (plan.views[s.view].param, self._local(s)) if held_here else (0, staged(s))
+                    param, here = (
+                        (plan.views[s.view].param, self._local(s)) if held_here else (0, staged(s))
+                    )
                     _append(moves, param, here, _block(at, s, s.area.right - s.area.left))
                     at += s.numel
                 elements.append(at - begin)
@@ -278,7 +300,9 @@ def _append(moves: list[Move], param: int, here: Block, there: Block) -> None:
     """Append a move, or lengthen the last one where both sides go on contiguously."""
     if here.rows != there.rows:  # contiguous on one side only: rows on both
         rows, cols = max(here[1:3], there[1:3])
-        here, there = (Block(b.offset, rows, cols, b.stride if b.rows == rows else cols) for b in (here, there))
+        here, there = (
+            Block(b.offset, rows, cols, b.stride if b.rows == rows else cols) for b in (here, there)
+        )
     if moves and here.rows == 1 and moves[-1].here.rows == 1 and moves[-1].param == param:
         last = moves[-1]
         count = last.here.cols

@@ -79,8 +79,8 @@ def matrix_groups(
         own = dict(module.named_parameters(recurse=False))
         for key in getattr(module, "parameter_roles", {}).keys() - own.keys():
             raise ValueError(
-                f"{prefix or 'the model'}: parameter_roles names {key!r}, which is no parameter of this "
-                f"{type(module).__name__}: correct the name, or take it out"
+                f"{prefix or 'the model'}: parameter_roles names {key!r}, which is no parameter of"
+                f" this {type(module).__name__}: correct the name, or take it out"
             )
         for key, parameter in own.items():
             claims.add(clean_name(f"{prefix}.{key}" if prefix else key), key, module, parameter)
@@ -164,7 +164,7 @@ def _view_text(group: Mapping[str, Any], shape: Sequence[int], blocks: Sequence[
     return text
 
 
-# ------------------------------------------------------------ claims
+# --- claims
 
 
 @dataclass(frozen=True)
@@ -313,7 +313,7 @@ def _unknown_text(unknown: Sequence[tuple[str, nn.Module, tuple[int, ...]]]) -> 
     )
 
 
-# ------------------------------------------------------------ heads
+# --- heads
 
 
 def _head_parameters(model: nn.Module, head: HeadArgument) -> dict[int, str]:

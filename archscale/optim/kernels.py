@@ -1,7 +1,9 @@
-"""Triton kernel of the symmetric products α X Xᵀ + β · add: half of the tiles are computed, each is written twice.
+"""Triton kernel of the symmetric products α X Xᵀ + β · add: half of the tiles are computed, each is
+written twice.
 
-`orthogonalize.symmetric_product` is the reference that it is compared with, and imports this module only where Triton is
-installed and the product is large enough to pay. Letters: k matrices of m rows and n columns.
+`orthogonalize.symmetric_product` is the reference that it is compared with, and imports this module
+only where Triton is installed and the product is large enough to pay. Letters: k matrices of m rows
+and n columns.
 """
 
 from __future__ import annotations
@@ -12,10 +14,13 @@ import triton.language as tl
 from torch import Tensor
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# Square tiles, so that the mirror of a tile is a tile. Two operand tiles per stage, 2 BLOCK BLOCK_K elements, must fit the
-# shared memory of a block (Ampere 164 KB, Hopper 227 KB); the tuner drops a configuration that does not (float32, the largest).
+# Square tiles, so that the mirror of a tile is a tile. Two operand tiles per stage, 2 BLOCK BLOCK_K
+# elements, must fit the shared memory of a block (Ampere 164 KB, Hopper 227 KB); the tuner drops a
+# configuration that does not (float32, the largest).
 CONFIGS = [
-    triton.Config({"BLOCK": block, "BLOCK_K": depth, "GROUP": 8}, num_warps=warps, num_stages=stages)
+    triton.Config(
+        {"BLOCK": block, "BLOCK_K": depth, "GROUP": 8}, num_warps=warps, num_stages=stages
+    )
     for block, depth, warps, stages in (
         (128, 64, 8, 3),
         (128, 64, 8, 4),
@@ -28,9 +33,28 @@ CONFIGS = [
 
 @triton.jit
 def _kernel(
-    X, ADD, OUT, m, n, x_k, x_m, x_n, add_k, add_m, add_n, out_k, out_m, out_n, alpha, beta,
-    HAS_ADD: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
-):  # fmt: skip
+    X,
+    ADD,
+    OUT,
+    m,
+    n,
+    x_k,
+    x_m,
+    x_n,
+    add_k,
+    add_m,
+    add_n,
+    out_k,
+    out_m,
+    out_n,
+    alpha,
+    beta,
+    HAS_ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """One program per tile (i, j) of a matrix; those above the diagonal have nothing to do.
 
     x_k, x_m, x_n and the like are strides in elements. Offsets are int64: k m n may exceed 2³¹.
@@ -38,7 +62,8 @@ def _kernel(
     tiles = tl.cdiv(m, BLOCK)
     matrix = (tl.program_id(0) // (tiles * tiles)).to(tl.int64)
     place = tl.program_id(0) % (tiles * tiles)
-    # GROUP rows of tiles at a time, column by column: what runs at the same time reads few distinct rows of X, out of L2.
+    # GROUP rows of tiles at a time, column by column: what runs at the same time reads few distinct
+    # rows of X, out of L2.
     first = place // (GROUP * tiles) * GROUP
     height = tl.minimum(tiles - first, GROUP)
     i = first + place % (GROUP * tiles) % height
@@ -62,7 +87,11 @@ def _kernel(
     total *= alpha
     inside = (rows < m)[:, None] & (cols < m)[None, :]
     if HAS_ADD:
-        added = tl.load(ADD + matrix * add_k + rows[:, None] * add_m + cols[None, :] * add_n, mask=inside, other=0.0)
+        added = tl.load(
+            ADD + matrix * add_k + rows[:, None] * add_m + cols[None, :] * add_n,
+            mask=inside,
+            other=0.0,
+        )
         total += beta * added.to(tl.float32)
     tile = total.to(OUT.dtype.element_ty)
     OUT += matrix * out_k
@@ -76,14 +105,19 @@ _tuned = triton.autotune(CONFIGS, key=["m", "n", "x_n", "HAS_ADD", "PRECISION"])
 
 
 def symmetric_product(
-    X: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0, config: triton.Config | None = None
+    X: Tensor,
+    add: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 1.0,
+    config: triton.Config | None = None,
 ) -> Tensor:
     """α X Xᵀ + β · add, (k, m, m) contiguous in X's dtype; sums in float32.
 
     Args:
         X: (k, m, n) with any strides (X.mT of a stored matrix too), in one of `DTYPES`.
         add: (k, m, m), symmetric; only its lower triangle of tiles is read.
-        config: one of `CONFIGS`; None: the fastest here, measured at the first call with these m, n and strides.
+        config: one of `CONFIGS`; None: the fastest here, measured at the first call with these m, n
+            and strides.
     """
     assert X.dtype in DTYPES, X.dtype
     k, m, n = X.shape
@@ -95,12 +129,28 @@ def symmetric_product(
     kernel = _tuned if config is None else _kernel
     with torch.cuda.device_of(X):  # Triton launches on the current device
         kernel[lambda meta: (k * triton.cdiv(m, meta["BLOCK"]) ** 2,)](
-            X, other, out, m, n, *X.stride(), *other.stride(), *out.stride(), alpha, beta,
-            HAS_ADD=add is not None, PRECISION=precision(X.dtype), **(config.all_kwargs() if config else {}),
-        )  # fmt: skip
+            X,
+            other,
+            out,
+            m,
+            n,
+            *X.stride(),
+            *other.stride(),
+            *out.stride(),
+            alpha,
+            beta,
+            HAS_ADD=add is not None,
+            PRECISION=precision(X.dtype),
+            **(config.all_kwargs() if config else {}),
+        )
     return out
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of the products, as `torch.bmm` would take them: tf32 for float32 only where PyTorch's setting allows it."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """Of the products, as `torch.bmm` would take them: tf32 for float32 only where PyTorch's
+    setting allows it."""
+    return (
+        "tf32"
+        if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+        else "ieee"
+    )

@@ -1,9 +1,11 @@
-"""Q ≈ U Vᵀ of M = U Σ Vᵀ, for one matrix or a batch of equal shapes. Stateless; whole matrices only.
+"""Q ≈ U Vᵀ of M = U Σ Vᵀ, for one matrix or a batch of equal shapes. Stateless; whole matrices
+only.
 
     X ← M / (f ‖M‖);   five times:  A = X Xᵀ,  X ← a X + (b A + c A²) X
 
-with (a, b, c) and f from the tables below (REFERENCE 2). Tall matrices use XᵀX from the right, the same polynomial without a
-transposed copy. The normalization has no additive ε: Q does not change when M is scaled.
+with (a, b, c) and f from the tables below (REFERENCE 2). Tall matrices use XᵀX from the right, the
+same polynomial without a transposed copy. The normalization has no additive ε: Q does not change
+when M is scaled.
 """
 
 from __future__ import annotations
@@ -32,17 +34,25 @@ COEFFICIENTS = {  # (a, b, c) of X ← a X + (b A + c A²) X, A = X Xᵀ
         (2.8366, -3.0525, 1.2012),
     ],
 }
-KERNEL = 512  # rows from which the Triton kernel takes symmetric products; by count of its tiles, (t + 1) / 2 t of all
-SPLIT, LEAF = 1024, 512  # rows from which a symmetric product, and a diagonal block of it, is cut in four; measured
+# rows from which the Triton kernel takes symmetric products; by count of its tiles, (t + 1) / 2 t
+# of all
+KERNEL = 512
+SPLIT, LEAF = (
+    1024,
+    512,
+)  # rows from which a symmetric product, and a diagonal block of it, is cut in four; measured
 NORMALIZATION = {"polar_express": 1.02, "quintic": 1.0, "quintic_tuned": 1.0}
 SCHEMES = (*COEFFICIENTS, "exact")
 
 
-def orthogonalize(M: Tensor, scheme: str = "polar_express", dtype: torch.dtype = torch.bfloat16) -> Tensor:
+def orthogonalize(
+    M: Tensor, scheme: str = "polar_express", dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
     """Orthogonalize M (m, n) or (k, m, n).
 
     Args:
-        scheme: `polar_express` (arXiv 2505.16932), `quintic` (Jordan), `quintic_tuned` (Dion) or `exact` (SVD in float64).
+        scheme: `polar_express` (arXiv 2505.16932), `quintic` (Jordan), `quintic_tuned` (Dion) or
+            `exact` (SVD in float64).
         dtype: of the iteration and of the result.
 
     Returns:
@@ -74,7 +84,9 @@ def orthogonalize_(M: Tensor, scheme: str, dtype: torch.dtype) -> Tensor:
         M.copy_(_exact(torch.where(usable, M, 0.0)))
         return norm.flatten()
     scale = torch.where(usable, 1.0 / (NORMALIZATION[scheme] * norm), 0.0)
-    X = torch.where(usable, M * scale.to(torch.promote_types(M.dtype, torch.float32)), 0.0).to(dtype)
+    X = torch.where(usable, M * scale.to(torch.promote_types(M.dtype, torch.float32)), 0.0).to(
+        dtype
+    )
     Q = _iterate(X, M if M.dtype == dtype else torch.empty_like(X), COEFFICIENTS[scheme])
     if Q.data_ptr() != M.data_ptr():
         M.copy_(Q)
@@ -82,9 +94,11 @@ def orthogonalize_(M: Tensor, scheme: str, dtype: torch.dtype) -> Tensor:
 
 
 def _iterate(X: Tensor, spare: Tensor, coefficients: list[tuple[float, float, float]]) -> Tensor:
-    """The iteration on a stack X (k, m, n); X and `spare` are both used up, and the result is in one of them."""
+    """The iteration on a stack X (k, m, n); X and `spare` are both used up, and the result is in
+    one of them."""
     short, long = sorted(X.shape[-2:])
-    # In bfloat16 the Gram matrix alone no longer knows the small singular values, so there the form is always direct.
+    # In bfloat16 the Gram matrix alone no longer knows the small singular values, so there the form
+    # is always direct.
     gram = X.dtype != torch.bfloat16 and gram_cost(short, long) < direct_cost(short, long)
     return (_iterate_gram if gram else _iterate_direct)(X, spare, coefficients)
 
@@ -95,11 +109,14 @@ def direct_cost(m: int, n: int) -> int:
 
 
 def gram_cost(m: int, n: int) -> int:
-    """FLOPs of five iterations on (m, n), m ≤ n, in the Gram form with one restart after the second."""
+    """FLOPs of five iterations on (m, n), m ≤ n, in the Gram form with one restart after the
+    second."""
     return 8 * m * m * n + 28 * m**3
 
 
-def _iterate_direct(X: Tensor, spare: Tensor, coefficients: list[tuple[float, float, float]]) -> Tensor:
+def _iterate_direct(
+    X: Tensor, spare: Tensor, coefficients: list[tuple[float, float, float]]
+) -> Tensor:
     tall = X.shape[-2] > X.shape[-1]
     for a, b, c in coefficients:
         A = symmetric_product(X.mT if tall else X)
@@ -109,9 +126,11 @@ def _iterate_direct(X: Tensor, spare: Tensor, coefficients: list[tuple[float, fl
     return X
 
 
-def _iterate_gram(X: Tensor, spare: Tensor, coefficients: list[tuple[float, float, float]]) -> Tensor:
-    """The same polynomial on the m × m Gram matrix: with P = a I + b A + c A², X ← P X and A ← P A P. Restarted once from
-    X itself, because A's error grows."""
+def _iterate_gram(
+    X: Tensor, spare: Tensor, coefficients: list[tuple[float, float, float]]
+) -> Tensor:
+    """The same polynomial on the m × m Gram matrix: with P = a I + b A + c A², X ← P X and A ← P A
+    P. Restarted once from X itself, because A's error grows."""
     tall = X.shape[-2] > X.shape[-1]
     for segment in (coefficients[:2], coefficients[2:]):
         A = symmetric_product(X.mT if tall else X)
@@ -127,18 +146,27 @@ def _iterate_gram(X: Tensor, spare: Tensor, coefficients: list[tuple[float, floa
     return X
 
 
-def symmetric_product(X: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
-    """α X Xᵀ + β · add, for X (k, m, n) and symmetric `add` (k, m, m): by the Triton kernel on a GPU, where it pays."""
+def symmetric_product(
+    X: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0
+) -> Tensor:
+    """α X Xᵀ + β · add, for X (k, m, n) and symmetric `add` (k, m, m): by the Triton kernel on a
+    GPU, where it pays."""
     kernels = _kernels() if X.is_cuda and X.shape[-2] >= KERNEL else None
-    # float32 in full precision has no tensor cores to gain from: it stays with the library's products (not measured).
-    if kernels and X.dtype in kernels.DTYPES and (X.dtype != torch.float32 or kernels.precision(X.dtype) == "tf32"):
+    # float32 in full precision has no tensor cores to gain from: it stays with the library's
+    # products (not measured).
+    if (
+        kernels
+        and X.dtype in kernels.DTYPES
+        and (X.dtype != torch.float32 or kernels.precision(X.dtype) == "tf32")
+    ):
         return kernels.symmetric_product(X, add, alpha, beta)
     return plain_symmetric_product(X, add, alpha, beta)
 
 
 @functools.cache
 def _kernels() -> ModuleType | None:
-    """The module of Triton kernels, where they run (NVIDIA, compute capability 8.0 or more); tried once."""
+    """The module of Triton kernels, where they run (NVIDIA, compute capability 8.0 or more); tried
+    once."""
     if torch.version.cuda is None or torch.cuda.get_device_capability() < (8, 0):
         return None
     try:
@@ -152,19 +180,28 @@ def _kernels() -> ModuleType | None:
         reason = "wrong result"
     except Exception as error:  # no C compiler, say: PyTorch's products are slower, not different
         reason = f"{type(error).__name__}: {error}"
-    warnings.warn(f"Triton does not run here, PyTorch's symmetric products take its place: {reason}", stacklevel=2)
+    warnings.warn(
+        f"Triton does not run here, PyTorch's symmetric products take its place: {reason}",
+        stacklevel=2,
+    )
     return None
 
 
-def plain_symmetric_product(X: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0) -> Tensor:
+def plain_symmetric_product(
+    X: Tensor, add: Tensor | None = None, alpha: float = 1.0, beta: float = 1.0
+) -> Tensor:
     """`symmetric_product` in plain PyTorch: the reference of the kernel.
 
-    A large one is cut in four, and in four again: the upper right blocks are copied to the lower left, which saves 3/8 of the
-    work (or less, as blocks get too small to be worth it).
+    A large one is cut in four, and in four again: the upper right blocks are copied to the lower
+    left, which saves 3/8 of the work (or less, as blocks get too small to be worth it).
     """
     m = X.shape[-2]
     if m < SPLIT:
-        return torch.bmm(X, X.mT) if add is None else torch.baddbmm(add, X, X.mT, beta=beta, alpha=alpha)
+        return (
+            torch.bmm(X, X.mT)
+            if add is None
+            else torch.baddbmm(add, X, X.mT, beta=beta, alpha=alpha)
+        )
     out = X.new_empty(X.shape[0], m, m)
 
     def fill(lo: int, hi: int) -> None:

@@ -1,6 +1,8 @@
-"""The update rule on one whole matrix, in the papers' symbols: the page that the fast path is tested against.
+"""The update rule on one whole matrix, in the papers' symbols: the page that the fast path is
+tested against.
 
-Slow, single-process, any dtype (the tests use float64). It shares only tables with the engine: the presets and the coefficients.
+Slow, single-process, any dtype (the tests use float64). It shares only tables with the engine: the
+presets and the coefficients.
 """
 
 from __future__ import annotations
@@ -31,10 +33,20 @@ class ReferenceOptimizer:
     """REFERENCE 1 for one matrix W (m, n), updated in place by `step(G)`."""
 
     def __init__(
-        self, W: Tensor, rule: Rule, *, lr: float, momentum: float = 0.95, nesterov: bool = True,
-        weight_decay: float = 0.0, clip: tuple[float, float] | None = None, eps: float = 1e-6,
-        orthogonalizer: str = "polar_express", betas: tuple[float, float] = (0.9, 0.95), adam_eps: float = 1e-8,
-    ):  # fmt: skip
+        self,
+        W: Tensor,
+        rule: Rule,
+        *,
+        lr: float,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        weight_decay: float = 0.0,
+        clip: tuple[float, float] | None = None,
+        eps: float = 1e-6,
+        orthogonalizer: str = "polar_express",
+        betas: tuple[float, float] = (0.9, 0.95),
+        adam_eps: float = 1e-8,
+    ):
         self.W, self.rule, self.η, self.μ, self.nesterov, self.λ = (
             W,
             rule,

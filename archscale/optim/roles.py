@@ -1,12 +1,15 @@
-"""Each parameter gets its role from the module that owns it, never from its name or its number of dimensions.
+"""Each parameter gets its role from the module that owns it, never from its name or its number of
+dimensions.
 
 A module declares its own parameters in a plain attribute:
 
-    self.parameter_roles = {"weight": {"role": "matrix", "blocks": [("q", 512), ("k", 128), ("v", 128)]}}
+    self.parameter_roles = {"weight": {"role": "matrix", "blocks": [("q", 512), ("k", 128), ("v",
+    128)]}}
 
-Roles: `matrix` (whole-matrix rule), `embedding`, `head`, `vector`. A matrix role of more than two dimensions says what it
-is: `"view": "stack"` (E, m, n) or `"flatten"` (m, …). Every parameter is claimed exactly once; a tied weight
-follows the module that comes first (the embedding). A parameter that nobody claims is an error.
+Roles: `matrix` (whole-matrix rule), `embedding`, `head`, `vector`. A matrix role of more than two
+dimensions says what it is: `"view": "stack"` (E, m, n) or `"flatten"` (m, …). Every parameter is
+claimed exactly once; a tied weight follows the module that comes first (the embedding). A parameter
+that nobody claims is an error.
 """
 
 from __future__ import annotations
@@ -37,7 +40,8 @@ class ParameterRole:
 
 
 def whole_shape(parameter: Tensor) -> tuple[int, ...]:
-    """Also under ZeRO-3, which leaves an empty tensor in the parameter's place, and the shape beside it."""
+    """Also under ZeRO-3, which leaves an empty tensor in the parameter's place, and the shape
+    beside it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -45,7 +49,8 @@ def assign_roles(model: nn.Module) -> list[ParameterRole]:
     """Every trainable parameter of `model` with its role, in registration order.
 
     Raises:
-        ConfigError: a parameter that no module claims, an unknown role, or a claim that matches no parameter.
+        ConfigError: a parameter that no module claims, an unknown role, or a claim that matches no
+            parameter.
     """
     claimed: dict[int, ParameterRole] = {}
     for prefix, module in model.named_modules():
@@ -53,7 +58,9 @@ def assign_roles(model: nn.Module) -> list[ParameterRole]:
         own = dict(module.named_parameters(recurse=False))
         for key in roles.keys() - own.keys():
             raise ConfigError(
-                f"role declared for a parameter {key!r} that does not exist", prefix, "mend parameter_roles"
+                f"role declared for a parameter {key!r} that does not exist",
+                prefix,
+                "mend parameter_roles",
             )
         for key, parameter in own.items():
             name = clean_name(f"{prefix}.{key}" if prefix else key)
@@ -61,26 +68,31 @@ def assign_roles(model: nn.Module) -> list[ParameterRole]:
                 continue
             if key not in roles:
                 raise ConfigError(
-                    f"{type(module).__name__} gives no role to its parameter", name,
+                    f"{type(module).__name__} gives no role to its parameter",
+                    name,
                     f"add parameter_roles = {{{key!r}: {{'role': ...}}}} to the module",
-                )  # fmt: skip
+                )
             role, blocks = roles[key]["role"], tuple(roles[key].get("blocks", ()))
             if role not in ROLES:
                 raise ConfigError(f"unknown role {role!r}", name, f"use one of {', '.join(ROLES)}")
             view = roles[key].get("view")
-            claimed[id(parameter)] = ParameterRole(name, role, whole_shape(parameter), blocks, parameter, view)
+            claimed[id(parameter)] = ParameterRole(
+                name, role, whole_shape(parameter), blocks, parameter, view
+            )
     return list(claimed.values())
 
 
 def clean_name(name: str) -> str:
-    """The parameter's name without what DDP, torch.compile and activation checkpointing add to it."""
+    """The parameter's name without what DDP, torch.compile and activation checkpointing add to
+    it."""
     return re.sub(r"\b(_orig_mod|_checkpoint_wrapped_module)\.", "", name).removeprefix("module.")
 
 
 def parameter_groups(
     roles: list[ParameterRole], options: Mapping[str, dict[str, Any]], per_head: int | None = None
 ) -> list[dict[str, Any]]:
-    """Parameter groups for `MatrixOptimizer`, one per role, view and orientation that occurs, which it carries as keys.
+    """Parameter groups for `MatrixOptimizer`, one per role, view and orientation that occurs, which
+    it carries as keys.
 
     Args:
         options: by role, what its group holds (`rule`, `lr`, …).

@@ -1,14 +1,16 @@
 """The one update rule (OrScale, HyperP): every matrix optimizer is a row of the table `RULES`.
 
-For a weight W (m, n) with direction Q (U Vᵀ of the momentum, or an elementwise direction), learning rate η and decay λ:
+For a weight W (m, n) with direction Q (U Vᵀ of the momentum, or an elementwise direction), learning
+rate η and decay λ:
 
     D = λ_c W + s Q                            the direction that is really subtracted
     r = ‖W‖ / (c ‖D‖ + ε),  r̂ = clip(r)        trust ratio (r̂ = 1 where the rule has none)
     W ← (1 − η λ_d) W − η r̂ D                  λ_c coupled decay, λ_d decoupled decay
     W ← R W / ‖W‖                              only on the sphere
 
-Since D is a combination of W and Q, three inner products decide the step: w = ‖W‖², q = ‖Q‖², p = ⟨W, Q⟩. Everything in
-this file is a pure function of them, vectorised over matrices; nothing here sees a matrix or a process group.
+Since D is a combination of W and Q, three inner products decide the step: w = ‖W‖², q = ‖Q‖², p =
+⟨W, Q⟩. Everything in this file is a pure function of them, vectorised over matrices; nothing here
+sees a matrix or a process group.
 """
 
 from __future__ import annotations
@@ -33,20 +35,25 @@ SHAPE_FACTORS = {
 def check_clip(clip: tuple[float, float] | None) -> None:
     if clip is not None and not 0 <= clip[0] <= clip[1]:
         raise ValueError(
-            f"clip bounds {tuple(clip)} are crossed or negative; give (r_min, r_max) with 0 <= r_min <= r_max"
+            f"clip bounds {tuple(clip)} are crossed or negative; give (r_min, r_max) with 0 <="
+            " r_min <= r_max"
         )
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One optimizer. A new one is a new `Rule`, added to `RULES` or passed to `MatrixOptimizer(rule=...)`.
+    """One optimizer. A new one is a new `Rule`, added to `RULES` or passed to
+    `MatrixOptimizer(rule=...)`.
 
     Attributes:
         name: what the manifest and the state dict call it.
-        direction: where Q comes from: `orthogonal` (whole matrix), or elementwise `adam`, `lion`, `momentum`.
+        direction: where Q comes from: `orthogonal` (whole matrix), or elementwise `adam`, `lion`,
+            `momentum`.
         shape: key of `SHAPE_FACTORS`; s = SHAPE_FACTORS[shape](m, n).
-        ratio: what the trust ratio divides by: `update` ‖D‖, `direction` ‖Q‖, `momentum` ‖M̂‖, or None (r̂ = 1).
-        calibrated: c is set once, at the first non-zero direction, so that the first ratio is 1; otherwise c = 1.
+        ratio: what the trust ratio divides by: `update` ‖D‖, `direction` ‖Q‖, `momentum` ‖M̂‖, or
+            None (r̂ = 1).
+        calibrated: c is set once, at the first non-zero direction, so that the first ratio is 1;
+            otherwise c = 1.
         decay: `decoupled` (outside D), `coupled` (inside D) or `none`.
         clip: bounds (r_min, r_max) of the trust ratio, or None.
         sphere: retract to the initial norm R after every step.
@@ -64,11 +71,15 @@ class Rule:
     def __post_init__(self) -> None:
         if self.shape not in SHAPE_FACTORS:
             raise ValueError(
-                f"rule {self.name!r}: unknown shape factor {self.shape!r}; one of {', '.join(SHAPE_FACTORS)}"
+                f"rule {self.name!r}: unknown shape factor {self.shape!r}; one of"
+                f" {', '.join(SHAPE_FACTORS)}"
             )
         check_clip(self.clip)
         if self.ratio is None and (self.calibrated or self.clip):
-            raise ValueError(f"rule {self.name!r}: calibration and clip need a trust ratio; set ratio or drop them")
+            raise ValueError(
+                f"rule {self.name!r}: calibration and clip need a trust ratio; set ratio or drop"
+                " them"
+            )
         if self.ratio == "momentum" and self.direction != "orthogonal":
             raise ValueError(f"rule {self.name!r}: ratio 'momentum' needs direction 'orthogonal'")
 
@@ -86,20 +97,38 @@ _TABLE = (
     Rule("muon_spectral", shape="spectral"),
     Rule("moonlight", shape="moonlight"),
     Rule("orscale", ratio="update", decay="coupled", clip=(0.5, 1.5)),
-    Rule("orscale_lm", shape="moonlight", ratio="update", calibrated=True, decay="coupled", clip=(0.1, 5.0)),
+    Rule(
+        "orscale_lm",
+        shape="moonlight",
+        ratio="update",
+        calibrated=True,
+        decay="coupled",
+        clip=(0.1, 5.0),
+    ),
     Rule("muonh", ratio="update", decay="none", sphere=True),
-    Rule("orscale_lm_sphere", shape="moonlight", ratio="update", calibrated=True, decay="none", clip=(0.1, 5.0), sphere=True),
-    # The three hybrids that fail, kept because the ablation is part of the result (OrScale, section on hybrids).
+    Rule(
+        "orscale_lm_sphere",
+        shape="moonlight",
+        ratio="update",
+        calibrated=True,
+        decay="none",
+        clip=(0.1, 5.0),
+        sphere=True,
+    ),
+    # The three hybrids that fail, kept because the ablation is part of the result (OrScale, section
+    # on hybrids).
     Rule("hybrid_shape", ratio="direction", clip=(0.5, 1.5)),
     Rule("hybrid_momentum", ratio="momentum", clip=(0.5, 1.5)),
-    Rule("hybrid_decoupled", shape="moonlight", ratio="direction", calibrated=True, clip=(0.1, 5.0)),
+    Rule(
+        "hybrid_decoupled", shape="moonlight", ratio="direction", calibrated=True, clip=(0.1, 5.0)
+    ),
     # Elementwise directions. adamh is muonh with Adam's direction: HyperP's output head.
     Rule("adamh", direction="adam", ratio="update", decay="none", sphere=True),
     Rule("adamw", direction="adam"),
     Rule("lion", direction="lion"),
     Rule("sgd", direction="momentum"),
     Rule("lamb", direction="adam", ratio="update", decay="coupled", clip=(0.0, 10.0)),
-)  # fmt: skip
+)
 RULES: dict[str, Rule] = {rule.name: rule for rule in _TABLE}
 
 
@@ -108,13 +137,16 @@ def get_rule(rule: str | Rule) -> Rule:
     if isinstance(rule, Rule):
         return rule
     if rule not in RULES:
-        raise ValueError(f"unknown rule {rule!r}; known: {', '.join(RULES)} (or pass an archscale.optim.Rule)")
+        raise ValueError(
+            f"unknown rule {rule!r}; known: {', '.join(RULES)} (or pass an archscale.optim.Rule)"
+        )
     return RULES[rule]
 
 
 @dataclass
 class InnerProducts:
-    """Of k matrices, float32 or better, each (k,). q < 0 or non-finite marks a direction that must not be applied."""
+    """Of k matrices, float32 or better, each (k,). q < 0 or non-finite marks a direction that must
+    not be applied."""
 
     w: Tensor  # ‖W‖²
     q: Tensor  # ‖Q‖²
@@ -132,7 +164,8 @@ class Step:
     ratio: Tensor  # r
     clipped_ratio: Tensor  # r̂
     clipped: Tensor  # bool
-    bad: Tensor  # bool: the direction was not finite; nothing is applied and the momentum must be reset
+    # bool: the direction was not finite; nothing is applied and the momentum must be reset
+    bad: Tensor
     weight_norm: Tensor  # ‖W‖ before the step
     relative_update: Tensor  # ‖ΔW‖ / ‖W‖
 
@@ -151,7 +184,8 @@ def step_coefficients(
     eps: float,
     taking_part: Tensor | None = None,
 ) -> Step:
-    """The update rule of REFERENCE 1 (OrScale eq. for D and r; HyperP's retraction), from three inner products.
+    """The update rule of REFERENCE 1 (OrScale eq. for D and r; HyperP's retraction), from three
+    inner products.
 
     Args:
         products: of the k matrices.
@@ -161,7 +195,8 @@ def step_coefficients(
         calibration: c, (k,); 0 where a calibrated rule has not seen a non-zero direction yet.
         radius: R, (k,); read only on the sphere.
         clip: bounds in force (the rule's own unless overridden).
-        taking_part: (k,) bool: matrices that have a gradient; the others are left as they are. None: all have.
+        taking_part: (k,) bool: matrices that have a gradient; the others are left as they are.
+            None: all have.
     """
     w, q, p, s = products.w, products.q, products.p, shape_factor
     bad = ~torch.isfinite(q) | (q < 0)
@@ -180,9 +215,13 @@ def step_coefficients(
         first = (calibration == 0) & (q > 0)
         if taking_part is not None:
             first = first & taking_part
-        fresh = torch.where(weight_norm < eps, zero_calibration, weight_norm / denominator.clamp(min=1e-30))
+        fresh = torch.where(
+            weight_norm < eps, zero_calibration, weight_norm / denominator.clamp(min=1e-30)
+        )
         calibration = torch.where(first, fresh, calibration)
-        frozen = frozen | (calibration == 0)  # before its calibration a matrix is neither updated nor decayed
+        frozen = frozen | (
+            calibration == 0
+        )  # before its calibration a matrix is neither updated nor decayed
 
     if rule.ratio is None:
         ratio = torch.ones_like(w)
@@ -194,7 +233,9 @@ def step_coefficients(
         ratio = weight_norm / (calibration * norm + eps)
     clipped_ratio = ratio if clip is None else ratio.clamp(*clip)
     if clip is not None and clip[0] == 0:
-        clipped_ratio = torch.where(weight_norm == 0, 1.0, clipped_ratio)  # LAMB: a zero weight can still move
+        clipped_ratio = torch.where(
+            weight_norm == 0, 1.0, clipped_ratio
+        )  # LAMB: a zero weight can still move
 
     if taking_part is not None:
         ratio, clipped_ratio = (torch.where(taking_part, r, 1.0) for r in (ratio, clipped_ratio))

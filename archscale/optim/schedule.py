@@ -1,4 +1,5 @@
-"""Learning-rate schedules: pure functions of tokens seen, so that they do not depend on how tokens became steps."""
+"""Learning-rate schedules: pure functions of tokens seen, so that they do not depend on how tokens
+became steps."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ def lr_multiplier(
     """η(tokens) / η_peak.
 
     Args:
-        kind: `linear`, `cosine`, `wsd` (constant, then linear decay over the last `decay_ratio` of the tokens) or `constant`.
+        kind: `linear`, `cosine`, `wsd` (constant, then linear decay over the last `decay_ratio` of
+            the tokens) or `constant`.
         tokens: tokens consumed before the step, 0 ≤ tokens < total.
         total: tokens of the whole run.
         warmup: tokens of the linear warm-up from 0, counted inside `total`.
@@ -33,7 +35,9 @@ def lr_multiplier(
     elif kind == "cosine":
         decay = final_ratio + (1 - final_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
     elif kind == "wsd":
-        into = max(0.0, (tokens / total - (1 - decay_ratio)) / decay_ratio) if decay_ratio > 0 else 0.0
+        into = (
+            max(0.0, (tokens / total - (1 - decay_ratio)) / decay_ratio) if decay_ratio > 0 else 0.0
+        )
         decay = 1 - (1 - final_ratio) * min(1.0, into)
     elif kind == "constant":
         decay = 1.0

@@ -1,10 +1,12 @@
-"""Every sharding is a set of pieces: who holds what of each matrix, who orthogonalizes it, what travels.
+"""Every sharding is a set of pieces: who holds what of each matrix, who orthogonalizes it, what
+travels.
 
-Whatever the engine (a whole DDP replica, FSDP2's rows, the columns of tensor parallelism, an expert-parallel shard, a ZeRO
-partition that cuts a matrix anywhere), each rank holds equally spaced runs of the row-major flattened parameter (`Piece`).
-Within a matrix they are rectangles. Every matrix view (a row block of a fused projection, one expert of a stack) is one
-interval of its parameter. From the pieces of all ranks one plan follows, the same on every rank, computed once and without
-communication.
+Whatever the engine (a whole DDP replica, FSDP2's rows, the columns of tensor parallelism, an
+expert-parallel shard, a ZeRO partition that cuts a matrix anywhere), each rank holds equally spaced
+runs of the row-major flattened parameter (`Piece`). Within a matrix they are rectangles. Every
+matrix view (a row block of a fused projection, one expert of a stack) is one interval of its
+parameter. From the pieces of all ranks one plan follows, the same on every rank, computed once and
+without communication.
 
 This file is pure Python on integers; `exchange.py` executes the plan.
 """
@@ -19,14 +21,16 @@ from typing import NamedTuple
 
 from archscale.distributed import Piece
 
-# Of whole matrices that a rank orthogonalizes at a time, or of the directions that it then sends: 64 MiB in bf16.
+# Of whole matrices that a rank orthogonalizes at a time, or of the directions that it then sends:
+# 64 MiB in bf16.
 MAX_BATCH_ELEMENTS = 1 << 25
 VIEWS = ("stack", "flatten")  # what a parameter of more than two dimensions can be
 
 
 @dataclass(frozen=True)
 class MatrixView:
-    """One logical matrix (rows, cols) stored at [offset, offset + rows · cols) of parameter number `param`."""
+    """One logical matrix (rows, cols) stored at [offset, offset + rows · cols) of parameter number
+    `param`."""
 
     name: str
     param: int
@@ -55,7 +59,8 @@ def matrix_views(
 
     Args:
         shape: of the whole parameter: (m, n); (E, m, n) with `view` "stack"; (m, …) with "flatten".
-        blocks: (block name, rows) of a fused projection, in storage order, of each matrix of a stack; they sum to m.
+        blocks: (block name, rows) of a fused projection, in storage order, of each matrix of a
+            stack; they sum to m.
         view: what a parameter of more than two dimensions is: a "stack" of matrices, or one matrix
             with all but its first dimension flattened ("flatten"), as convolution kernels are.
 
@@ -65,18 +70,20 @@ def matrix_views(
     dimensions = tuple(shape)
     if len(dimensions) < 2:
         raise ValueError(
-            f"parameter {name!r} has shape {dimensions}; a matrix rule takes 2-D matrices: put vectors in a group with "
-            "rule='adamw', and where a wrapper has flattened a matrix use one that keeps its shape (fully_shard)"
+            f"parameter {name!r} has shape {dimensions}; a matrix rule takes 2-D matrices: put"
+            " vectors in a group with rule='adamw', and where a wrapper has flattened a matrix use"
+            " one that keeps its shape (fully_shard)"
         )
     if len(dimensions) > 2 and view not in VIEWS:
         raise ValueError(
-            f"parameter {name!r} has shape {dimensions}; a matrix rule takes 2-D matrices: put it in a group with "
-            f"view='flatten' (a convolution kernel, one matrix of {dimensions[0]} rows), view='stack' ({dimensions[0]} "
-            "matrices) or rule='adamw'"
+            f"parameter {name!r} has shape {dimensions}; a matrix rule takes 2-D matrices: put it"
+            f" in a group with view='flatten' (a convolution kernel, one matrix of {dimensions[0]}"
+            f" rows), view='stack' ({dimensions[0]} matrices) or rule='adamw'"
         )
     if len(dimensions) > 3 and view == "stack":
         raise ValueError(
-            f"parameter {name!r} has shape {dimensions}; view='stack' takes (E, m, n): reshape it, or use view='flatten'"
+            f"parameter {name!r} has shape {dimensions}; view='stack' takes (E, m, n): reshape it,"
+            " or use view='flatten'"
         )
     stacked = view == "stack" and len(dimensions) == 3
     stack, m = dimensions[:2] if stacked else (1, dimensions[0])
@@ -115,8 +122,8 @@ class Rectangle(NamedTuple):
 
 
 class Held(NamedTuple):
-    """A rectangle of a view that a rank holds, and where: its first element is element `offset` of the
-    rank's flat local tensor, each row `stride` elements after the one before."""
+    """A rectangle of a view that a rank holds, and where: its first element is element `offset` of
+    the rank's flat local tensor, each row `stride` elements after the one before."""
 
     area: Rectangle
     offset: int
@@ -128,12 +135,15 @@ class Held(NamedTuple):
 
 
 def held_rectangles(view: MatrixView, pieces: Sequence[Piece]) -> list[Held]:
-    """What of `view` a rank holds whose flat local tensor stores `pieces` of the parameter, one after another."""
+    """What of `view` a rank holds whose flat local tensor stores `pieces` of the parameter, one
+    after another."""
     held: list[Held] = []
     begin, end, stored = view.offset, view.offset + view.numel, 0
     for piece in pieces:
         stride = piece.stride or 1
-        first = max(0, -(-(begin - piece.start - piece.length + 1) // stride)) if piece.count > 1 else 0
+        first = (
+            max(0, -(-(begin - piece.start - piece.length + 1) // stride)) if piece.count > 1 else 0
+        )
         last = min(piece.count - 1, (end - 1 - piece.start) // stride) if piece.count > 1 else 0
         column = (piece.start - begin) % view.cols
         if piece.count > 1 and stride == view.cols and column + piece.length <= view.cols:
@@ -153,7 +163,8 @@ def held_rectangles(view: MatrixView, pieces: Sequence[Piece]) -> list[Held]:
 
 
 def _interval(low: int, high: int, cols: int, offset: int) -> Iterator[Held]:
-    """Elements [low, high) of a row-major matrix: the end of a row, whole rows, the beginning of a row."""
+    """Elements [low, high) of a row-major matrix: the end of a row, whole rows, the beginning of a
+    row."""
     while low < high:
         row, column = divmod(low, cols)
         rows = 1 if column or high - low < cols else (high - low) // cols
@@ -181,7 +192,8 @@ Cut = tuple[Rectangle, tuple[int, ...]]  # a rectangle of a view and the ranks t
 
 @dataclass
 class Batch:
-    """One exchange: each rank orthogonalizes a few whole matrices between two packed all-to-alls."""
+    """One exchange: each rank orthogonalizes a few whole matrices between two packed
+    all-to-alls."""
 
     views: list[list[int]]  # by owner rank, equal shapes adjacent
 
@@ -216,7 +228,10 @@ def plan_exchange(
         ValueError: an element of a view that no rank holds, named by view.
     """
     world = len(pieces)
-    cuts = [_cut(view, [held_rectangles(view, by_param[view.param]) for by_param in pieces]) for view in views]
+    cuts = [
+        _cut(view, [held_rectangles(view, by_param[view.param]) for by_param in pieces])
+        for view in views
+    ]
     owners = _assign(views, cuts, world)
     segments = [
         [Segment(v, area, holders, _source(holders, owners[v], v)) for area, holders in parts]
@@ -224,15 +239,21 @@ def plan_exchange(
     ]
     plan = ExchangePlan(world, list(views), owners, segments)
     owned = [
-        sorted((v for v in range(len(views)) if owners[v] == r), key=lambda v: _order(views, v)) for r in range(world)
+        sorted((v for v in range(len(views)) if owners[v] == r), key=lambda v: _order(views, v))
+        for r in range(world)
     ]
-    # What an owner holds of a batch: whole matrices, or all the copies of their directions that replicas get back.
+    # What an owner holds of a batch: whole matrices, or all the copies of their directions that
+    # replicas get back.
     held = [
         max(view.numel, sum(s.numel * len({*s.holders} - {owners[v]}) for s in segments[v]))
         for v, view in enumerate(views)
     ]
     count = max(
-        (min(len(mine), math.ceil(sum(held[v] for v in mine) / max_batch_elements)) for mine in owned), default=0
+        (
+            min(len(mine), math.ceil(sum(held[v] for v in mine) / max_batch_elements))
+            for mine in owned
+        ),
+        default=0,
     )
     chunks = [_chunk(mine, [views[v].cost for v in mine], count) for mine in owned]
     plan.batches = [Batch([chunks[r][b] for r in range(world)]) for b in range(count)]
@@ -243,14 +264,19 @@ def _cut(view: MatrixView, held: Sequence[Sequence[Held]]) -> list[Cut]:
     """The view cut wherever its set of holders changes: bands of rows, each cut by columns."""
     rectangles = [(rank, h.area) for rank, areas in enumerate(held) for h in areas]
     cuts: list[Cut] = []
-    for top, bottom in itertools.pairwise(_bounds(view.rows, ((r.top, r.bottom) for _, r in rectangles))):
+    for top, bottom in itertools.pairwise(
+        _bounds(view.rows, ((r.top, r.bottom) for _, r in rectangles))
+    ):
         across = [(rank, r) for rank, r in rectangles if r.top <= top and bottom <= r.bottom]
-        for left, right in itertools.pairwise(_bounds(view.cols, ((r.left, r.right) for _, r in across))):
+        for left, right in itertools.pairwise(
+            _bounds(view.cols, ((r.left, r.right) for _, r in across))
+        ):
             area = Rectangle(top, bottom, left, right)
             holders = tuple(sorted({rank for rank, r in across if r.contains(area)}))
             if not holders:
                 raise ValueError(
-                    f"matrix {view.name!r}: no rank holds its rows [{top}, {bottom}), columns [{left}, {right})"
+                    f"matrix {view.name!r}: no rank holds its rows [{top}, {bottom}), columns"
+                    f" [{left}, {right})"
                 )
             cuts.append((area, holders))
     return cuts
@@ -261,14 +287,17 @@ def _bounds(size: int, spans: Iterator[tuple[int, int]]) -> list[int]:
 
 
 def _assign(views: Sequence[MatrixView], cuts: list[list[Cut]], world: int) -> list[int]:
-    """Owners by longest-processing-time-first; a rank that already holds a whole matrix keeps it while its share lasts."""
+    """Owners by longest-processing-time-first; a rank that already holds a whole matrix keeps it
+    while its share lasts."""
     load = [0] * world
     fair = sum(view.cost for view in views) / world
     owners = [0] * len(views)
     for v in sorted(range(len(views)), key=lambda v: _order(views, v)):
         cost = views[v].cost
         whole = set.intersection(*(set(holders) for _, holders in cuts[v])) if cuts[v] else set()
-        at_home = [r for r in whole if load[r] + cost <= fair * 1.02] if 0 < len(whole) < world else []
+        at_home = (
+            [r for r in whole if load[r] + cost <= fair * 1.02] if 0 < len(whole) < world else []
+        )
         owner = min(at_home or range(world), key=lambda r: (load[r], r))
         owners[v] = owner
         load[owner] += cost

@@ -1,4 +1,5 @@
-"""The DeepSpeed configuration that follows from a run's YAML, and a user's own JSON merged into it. Needs no DeepSpeed."""
+"""The DeepSpeed configuration that follows from a run's YAML, and a user's own JSON merged into it.
+Needs no DeepSpeed."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ from typing import Any
 from archscale.errors import ConfigError, explain_os_error
 
 WHERE = "parallel.deepspeed"
-BUCKET = (
-    1 << 25
-)  # gradient elements reduced at a time; DeepSpeed's own 5e8 are a buffer of 2 GB, however small the model
+# gradient elements reduced at a time; DeepSpeed's own 5e8 are a buffer of 2 GB, however small the
+# model
+BUCKET = 1 << 25
 SUGGESTED = {"zero_optimization.reduce_bucket_size"}  # what a user's JSON may set differently
-# What archscale does itself, or what takes the whole matrices from the optimizer; with what to do instead.
+# What archscale does itself, or what takes the whole matrices from the optimizer; with what to do
+# instead.
 REFUSED = {
     "optimizer": "set the optimizer section of the config",
     "scheduler": "set the schedule section of the config",
@@ -49,11 +51,14 @@ REFUSED = {
 }
 
 
-def settings(*, stage: int, bf16: bool, micro_batch: int, offload: bool, parameters: int) -> dict[str, Any]:
+def settings(
+    *, stage: int, bf16: bool, micro_batch: int, offload: bool, parameters: int
+) -> dict[str, Any]:
     """What archscale needs DeepSpeed to do.
 
-    Gradients are reduced and accumulated in float32, and averaged once per step whatever the accumulation; clipping and the
-    update are archscale's own; every sub-group of ZeRO-3 would be an optimizer step, so there is one.
+    Gradients are reduced and accumulated in float32, and averaged once per step whatever the
+    accumulation; clipping and the update are archscale's own; every sub-group of ZeRO-3 would be an
+    optimizer step, so there is one.
 
     Args:
         micro_batch: sequences per device and forward pass.
@@ -72,7 +77,9 @@ def settings(*, stage: int, bf16: bool, micro_batch: int, offload: bool, paramet
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": 1,  # the boundary is set by hand: accumulation may change during a run
+        "gradient_accumulation_steps": (
+            1
+        ),  # the boundary is set by hand: accumulation may change during a run
         "gradient_clipping": 0.0,  # the default is 1
         "gradient_allreduce_op": "mean",
         "prescale_gradients": False,
@@ -92,7 +99,8 @@ def merge(own: dict[str, Any], path: str | Path | None) -> dict[str, Any]:
     """`own` with the keys of the JSON file `path` added; "auto" stands for what `own` has.
 
     Raises:
-        ConfigError: the file cannot be read, or a key of it contradicts `own` or does what archscale does.
+        ConfigError: the file cannot be read, or a key of it contradicts `own` or does what
+            archscale does.
     """
     if path is None:
         return own
@@ -119,12 +127,18 @@ def _conflicts(own: dict[str, Any], theirs: dict[str, Any], prefix: str) -> Iter
         if isinstance(value, dict) and (key not in REFUSED) and isinstance(own.get(name, {}), dict):
             yield from _conflicts(own.get(name, {}), value, f"{key}.")
         elif key in REFUSED and value != {"device": "none"}:
-            yield ConfigError(f"{key} of the DeepSpeed JSON is not DeepSpeed's to decide here", WHERE, REFUSED[key])
+            yield ConfigError(
+                f"{key} of the DeepSpeed JSON is not DeepSpeed's to decide here",
+                WHERE,
+                REFUSED[key],
+            )
         elif name in own and key not in SUGGESTED:
             yield ConfigError(
-                f"{key} is {json.dumps(value)} in the DeepSpeed JSON, the run's config makes it {json.dumps(own[name])}",
-                WHERE, f"leave {key} out of the JSON",
-            )  # fmt: skip
+                f"{key} is {json.dumps(value)} in the DeepSpeed JSON, the run's config makes it"
+                f" {json.dumps(own[name])}",
+                WHERE,
+                f"leave {key} out of the JSON",
+            )
 
 
 def _merged(own: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
@@ -132,6 +146,8 @@ def _merged(own: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     for name, value in theirs.items():
         if isinstance(value, dict):
             merged[name] = _merged(own.get(name) or {}, value)
-        elif value != "auto" and value is not None:  # no conflict, so it is equal, new, or only suggested
+        elif (
+            value != "auto" and value is not None
+        ):  # no conflict, so it is equal, new, or only suggested
             merged[name] = value
     return merged

@@ -23,7 +23,8 @@ class Optimizer(Protocol):
 
 
 class Engine(Protocol):
-    """Owns a model's layout: who stores which part of a parameter, and how gradients are SUMMED over ranks.
+    """Owns a model's layout: who stores which part of a parameter, and how gradients are SUMMED
+    over ranks.
 
     Attributes:
         module: the bare model: names and roles.
@@ -41,30 +42,38 @@ class Engine(Protocol):
     def backward(self, objective: Tensor) -> None:
         """Add the gradient of one micro-batch's objective."""
 
-    def update(self, optimizer: Optimizer, grad_clip: float | None, allow: Allow | None = None) -> Tensor:
-        """Once a step: clip, step, drop the gradients; returns their global norm before clipping, on the device.
+    def update(
+        self, optimizer: Optimizer, grad_clip: float | None, allow: Allow | None = None
+    ) -> Tensor:
+        """Once a step: clip, step, drop the gradients; returns their global norm before clipping,
+        on the device.
 
         Args:
-            allow: told the norm; where it says no, the optimizer does nothing. All ranks must say the same.
+            allow: told the norm; where it says no, the optimizer does nothing. All ranks must say
+                the same.
         """
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What the optimizer updates, by name: the module's own, or 1-D tensors that hold what `weights` says of each."""
+        """What the optimizer updates, by name: the module's own, or 1-D tensors that hold what
+        `weights` says of each."""
 
     def weights(self) -> dict[str, Fragment]:
-        """The float32 parameters that the optimizer updates, by name: what checkpoints save, and load in place."""
+        """The float32 parameters that the optimizer updates, by name: what checkpoints save, and
+        load in place."""
 
     def weights_changed(self) -> None:
         """Whoever wrote into `weights()` calls this."""
 
 
 @torch.no_grad()
-def clip_gradients(grads: Iterable[Tensor], max_norm: float | None, shard_group: object = None) -> Tensor:
+def clip_gradients(
+    grads: Iterable[Tensor], max_norm: float | None, shard_group: object = None
+) -> Tensor:
     """Scale all gradients so that their global norm is at most `max_norm`; returns the norm before.
 
     Args:
-        shard_group: group over which gradients are sharded; None where every rank has them whole. Replicas hold the
-            same gradients and are not reduced over.
+        shard_group: group over which gradients are sharded; None where every rank has them whole.
+            Replicas hold the same gradients and are not reduced over.
     """
     grads = [here for g in grads if (here := local_tensor(g)).numel()]
     device = grads[0].device if grads else torch.device("cpu")
@@ -75,7 +84,8 @@ def clip_gradients(grads: Iterable[Tensor], max_norm: float | None, shard_group:
         total = all_reduce(total, group=shard_group)
     norm = total.sqrt()
     if max_norm is not None and grads:
-        # A norm that is not finite drops the whole gradient; what is left, nan · 0, the optimizer does not apply.
+        # A norm that is not finite drops the whole gradient; what is left, nan · 0, the optimizer
+        # does not apply.
         factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 0.0)
         torch._foreach_mul_(grads, factor)
     return norm

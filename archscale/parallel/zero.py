@@ -1,12 +1,14 @@
 """The DeepSpeed engine: ZeRO 1, 2, 3 around the same model and the same optimizer.
 
-DeepSpeed shards, gathers and reduces; the update is ours. It is given a client optimizer (`_Client`) with one parameter
-group, whose `step` it calls exactly once per accumulated batch: once per group at stages 1 and 2, once per sub-group at
-stage 3, of which there is one. That step clips and runs the optimizer on fragments: the intervals that this rank owns of
-each parameter, as views of DeepSpeed's flat float32 partition. A partition cuts matrices anywhere.
+DeepSpeed shards, gathers and reduces; the update is ours. It is given a client optimizer
+(`_Client`) with one parameter group, whose `step` it calls exactly once per accumulated batch: once
+per group at stages 1 and 2, once per sub-group at stage 3, of which there is one. That step clips
+and runs the optimizer on fragments: the intervals that this rank owns of each parameter, as views
+of DeepSpeed's flat float32 partition. A partition cuts matrices anywhere.
 
-Where DeepSpeed keeps what, by version (`TESTED`): `_hp_mapping` of a parameter at stages 1 and 2 (utils/tensor_fragment.py),
-`grad_position` and `fp32_partitioned_groups_flat` at stage 3 (runtime/zero/stage3.py).
+Where DeepSpeed keeps what, by version (`TESTED`): `_hp_mapping` of a parameter at stages 1 and 2
+(utils/tensor_fragment.py), `grad_position` and `fp32_partitioned_groups_flat` at stage 3
+(runtime/zero/stage3.py).
 """
 
 from __future__ import annotations
@@ -28,20 +30,29 @@ from archscale.distributed import Fragment, is_distributed, rank, world_size
 from archscale.errors import ConfigError
 from archscale.parallel.engine import Allow, Optimizer, clip_gradients
 
-TESTED = ((0, 19, 8), (0, 19, 9))  # versions from the first to before the second; patches change configuration keys
+TESTED = (
+    (0, 19, 8),
+    (0, 19, 9),
+)  # versions from the first to before the second; patches change configuration keys
 
 
 def check_deepspeed() -> None:
-    """Raises ConfigError where DeepSpeed is missing or of a version whose fragments this module does not know."""
+    """Raises ConfigError where DeepSpeed is missing or of a version whose fragments this module
+    does not know."""
     low, high = (".".join(map(str, version)) for version in TESTED)
     remedy = f"pip install --no-build-isolation 'deepspeed>={low},<{high}', or set it to native"
     try:
         version = importlib.metadata.version("deepspeed")
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError("deepspeed is not installed", "parallel.engine", remedy) from None
-    numbers = tuple(int(part) if part.isdigit() else 0 for part in version.split("+")[0].split(".")[:3])
+    numbers = tuple(
+        int(part) if part.isdigit() else 0 for part in version.split("+")[0].split(".")[:3]
+    )
     if not TESTED[0] <= numbers < TESTED[1]:
-        what = f"deepspeed {version} is installed, this version of archscale is tested with {low} up to before {high}"
+        what = (
+            f"deepspeed {version} is installed, this version of archscale is tested with {low} up"
+            f" to before {high}"
+        )
         raise ConfigError(what, "parallel.engine", remedy)
 
 
@@ -55,7 +66,9 @@ def import_deepspeed(device: torch.device) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    __compatible_ops__["deepspeed_shm_comm"] = False  # compiled at the first start, for a minute, and needs a compiler
+    __compatible_ops__["deepspeed_shm_comm"] = (
+        False  # compiled at the first start, for a minute, and needs a compiler
+    )
     # Names that DeepSpeed calls and torch has renamed.
     warnings.filterwarnings("ignore", r".*`torch.distributed.\w+` is deprecated", FutureWarning)
     return deepspeed
@@ -63,7 +76,8 @@ def import_deepspeed(device: torch.device) -> Any:
 
 @dataclass(frozen=True)
 class Part:
-    """What this rank owns of a parameter: elements [lo, lo + numel) of its row-major flattening, at `start` of `flat`."""
+    """What this rank owns of a parameter: elements [lo, lo + numel) of its row-major flattening, at
+    `start` of `flat`."""
 
     shape: tuple[int, ...]
     lo: int
@@ -90,27 +104,37 @@ class ZeroEngine:
     """`parallel.engine.Engine` on DeepSpeed ZeRO, over all ranks.
 
     Args:
-        build: makes the model: on the meta device at stages 1 and 2, under `deepspeed.zero.Init` at stage 3, where each
-            module's parameters are partitioned as soon as it exists.
+        build: makes the model: on the meta device at stages 1 and 2, under `deepspeed.zero.Init` at
+            stage 3, where each module's parameters are partitioned as soon as it exists.
         initialize: fills the given weights, by name, each rank its own fragments.
         config: DeepSpeed's, `deepspeed_json.settings` with a user's keys merged into it.
-        dtype: of the model's copy of the parameters and of matrix products; masters are float32. Masters that are offloaded
-            lie in host memory with the optimizer's state, and the update is computed there.
+        dtype: of the model's copy of the parameters and of matrix products; masters are float32.
+            Masters that are offloaded lie in host memory with the optimizer's state, and the update
+            is computed there.
 
     Raises:
         ConfigError: DeepSpeed is missing or of another version.
     """
 
     def __init__(
-        self, build: Callable[[], nn.Module], initialize: Callable[[nn.Module, Mapping[str, Fragment]], None], *,
-        config: dict[str, Any], device: torch.device, dtype: torch.dtype, compile: bool,
-    ):  # fmt: skip
+        self,
+        build: Callable[[], nn.Module],
+        initialize: Callable[[nn.Module, Mapping[str, Fragment]], None],
+        *,
+        config: dict[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+        compile: bool,
+    ):
         deepspeed, stage = import_deepspeed(device), config["zero_optimization"]["stage"]
         if not is_distributed():  # DeepSpeed knows no run without a process group
             backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if stage == 3:
-            with _mended_by_the_user(), deepspeed.zero.Init(config_dict_or_path=config):  # dtype is ignored on a CPU
+            with (
+                _mended_by_the_user(),
+                deepspeed.zero.Init(config_dict_or_path=config),
+            ):  # dtype is ignored on a CPU
                 self.module = build()
         else:
             with torch.device("meta"):
@@ -127,8 +151,12 @@ class ZeroEngine:
             )
         self._stage, self._device = stage, device
         _leave_norms_to_us(self._zero)
-        self._parts = {name: self._part(parameter) for name, parameter in self.module.named_parameters()}
-        self._parameters = {name: nn.Parameter(part.of(part.flat)) for name, part in self._parts.items()}
+        self._parts = {
+            name: self._part(parameter) for name, parameter in self.module.named_parameters()
+        }
+        self._parameters = {
+            name: nn.Parameter(part.of(part.flat)) for name, part in self._parts.items()
+        }
         self._step: tuple[Optimizer, float | None, Allow | None] | None = None
         self._norm: Tensor | None = None
         self.forward: Callable[..., Any] = self._engine
@@ -142,7 +170,9 @@ class ZeroEngine:
             group, start, chunk = zero.grad_position[zero.get_param_id(parameter)]
             flat = zero.fp32_partitioned_groups_flat[group]
             lo = min(rank() * chunk, parameter.ds_numel)
-            return Part(tuple(parameter.ds_shape), lo, min(chunk, parameter.ds_numel - lo), flat, start)
+            return Part(
+                tuple(parameter.ds_shape), lo, min(chunk, parameter.ds_numel - lo), flat, start
+            )
         (flat,) = zero.optimizer.param_groups[0]["params"]
         mapping, shape = parameter._hp_mapping, tuple(parameter.shape)
         if mapping is None:
@@ -151,11 +181,15 @@ class ZeroEngine:
         return Part(shape, lp.start, lp.numel, flat, hp.start)
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What the optimizer updates, by name: 1-D views of the float32 masters; where they lie, `weights` says."""
+        """What the optimizer updates, by name: 1-D views of the float32 masters; where they lie,
+        `weights` says."""
         return self._parameters
 
     def weights(self) -> dict[str, Fragment]:
-        return {name: Fragment(part.shape, part.lo, part.of(part.flat)) for name, part in self._parts.items()}
+        return {
+            name: Fragment(part.shape, part.lo, part.of(part.flat))
+            for name, part in self._parts.items()
+        }
 
     @torch.no_grad()
     def weights_changed(self) -> None:
@@ -172,15 +206,17 @@ class ZeroEngine:
 
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
-        """Around forward and backward of one micro-batch. Stage 1 reduces once, with the last one; stages 2 and 3 reduce
-        each."""
+        """Around forward and backward of one micro-batch. Stage 1 reduces once, with the last one;
+        stages 2 and 3 reduce each."""
         self._engine.set_gradient_accumulation_boundary(last)
         yield
 
     def backward(self, objective: Tensor) -> None:
         self._engine.backward(objective, scale_wrt_gas=False)
 
-    def update(self, optimizer: Optimizer, grad_clip: float | None, allow: Allow | None = None) -> Tensor:
+    def update(
+        self, optimizer: Optimizer, grad_clip: float | None, allow: Allow | None = None
+    ) -> Tensor:
         self._step, self._norm = (optimizer, grad_clip, allow), None
         self._engine.step()
         assert self._norm is not None, "DeepSpeed skipped the optimizer"
@@ -203,19 +239,23 @@ class ZeroEngine:
 
 @contextlib.contextmanager
 def _mended_by_the_user() -> Iterator[None]:
-    """DeepSpeed judges its own configuration, which may hold a user's keys: what it refuses is one line."""
+    """DeepSpeed judges its own configuration, which may hold a user's keys: what it refuses is one
+    line."""
     try:
         yield
     except (ValueError, TypeError, AssertionError) as error:  # pydantic's among them
         text = " ".join(str(error).split())[:300] or type(error).__name__
         what = f"DeepSpeed refuses its configuration: {text}"
-        refused = ConfigError(what, "parallel.deepspeed", "correct the JSON, or set parallel.deepspeed: null")
+        refused = ConfigError(
+            what, "parallel.deepspeed", "correct the JSON, or set parallel.deepspeed: null"
+        )
         refused.on_every_rank = True
         raise refused from None
 
 
 def _leave_norms_to_us(zero: Any) -> None:
-    """DeepSpeed's own gradient norm costs a collective, and it skips a step whose norm is not finite: give it a zero."""
+    """DeepSpeed's own gradient norm costs a collective, and it skips a step whose norm is not
+    finite: give it a zero."""
     name = type(zero).__name__
     nothing = torch.zeros(())
     if name == "DeepSpeedZeroOptimizer_Stage3":
@@ -226,5 +266,7 @@ def _leave_norms_to_us(zero: Any) -> None:
         zero.get_grads_for_norm = lambda for_clipping=False: ([nothing], {})
     else:
         raise ConfigError(
-            f"DeepSpeed made a {name}, whose fragments are not known", "parallel.deepspeed", "remove keys of the JSON"
+            f"DeepSpeed made a {name}, whose fragments are not known",
+            "parallel.deepspeed",
+            "remove keys of the JSON",
         )

@@ -21,7 +21,8 @@ MANY = 2  # times as many points as buckets: a curve is then drawn with its runn
 class Curve:
     """One curve of a chart.
 
-    `x` is what the axis shows, one for each value. `color` 0 or 1 and up; `dash` 0 is solid; `dots` for sparse readings.
+    `x` is what the axis shows, one for each value. `color` 0 or 1 and up; `dash` 0 is solid; `dots`
+    for sparse readings.
     """
 
     name: str
@@ -35,7 +36,8 @@ class Curve:
 
 @dataclass(frozen=True)
 class Axis:
-    """A horizontal axis: what it shows, over which values, and where events lie on it (run, position)."""
+    """A horizontal axis: what it shows, over which values, and where events lie on it (run,
+    position)."""
 
     kind: str  # of AXES
     scale: Scale
@@ -53,10 +55,20 @@ class Axis:
         return int(self.scale.lo), max(1, int(self.scale.hi - self.scale.lo))
 
 
-def line_chart(title: str, definition: str, key: str, curves: Sequence[Curve], axis: Axis, *,
-               buckets: int, wide: bool = False, scale: Scale | None = None, top: float | None = None) -> str:  # fmt: skip
-    """A figure. `key` is the metrics key, or several separated by spaces. `buckets` bounds the points of each curve.
-    `top`: where the frame ends; what lies higher is cut off."""
+def line_chart(
+    title: str,
+    definition: str,
+    key: str,
+    curves: Sequence[Curve],
+    axis: Axis,
+    *,
+    buckets: int,
+    wide: bool = False,
+    scale: Scale | None = None,
+    top: float | None = None,
+) -> str:
+    """A figure. `key` is the metrics key, or several separated by spaces. `buckets` bounds the
+    points of each curve. `top`: where the frame ends; what lies higher is cut off."""
     values = np.concatenate([curve.values for curve in curves])
     scale = scale or Scale.around(values if top is None else np.minimum(values, top))
     start, width = axis.box
@@ -68,32 +80,46 @@ def line_chart(title: str, definition: str, key: str, curves: Sequence[Curve], a
     lasts = [(curve, curve.values[np.isfinite(curve.values)]) for curve in curves]
     legend = "".join(
         f'<span class="k c{curve.color} d{curve.dash}{" dots" if curve.dots else ""}">'
-        f"{escape(curve.name) + ' ' if len(curves) > 1 else ''}{number(float(last[-1])) if len(last) else 'none'}</span>"
+        f"{escape(curve.name) + ' ' if len(curves) > 1 else ''}"
+        f"{number(float(last[-1])) if len(last) else 'none'}</span>"
         for curve, last in lasts
     )
     labels = "".join(
         f'<span style="top:{100 - 100 * float(scale.fraction(np.array(value))):.4g}%">{text}</span>'
         for value, text in bottom
     )
-    data = f'data-x="{axis.kind}" data-lo="{scale.lo!r}" data-hi="{scale.hi!r}"' + (" data-log" if scale.log else "")
+    data = f'data-x="{axis.kind}" data-lo="{scale.lo!r}" data-hi="{scale.hi!r}"' + (
+        " data-log" if scale.log else ""
+    )
     if axis.kind != "step":
-        data += f' data-xlo="{axis.scale.lo!r}" data-xhi="{axis.scale.hi!r}"' + (" data-xlog" if axis.scale.log else "")
+        data += f' data-xlo="{axis.scale.lo!r}" data-xhi="{axis.scale.hi!r}"' + (
+            " data-xlog" if axis.scale.log else ""
+        )
     svg = (
-        f'<svg class="line{"" if top is None else " clip"}" {data} viewBox="{start} 0 {width} {HEIGHT}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(title)} by {AXES[axis.kind]}">{"".join(lines)}</svg>'
+        f'<svg class="line{"" if top is None else " clip"}" {data} viewBox="{start} 0 {width}'
+        f' {HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{escape(title)} by'
+        f' {AXES[axis.kind]}">{"".join(lines)}</svg>'
     )
     notes = " (log)" if scale.log else ""
     return figure(
-        title + notes, definition, key, legend, f'<div class="ys">{labels}</div>{svg}{left}', "wide" if wide else ""
+        title + notes,
+        definition,
+        key,
+        legend,
+        f'<div class="ys">{labels}</div>{svg}{left}',
+        "wide" if wide else "",
     )
 
 
-def figure(title: str, definition: str, key: str, legend: str, plot: str, classes: str = "", data: str = "") -> str:
+def figure(
+    title: str, definition: str, key: str, legend: str, plot: str, classes: str = "", data: str = ""
+) -> str:
     keys = " ".join(f"<code>{escape(part)}</code>" for part in key.split())
     about = f"{escape(definition)}{' ' if definition else ''}{keys}"
     return (
-        f'<figure class="{classes}" data-key="{escape(key)}"{data}><figcaption><b>{escape(title)}</b>{legend}'
-        f'<small>{about}</small></figcaption><div class="plot">{plot}</div></figure>\n'
+        f'<figure class="{classes}" data-key="{escape(key)}"{data}>'
+        f"<figcaption><b>{escape(title)}</b>{legend}<small>{about}</small></figcaption>"
+        f'<div class="plot">{plot}</div></figure>\n'
     )
 
 
@@ -115,10 +141,15 @@ def event_marks(axis: Axis, height: int) -> str:
     """A vertical line at every event, or at `MOST_EVENTS` of many."""
     out = []
     for run in sorted({run for run, _ in axis.events}):
-        places = np.unique(axis.to_units(np.array([x for r, x in axis.events if r == run], dtype=float)))
+        places = np.unique(
+            axis.to_units(np.array([x for r, x in axis.events if r == run], dtype=float))
+        )
         if len(places) > MOST_EVENTS:
             places = places[np.linspace(0, len(places) - 1, MOST_EVENTS).astype(int)]
-        out.append(f'<path class="event" data-run="{run}" d="{"".join(f"M{x} 0V{height}" for x in places)}"/>')
+        out.append(
+            f'<path class="event" data-run="{run}"'
+            f' d="{"".join(f"M{x} 0V{height}" for x in places)}"/>'
+        )
     return "".join(out)
 
 
@@ -130,17 +161,24 @@ def _curve(curve: Curve, axis: Axis, scale: Scale, buckets: int) -> str:
     label = f'data-run="{curve.run}" data-name="{escape(curve.name)}"'
     look = f"c{curve.color} d{curve.dash}"
     places = axis.scale.fraction(curve.x) if axis.kind != "step" else curve.x
-    order = np.rint(places * 1e6).astype(np.int64)  # what buckets are cut from: positions on the axis
+    order = np.rint(places * 1e6).astype(
+        np.int64
+    )  # what buckets are cut from: positions on the axis
     chosen = thin(order, curve.values, buckets)
     missing = np.cumsum(~np.isfinite(curve.values))
     y = np.rint(HEIGHT * (1 - scale.fraction(curve.values[chosen]))).astype(int)
     x = axis.to_units(curve.x[chosen])
     if curve.dots:
-        return f'<path class="dot {look}" {label} d="{"".join(f"M{a} {b}h0" for a, b in zip(x, y))}"/>'
+        return (
+            f'<path class="dot {look}" {label} d="{"".join(f"M{a} {b}h0" for a, b in zip(x, y))}"/>'
+        )
     raw = path(x, y, missing[chosen])
     if np.isfinite(curve.values).sum() <= FEW:
         points = "".join(f"M{a} {b}h0" for a, b in zip(x, y))
-        return f'<path class="{look}" {label} d="{raw}"/><path class="dot {look}" data-run="{curve.run}" d="{points}"/>'
+        return (
+            f'<path class="{look}" {label} d="{raw}"/><path class="dot {look}"'
+            f' data-run="{curve.run}" d="{points}"/>'
+        )
     if np.isfinite(curve.values).sum() <= MANY * buckets:
         return f'<path class="{look}" {label} d="{raw}"/>'
     at, mean = bucket_means(order, curve.values, buckets // 2)
@@ -148,7 +186,8 @@ def _curve(curve: Curve, axis: Axis, scale: Scale, buckets: int) -> str:
     mean_y = np.rint(HEIGHT * (1 - scale.fraction(mean))).astype(int)
     smooth = path(np.rint(mean_x).astype(int), mean_y, np.zeros(len(mean)))
     return (
-        f'<path class="raw {look}" {label} d="{raw}"/><path class="mean {look}" data-run="{curve.run}" d="{smooth}"/>'
+        f'<path class="raw {look}" {label} d="{raw}"/><path class="mean {look}"'
+        f' data-run="{curve.run}" d="{smooth}"/>'
     )
 
 

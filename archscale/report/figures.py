@@ -36,13 +36,19 @@ class _Sorted:
 
 
 def make_figures(runs: Sequence[RunRecord]) -> dict[str, Figures]:
-    """HTML of all figures by section, in the order of `SECTIONS`; a section without figures is left out."""
+    """HTML of all figures by section, in the order of `SECTIONS`; a section without figures is left
+    out."""
     runs_with_lines = [run for run in runs if len(run.steps)]
     if not runs_with_lines:
         return {}
     found = _sort(runs)
-    lo, hi = min(int(run.steps[0]) for run in runs_with_lines), max(int(run.steps[-1]) for run in runs_with_lines)
-    places = tuple((number, float(step)) for number, run in enumerate(runs) for step, _ in run.events)
+    lo, hi = (
+        min(int(run.steps[0]) for run in runs_with_lines),
+        max(int(run.steps[-1]) for run in runs_with_lines),
+    )
+    places = tuple(
+        (number, float(step)) for number, run in enumerate(runs) for step, _ in run.events
+    )
     axis = Axis("step", Scale(lo, max(hi, lo + 1)), places)
     charts: list[tuple[Key, str]] = []
     maps = _maps(found, runs, axis)
@@ -51,7 +57,12 @@ def make_figures(runs: Sequence[RunRecord]) -> dict[str, Figures]:
     buckets = min(MOST_BUCKETS, max(FEWEST_BUCKETS, CURVE_POINTS // 2 // max(1, curves)))
     for group, key in groups:
         together = _curves(found, group, [run.name for run in runs])
-        charts.append((key, line_chart(*_titles(group, key), " ".join(group), together, axis, buckets=buckets)))
+        charts.append(
+            (
+                key,
+                line_chart(*_titles(group, key), " ".join(group), together, axis, buckets=buckets),
+            )
+        )
     sections: dict[str, Figures] = {name: ([], []) for name in SECTIONS}
     sections["loss"][0].extend(_loss(found, runs, axis))
     for place, drawn in enumerate((charts, maps)):
@@ -86,25 +97,35 @@ def _add_flattening(found: _Sorted, stem: str) -> None:
         return
     gains: list[Elements] = []
     for largest, mean in zip(found.maps[f"{stem}sigma_max"], means):
-        shared = [name for name in largest if name in mean and np.array_equal(largest[name].steps, mean[name].steps)]
+        shared = [
+            name
+            for name in largest
+            if name in mean and np.array_equal(largest[name].steps, mean[name].steps)
+        ]
         with np.errstate(divide="ignore", invalid="ignore"):
             ratios = {name: largest[name].values / mean[name].values for name in shared}
-        gains.append({
-            name: Series(largest[name].steps, np.where(np.isfinite(ratio), ratio, np.nan)) for name, ratio in ratios.items()
-        })  # fmt: skip
+        gains.append(
+            {
+                name: Series(largest[name].steps, np.where(np.isfinite(ratio), ratio, np.nan))
+                for name, ratio in ratios.items()
+            }
+        )
     if any(gains):
         found.maps[pattern] = gains
         found.keys[pattern] = parse_key(pattern.replace("*", "derived"))
 
 
 def _groups(found: _Sorted) -> Iterator[tuple[list[str], Key]]:
-    """Keys that share a chart: mean, smallest and largest of one quantity; the losses have figures of their own."""
+    """Keys that share a chart: mean, smallest and largest of one quantity; the losses have figures
+    of their own."""
     rest = [name for name in found.lines if name not in ("loss", "val_loss")]
     while rest:
         name = rest.pop(0)
         stem, _, statistic = name.rpartition("_")
         if statistic in ("mean", "min", "max") and stem.rpartition("/")[2] in INDICATORS:
-            together = [f"{stem}_{s}" for s in ("mean", "min", "max") if f"{stem}_{s}" in (name, *rest)]
+            together = [
+                f"{stem}_{s}" for s in ("mean", "min", "max") if f"{stem}_{s}" in (name, *rest)
+            ]
             rest = [other for other in rest if other not in together]
             yield together, found.keys[together[0]]
         else:
@@ -129,7 +150,14 @@ def _curves(found: _Sorted, group: Sequence[str], runs: Sequence[str]) -> list[C
                 label = " ".join(filter(None, [runs[run] if len(runs) > 1 else "", statistic]))
                 color = run if len(runs) > 1 else number
                 out.append(
-                    Curve(label or name, run, series.steps, series.values, color, number if len(runs) > 1 else 0)
+                    Curve(
+                        label or name,
+                        run,
+                        series.steps,
+                        series.values,
+                        color,
+                        number if len(runs) > 1 else 0,
+                    )
                 )
     return out
 
@@ -156,35 +184,57 @@ def _loss(found: _Sorted, runs: Sequence[RunRecord], axis: Axis) -> list[str]:
             note = f"; higher until step {until:,}, see the other axes" if until else ""
             figures.append(
                 line_chart(
-                    title, definition + note, " ".join(keys), curves, axis, buckets=WIDE_BUCKETS, wide=True, top=top
+                    title,
+                    definition + note,
+                    " ".join(keys),
+                    curves,
+                    axis,
+                    buckets=WIDE_BUCKETS,
+                    wide=True,
+                    top=top,
                 )
             )
             continue
         scale = Scale.around(np.concatenate([curve.x for curve in curves]), pad=0, log=True)
         events = [
-            (n, float(x[0])) for n, run in enumerate(runs) for step, _ in run.events
+            (n, float(x[0]))
+            for n, run in enumerate(runs)
+            for step, _ in run.events
             if (x := _position(run, kind, np.array([step]))) is not None
-        ]  # fmt: skip
+        ]
         y = Scale.around(np.concatenate([curve.values for curve in curves]), log=kind == "flops")
         name = "by tokens" if kind == "tokens" else "by training FLOPs"
         note = (
             ""
             if kind == "tokens"
-            else "useful FLOPs: tokens × the plan's training FLOPs of a token; a power law is a straight line here"
+            else (
+                "useful FLOPs: tokens × the plan's training FLOPs of a token; a power law is a"
+                " straight line here"
+            )
         )
         figures.append(
-            line_chart(f"{title} {name}", note, " ".join(keys), curves, Axis(kind, scale, tuple(events)),
-                       buckets=MOST_BUCKETS, scale=y)
-        )  # fmt: skip
+            line_chart(
+                f"{title} {name}",
+                note,
+                " ".join(keys),
+                curves,
+                Axis(kind, scale, tuple(events)),
+                buckets=MOST_BUCKETS,
+                scale=y,
+            )
+        )
     return figures
 
 
 def _frame(curves: Sequence[Curve]) -> tuple[float | None, int]:
-    """(where the frame of the loss ends, last step above it): the fall of the first 1 % would take most of the height.
+    """(where the frame of the loss ends, last step above it): the fall of the first 1 % would take
+    most of the height.
 
     No later step is cut off. (None, 0) where there is little to cut.
     """
-    later = [curve.values[curve.x > curve.x[0] + (curve.x[-1] - curve.x[0]) / 100] for curve in curves]
+    later = [
+        curve.values[curve.x > curve.x[0] + (curve.x[-1] - curve.x[0]) / 100] for curve in curves
+    ]
     finite = [values[np.isfinite(values)] for values in later]
     if not any(len(values) for values in finite):
         return None, 0
@@ -230,16 +280,28 @@ def _maps(found: _Sorted, runs: Sequence[RunRecord], axis: Axis) -> list[tuple[K
     values: dict[str, list[np.ndarray]] = {}
     for one in made:
         values.setdefault(one.share, []).append(one.table[np.isfinite(one.table)])
-    scales = {share: Scale.around(np.concatenate(parts), spread=10, pad=0) for share, parts in values.items()}
+    scales = {
+        share: Scale.around(np.concatenate(parts), spread=10, pad=0)
+        for share, parts in values.items()
+    }
     out = []
     for one in made:
         cells = columns(one.table, one.steps, width)
         own = Axis("step", axis.scale, tuple(event for event in axis.events if event[0] == one.run))
         name = f"{one.title} · {runs[one.run].name}" if len(runs) > 1 else one.title
         html = heat_map(
-            name, one.definition or one.key.definition, one.data_key, one.names, one.bands, cells, own, scales[one.share],
-            steps=(int(one.steps[0]), int(one.steps[-1])), run=one.run, tallest=one.tallest,
-        )  # fmt: skip
+            name,
+            one.definition or one.key.definition,
+            one.data_key,
+            one.names,
+            one.bands,
+            cells,
+            own,
+            scales[one.share],
+            steps=(int(one.steps[0]), int(one.steps[-1])),
+            run=one.run,
+            tallest=one.tallest,
+        )
         out.append((one.key, html))
     return out
 
@@ -268,19 +330,26 @@ def _element_maps(found: _Sorted) -> Iterator[_Map]:
 
 
 def _fewer_rows(names: list[str], table: np.ndarray) -> tuple[list[str], np.ndarray]:
-    """The matrices of a family that only their later numbers tell apart, which are a layer's experts, in one row."""
+    """The matrices of a family that only their later numbers tell apart, which are a layer's
+    experts, in one row."""
     groups: dict[str, list[int]] = {}
     for row, name in enumerate(names):
         kind, numbers = family(name)
-        groups.setdefault(kind.replace("*", str(numbers[0]), 1) if numbers else name, []).append(row)
+        groups.setdefault(kind.replace("*", str(numbers[0]), 1) if numbers else name, []).append(
+            row
+        )
     return list(groups), merge_rows(table, list(groups.values()))
 
 
 def _bands(names: Sequence[str]) -> list[tuple[str, int]]:
     kinds = [family(name)[0] for name in names]
-    if all(re.fullmatch(r"layer_\d+", name) for name in names):  # label some of the layers themselves
+    if all(
+        re.fullmatch(r"layer_\d+", name) for name in names
+    ):  # label some of the layers themselves
         every = 1 if len(names) <= 12 else -(-len(names) // 8)
-        return [(str(int(name[6:])) if row % every == 0 else "", 1) for row, name in enumerate(names)]
+        return [
+            (str(int(name[6:])) if row % every == 0 else "", 1) for row, name in enumerate(names)
+        ]
     bands: list[tuple[str, int]] = []
     for kind in kinds:
         if bands and bands[-1][0] == short(kind):
@@ -304,4 +373,16 @@ def _list_maps(found: _Sorted) -> Iterator[_Map]:
             title = f"{key.title}, {element}" if element else key.title
             names, table = [str(row) for row in range(count)], series.values.T
             more = f"{key.definition}; even is 1/{count}" if key.metric == "load" else ""
-            yield _Map(key, title, name, run, names, bands, table, series.steps, key.pattern, more, TALLEST_OF_MANY)
+            yield _Map(
+                key,
+                title,
+                name,
+                run,
+                names,
+                bands,
+                table,
+                series.steps,
+                key.pattern,
+                more,
+                TALLEST_OF_MANY,
+            )

@@ -14,7 +14,12 @@ from archscale.report.read import RunRecord, is_number, lookup
 from archscale.report.scale import compact, number
 from archscale.scaling.plan_text import duration, size
 
-SHAPE = (("depth", "depth"), ("width", "width"), ("context", "context"), ("vocabulary", "vocab_size"))
+SHAPE = (
+    ("depth", "depth"),
+    ("width", "width"),
+    ("context", "context"),
+    ("vocabulary", "vocab_size"),
+)
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,14 @@ def trained(run: RunRecord) -> str:
     if active is not None and active < total:
         kind += f" ({active:,.0f} active parameters)"
     shape = [(label, run.planned("model", key)) for label, key in SHAPE]
-    words = [f"{total:,.0f} parameters", kind, *(f"{label} {number(value)}" for label, value in shape if value)]
-    rule, lr = (lookup(run.plan, "parameterization", "roles", "matrix", key) for key in ("rule", "lr"))
+    words = [
+        f"{total:,.0f} parameters",
+        kind,
+        *(f"{label} {number(value)}" for label, value in shape if value),
+    ]
+    rule, lr = (
+        lookup(run.plan, "parameterization", "roles", "matrix", key) for key in ("rule", "lr")
+    )
     by = f"; matrices under {rule} at learning rate {number(lr)}" if rule and is_number(lr) else ""
     transfer = lookup(run.plan, "parameterization", "kind")
     return ", ".join(words) + by + (f" ({transfer})" if by and transfer else "") + "."
@@ -97,7 +108,11 @@ def _losses(run: RunRecord) -> list[Row]:
         rows.append(Row("training loss", "", number(series.last), mean or "nats per token"))
     if (series := run.series.get("val_loss")) is not None and series.last is not None:
         bits = run.series.get("val_bits_per_byte")
-        note = f"{number(bits.last)} bits per byte; " if bits is not None and bits.last is not None else ""
+        note = (
+            f"{number(bits.last)} bits per byte; "
+            if bits is not None and bits.last is not None
+            else ""
+        )
         best = float(np.nanmin(series.values))
         where = "the best" if best == series.last else f"best {number(best)}"
         rows.append(Row("validation loss", "", number(series.last), note + where))
@@ -107,22 +122,36 @@ def _losses(run: RunRecord) -> list[Row]:
 def _written(run: RunRecord) -> str:
     """When the last line was written."""
     times = run.times[np.isfinite(run.times)]
-    return f"last metrics {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(float(times[-1])))}" if len(times) else ""
+    return (
+        f"last metrics {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(float(times[-1])))}"
+        if len(times)
+        else ""
+    )
 
 
 def _world(run: RunRecord) -> str:
     count, device = run.environment.get("world_size"), run.environment.get("device")
-    return f"{count or '?'} × {device}" if device else f"{count} processes" if count else "device not known"
+    return (
+        f"{count or '?'} × {device}"
+        if device
+        else f"{count} processes"
+        if count
+        else "device not known"
+    )
 
 
 def plan_rows(run: RunRecord) -> list[Row]:
     """Figures of plan.json beside what the run directory shows."""
     listed = run.plan.get("devices")
-    device = next((d for d in listed if isinstance(d, dict)), {}) if isinstance(listed, list) else {}
+    device = (
+        next((d for d in listed if isinstance(d, dict)), {}) if isinstance(listed, list) else {}
+    )
     device = {key: value for key, value in device.items() if key == "device" or is_number(value)}
     step, tokens = (int(run.steps[-1]), float(run.tokens[-1])) if len(run.steps) else (None, None)
     rows = [
-        _compare("parameters", run.planned("model", "parameters", "total"), _built(run), exact=True),
+        _compare(
+            "parameters", run.planned("model", "parameters", "total"), _built(run), exact=True
+        ),
         _compare("steps", run.planned("training", "steps"), step),
         _compare("tokens", _target(run), tokens),
     ]
@@ -134,14 +163,18 @@ def plan_rows(run: RunRecord) -> list[Row]:
     planned_lr = run.planned("parameterization", "roles", "matrix", "lr")
     rows.append(_times_planned("highest learning rate", _text, planned_lr, peak))
     seconds, speed = _median(run, "step_seconds"), _median(run, "tokens_per_second")
-    rows.append(_times_planned("time of a step", _duration, device.get("step_seconds"), seconds, "median"))
+    rows.append(
+        _times_planned("time of a step", _duration, device.get("step_seconds"), seconds, "median")
+    )
     budget = run.planned("training", "tokens")
     planned_speed = budget / device["seconds"] if device.get("seconds") and budget else None
     rows.append(_times_planned("tokens/s", _text, planned_speed, speed, "median"))
     rows.append(_times_planned("training time", _duration, device.get("seconds"), run.seconds))
     rows.append(_mfu(run, device, speed))
     if memory := run.planned("memory", "peak"):
-        rows.append(Row("memory a device", size(memory), "n/a", "peak; the run does not record its own"))
+        rows.append(
+            Row("memory a device", size(memory), "n/a", "peak; the run does not record its own")
+        )
     if disk := run.planned("checkpoint", "bytes"):
         found = run.checkpoint
         note = f"of step {found[0]:,}" if found else ""
@@ -158,7 +191,9 @@ def _target(run: RunRecord) -> float | None:
 def _built(run: RunRecord) -> int | None:
     """Parameters of the model that was built, by its manifest."""
     shapes = [lookup(row, "shape") for row in run.manifest]
-    if not shapes or not all(isinstance(shape, list) and all(map(is_number, shape)) for shape in shapes):
+    if not shapes or not all(
+        isinstance(shape, list) and all(map(is_number, shape)) for shape in shapes
+    ):
         return None
     return sum(math.prod(shape) for shape in shapes)
 
@@ -168,17 +203,31 @@ def _compare(name: str, planned: float | None, measured: float | None, exact: bo
     note, kind = "", ""
     if planned and measured is not None:
         same = math.isclose(planned, measured, rel_tol=1e-6)
-        note = "as planned" if same else f"{measured / planned:.4g} × planned" if exact else f"{measured / planned:.1%}"
+        note = (
+            "as planned"
+            if same
+            else f"{measured / planned:.4g} × planned"
+            if exact
+            else f"{measured / planned:.1%}"
+        )
         kind = "bad" if exact and not same else ""
     return Row(name, _text(planned), _text(measured), note, kind)
 
 
 def _times_planned(
-    name: str, write: Callable[[float | None], str], planned: float | None, measured: float | None, note: str = ""
+    name: str,
+    write: Callable[[float | None], str],
+    planned: float | None,
+    measured: float | None,
+    note: str = "",
 ) -> Row:
     """`note`: what is measured, said where there is no plan to compare it with."""
     if planned and measured is not None:
-        note = "as planned" if math.isclose(planned, measured, rel_tol=1e-3) else f"{measured / planned:.3g} × planned"
+        note = (
+            "as planned"
+            if math.isclose(planned, measured, rel_tol=1e-3)
+            else f"{measured / planned:.3g} × planned"
+        )
     return Row(name, write(planned), write(measured), note if measured is not None else "")
 
 
@@ -200,11 +249,18 @@ def _median(run: RunRecord, key: str) -> float | None:
 
 
 def _mfu(run: RunRecord, device: dict[str, Any], speed: float | None) -> Row:
-    """Measured: what the run wrote, else tokens/s × FLOPs of a token over the devices' peak; without a known peak none."""
+    """Measured: what the run wrote, else tokens/s × FLOPs of a token over the devices' peak;
+    without a known peak none."""
     peak, assumed = device.get("peak_flops"), device.get("mfu")
     written = _median(run, "mfu")
     if written is None and peak and speed and run.flops_per_token:
         written = speed * run.flops_per_token / (peak * device.get("count", 1))
     planned = f"{assumed:.0%} assumed" if assumed and peak else "n/a"
-    note = "" if peak or written else f"the peak of {device['device']} is not known" if "device" in device else ""
+    note = (
+        ""
+        if peak or written
+        else f"the peak of {device['device']} is not known"
+        if "device" in device
+        else ""
+    )
     return Row("MFU", planned, "n/a" if written is None else _percent(written), note)

@@ -1,4 +1,5 @@
-"""The page around the figures: what a run did at a glance, the plan beside what was measured, events, config."""
+"""The page around the figures: what a run did at a glance, the plan beside what was measured,
+events, config."""
 
 from __future__ import annotations
 
@@ -29,32 +30,52 @@ def render(runs: Sequence[RunRecord], figures: dict[str, Figures]) -> str:
     """The whole file."""
     title = " beside ".join(run.name for run in runs)
     heads = "".join(_head(run, number, len(runs)) for number, run in enumerate(runs))
-    parts = [f"<h1>{escape(title)}</h1>", f'<div class="pair">{heads}</div>' if len(runs) > 1 else heads]
-    warnings = [f"<li>{escape(_of(run, runs) + text)}</li>" for run in runs for text in run.warnings]
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f'<div class="pair">{heads}</div>' if len(runs) > 1 else heads,
+    ]
+    warnings = [
+        f"<li>{escape(_of(run, runs) + text)}</li>" for run in runs for text in run.warnings
+    ]
     if warnings:
         parts.append(f'<ul class="warnings">{"".join(warnings)}</ul>')
-    parts.append(section("plan", "Plan beside measured", _side_by_side(runs, [_table(plan_rows(run)) for run in runs])))
+    parts.append(
+        section(
+            "plan",
+            "Plan beside measured",
+            _side_by_side(runs, [_table(plan_rows(run)) for run in runs]),
+        )
+    )
     if figures:
         parts.append(_controls(runs))
     for name, (curves, maps) in figures.items():
         content = f'<p class="about">{ABOUT[name]}</p>' if name in ABOUT else ""
         content += f'<div class="grid">{"".join(curves)}</div>' if curves else ""
-        content += f'<div class="grid {"pairs" if len(runs) > 1 else ""}">{"".join(maps)}</div>' if maps else ""
+        content += (
+            f'<div class="grid {"pairs" if len(runs) > 1 else ""}">{"".join(maps)}</div>'
+            if maps
+            else ""
+        )
         parts.append(section(name, SECTIONS[name], content))
     if any(maps for _, maps in figures.values()):
         parts.append(
-            '<p class="about">A cell of a map shows the value of its steps that lies farthest from its row\'s median, so peaks '
-            "and dips both survive. Curves keep the extremes of every few steps; where they have many, the bold line is their mean."
-            "</p>"
+            '<p class="about">A cell of a map shows the value of its steps that lies farthest from'
+            " its row's median, so peaks and dips both survive. Curves keep the extremes of every"
+            " few steps; where they have many, the bold line is their mean.</p>"
         )
     if any(run.events for run in runs):
-        parts.append(section("events", "Events", _side_by_side(runs, [_events(run) for run in runs])))
+        parts.append(
+            section("events", "Events", _side_by_side(runs, [_events(run) for run in runs]))
+        )
     texts = [definitions(dict(sorted(run.texts.items()))) for run in runs]
     if any(run.texts for run in runs):
         parts.append(section("texts", "Other values (last)", _side_by_side(runs, texts)))
     if len(runs) > 1:
         parts.append(section("differences", "Config: what differs", _differences(runs)))
-    configs = [f'<pre class="config">{escape(run.config)}</pre>' if run.config else "<p>not there</p>" for run in runs]
+    configs = [
+        f'<pre class="config">{escape(run.config)}</pre>' if run.config else "<p>not there</p>"
+        for run in runs
+    ]
     parts.append(section("config", "Config", _side_by_side(runs, configs)))
     environments = [definitions(run.environment) for run in runs]
     parts.append(section("environment", "Environment", _side_by_side(runs, environments)))
@@ -64,7 +85,8 @@ def render(runs: Sequence[RunRecord], figures: dict[str, Figures]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
-        f'<title>{escape(title)}</title><link rel="icon" href="data:,"/><style>{here.joinpath("page.css").read_text()}</style>'
+        f'<title>{escape(title)}</title><link rel="icon"'
+        f' href="data:,"/><style>{here.joinpath("page.css").read_text()}</style>'
         f'</head><body><main>{"".join(parts)}</main><div id="tip" hidden="hidden"></div>'
         f'<script type="application/json" id="data">{_data(runs)}</script>'
         f"<script>{here.joinpath('page.js').read_text()}</script></body></html>\n"
@@ -78,15 +100,19 @@ def _of(run: RunRecord, runs: Sequence[RunRecord]) -> str:
 def _head(run: RunRecord, index: int, count: int) -> str:
     name = f'<h2><span class="k c{index}">{escape(run.name)}</span></h2>' if count > 1 else ""
     word, kind, share = state(run)
-    bar = "" if share is None else f'<div class="progress {kind}"><i style="width:{100 * share:.4g}%"></i></div>'
+    bar = (
+        ""
+        if share is None
+        else f'<div class="progress {kind}"><i style="width:{100 * share:.4g}%"></i></div>'
+    )
     tiles = "".join(
         f'<div class="tile {row.kind}"><dt>{escape(row.name)}</dt><dd>{escape(row.measured)}</dd>'
         f'<dd class="note">{escape(row.note)}</dd></div>'
         for row in head(run)
     )
     return (
-        f'<header>{name}<p class="lead"><span class="state {kind}">{escape(word)}</span> {escape(trained(run))}</p>'
-        f'{bar}<dl class="tiles">{tiles}</dl></header>'
+        f'<header>{name}<p class="lead"><span class="state {kind}">{escape(word)}</span>'
+        f' {escape(trained(run))}</p>{bar}<dl class="tiles">{tiles}</dl></header>'
     )
 
 
@@ -97,20 +123,26 @@ def section(name: str, title: str, content: str) -> str:
 def _side_by_side(runs: Sequence[RunRecord], contents: Sequence[str]) -> str:
     if len(runs) == 1:
         return contents[0]
-    columns = (f"<div><h3>{escape(run.name)}</h3>{content}</div>" for run, content in zip(runs, contents))
+    columns = (
+        f"<div><h3>{escape(run.name)}</h3>{content}</div>" for run, content in zip(runs, contents)
+    )
     return f'<div class="pair">{"".join(columns)}</div>'
 
 
 def _table(rows: Sequence[Row]) -> str:
     body = "".join(
-        f'<tr class="{row.kind}"><th scope="row">{escape(row.name)}</th><td>{escape(row.planned)}</td>'
+        f'<tr class="{row.kind}"><th'
+        f' scope="row">{escape(row.name)}</th><td>{escape(row.planned)}</td>'
         f"<td>{escape(row.measured)}</td><td>{escape(row.note)}</td></tr>"
         for row in rows
     )
     if not rows:
         return "<p>neither a plan nor metrics</p>"
     top = '<tr><td></td><th scope="col">planned</th><th scope="col">measured</th><td></td></tr>'
-    return f'<div class="scroll"><table class="plan"><thead>{top}</thead><tbody>{body}</tbody></table></div>'
+    return (
+        '<div class="scroll"><table'
+        f' class="plan"><thead>{top}</thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _events(run: RunRecord) -> str:
@@ -121,18 +153,22 @@ def _events(run: RunRecord) -> str:
     for step, text in run.events:
         kinds.setdefault(text, []).append(step)
     rows = "".join(
-        f"<tr><td>{steps[0]:,}</td><td>{f'{steps[-1]:,}' if len(steps) > 1 else ''}</td><td>{len(steps):,}</td>"
-        f'<td class="text">{escape(text)}</td></tr>'
+        f"<tr><td>{steps[0]:,}</td><td>{f'{steps[-1]:,}' if len(steps) > 1 else ''}</td>"
+        f'<td>{len(steps):,}</td><td class="text">{escape(text)}</td></tr>'
         for text, steps in list(kinds.items())[:MOST_KINDS]
     )
     more = f"<p>and {len(kinds) - MOST_KINDS} more kinds</p>" if len(kinds) > MOST_KINDS else ""
     top = "<tr><th>first step</th><th>last step</th><th>times</th><th>what</th></tr>"
-    return f'<div class="scroll"><table><thead>{top}</thead><tbody>{rows}</tbody></table></div>{more}'
+    return (
+        f'<div class="scroll"><table><thead>{top}</thead><tbody>{rows}</tbody></table></div>{more}'
+    )
 
 
 def definitions(values: dict[str, Any]) -> str:
     rows = "".join(
-        f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>" for k, v in values.items() if v is not None
+        f"<div><dt>{escape(str(k))}</dt><dd>{escape(str(v))}</dd></div>"
+        for k, v in values.items()
+        if v is not None
     )
     return f'<dl class="pairs">{rows}</dl>' if rows else "<p>not there</p>"
 
@@ -144,11 +180,15 @@ def _differences(runs: Sequence[RunRecord]) -> str:
         return "<p>nothing</p>"
     rows = "".join(
         f'<tr><th scope="row">{escape(key)}</th>'
-        + "".join(f"<td>{escape(str(one.get(key, '–')))}</td>" for one in flat) + "</tr>"
+        + "".join(f"<td>{escape(str(one.get(key, '–')))}</td>" for one in flat)
+        + "</tr>"
         for key in keys
-    )  # fmt: skip
+    )
     top = "<td></td>" + "".join(f'<th scope="col">{escape(run.name)}</th>' for run in runs)
-    return f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table></div>'
+    return (
+        "<div"
+        f' class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table></div>'
+    )
 
 
 def _parsed(run: RunRecord) -> Any:

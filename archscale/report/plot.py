@@ -1,4 +1,5 @@
-"""Panels drawn with matplotlib: inline SVG whose colors follow the page, and SVG and PNG files. The same panels give the same bytes."""
+"""Panels drawn with matplotlib: inline SVG whose colors follow the page, and SVG and PNG files. The
+same panels give the same bytes."""
 
 from __future__ import annotations
 
@@ -18,10 +19,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# After Okabe and Ito (2008), told apart with any color vision; yellow, too pale for lines on white, is left out.
+# After Okabe and Ito (2008), told apart with any color vision; yellow, too pale for lines on white,
+# is left out.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b5589a", "#8c6d00", "#3a9bd6", "#5b5b5b", "#7f3b08")
 INK, SOFT, LINE = "#1b1f24", "#59636e", "#d8dde3"
-VARIABLES = {INK: "--fg", SOFT: "--soft", LINE: "--line"} | {color: f"--g{i}" for i, color in enumerate(PALETTE)}
+VARIABLES = {INK: "--fg", SOFT: "--soft", LINE: "--line"} | {
+    color: f"--g{i}" for i, color in enumerate(PALETTE)
+}
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MOST_CURVES = 8  # in a panel
 SIZE = (4.4, 2.9)  # inches
@@ -37,7 +41,8 @@ class Curve:
     Attributes:
         line: of matplotlib, empty for none. marker: likewise.
         color: number in PALETTE, or one of INK, SOFT. strength: opacity.
-        x_ends, y_ends: lower and upper ends of error bars; NaN for none, infinite ends reach the frame.
+        x_ends, y_ends: lower and upper ends of error bars; NaN for none, infinite ends reach the
+            frame.
         band: lower and upper edge of an area.
     """
 
@@ -65,7 +70,8 @@ class Panel:
 
     Attributes:
         finding: what it shows in words, for those who do not see it.
-        x_ticks: values to mark on the x axis, where there are few. y_names: names of y = 0, 1, …, from above.
+        x_ticks: values to mark on the x axis, where there are few. y_names: names of y = 0, 1, …,
+            from above.
         y_range: of the axis; None: around all points. note: in the corner.
         vertical: x of a reference line. horizontal: y of one.
     """
@@ -92,7 +98,10 @@ def draw(panels: Sequence[Panel], columns: int = 1) -> Figure:
 
     rows = -(-len(panels) // columns)
     with _style():
-        heights = [max(_height(panel) for panel in panels[row * columns : (row + 1) * columns]) for row in range(rows)]
+        heights = [
+            max(_height(panel) for panel in panels[row * columns : (row + 1) * columns])
+            for row in range(rows)
+        ]
         figure = Figure(figsize=(SIZE[0] * columns, sum(heights)), layout="constrained")
         FigureCanvasAgg(figure)
         grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).ravel()
@@ -119,11 +128,22 @@ def _style() -> AbstractContextManager[None]:
     import matplotlib
 
     style: dict[Any, Any] = {
-        "svg.hashsalt": "archscale", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9,
-        "axes.edgecolor": SOFT, "axes.labelcolor": INK, "axes.titlecolor": INK, "text.color": INK, "xtick.color": SOFT,
-        "ytick.color": SOFT, "grid.color": LINE, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+        "svg.hashsalt": "archscale",
+        "svg.fonttype": "none",
+        "font.family": "sans-serif",
+        "font.size": 9,
+        "axes.edgecolor": SOFT,
+        "axes.labelcolor": INK,
+        "axes.titlecolor": INK,
+        "text.color": INK,
+        "xtick.color": SOFT,
+        "ytick.color": SOFT,
+        "grid.color": LINE,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
         "path.simplify_threshold": 0.2,
-    }  # fmt: skip
+    }
     return matplotlib.rc_context(style)
 
 
@@ -136,7 +156,10 @@ def _panel(axes: Axes, panel: Panel) -> None:
         if value is not None:
             line(value, color=SOFT, linestyle=":", linewidth=1)
     x_scale = _scale(
-        [curve.x for curve in panel.curves], [curve.x_ends for curve in panel.curves], panel.log_x, panel.vertical
+        [curve.x for curve in panel.curves],
+        [curve.x_ends for curve in panel.curves],
+        panel.log_x,
+        panel.vertical,
     )
     if panel.y_range:
         y_scale = Scale(*panel.y_range, panel.log_y)
@@ -148,10 +171,23 @@ def _panel(axes: Axes, panel: Panel) -> None:
     for curve in panel.curves:
         _curve(axes, curve, x_scale, y_scale)
     if panel.note:
-        axes.text(0.99, 0.99, panel.note, fontsize=7, color=SOFT, ha="right", va="top", transform=axes.transAxes)
+        axes.text(
+            0.99,
+            0.99,
+            panel.note,
+            fontsize=7,
+            color=SOFT,
+            ha="right",
+            va="top",
+            transform=axes.transAxes,
+        )
     axes.set_xlim(x_scale.lo, x_scale.hi)
     axes.set_ylim(*((y_scale.lo, y_scale.hi) if not panel.y_names else (y_scale.hi, y_scale.lo)))
-    x_ticks = [(v, tick_label(v)) for v in panel.x_ticks] if 1 < len(panel.x_ticks) <= 8 else x_scale.ticks(5)
+    x_ticks = (
+        [(v, tick_label(v)) for v in panel.x_ticks]
+        if 1 < len(panel.x_ticks) <= 8
+        else x_scale.ticks(5)
+    )
     y_ticks = list(enumerate(panel.y_names)) if panel.y_names else y_scale.ticks(5)
     for axis, ticks in ((axes.xaxis, x_ticks), (axes.yaxis, y_ticks)):
         axis.set_ticks([value for value, _ in ticks], [text for _, text in ticks])
@@ -164,44 +200,68 @@ def _panel(axes: Axes, panel: Panel) -> None:
     named = [curve for curve in panel.curves if curve.label]
     if len(named) > 1:  # below the plot: inside it would lie on points
         axes.legend(
-            fontsize=7.5, frameon=False, loc="upper left", bbox_to_anchor=(-0.02, -0.17), ncols=_legend_columns(panel),
-            columnspacing=1.2, handletextpad=0.4, borderpad=0, labelspacing=0.3,
-        )  # fmt: skip
+            fontsize=7.5,
+            frameon=False,
+            loc="upper left",
+            bbox_to_anchor=(-0.02, -0.17),
+            ncols=_legend_columns(panel),
+            columnspacing=1.2,
+            handletextpad=0.4,
+            borderpad=0,
+            labelspacing=0.3,
+        )
 
 
 def _curve(axes: Axes, curve: Curve, x_scale: Scale, y_scale: Scale) -> None:
     color, alpha = curve.ink, curve.strength
     if curve.band is not None:
         # What lies far outside of the frame would only make the file longer, or overflow.
-        edges = np.clip(curve.band, y_scale.lo / 10, y_scale.hi * 10) if y_scale.log else np.asarray(curve.band)
+        edges = (
+            np.clip(curve.band, y_scale.lo / 10, y_scale.hi * 10)
+            if y_scale.log
+            else np.asarray(curve.band)
+        )
         axes.fill_between(curve.x, *edges, color=color, alpha=0.16 * alpha, linewidth=0)
     error: dict[str, Any] = {}
     bars = (("xerr", curve.x, curve.x_ends, x_scale), ("yerr", curve.y, curve.y_ends, y_scale))
     for name, values, ends, scale in bars:
         if ends is not None:  # an end without bound lies beyond the frame, where it is cut
             span = scale.hi - scale.lo
-            reach = (scale.lo / 2, scale.hi * 2) if scale.log else (scale.lo - span, scale.hi + span)
+            reach = (
+                (scale.lo / 2, scale.hi * 2) if scale.log else (scale.lo - span, scale.hi + span)
+            )
             low, high = np.clip(ends, *reach)
             error[name] = np.nan_to_num(np.maximum([values - low, high - values], 0), nan=0.0)
     face = {"markerfacecolor": "none"} if curve.hollow else {}
     looks: dict[str, Any] = {
-        "color": color, "alpha": alpha, "linestyle": curve.line or "none", "marker": curve.marker or None, "markersize": curve.size,
-        "linewidth": 1.4, "label": curve.label or "_", **face,
-    }  # fmt: skip
+        "color": color,
+        "alpha": alpha,
+        "linestyle": curve.line or "none",
+        "marker": curve.marker or None,
+        "markersize": curve.size,
+        "linewidth": 1.4,
+        "label": curve.label or "_",
+        **face,
+    }
     if error:
         axes.errorbar(curve.x, curve.y, **error, elinewidth=1, capsize=2, **looks)
     else:
         axes.plot(curve.x, curve.y, **looks)
 
 
-def _scale(values: Sequence[np.ndarray], ends: Sequence[Ends | None], log: bool, more: float | None) -> Scale:
-    """Around all points, and around ends of intervals as far as they do not press the points together."""
+def _scale(
+    values: Sequence[np.ndarray], ends: Sequence[Ends | None], log: bool, more: float | None
+) -> Scale:
+    """Around all points, and around ends of intervals as far as they do not press the points
+    together."""
     points = np.concatenate([np.empty(0), *values, [] if more is None else [more]])
     points = points[np.isfinite(points) & ((points > 0) | (not log))]
     if not len(points):
         return Scale(0.1, 1.0, log)
     scale = Scale.around(points, pad=0.06, log=log)
-    outer = np.concatenate([np.empty(0), *(np.concatenate(pair) for pair in ends if pair is not None)])
+    outer = np.concatenate(
+        [np.empty(0), *(np.concatenate(pair) for pair in ends if pair is not None)]
+    )
     outer = outer[np.isfinite(outer) & ((outer > 0) | (not log))]
     if log:
         outer = outer[(outer > scale.lo / FARTHEST) & (outer < scale.hi * FARTHEST)]
@@ -215,7 +275,9 @@ def svg_text(figure: Figure) -> str:
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": "archscale"})
     text = re.sub(r"\n\s*<metadata>.*?</metadata>", "", stream.getvalue(), flags=re.DOTALL)
     text = re.sub(r' id="(?!m|p)[A-Za-z]+[\w.]*_\d+"', "", text)  # of groups that nothing refers to
-    text = re.sub(r"<!--.*?-->|\n\s*", lambda found: " " if found[0][0] == "\n" else "", text, flags=re.DOTALL)
+    text = re.sub(
+        r"<!--.*?-->|\n\s*", lambda found: " " if found[0][0] == "\n" else "", text, flags=re.DOTALL
+    )
     return re.sub(
         r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), text
     )  # a hundredth of a point is enough

@@ -56,7 +56,8 @@ class RunRecord:
     checkpoint: tuple[int, int] | None = None  # step of the newest checkpoint and its bytes on disk
 
     def planned(self, *path: str) -> float | None:
-        """A positive number of plan.json, under these keys; None where an older or foreign plan has none."""
+        """A positive number of plan.json, under these keys; None where an older or foreign plan has
+        none."""
         value = lookup(self.plan, *path)
         return float(value) if is_number(value) and value > 0 else None
 
@@ -67,7 +68,8 @@ class RunRecord:
 
     @property
     def seconds(self) -> float | None:
-        """Training time: the sum of all steps' seconds, which leaves out evaluation, checkpoints and pauses."""
+        """Training time: the sum of all steps' seconds, which leaves out evaluation, checkpoints
+        and pauses."""
         found = self.series.get("step_seconds")
         return None if found is None else float(np.nansum(found.values))
 
@@ -76,17 +78,24 @@ def read_run(directory: Path) -> RunRecord:
     """Read a run directory; what is unreadable in it becomes a warning.
 
     Raises:
-        DataError: there is no such directory, it holds no run, or its metrics.jsonl is no metrics file.
+        DataError: there is no such directory, it holds no run, or its metrics.jsonl is no metrics
+            file.
     """
     if not directory.is_dir():
         raise DataError("no such directory", str(directory), _REMEDY)
     metrics = directory / "metrics.jsonl"
     if not metrics.is_file() and not (directory / "plan.json").is_file():
         runs = sorted(path.parent.name for path in directory.glob("*/metrics.jsonl"))
-        inside = f"it holds runs, name one or two of them: {', '.join(runs[:3])}" + (" …" if len(runs) > 3 else "")
-        what = "an empty directory" if not any(directory.iterdir()) else "not a run or sweep directory"
+        inside = f"it holds runs, name one or two of them: {', '.join(runs[:3])}" + (
+            " …" if len(runs) > 3 else ""
+        )
+        what = (
+            "an empty directory" if not any(directory.iterdir()) else "not a run or sweep directory"
+        )
         raise DataError(what, str(directory), inside if runs else _REMEDY)
-    run = RunRecord(directory, directory.resolve().name, np.zeros(0, dtype=int), np.zeros(0), np.zeros(0))
+    run = RunRecord(
+        directory, directory.resolve().name, np.zeros(0, dtype=int), np.zeros(0), np.zeros(0)
+    )
     plan = _read_json(run, "plan.json", dict)
     run.plan = plan
     run.environment = _read_json(run, "environment.json", dict)
@@ -167,7 +176,10 @@ def _add(run: RunRecord, key: str, column: dict[int, Any]) -> None:
     if all(value is None or isinstance(value, (int, float)) for value in values):
         numbers = np.array([math.nan if value is None else float(value) for value in values])
         run.series[key] = Series(steps, np.where(np.isfinite(numbers), numbers, math.nan))
-    elif all(isinstance(value, list) and all(v is None or is_number(v) for v in value) for value in values):
+    elif all(
+        isinstance(value, list) and all(v is None or is_number(v) for v in value)
+        for value in values
+    ):
         table = np.full((len(values), max(1, *map(len, values))), math.nan)
         for row, value in zip(table, values):
             row[: len(value)] = [math.nan if v is None else v for v in value]
@@ -208,7 +220,9 @@ def read_runs(directories: list[Path]) -> list[RunRecord]:
         ArchscaleError: as `read_run`, or the same directory twice.
     """
     if len({directory.resolve() for directory in directories}) < len(directories):
-        raise ArchscaleError("the same run twice", str(directories[0]), "name two different run directories")
+        raise ArchscaleError(
+            "the same run twice", str(directories[0]), "name two different run directories"
+        )
     runs = [read_run(directory) for directory in directories]
     if len({run.name for run in runs}) < len(runs):
         for run in runs:

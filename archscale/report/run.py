@@ -1,4 +1,5 @@
-"""`archscale report DIR [DIR2]`: one self-contained HTML file about a run, about two side by side, or about a sweep."""
+"""`archscale report DIR [DIR2]`: one self-contained HTML file about a run, about two side by side,
+or about a sweep."""
 
 from __future__ import annotations
 
@@ -14,18 +15,23 @@ from archscale.report.read import read_runs
 
 
 def write_report(directories: list[Path], out: Path | None = None) -> Path:
-    """Write the report of one run, of two or of one sweep; returns where it lies. What it is about may still be going on.
+    """Write the report of one run, of two or of one sweep; returns where it lies. What it is about
+    may still be going on.
 
     Args:
-        out: file to write; None: report.html in the first directory, or report_and_<second>.html there for two runs.
+        out: file to write; None: report.html in the first directory, or report_and_<second>.html
+            there for two runs.
 
     Raises:
-        ArchscaleError: a directory holds no run and no sweep, a sweep beside something else, or a file that cannot be written.
+        ArchscaleError: a directory holds no run and no sweep, a sweep beside something else, or a
+            file that cannot be written.
     """
     sweeps = [directory for directory in directories if (directory / "sweep.yaml").is_file()]
     if sweeps and len(directories) > 1:
         raise ArchscaleError(
-            "a sweep is not compared with another directory", str(sweeps[0]), "name it alone, or two run directories"
+            "a sweep is not compared with another directory",
+            str(sweeps[0]),
+            "name it alone, or two run directories",
         )
     if sweeps:
         # With matplotlib and torch behind it, which the report of a run does not need.

@@ -1,4 +1,5 @@
-"""Axes and thinning: scales with ticks, long curves in few points, wide tables in few columns. Pure functions."""
+"""Axes and thinning: scales with ticks, long curves in few points, wide tables in few columns. Pure
+functions."""
 
 from __future__ import annotations
 
@@ -26,11 +27,14 @@ def number(value: float | None, digits: int = 4) -> str:
 
 def compact(value: float) -> str:
     """A large count in three digits: `2.3e11`."""
-    return number(value) if abs(value) < 1e9 else f"{value:.2e}".replace("e+", "e").replace("e0", "e")
+    return (
+        number(value) if abs(value) < 1e9 else f"{value:.2e}".replace("e+", "e").replace("e0", "e")
+    )
 
 
 def tick_label(value: float, step: float = 0.0) -> str:
-    """A tick: `20k`, `0.25`, `1e-5`, `2e18`. `step`, the distance of ticks, sets how many decimals are needed.
+    """A tick: `20k`, `0.25`, `1e-5`, `2e18`. `step`, the distance of ticks, sets how many decimals
+    are needed.
 
     `page.js` has the same function; a browser test holds the two together.
     """
@@ -47,7 +51,11 @@ def tick_label(value: float, step: float = 0.0) -> str:
 
 
 def _decimals(value: float, step: float) -> str:
-    places = max(0, -math.floor(math.log10(step) + 1e-9)) if step else max(0, 2 - math.floor(math.log10(abs(value))))
+    places = (
+        max(0, -math.floor(math.log10(step) + 1e-9))
+        if step
+        else max(0, 2 - math.floor(math.log10(abs(value))))
+    )
     text = f"{value:.{min(places, 6)}f}"
     return text.rstrip("0").rstrip(".") if "." in text else text
 
@@ -61,8 +69,11 @@ class Scale:
     log: bool = False
 
     @classmethod
-    def around(cls, values: np.ndarray, *, spread: float = 30.0, pad: float = 0.04, log: bool | None = None) -> Scale:
-        """Around all finite values. `log=None`: by logarithm if all are positive and span a factor of more than `spread`."""
+    def around(
+        cls, values: np.ndarray, *, spread: float = 30.0, pad: float = 0.04, log: bool | None = None
+    ) -> Scale:
+        """Around all finite values. `log=None`: by logarithm if all are positive and span a factor
+        of more than `spread`."""
         finite = values[np.isfinite(values)]
         if not len(finite):
             return cls(0.0, 1.0)
@@ -104,7 +115,8 @@ class Scale:
 
 
 def thin(steps: np.ndarray, values: np.ndarray, buckets: int) -> np.ndarray:
-    """Indices of the finite points that draw a curve: the first, the last, and each bucket's lowest and highest.
+    """Indices of the finite points that draw a curve: the first, the last, and each bucket's lowest
+    and highest.
 
     No spike is lost: the extremes of every bucket are among them, so are those of the curve.
     """
@@ -119,7 +131,9 @@ def thin(steps: np.ndarray, values: np.ndarray, buckets: int) -> np.ndarray:
     return finite[np.unique(np.concatenate([[0, len(finite) - 1], lowest, highest]))]
 
 
-def bucket_means(steps: np.ndarray, values: np.ndarray, buckets: int) -> tuple[np.ndarray, np.ndarray]:
+def bucket_means(
+    steps: np.ndarray, values: np.ndarray, buckets: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(mean step, mean value) of each bucket that has a finite value."""
     finite = np.isfinite(values)
     steps, values = steps[finite], values[finite]
@@ -135,16 +149,19 @@ def _bucket(steps: np.ndarray, buckets: int) -> np.ndarray:
 
 
 def columns(table: np.ndarray, steps: np.ndarray, count: int) -> np.ndarray:
-    """A (rows, steps) table in at most `count` columns of equal width, from the first step to the last.
+    """A (rows, steps) table in at most `count` columns of equal width, from the first step to the
+    last.
 
-    A cell is its steps' value farthest from its row's median, so peaks and dips both survive; NaN where there is none. A
-    column without a step repeats the one before: no reading was made since.
+    A cell is its steps' value farthest from its row's median, so peaks and dips both survive; NaN
+    where there is none. A column without a step repeats the one before: no reading was made since.
     """
     lo, hi = int(steps[0]), int(steps[-1])
     gap = int(np.median(np.diff(steps))) if len(steps) > 1 else 1
     count = max(1, min(count, (hi - lo) // gap + 1))
     place = (steps - lo) * count // (hi - lo + 1)
-    median = np.array([np.median(row[np.isfinite(row)]) if np.isfinite(row).any() else 0.0 for row in table])
+    median = np.array(
+        [np.median(row[np.isfinite(row)]) if np.isfinite(row).any() else 0.0 for row in table]
+    )
     distance = np.where(np.isfinite(table), np.abs(table - median[:, None]), -1.0)
     out = np.full((len(table), count), np.nan)
     filled = np.unique(place)
@@ -158,9 +175,13 @@ def columns(table: np.ndarray, steps: np.ndarray, count: int) -> np.ndarray:
 def merge_rows(table: np.ndarray, groups: list[list[int]]) -> np.ndarray:
     """One row for each group of rows: at every step the value farthest from the median of all."""
     finite = table[np.isfinite(table)]
-    distance = np.where(np.isfinite(table), np.abs(table - (np.median(finite) if len(finite) else 0.0)), -1.0)
+    distance = np.where(
+        np.isfinite(table), np.abs(table - (np.median(finite) if len(finite) else 0.0)), -1.0
+    )
     at = np.arange(table.shape[1])
-    return np.stack([table[np.array(group)[np.argmax(distance[group], axis=0)], at] for group in groups])
+    return np.stack(
+        [table[np.array(group)[np.argmax(distance[group], axis=0)], at] for group in groups]
+    )
 
 
 def knots(x: np.ndarray, y: np.ndarray, limit: int = 300) -> list[tuple[float, float]]:

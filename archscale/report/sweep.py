@@ -1,4 +1,5 @@
-"""`archscale report SWEEP_DIR`: one self-contained HTML file about a sweep, its figures as SVG and PNG, its tables as CSV."""
+"""`archscale report SWEEP_DIR`: one self-contained HTML file about a sweep, its figures as SVG and
+PNG, its tables as CSV."""
 
 from __future__ import annotations
 
@@ -17,10 +18,12 @@ from archscale.report.sweep_tables import csv_text, make_tables
 
 
 def write_sweep_report(directory: Path, out: Path | None = None) -> Path:
-    """Write the report of a sweep, finished or not; returns where it lies. The same runs give the same files, byte for byte.
+    """Write the report of a sweep, finished or not; returns where it lies. The same runs give the
+    same files, byte for byte.
 
     Args:
-        out: file to write; None: report.html in the sweep directory. Figures and tables lie beside it, in a folder of its name.
+        out: file to write; None: report.html in the sweep directory. Figures and tables lie beside
+            it, in a folder of its name.
 
     Raises:
         ArchscaleError: the directory's sweep.yaml cannot be read, or nothing can be written.
@@ -31,12 +34,17 @@ def write_sweep_report(directory: Path, out: Path | None = None) -> Path:
         print(f"archscale: warning: {directory}: {warning}", file=sys.stderr)
     found = analyse(sweep)
     tables, figures = make_tables(sweep, found), make_figures(found)
-    contents: dict[str, bytes] = {f"{name}.csv": csv_text(rows).encode() for name, rows in tables.items()}
+    contents: dict[str, bytes] = {
+        f"{name}.csv": csv_text(rows).encode() for name, rows in tables.items()
+    }
     drawn: Drawn = []
     for figure in figures:
         drawn.append((figure, [svg_text(draw([panel])) for panel in figure.panels]))
         whole = draw(figure.panels, min(figure.columns, len(figure.panels)))
-        contents |= {f"{figure.name}.svg": svg_text(whole).encode(), f"{figure.name}.png": png_bytes(whole)}
+        contents |= {
+            f"{figure.name}.svg": svg_text(whole).encode(),
+            f"{figure.name}.png": png_bytes(whole),
+        }
     html = render(sweep, found, drawn, tables, path)
     folder = path.parent / folder_of(path)
     try:

@@ -1,4 +1,5 @@
-"""What a grid varied: which of its keys is tuned, which tell arms apart, along which a run grows. From the values, not from names of studies.
+"""What a grid varied: which of its keys is tuned, which tell arms apart, along which a run grows.
+From the values, not from names of studies.
 
 tuned   the learning rate, or another setting that is searched for its best value
 arms    keys that are no numbers, such as rules: a color each
@@ -23,20 +24,29 @@ from archscale.scaling.table import Cell, Table
 LR = "parameterization.base.lr"
 SIZES = ("model.width", "model.depth", "training.tokens")
 LOSSES = ("val_loss", "val_bits_per_byte", "loss")
-# Where no learning rate varies, a setting of these sections with so many values counts as one that is searched.
+# Where no learning rate varies, a setting of these sections with so many values counts as one that
+# is searched.
 SEARCHED, LEAST_VALUES = ("optimizer.", "parameterization.", "schedule."), 4
 GROWS = 1.1  # FLOPs' factor above which a key changes them
 NAMES = {
-    LR: "base learning rate", "model.width": "width", "model.depth": "depth", "training.tokens": "tokens",
-    "model.moe.balance_weight": "balance weight", "optimizer.weight_decay": "weight decay",
-    "training.batch_tokens": "tokens a batch", "flops": "training FLOPs", "val_loss": "validation loss",
-    "val_bits_per_byte": "validation bits per byte", "loss": "training loss",
-}  # fmt: skip
+    LR: "base learning rate",
+    "model.width": "width",
+    "model.depth": "depth",
+    "training.tokens": "tokens",
+    "model.moe.balance_weight": "balance weight",
+    "optimizer.weight_decay": "weight decay",
+    "training.batch_tokens": "tokens a batch",
+    "flops": "training FLOPs",
+    "val_loss": "validation loss",
+    "val_bits_per_byte": "validation bits per byte",
+    "loss": "training loss",
+}
 
 
 @dataclass(frozen=True)
 class Axes:
-    """The grid's keys, sorted; `labels` are those that name an arm, `y` is the loss that the report is about."""
+    """The grid's keys, sorted; `labels` are those that name an arm, `y` is the loss that the report
+    is about."""
 
     tuned: str | None
     arms: list[str]
@@ -77,10 +87,15 @@ def find_axes(sweep: SweepRecord) -> Axes:
     """From the values of all planned runs, and the FLOPs of the finished ones."""
     table = sweep.table
     runs = list(sweep.values.values())
-    asked = [name for fit in sweep.fits for name in (*fit.group, *([fit.against] if fit.against else []))]
+    asked = [
+        name for fit in sweep.fits for name in (*fit.group, *([fit.against] if fit.against else []))
+    ]
     keys = list(dict.fromkeys(key for values in runs for key in values))
-    keys = [key for key in keys if key != "seed" and len({_plain(run.get(key)) for run in runs}) > 1]
-    # Of keys that move together the one that the grid's own fits speak of is kept, so that both say the same.
+    keys = [
+        key for key in keys if key != "seed" and len({_plain(run.get(key)) for run in runs}) > 1
+    ]
+    # Of keys that move together the one that the grid's own fits speak of is kept, so that both say
+    # the same.
     keys.sort(key=lambda key: not any(key == name or key.endswith(f".{name}") for name in asked))
     numeric = {key for key in keys if all(_is_number(run.get(key)) for run in runs)}
     tuned = _tuned(sweep, keys, numeric, runs)
@@ -90,20 +105,37 @@ def find_axes(sweep: SweepRecord) -> Axes:
         if not _follows(key, kept, runs):
             kept.append(key)
             labels += [key] if key not in numeric else []
-        elif key not in numeric and all(isinstance(run.get(key), str) for run in runs) and _follows(key, labels, runs):
+        elif (
+            key not in numeric
+            and all(isinstance(run.get(key), str) for run in runs)
+            and _follows(key, labels, runs)
+        ):
             labels.append(key)
     arms = [key for key in kept if key not in numeric]
-    numbers = sorted((key for key in kept if key in numeric), key=lambda key: SIZES.index(key) if key in SIZES else 9)
+    numbers = sorted(
+        (key for key in kept if key in numeric),
+        key=lambda key: SIZES.index(key) if key in SIZES else 9,
+    )
     scale = [key for key in numbers if _grows(table, key, [*kept])]
-    losses = [y for y in (*(fit.y for fit in sweep.fits), *LOSSES) if y in LOSSES and _measured(table, y)]
+    losses = [
+        y for y in (*(fit.y for fit in sweep.fits), *LOSSES) if y in LOSSES and _measured(table, y)
+    ]
     return Axes(
-        tuned, arms, sorted(labels, key=keys.index), scale, [key for key in numbers if key not in scale],
+        tuned,
+        arms,
+        sorted(labels, key=keys.index),
+        scale,
+        [key for key in numbers if key not in scale],
         losses[0] if losses else None,
-    )  # fmt: skip
+    )
 
 
-def _tuned(sweep: SweepRecord, keys: Sequence[str], numeric: set[str], runs: Sequence[Mapping[str, Any]]) -> str | None:
-    positive = [key for key in keys if key in numeric and all(as_number(run[key]) > 0 for run in runs)]
+def _tuned(
+    sweep: SweepRecord, keys: Sequence[str], numeric: set[str], runs: Sequence[Mapping[str, Any]]
+) -> str | None:
+    positive = [
+        key for key in keys if key in numeric and all(as_number(run[key]) > 0 for run in runs)
+    ]
     if LR in positive:
         return LR
     for fit in sweep.fits:
@@ -116,12 +148,16 @@ def _tuned(sweep: SweepRecord, keys: Sequence[str], numeric: set[str], runs: Seq
 
 def _plain(value: Any) -> str:
     number = as_number(value)
-    return repr(float(number)) if _is_number(value) else json.dumps(value, sort_keys=True, default=str)
+    return (
+        repr(float(number)) if _is_number(value) else json.dumps(value, sort_keys=True, default=str)
+    )
 
 
 def _is_number(value: Any) -> bool:
     number = as_number(value)
-    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+    return (
+        isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+    )
 
 
 def _follows(key: str, others: Sequence[str], runs: Sequence[Mapping[str, Any]]) -> bool:
@@ -153,4 +189,6 @@ def _grows(table: Table, key: str, cell: Sequence[str]) -> bool:
 
 
 def _measured(table: Table, column: str) -> bool:
-    return any(isinstance(value, float) and math.isfinite(value) for value in table.columns.get(column, []))
+    return any(
+        isinstance(value, float) and math.isfinite(value) for value in table.columns.get(column, [])
+    )

@@ -1,4 +1,5 @@
-"""What the runs of a sweep say together: each combination's bowl, how optima move, curves over FLOPs, leverage, growth of indicators.
+"""What the runs of a sweep say together: each combination's bowl, how optima move, curves over
+FLOPs, leverage, growth of indicators.
 
 All statistics are those of `archscale.scaling`; this chooses what to fit.
 """
@@ -57,7 +58,9 @@ class Combination:
     @property
     def errors(self) -> np.ndarray:
         """Standard errors; NaN for a single seed."""
-        return np.array([v.std(ddof=1) / math.sqrt(len(v)) if len(v) > 1 else math.nan for v in self.points])
+        return np.array(
+            [v.std(ddof=1) / math.sqrt(len(v)) if len(v) > 1 else math.nan for v in self.points]
+        )
 
     def has(self, group: Group) -> bool:
         """Whether all points of a fit are of this combination."""
@@ -70,7 +73,8 @@ class Combination:
 
     @property
     def edge(self) -> str:
-        """`lowest` or `highest` where the best value tried is at that end of several, else empty."""
+        """`lowest` or `highest` where the best value tried is at that end of several, else
+        empty."""
         if len(self.x) < 2 or 0 < self.best < len(self.x) - 1:
             return ""
         return "highest" if self.best else "lowest"
@@ -109,7 +113,8 @@ class Drift:
         along: the key.
         columns, key: the cell's other keys and their values.
         law: optimum = coefficient · t^exponent, or why not.
-        reference: the exponent that the framework's own transfer rules leave to be seen; None where they say nothing.
+        reference: the exponent that the framework's own transfer rules leave to be seen; None where
+            they say nothing.
     """
 
     along: str
@@ -132,7 +137,8 @@ class Analysis:
     Attributes:
         combinations: with at least one finite loss.
         diverged: (run, reason) of finished runs without a usable loss.
-        curves: power law of the loss over FLOPs for each arm and value of `Axes.others`; None where FLOPs hardly vary.
+        curves: power law of the loss over FLOPs for each arm and value of `Axes.others`; None where
+            FLOPs hardly vary.
         leverage: (label, base label, points or the refusal).
         growth: power law over FLOPs of each indicator, by its key.
         unfitted: why nothing is known of the growth of further indicators, by their keys.
@@ -164,9 +170,16 @@ class Analysis:
         return label_in(self.axes, row, self.axes.others)
 
     def at_edge(self, *labels: str) -> str:
-        """How many points of these curves lie at the edge of what was tried, so that a better setting may lie beyond."""
-        count = sum(bool(one.edge) and self.curve_label(one.row) in labels for one in self.combinations)
-        return f"{count} of the points {'is' if count == 1 else 'are'} at the edge of what was tried" if count else ""
+        """How many points of these curves lie at the edge of what was tried, so that a better
+        setting may lie beyond."""
+        count = sum(
+            bool(one.edge) and self.curve_label(one.row) in labels for one in self.combinations
+        )
+        return (
+            f"{count} of the points {'is' if count == 1 else 'are'} at the edge of what was tried"
+            if count
+            else ""
+        )
 
 
 def label_in(axes: Axes, row: Mapping[str, Cell], numbers: Sequence[str]) -> str:
@@ -175,7 +188,8 @@ def label_in(axes: Axes, row: Mapping[str, Cell], numbers: Sequence[str]) -> str
 
 
 def analyse(sweep: SweepRecord) -> Analysis:
-    """Everything that the finished runs allow; what they do not is left out, or there with the reason."""
+    """Everything that the finished runs allow; what they do not is left out, or there with the
+    reason."""
     axes = find_axes(sweep)
     found = Analysis(axes, [], [], make_fits(sweep.table, sweep.fits))
     if axes.y is None:
@@ -185,11 +199,17 @@ def analyse(sweep: SweepRecord) -> Analysis:
         _bowls(found, sweep.table)
     best = Table.from_rows(
         [one.row | {"loss at the best": one.loss} for one in found.combinations],
-        [", ".join([one.arm, *(value_of(key, one.row.get(key)) for key in axes.numbers)]) for one in found.combinations],
+        [
+            ", ".join([one.arm, *(value_of(key, one.row.get(key)) for key in axes.numbers)])
+            for one in found.combinations
+        ],
         sweep.table.source,
-    )  # fmt: skip
+    )
     if axes.scale and "flops" in best.columns:
-        found.curves = _try(found, lambda: fit_table(best, "power", ["flops"], "loss at the best", _curve_keys(axes)))
+        found.curves = _try(
+            found,
+            lambda: fit_table(best, "power", ["flops"], "loss at the best", _curve_keys(axes)),
+        )
         _leverage(found)
     _indicators(found, best)
     return found
@@ -218,15 +238,21 @@ def _combine(found: Analysis, table: Table) -> None:
     groups: dict[Key, list[int]] = {}
     for row, name in enumerate(table.rows):
         if _finite(y[row]) is None:
-            found.diverged.append((name, f"{axes.y} is {'missing' if y[row] is None else 'not finite'}"))
+            found.diverged.append(
+                (name, f"{axes.y} is {'missing' if y[row] is None else 'not finite'}")
+            )
         else:
             groups.setdefault(tuple(table.columns[key][row] for key in axes.cell), []).append(row)
 
     def order(key: Key) -> list[tuple[int, float, str]]:
-        return [(0, value, "") if isinstance(value, float) else (1, 0.0, str(value)) for value in key]
+        return [
+            (0, value, "") if isinstance(value, float) else (1, 0.0, str(value)) for value in key
+        ]
 
     arms = len(axes.arms)
-    first = {key[:arms]: number for number, key in reversed(list(enumerate(groups)))}  # arms as the grid lists them
+    first = {
+        key[:arms]: number for number, key in reversed(list(enumerate(groups)))
+    }  # arms as the grid lists them
     for key in sorted(groups, key=lambda key: (first[key[:arms]], order(key[arms:]))):
         by_x: dict[float, list[int]] = {}
         for row in groups[key]:
@@ -236,7 +262,9 @@ def _combine(found: Analysis, table: Table) -> None:
         points = [np.array([_finite(y[row]) for row in by_x[x]], dtype=float) for x in xs]
         best = lowest(points)
         mean = _mean_row(table, by_x[xs[best]])
-        found.combinations.append(Combination(key, axes.arm(mean), mean, np.array(xs), points, best))
+        found.combinations.append(
+            Combination(key, axes.arm(mean), mean, np.array(xs), points, best)
+        )
 
 
 def _mean_row(table: Table, rows: Sequence[int]) -> dict[str, Cell]:
@@ -244,27 +272,44 @@ def _mean_row(table: Table, rows: Sequence[int]) -> dict[str, Cell]:
     out: dict[str, Cell] = {}
     for name, column in table.columns.items():
         values = [value for row in rows if (value := _finite(column[row])) is not None]
-        out[name] = (values[0] if len(set(values)) == 1 else sum(values) / len(values)) if values else column[rows[0]]
+        out[name] = (
+            (values[0] if len(set(values)) == 1 else sum(values) / len(values))
+            if values
+            else column[rows[0]]
+        )
     return out
 
 
 def _bowls(found: Analysis, table: Table) -> None:
     """A bowl for each combination and, for each numeric key, the law of their optima.
 
-    The grid's own fits where they are of these points, so that page and command say the same; fits with their settings for all others.
+    The grid's own fits where they are of these points, so that page and command say the same; fits
+    with their settings for all others.
     """
     axes = found.axes
-    asked = [fit for fit in found.fits if fit.asked.form == "quadratic_log" and _is_bowl(fit.fits, axes)]
+    asked = [
+        fit for fit in found.fits if fit.asked.form == "quadratic_log" and _is_bowl(fit.fits, axes)
+    ]
     settings = settings_of(asked[0].asked) if asked else None
     block = next((fit.fits.block for fit in asked[:1] if fit.fits), None)
     known: set[tuple[str, Key]] = set()
     alongs: list[str | None] = [*axes.numbers] or [None]
     own = [
-        _try(found, lambda along=along: fit_table(  # type: ignore[misc]
-            table, "quadratic_log", [str(axes.tuned)], str(axes.y), [key for key in axes.cell if key != along], against=along,
-            block=block, settings=settings))
+        _try(
+            found,
+            lambda along=along: fit_table(  # type: ignore[misc]
+                table,
+                "quadratic_log",
+                [str(axes.tuned)],
+                str(axes.y),
+                [key for key in axes.cell if key != along],
+                against=along,
+                block=block,
+                settings=settings,
+            ),
+        )
         for along in alongs
-    ]  # fmt: skip
+    ]
     for fits in [*(fit.fits for fit in asked), *own]:
         if fits is None:
             continue
@@ -283,17 +328,28 @@ def _bowls(found: Analysis, table: Table) -> None:
             members.setdefault(group.key[:-1], []).append(one)
         for law in fits.laws:
             _add_drift(found, fits, law, members.get(law.key, []), known)
-    found.drifts.sort(key=lambda drift: (axes.numbers.index(drift.along), found.arms.index(drift.arm)))
+    found.drifts.sort(
+        key=lambda drift: (axes.numbers.index(drift.along), found.arms.index(drift.arm))
+    )
 
 
 def _is_bowl(fits: TableFits | None, axes: Axes) -> bool:
-    return fits is not None and (fits.form, fits.x, fits.y) == ("quadratic_log", [axes.tuned], axes.y)
+    return fits is not None and (fits.form, fits.x, fits.y) == (
+        "quadratic_log",
+        [axes.tuned],
+        axes.y,
+    )
 
 
 def _add_drift(
-    found: Analysis, fits: TableFits, law: Group, members: Sequence[Combination], known: set[tuple[str, Key]]
+    found: Analysis,
+    fits: TableFits,
+    law: Group,
+    members: Sequence[Combination],
+    known: set[tuple[str, Key]],
 ) -> None:
-    """`law` as a drift, if its combinations differ in nothing else and no earlier one is of them."""
+    """`law` as a drift, if its combinations differ in nothing else and no earlier one is of
+    them."""
     axes, along = found.axes, fits.against
     if along not in axes.numbers or not members:
         return
@@ -310,7 +366,8 @@ def _add_drift(
 
 
 def _reference(along: str, row: Mapping[str, Cell]) -> float | None:
-    """The exponent of base.lr that `archscale.scaling.transfer` expects along a key: 0 for what it transfers itself."""
+    """The exponent of base.lr that `archscale.scaling.transfer` expects along a key: 0 for what it
+    transfers itself."""
     kind = str(row.get("parameterization.kind"))
     if kind not in TOKEN_EXPONENTS:
         return None
@@ -320,7 +377,9 @@ def _reference(along: str, row: Mapping[str, Cell]) -> float | None:
         return (0.0 if applied is None else applied - known) if known else None
     transferred = along in ("model.width", "training.batch_tokens")
     transferred |= along == "model.depth" and row.get("model.depth_mup") == "true"
-    transferred |= along == "model.moe.top_k" and kind == "hyperp" and row.get("model.moe.sqrt_gate") == "true"
+    transferred |= (
+        along == "model.moe.top_k" and kind == "hyperp" and row.get("model.moe.sqrt_gate") == "true"
+    )
     return 0.0 if transferred else None
 
 
@@ -343,14 +402,20 @@ def _leverage(found: Analysis) -> None:
         assert base.fit is not None
         pair = (names[group.key], names[base.key])
         try:
-            found.leverage.append((*pair, leverage(group.fit, base.fit, [], pair, "the curves over FLOPs")))
+            found.leverage.append(
+                (*pair, leverage(group.fit, base.fit, [], pair, "the curves over FLOPs"))
+            )
         except ArchscaleError as error:
             found.leverage.append((*pair, describe(error)))
 
 
 def _first_row(found: Analysis, fits: TableFits, group: Group) -> dict[str, Cell]:
     told = dict(zip(fits.group, group.key))
-    return next(one.row for one in found.combinations if all(one.row[key] == value for key, value in told.items()))
+    return next(
+        one.row
+        for one in found.combinations
+        if all(one.row[key] == value for key, value in told.items())
+    )
 
 
 def curve_names(found: Analysis, fits: TableFits) -> list[tuple[str, str, Group]]:

@@ -61,7 +61,9 @@ def read_sweep(directory: Path) -> SweepRecord:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise DataError(f"cannot be read: {' '.join(str(error).split())[:200]}", str(path), _REMEDY) from None
+        raise DataError(
+            f"cannot be read: {' '.join(str(error).split())[:200]}", str(path), _REMEDY
+        ) from None
     runs = content.pop("runs", None) if isinstance(content, dict) else None
     if not isinstance(runs, dict) or not all(isinstance(values, dict) for values in runs.values()):
         raise DataError("it lists no runs with their values", str(path), _REMEDY)
@@ -80,7 +82,9 @@ def read_sweep(directory: Path) -> SweepRecord:
     failed = {
         name: failed[name] for name, _ in reasons if name in failed
     }  # a run may have been finished since, by other hands
-    environments = {name: found for name in runs if (found := _environment(directory / name, warnings))}
+    environments = {
+        name: found for name in runs if (found := _environment(directory / name, warnings))
+    }
     name = str(content.get("name") or directory.resolve().name)
     return SweepRecord(directory, name, content, fits, runs, table, failed, environments, warnings)
 
@@ -98,10 +102,13 @@ def _failed(path: Path, runs: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _with_grid_keys(table: Table, runs: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A column for each key of the grid; a section, which configs have only as single keys, as JSON."""
+    """A column for each key of the grid; a section, which configs have only as single keys, as
+    JSON."""
     columns = dict(table.columns)
     for key in dict.fromkeys(key for values in runs.values() for key in values):
-        if key in columns and not any(isinstance(values.get(key), dict) for values in runs.values()):
+        if key in columns and not any(
+            isinstance(values.get(key), dict) for values in runs.values()
+        ):
             continue
         columns[key] = [_cell(runs[name].get(key)) for name in table.rows]
     return Table(table.source, columns, table.rows, table.left_out)

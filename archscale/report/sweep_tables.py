@@ -22,10 +22,14 @@ PROVENANCE = ("tokens", "flops", "parameters")
 def make_tables(sweep: SweepRecord, found: Analysis) -> dict[str, list[Row]]:
     """By file name; one without rows is left out."""
     tables = {
-        "optima": _optima(found), "drift": _drift(found), "curves": _curves(found, found.curves), "leverage": _leverage(found),
+        "optima": _optima(found),
+        "drift": _drift(found),
+        "curves": _curves(found, found.curves),
+        "leverage": _leverage(found),
         "stability": _stability(found),
-        "indicators": _indicators(found), "runs": _runs(sweep, found),
-    }  # fmt: skip
+        "indicators": _indicators(found),
+        "runs": _runs(sweep, found),
+    }
     return {name: rows for name, rows in tables.items() if rows}
 
 
@@ -60,7 +64,10 @@ def _optima(found: Analysis) -> list[Row]:
         row |= {key: one.row.get(key) for key in PROVENANCE}
         row["runs"] = sum(map(len, one.points))
         if found.axes.tuned:
-            row |= {"best tried": float(one.x[one.best]), "mean loss there": float(one.means[one.best])}
+            row |= {
+                "best tried": float(one.x[one.best]),
+                "mean loss there": float(one.means[one.best]),
+            }
             row |= _estimate("optimum", one.optimum) | _estimate("minimum", one.minimum)
             row["note"] = "; ".join(one.notes)
         else:
@@ -72,12 +79,24 @@ def _optima(found: Analysis) -> list[Row]:
 def _drift(found: Analysis) -> list[Row]:
     rows = []
     for drift in found.drifts:
-        row: Row = {"along": name_of(drift.along), "group": drift.label, **_estimate("exponent", drift.exponent)}
+        row: Row = {
+            "along": name_of(drift.along),
+            "group": drift.label,
+            **_estimate("exponent", drift.exponent),
+        }
         row |= {"expected": drift.reference, "optima": int(drift.law.x.shape[1])}
-        span = float(drift.law.x.max() / drift.law.x.min()) if drift.law.x.size and drift.law.x.min() > 0 else None
+        span = (
+            float(drift.law.x.max() / drift.law.x.min())
+            if drift.law.x.size and drift.law.x.min() > 0
+            else None
+        )
         factor = span**drift.exponent.value if drift.exponent and span else None
         row |= {"range": span, "factor over the range": factor}
-        row["verdict"] = drift.law.refused.what if drift.law.refused else verdict(drift.exponent, drift.reference)
+        row["verdict"] = (
+            drift.law.refused.what
+            if drift.law.refused
+            else verdict(drift.exponent, drift.reference)
+        )
         rows.append(row)
     return rows
 
@@ -96,8 +115,8 @@ def verdict(exponent: Estimate | None, reference: float | None) -> str:
 
 
 def growth(group: Group) -> str:
-    """What a power law over FLOPs shows: "grows", "does not grow", "undecided" (growth is neither shown nor excluded), or
-    "not known: " and the reason, where there is no fit with an interval."""
+    """What a power law over FLOPs shows: "grows", "does not grow", "undecided" (growth is neither
+    shown nor excluded), or "not known: " and the reason, where there is no fit with an interval."""
     if group.fit is None:
         return f"not known: {group.refused.what if group.refused else 'no fit'}"
     exponent, span = group.fit.estimates["exponent"], float(group.fit.highs[0] / group.fit.lows[0])
@@ -106,7 +125,11 @@ def growth(group: Group) -> str:
     if exponent.low > 0 and span**exponent.value > LEAST_GROWTH:
         return "grows"
     # Less than rounding: even the upper end of the interval.
-    return "does not grow" if exponent.high <= 0 or span**exponent.high <= LEAST_GROWTH else "undecided"
+    return (
+        "does not grow"
+        if exponent.high <= 0 or span**exponent.high <= LEAST_GROWTH
+        else "undecided"
+    )
 
 
 def _curves(found: Analysis, fits: TableFits | None) -> list[Row]:
@@ -114,10 +137,14 @@ def _curves(found: Analysis, fits: TableFits | None) -> list[Row]:
     for _, label, group in curve_names(found, fits) if fits else []:
         row: Row = {"group": label, "points": int(group.x.shape[1])}
         estimates = group.fit.estimates if group.fit else {}
-        row |= _estimate("coefficient", estimates.get("coefficient")) | _estimate("exponent", estimates.get("exponent"))
+        row |= _estimate("coefficient", estimates.get("coefficient")) | _estimate(
+            "exponent", estimates.get("exponent")
+        )
         row |= {"smallest": float(group.y.min()), "largest": float(group.y.max())}
         row |= {"leave-one-out error": group.fit.leave_one_out if group.fit else None}
-        row["note"] = "; ".join(filter(None, [group.refused.what if group.refused else "", found.at_edge(label)]))
+        row["note"] = "; ".join(
+            filter(None, [group.refused.what if group.refused else "", found.at_edge(label)])
+        )
         rows.append(row)
     return rows
 
@@ -138,32 +165,60 @@ def _leverage(found: Analysis) -> list[Row]:
             rows.append({"group": name, "over": base, "note": points})
             continue
         rows += [
-            {"group": name, "over": base, "FLOPs": point.x, "loss": point.loss, **_estimate("leverage", point.ratio),
-             "note": "; ".join(filter(None, [
-                 f"extrapolates {' and '.join(point.extrapolated)}" if point.extrapolated else "", found.at_edge(name, base)]))}
+            {
+                "group": name,
+                "over": base,
+                "FLOPs": point.x,
+                "loss": point.loss,
+                **_estimate("leverage", point.ratio),
+                "note": "; ".join(
+                    filter(
+                        None,
+                        [
+                            (
+                                f"extrapolates {' and '.join(point.extrapolated)}"
+                                if point.extrapolated
+                                else ""
+                            ),
+                            found.at_edge(name, base),
+                        ],
+                    )
+                ),
+            }
             for point in points
-        ]  # fmt: skip
+        ]
     return rows
 
 
 def _indicators(found: Analysis) -> list[Row]:
     return [
-        {"group": one.arm, **{name_of(key): one.row[key] for key in found.axes.numbers}, "flops": one.row.get("flops"),
-         **{name: one.row.get(name) for name in [*found.indicators, *found.constant]}}
-        for one in found.combinations if found.indicators or found.constant
-    ]  # fmt: skip
+        {
+            "group": one.arm,
+            **{name_of(key): one.row[key] for key in found.axes.numbers},
+            "flops": one.row.get("flops"),
+            **{name: one.row.get(name) for name in [*found.indicators, *found.constant]},
+        }
+        for one in found.combinations
+        if found.indicators or found.constant
+    ]
 
 
 def _runs(sweep: SweepRecord, found: Analysis) -> list[Row]:
     table, at = sweep.table, {name: number for number, name in enumerate(sweep.table.rows)}
     left, diverged = dict(table.left_out), dict(found.diverged)
     keys = list(dict.fromkeys(key for values in sweep.values.values() for key in values))
-    keys = [key for key in keys if len({repr(values.get(key)) for values in sweep.values.values()}) > 1]
+    keys = [
+        key for key in keys if len({repr(values.get(key)) for values in sweep.values.values()}) > 1
+    ]
     shown = [key for key in (found.axes.y, *PROVENANCE) if key in table.columns]
     rows = []
     for name, values in sweep.values.items():
         status = "finished" if name in at else "failed" if name in sweep.failed else "not finished"
-        row: Row = {"run": name, "status": status, "reason": left.get(name) or diverged.get(name, "")}
+        row: Row = {
+            "run": name,
+            "status": status,
+            "reason": left.get(name) or diverged.get(name, ""),
+        }
         row |= {key: values.get(key) for key in keys}
         row |= {key: table.columns[str(key)][at[name]] if name in at else None for key in shown}
         rows.append(row)

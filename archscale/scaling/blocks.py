@@ -1,7 +1,9 @@
-"""Bowls whose points share errors: runs of one seed see the same initialization and data, so a seed shifts its whole bowl.
+"""Bowls whose points share errors: runs of one seed see the same initialization and data, so a seed
+shifts its whole bowl.
 
-The shift says nothing about where the optimum is, and much about how well the minimum is known: the optimum comes from a parabola
-with a shift of its own for each block (a two-way layout), the minimum's interval from how far the shifts scatter.
+The shift says nothing about where the optimum is, and much about how well the minimum is known: the
+optimum comes from a parabola with a shift of its own for each block (a two-way layout), the
+minimum's interval from how far the shifts scatter.
 """
 
 from __future__ import annotations
@@ -13,7 +15,16 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from archscale.errors import DataError
-from archscale.scaling.fit import Estimate, Fit, Settings, around_best, check_law, check_points, fit, fit_law
+from archscale.scaling.fit import (
+    Estimate,
+    Fit,
+    Settings,
+    around_best,
+    check_law,
+    check_points,
+    fit,
+    fit_law,
+)
 from archscale.scaling.laws import LAWS, QuadraticLog, Reported
 from archscale.scaling.least_squares import Array
 
@@ -22,16 +33,20 @@ from archscale.scaling.least_squares import Array
 class ShiftedQuadratic(QuadraticLog):
     """y = minimum + curvature (ln x − ln optimum)² + shift of the block; the shifts sum to 0.
 
-    u has a second row, the number of the block; without it the shift is left out. θ = coefficients of 1, u, u², and all shifts but
-    the last.
+    u has a second row, the number of the block; without it the shift is left out. θ = coefficients
+    of 1, u, u², and all shifts but the last.
     """
 
     def predict(self, theta: Array, u: Array) -> tuple[Array, Array]:
         y, jacobian = super().predict(theta[:, :3], u[:1])
         codes = np.zeros((u.shape[1], theta.shape[1] - 3))
         if len(u) > 1:
-            codes = np.concatenate([np.eye(codes.shape[1]), -np.ones((1, codes.shape[1]))])[u[1].astype(int)]
-        return y + theta[:, 3:] @ codes.T, np.concatenate([jacobian, np.repeat(codes[None], len(theta), 0)], -1)
+            codes = np.concatenate([np.eye(codes.shape[1]), -np.ones((1, codes.shape[1]))])[
+                u[1].astype(int)
+            ]
+        return y + theta[:, 3:] @ codes.T, np.concatenate(
+            [jacobian, np.repeat(codes[None], len(theta), 0)], -1
+        )
 
     def starts(self, u: Array, y: Array) -> Array:
         design = self.predict(np.zeros((1, self.parameters)), u)[1][0]
@@ -41,12 +56,21 @@ class ShiftedQuadratic(QuadraticLog):
         return super().report(theta[:, :3], centre)
 
 
-def fit_blocks(x: ArrayLike, y: ArrayLike, blocks: ArrayLike, settings: Settings, where: str,
-               names: Sequence[str] = ("x", "y"), block: str = "block") -> Fit:  # fmt: skip
-    """`fit("quadratic_log", …)` of points in blocks, each of which shifts y by an amount of its own.
+def fit_blocks(
+    x: ArrayLike,
+    y: ArrayLike,
+    blocks: ArrayLike,
+    settings: Settings,
+    where: str,
+    names: Sequence[str] = ("x", "y"),
+    block: str = "block",
+) -> Fit:
+    """`fit("quadratic_log", …)` of points in blocks, each of which shifts y by an amount of its
+    own.
 
-    The optimum's interval is free of the shifts. The minimum is that of the mean block; its interval takes the blocks for a sample of
-    many, with Student's t of as many degrees of freedom as there are blocks less one.
+    The optimum's interval is free of the shifts. The minimum is that of the mean block; its
+    interval takes the blocks for a sample of many, with Student's t of as many degrees of freedom
+    as there are blocks less one.
 
     Args:
         x: (n,) or (1, n), above 0.
@@ -57,7 +81,11 @@ def fit_blocks(x: ArrayLike, y: ArrayLike, blocks: ArrayLike, settings: Settings
     Raises:
         DataError: as `fit`; or too few points for so many blocks.
     """
-    X, Y, of = np.atleast_2d(np.asarray(x, dtype=float)), np.asarray(y, dtype=float), np.asarray(blocks, dtype=object)
+    X, Y, of = (
+        np.atleast_2d(np.asarray(x, dtype=float)),
+        np.asarray(y, dtype=float),
+        np.asarray(blocks, dtype=object),
+    )
     if settings.nearest is not None:
         near = around_best(X, Y, settings.nearest)
         X, Y, of = X[:, near], Y[near], of[near]
@@ -69,15 +97,19 @@ def fit_blocks(x: ArrayLike, y: ArrayLike, blocks: ArrayLike, settings: Settings
     plain = LAWS["quadratic_log"]
     parameters = plain.parameters + count - 1
     reported = tuple(_padded(one, count - 1) for one in plain.reported)
-    law = ShiftedQuadratic(plain.formula, parameters, plain.space, reported, positive=False, extrapolates=False)
+    law = ShiftedQuadratic(
+        plain.formula, parameters, plain.space, reported, positive=False, extrapolates=False
+    )
     centre = np.log(X).mean(1)
     u = np.concatenate([np.log(X) - centre[:, None], number[None]])
     design = law.predict(np.zeros((1, parameters)), u)[1][0]
     if len(Y) <= parameters or np.linalg.matrix_rank(design) < parameters:
         raise DataError(
-            f"{len(Y)} points in {count} different {block} are too few for a bowl and a shift of each, which need "
-            f"{parameters + 1}", where, f"add runs, so that each {block} is at several {names[0]}, or fit without it",
-        )  # fmt: skip
+            f"{len(Y)} points in {count} different {block} are too few for a bowl and a shift of"
+            f" each, which need {parameters + 1}",
+            where,
+            f"add runs, so that each {block} is at several {names[0]}, or fit without it",
+        )
     with np.errstate(all="ignore"):
         found = fit_law("quadratic_log", law, u, Y, settings, where, centre=centre)
     found = replace(found, lows=X.min(1), highs=X.max(1))
@@ -106,7 +138,8 @@ def _minimum(found: Fit, law: ShiftedQuadratic, count: int) -> Estimate:
 
 
 def student(confidence: float, freedom: int) -> float:
-    """The t that Student's variable of so many degrees of freedom stays within on both sides, with this probability."""
+    """The t that Student's variable of so many degrees of freedom stays within on both sides, with
+    this probability."""
     angle = np.linspace(0, np.pi / 2, 200_001)  # t = √ν tan: the density becomes cos^(ν − 1)
     density = np.cos(angle) ** (freedom - 1)
     share = np.concatenate([[0], np.cumsum(density[1:] + density[:-1])])

@@ -1,9 +1,11 @@
-"""Runs Python so that it cannot outlive who started it, nor meet another that does the same: what a sweep starts.
+"""Runs Python so that it cannot outlive who started it, nor meet another that does the same: what a
+sweep starts.
 
     python -m archscale.scaling.child LOCK PARENT -m archscale train config.yaml …
 
-LOCK is a file that the command holds while it runs, `-` for none; Python follows in this same process. PARENT is the process that
-starts it, 0 for any: a sweep killed with -9 takes its runs along, and one that starts again waits for them to be gone.
+LOCK is a file that the command holds while it runs, `-` for none; Python follows in this same
+process. PARENT is the process that starts it, 0 for any: a sweep killed with -9 takes its runs
+along, and one that starts again waits for them to be gone.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ def main() -> None:
 
 def _hold(lock: str) -> None:
     handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    os.set_inheritable(handle, True)  # held until the last process that has it ends, through the exec
+    os.set_inheritable(
+        handle, True
+    )  # held until the last process that has it ends, through the exec
     end = time.monotonic() + PATIENCE
     while True:
         try:
@@ -40,7 +44,9 @@ def _hold(lock: str) -> None:
             return
         except BlockingIOError:
             if time.monotonic() > end:
-                print(f"archscale: another process trains this run ({lock}): end it", file=sys.stderr)
+                print(
+                    f"archscale: another process trains this run ({lock}): end it", file=sys.stderr
+                )
                 sys.exit(2)
             time.sleep(0.1)
 

@@ -1,4 +1,5 @@
-"""The keys of a grid file that say where its runs train, beside this machine: `slurm`, `kubernetes`, `skypilot`."""
+"""The keys of a grid file that say where its runs train, beside this machine: `slurm`,
+`kubernetes`, `skypilot`."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ OURS = {
 def _unknown_device(section: str, device: str | None) -> Iterator[ConfigError]:
     if device is not None and device not in DEVICES:
         yield ConfigError(
-            f"unknown device {device}", f"{section}.device", f"give one of {', '.join(DEVICES)}, or leave it out"
+            f"unknown device {device}",
+            f"{section}.device",
+            f"give one of {', '.join(DEVICES)}, or leave it out",
         )
 
 
@@ -40,7 +43,8 @@ class SlurmConfig(Section):
     """A task of a Slurm job array trains one run."""
 
     hours: Positive
-    """Time limit of a task; a run that needs longer is requeued and goes on from its newest checkpoint."""
+    """Time limit of a task; a run that needs longer is requeued and goes on from its newest
+    checkpoint."""
     partition: Text | None = None
     """Of the tasks; null: the cluster's default, as for the next two."""
     account: Text | None = None
@@ -60,9 +64,11 @@ class SlurmConfig(Section):
     requeues: CountOrZero = 100
     """How often a run that reached its time limit is requeued; preemptions are not counted."""
     device: Text | None = None
-    """What the nodes have, as `archscale plan --device` calls it: memory and time are planned for it; null: for none."""
+    """What the nodes have, as `archscale plan --device` calls it: memory and time are planned for
+    it; null: for none."""
     extra: dict[str, SbatchValue] = Field(default_factory=dict)
-    """Further options of sbatch by their long names, such as constraint; true is an option without a value."""
+    """Further options of sbatch by their long names, such as constraint; true is an option without
+    a value."""
 
     @property
     def minutes(self) -> int:
@@ -78,7 +84,9 @@ class SlurmConfig(Section):
         yield from _unknown_device("slurm", self.device)
         for key in self.extra:
             if key in OURS or not re.fullmatch(r"[a-z][a-z-]*", key):
-                yield ConfigError(f"sbatch's {key} is not for a grid to set", f"slurm.extra.{key}", "leave it out")
+                yield ConfigError(
+                    f"sbatch's {key} is not for a grid to set", f"slurm.extra.{key}", "leave it out"
+                )
 
 
 class KubernetesConfig(Section):
@@ -99,7 +107,8 @@ class KubernetesConfig(Section):
     gpu_resource: Text = "nvidia.com/gpu"
     """What the cluster calls them."""
     device: Text | None = None
-    """What they are, as `archscale plan --device` calls it: memory and time are planned for it; null: for none."""
+    """What they are, as `archscale plan --device` calls it: memory and time are planned for it;
+    null: for none."""
     cpus: Positive | None = None
     """Of a run; null leaves it to the cluster, as with memory."""
     memory_gb: Positive | None = None
@@ -113,20 +122,25 @@ class KubernetesConfig(Section):
         yield from _unknown_device("kubernetes", self.device)
         for key, value in (("mount", self.mount), ("workdir", self.workdir)):
             if value is not None and not PurePosixPath(value).is_absolute():
-                yield ConfigError(f"{value} is not an absolute path", f"kubernetes.{key}", "start it with a slash")
+                yield ConfigError(
+                    f"{value} is not an absolute path", f"kubernetes.{key}", "start it with a slash"
+                )
         for key in self.pod:
             if key in ("containers", "restartPolicy", "volumes"):
-                yield ConfigError(f"the Job sets {key} itself", f"kubernetes.pod.{key}", "leave it out")
+                yield ConfigError(
+                    f"the Job sets {key} itself", f"kubernetes.pod.{key}", "leave it out"
+                )
 
 
 class SkyPilotConfig(Section):
     """A managed job of SkyPilot trains one run."""
 
     sweep_dir: Text
-    """The sweep directory on the machines; below one of `mounts`, else it would vanish with them."""
+    """The sweep directory on the machines; below one of `mounts`, else it would vanish with
+    them."""
     mounts: Annotated[dict[str, Any], Field(min_length=1)]
-    """SkyPilot's file_mounts: path on the machines → bucket or local folder, or a mapping with source and mode. That of `sweep_dir`
-    is a volume or a bucket in mode MOUNT_CACHED."""
+    """SkyPilot's file_mounts: path on the machines → bucket or local folder, or a mapping with
+    source and mode. That of `sweep_dir` is a volume or a bucket in mode MOUNT_CACHED."""
     accelerators: Text | None = None
     """Such as H100:8; null trains on CPUs."""
     cpus: Text | int | None = None
@@ -160,23 +174,39 @@ class SkyPilotConfig(Section):
 
     def problems(self) -> Iterator[ConfigError]:
         directory = PurePosixPath(self.sweep_dir)
-        below = [mount for mount in self.mounts if directory.is_relative_to(mount) and directory.is_absolute()]
+        below = [
+            mount
+            for mount in self.mounts
+            if directory.is_relative_to(mount) and directory.is_absolute()
+        ]
         lasting = any(
-            isinstance(content := self.mounts[mount], dict) and (content.get("mode") == "MOUNT_CACHED" or content.get("store") == "volume")
+            isinstance(content := self.mounts[mount], dict)
+            and (content.get("mode") == "MOUNT_CACHED" or content.get("store") == "volume")
             for mount in below
-        )  # fmt: skip
+        )
         if not below:
             yield ConfigError(
-                f"{directory} is not below any of {', '.join(self.mounts)}, so nothing of a run would outlive its machine",
-                "skypilot.sweep_dir", "give a path below one of the mounts",
-            )  # fmt: skip
-        elif not lasting:  # SkyPilot copies what has no mode, and appends to no file of a bucket under MOUNT
+                f"{directory} is not below any of {', '.join(self.mounts)}, so nothing of a run"
+                " would outlive its machine",
+                "skypilot.sweep_dir",
+                "give a path below one of the mounts",
+            )
+        elif (
+            not lasting
+        ):  # SkyPilot copies what has no mode, and appends to no file of a bucket under MOUNT
             yield ConfigError(
-                f"files in {below[0]} could not be appended to, or would not outlive the machine", f"skypilot.mounts.{below[0]}",
+                f"files in {below[0]} could not be appended to, or would not outlive the machine",
+                f"skypilot.mounts.{below[0]}",
                 "give `{source: s3://bucket, mode: MOUNT_CACHED}`, or a volume",
-            )  # fmt: skip
-        if self.accelerators is not None and not re.fullmatch(r"[\w.-]+(:[1-9]\d*)?", self.accelerators):
-            yield ConfigError(f"{self.accelerators} is no accelerator", "skypilot.accelerators", "give it as H100:8")
+            )
+        if self.accelerators is not None and not re.fullmatch(
+            r"[\w.-]+(:[1-9]\d*)?", self.accelerators
+        ):
+            yield ConfigError(
+                f"{self.accelerators} is no accelerator",
+                "skypilot.accelerators",
+                "give it as H100:8",
+            )
 
 
 class ClusterSections(Section):
@@ -195,11 +225,15 @@ class ClusterSections(Section):
         processes = self.processes
         if self.slurm and processes % self.slurm.nodes:
             yield ConfigError(
-                f"{processes} {'process' if processes == 1 else 'processes'} of a run do not divide among {self.slurm.nodes} nodes",
-                "slurm.nodes", "give a divisor of `processes`, or other `processes`",
-            )  # fmt: skip
+                f"{processes} {'process' if processes == 1 else 'processes'} of a run do not divide"
+                f" among {self.slurm.nodes} nodes",
+                "slurm.nodes",
+                "give a divisor of `processes`, or other `processes`",
+            )
         elif self.slurm and 0 < self.slurm.gpus_per_node < processes // self.slurm.nodes:
-            yield self._too_few(self.slurm.gpus_per_node, processes // self.slurm.nodes, "slurm.gpus_per_node")
+            yield self._too_few(
+                self.slurm.gpus_per_node, processes // self.slurm.nodes, "slurm.gpus_per_node"
+            )
         if self.kubernetes and 0 < self.kubernetes.gpus < processes:
             yield self._too_few(self.kubernetes.gpus, processes, "kubernetes.gpus")
         if self.skypilot and 0 < self.skypilot.gpus < processes:
@@ -207,8 +241,11 @@ class ClusterSections(Section):
 
     @staticmethod
     def _too_few(gpus: int, processes: int, key: str) -> ConfigError:
-        return ConfigError(f"{processes} processes on a machine need as many GPUs, it has {gpus}", key,
-                           f"give {processes}")  # fmt: skip
+        return ConfigError(
+            f"{processes} processes on a machine need as many GPUs, it has {gpus}",
+            key,
+            f"give {processes}",
+        )
 
 
 def needs_section(sections: ClusterSections, launcher: str, where: str) -> None:
@@ -220,7 +257,14 @@ def needs_section(sections: ClusterSections, launcher: str, where: str) -> None:
     examples = {
         "slurm": "slurm: {hours: 24, partition: gpu, gpus_per_node: 1}",
         "kubernetes": "kubernetes: {image: registry/archscale, claim: shared, gpus: 1}",
-        "skypilot": "skypilot: {accelerators: 'H100:1', mounts: {/shared: {source: 's3://bucket', mode: MOUNT_CACHED}}, sweep_dir: /shared/sweep}",
+        "skypilot": (
+            "skypilot: {accelerators: 'H100:1', mounts: {/shared: {source: 's3://bucket', mode:"
+            " MOUNT_CACHED}}, sweep_dir: /shared/sweep}"
+        ),
     }
     if launcher in examples and getattr(sections, launcher) is None:
-        raise ConfigError(f"--launcher {launcher} needs a section `{launcher}`", where, f"add `{examples[launcher]}`")
+        raise ConfigError(
+            f"--launcher {launcher} needs a section `{launcher}`",
+            where,
+            f"add `{examples[launcher]}`",
+        )

@@ -1,6 +1,8 @@
-"""What accelerators can do: dense bf16 peak (without sparsity) and memory, as their makers' data sheets say.
+"""What accelerators can do: dense bf16 peak (without sparsity) and memory, as their makers' data
+sheets say.
 
-A device that is not here has no peak: its time is n/a, never a guess. `cpu` is measured when it is asked for.
+A device that is not here has no peak: its time is n/a, never a guess. `cpu` is measured when it is
+asked for.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator. `peak`: dense bf16 FLOP/s; `memory`: bytes; either None where it is not known."""
+    """One accelerator. `peak`: dense bf16 FLOP/s; `memory`: bytes; either None where it is not
+    known."""
 
     name: str
     peak: float | None
@@ -22,11 +25,13 @@ class Device:
 
     @property
     def room(self) -> int | None:
-        """Bytes that a run may plan for: an accelerator's context, libraries and fragmentation take `RESERVED`."""
+        """Bytes that a run may plan for: an accelerator's context, libraries and fragmentation take
+        `RESERVED`."""
         return self.memory if self.memory is None or self.name == "cpu" else self.memory - RESERVED
 
 
-RESERVED = 2 * 10**9  # bytes of an accelerator's memory left to its context, libraries and fragmentation
+# bytes of an accelerator's memory left to its context, libraries and fragmentation
+RESERVED = 2 * 10**9
 
 DEVICES = {
     device.name: device
@@ -38,11 +43,15 @@ DEVICES = {
         Device("mi300x", 1307.4e12, 192 * 10**9, "AMD Instinct MI300X data sheet"),
     )
 }
-# What drivers call exactly these; their PCIe, NVL, 40 GB, Grace and sliced relatives have other figures.
+# What drivers call exactly these; their PCIe, NVL, 40 GB, Grace and sliced relatives have other
+# figures.
 DRIVER_NAMES = {
-    "nvidia a100-sxm4-80gb": "a100", "nvidia h100 80gb hbm3": "h100", "nvidia h200": "h200", "nvidia b200": "b200",
+    "nvidia a100-sxm4-80gb": "a100",
+    "nvidia h100 80gb hbm3": "h100",
+    "nvidia h200": "h200",
+    "nvidia b200": "b200",
     "amd instinct mi300x": "mi300x",
-}  # fmt: skip
+}
 
 
 def find_device(name: str, *, peak: float | None = None, memory: int | None = None) -> Device:
@@ -61,22 +70,28 @@ def find_device(name: str, *, peak: float | None = None, memory: int | None = No
         device = DEVICES.get(DRIVER_NAMES.get(lowered, lowered)) or Device(name, None, None, listed)
     if peak is None and memory is None:
         return device
-    told = " and ".join(word for word, value in (("peak", peak), ("memory", memory)) if value is not None)
+    told = " and ".join(
+        word for word, value in (("peak", peak), ("memory", memory)) if value is not None
+    )
     return dataclasses.replace(
         device,
         peak=device.peak if peak is None else peak,
         memory=device.memory if memory is None else memory,
-        source=f"{told} as given" if device.source == listed else f"{told} as given; {device.source}",
+        source=(
+            f"{told} as given" if device.source == listed else f"{told} as given; {device.source}"
+        ),
     )
 
 
 def this_cpu() -> Device:
-    """This machine's processor: its float32 matmul rate over all threads, measured for a moment, and its memory."""
+    """This machine's processor: its float32 matmul rate over all threads, measured for a moment,
+    and its memory."""
     return Device("cpu", measured_matmul_rate(), physical_memory(), "float32 matmul measured here")
 
 
 def physical_memory() -> int:
-    """Bytes of main memory that this process may use: of the machine, or of its cgroup where that is less."""
+    """Bytes of main memory that this process may use: of the machine, or of its cgroup where that
+    is less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         with open("/sys/fs/cgroup/memory.max") as limit:

@@ -1,9 +1,11 @@
-"""Expressions in grids: arithmetic and comparisons over dotted config keys, read through `ast`, never run as Python.
+"""Expressions in grids: arithmetic and comparisons over dotted config keys, read through `ast`,
+never run as Python.
 
     Expression("20 * model.width ** 2", "derive", keys)(lambda key: 64)          # 81920
     Expression("model.depth < 8 or model.width in [64, 128]", "where", keys)
 
-Allowed: numbers, text in quotes, true, false, null, lists, + - * / // % **, comparisons, in, and, or, not, `a if b else c`.
+Allowed: numbers, text in quotes, true, false, null, lists, + - * / // % **, comparisons, in, and,
+or, not, `a if b else c`.
 """
 
 from __future__ import annotations
@@ -22,14 +24,29 @@ HIGHEST_POWER = 64  # 9 ** 9 ** 9 would take all memory
 
 CONSTANTS = {"true": True, "false": False, "null": None}
 ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
-}  # fmt: skip
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+}
 COMPARISONS: dict[type, Callable[[Any, Any], bool]] = {
-    ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
-    ast.GtE: operator.ge, ast.In: lambda a, b: a in b, ast.NotIn: lambda a, b: a not in b,
-}  # fmt: skip
-SIGNS: dict[type, Callable[[Any], Any]] = {ast.USub: operator.neg, ast.UAdd: operator.pos, ast.Not: operator.not_}
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda a, b: a in b,
+    ast.NotIn: lambda a, b: a not in b,
+}
+SIGNS: dict[type, Callable[[Any], Any]] = {
+    ast.USub: operator.neg,
+    ast.UAdd: operator.pos,
+    ast.Not: operator.not_,
+}
 ALLOWED = "use arithmetic, comparisons, and, or, not, in, a if b else c over config keys"
 
 
@@ -49,7 +66,9 @@ class Expression:
         self.text, self.where = text, where
         self.names: set[str] = set()
         if len(text) > LONGEST:
-            raise ConfigError(f"an expression of {len(text)} characters", where, f"use at most {LONGEST}")
+            raise ConfigError(
+                f"an expression of {len(text)} characters", where, f"use at most {LONGEST}"
+            )
         try:
             self._tree = ast.parse(text.strip(), mode="eval").body
         except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -67,7 +86,9 @@ class Expression:
         except (ArithmeticError, TypeError, ValueError) as error:
             named = ", ".join(f"{name} {show(value(name))}" for name in sorted(self.names))
             what = f"{show(self.text)} has no value{' with ' if named else ''}{named}: {error}"
-            raise ConfigError(what, self.where, "correct it, or drop these runs with `where`") from None
+            raise ConfigError(
+                what, self.where, "correct it, or drop these runs with `where`"
+            ) from None
         return found
 
     def _check(self, node: ast.AST, keys: Collection[str]) -> None:
@@ -82,9 +103,13 @@ class Expression:
                     if name not in keys:
                         close = nearest(name, sorted(keys))
                         remedy = (
-                            f"did you mean {close}?" if close else "name dotted keys of the config; put text in quotes"
+                            f"did you mean {close}?"
+                            if close
+                            else "name dotted keys of the config; put text in quotes"
                         )
-                        raise ConfigError(f"unknown key {show(name)} in {show(self.text)}", self.where, remedy)
+                        raise ConfigError(
+                            f"unknown key {show(name)} in {show(self.text)}", self.where, remedy
+                        )
                     self.names.add(name)
                 return
             case ast.BinOp(op=op) if type(op) in ARITHMETIC:
@@ -144,7 +169,8 @@ class Expression:
 
 
 def as_number(value: Any) -> Any:
-    """Text that is a number as that number, as the config reads it (YAML 1.1 takes 1e6 for text); all else as it is."""
+    """Text that is a number as that number, as the config reads it (YAML 1.1 takes 1e6 for text);
+    all else as it is."""
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             return float(value) if set(value) & set(".eE") else int(value)

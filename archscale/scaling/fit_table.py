@@ -1,6 +1,8 @@
-"""Fits by group over the rows of a table: what `archscale fit` and sweeps call. Writing for people is in `fit_text`.
+"""Fits by group over the rows of a table: what `archscale fit` and sweeps call. Writing for people
+is in `fit_text`.
 
-    fits = fit_table(read_table(["runs/lr_transfer"]), "quadratic_log", x=["parameterization.base.lr"], y="val_loss",
+    fits = fit_table(read_table(["runs/lr_transfer"]), "quadratic_log",
+    x=["parameterization.base.lr"], y="val_loss",
                      group=["model.width"], against="tokens")
 
 A group that cannot be fitted is kept with the reason: the others are worth seeing all the same.
@@ -79,12 +81,16 @@ class TableFits:
     @property
     def refusal(self) -> DataError | None:
         """Why groups were refused, in one line: the first of them, and the names of the others."""
-        refused = [(group.label, group.refused) for group in [*self.groups, *self.laws] if group.refused]
+        refused = [
+            (group.label, group.refused) for group in [*self.groups, *self.laws] if group.refused
+        ]
         if not refused:
             return None
         others = "; ".join(label or "the law of the optima" for label, _ in refused[1:])
         first = refused[0][1]
-        return DataError(first.what, first.where, first.remedy + (f" (also refused: {others})" if others else ""))
+        return DataError(
+            first.what, first.where, first.remedy + (f" (also refused: {others})" if others else "")
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: an end of an interval that the data do not bound is null."""
@@ -95,44 +101,75 @@ class TableFits:
             return found | {"refused": group.refused.as_dict() if group.refused else None}
 
         found = {
-            "form": self.form, "formula": LAWS[self.form].formula, "x": self.x, "y": self.y, "block": self.block,
-            "settings": asdict(self.settings) | {"space": self.settings.space or LAWS[self.form].space},
-            "groups": [plain(group, [*self.group, *([self.against] if self.against else [])]) for group in self.groups],
+            "form": self.form,
+            "formula": LAWS[self.form].formula,
+            "x": self.x,
+            "y": self.y,
+            "block": self.block,
+            "settings": (
+                asdict(self.settings) | {"space": self.settings.space or LAWS[self.form].space}
+            ),
+            "groups": [
+                plain(group, [*self.group, *([self.against] if self.against else [])])
+                for group in self.groups
+            ],
             "excluded": [{"row": row, "reason": reason} for row, reason in self.excluded],
-        }  # fmt: skip
+        }
         if self.against:
             found["optimum"] = {
-                "against": self.against, "joint": self.joint, "groups": [plain(law, self.group) for law in self.laws]
-            }  # fmt: skip
+                "against": self.against,
+                "joint": self.joint,
+                "groups": [plain(law, self.group) for law in self.laws],
+            }
         if self.leverage:
             (a, b), points = self.leverage
             found["leverage"] = {
-                "of": a, "over": b,
+                "of": a,
+                "over": b,
                 "points": [
-                    {"x": point.x, "loss": point.loss, **estimate_dict(point.ratio), "extrapolated": list(point.extrapolated)}
+                    {
+                        "x": point.x,
+                        "loss": point.loss,
+                        **estimate_dict(point.ratio),
+                        "extrapolated": list(point.extrapolated),
+                    }
                     for point in points
                 ],
-            }  # fmt: skip
+            }
         return found
 
 
-def fit_table(table: Table, form: str, x: Sequence[str], y: str, group: Sequence[str] = (), *, against: str | None = None,
-              joint: bool = False, over: tuple[str, str] | None = None, at: Sequence[float] = (),
-              block: str | None = None, settings: Settings | None = None) -> TableFits:  # fmt: skip
+def fit_table(
+    table: Table,
+    form: str,
+    x: Sequence[str],
+    y: str,
+    group: Sequence[str] = (),
+    *,
+    against: str | None = None,
+    joint: bool = False,
+    over: tuple[str, str] | None = None,
+    at: Sequence[float] = (),
+    block: str | None = None,
+    settings: Settings | None = None,
+) -> TableFits:
     """Fits `form` to the rows of each group.
 
     Args:
         x: as many columns as the form has.
         group: columns whose values, together, tell groups apart.
-        against: with quadratic_log, each value of this column has its own optimum, and each group its power law of them.
+        against: with quadratic_log, each value of this column has its own optimum, and each group
+            its power law of them.
         joint: find that law by one fit of all points.
         over: names of two groups, for the leverage of the first over the second.
         at: x of the leverage.
-        block: with quadratic_log, a column whose values, such as seeds, shift whole bowls (`archscale.scaling.blocks`).
+        block: with quadratic_log, a column whose values, such as seeds, shift whole bowls
+            (`archscale.scaling.blocks`).
 
     Raises:
         ConfigError: arguments that do not go together.
-        DataError: a column that is not there, text for a number, no rows at all, or a leverage that cannot be made.
+        DataError: a column that is not there, text for a number, no rows at all, or a leverage that
+            cannot be made.
     """
     settings = settings or Settings()
     check_arguments(form, x, against, joint, over, at, settings, block)
@@ -143,19 +180,32 @@ def fit_table(table: Table, form: str, x: Sequence[str], y: str, group: Sequence
     names = [*xs, target]
     rows, excluded = _rows(table, [*xs, target, *([moving] if moving else [])])
     cells = [table.columns[name] for name in [*by, *([moving] if moving else [])]]
-    keys = [tuple(None if cell[row] != cell[row] else cell[row] for cell in cells) for row in rows]  # NaN is missing
+    keys = [
+        tuple(None if cell[row] != cell[row] else cell[row] for cell in cells) for row in rows
+    ]  # NaN is missing
     found = []
     for key in sorted(set(keys), key=_order):
         chosen = [row for row, of in zip(rows, keys) if of == key]
-        X = np.array([[number(table.columns[name][row], name, table.rows[row]) for row in chosen] for name in xs])
-        Y = np.array([number(table.columns[target][row], target, table.rows[row]) for row in chosen])
-        blocks = np.array([table.columns[shifting][row] if shifting else None for row in chosen], dtype=object)
+        X = np.array(
+            [
+                [number(table.columns[name][row], name, table.rows[row]) for row in chosen]
+                for name in xs
+            ]
+        )
+        Y = np.array(
+            [number(table.columns[target][row], target, table.rows[row]) for row in chosen]
+        )
+        blocks = np.array(
+            [table.columns[shifting][row] if shifting else None for row in chosen], dtype=object
+        )
         if settings.nearest is not None:
             near = around_best(X, Y, settings.nearest)
             X, Y, blocks = X[:, near], Y[near], blocks[near]
         label = label_of([*by, *([moving] if moving else [])], key)
         where = f"{label} in {table.source}" if label else table.source
-        own = replace(settings, seed=(*np.atleast_1d(settings.seed).tolist(), zlib.crc32(label.encode())))
+        own = replace(
+            settings, seed=(*np.atleast_1d(settings.seed).tolist(), zlib.crc32(label.encode()))
+        )
         fitted, refused = None, None
         try:
             if shifting:
@@ -168,10 +218,22 @@ def fit_table(table: Table, form: str, x: Sequence[str], y: str, group: Sequence
     if not found:
         raise DataError("there are no rows to fit", table.source, _why_none(excluded, table))
     fits = TableFits(
-        form, xs, target, by, moving, settings, joint, found, excluded=[*table.left_out, *excluded], block=shifting,
-    )  # fmt: skip
+        form,
+        xs,
+        target,
+        by,
+        moving,
+        settings,
+        joint,
+        found,
+        excluded=[*table.left_out, *excluded],
+        block=shifting,
+    )
     if moving:
-        laws = [_law(fits, key, table.source) for key in dict.fromkeys(group.key[:-1] for group in found)]
+        laws = [
+            _law(fits, key, table.source)
+            for key in dict.fromkeys(group.key[:-1] for group in found)
+        ]
         fits = replace(fits, laws=laws)
     if over:
         a, b = (_find(found, name, table.source) for name in over)
@@ -191,8 +253,16 @@ def text_of(value: Cell) -> str:
     return "null" if value is None else value
 
 
-def check_arguments(form: str, x: Sequence[str], against: str | None, joint: bool, over: tuple[str, str] | None,
-                    at: Sequence[float], settings: Settings, block: str | None = None) -> None:  # fmt: skip
+def check_arguments(
+    form: str,
+    x: Sequence[str],
+    against: str | None,
+    joint: bool,
+    over: tuple[str, str] | None,
+    at: Sequence[float],
+    settings: Settings,
+    block: str | None = None,
+) -> None:
     """Refuses arguments of `fit_table` that do not go together.
 
     Raises:
@@ -200,21 +270,67 @@ def check_arguments(form: str, x: Sequence[str], against: str | None, joint: boo
     """
     columns = LAWS[form].columns
     problems = [
-        (len(x) != columns, f"{form} takes {columns} of --x, got {len(x)}", "--x",
-         "give one --x" if columns == 1 else "give two: parameters, then tokens"),
-        (against is not None and form != "quadratic_log", f"{form} has no optimum to follow", "--against",
-         "use --form quadratic_log, or make it an --x"),
-        (joint and against is None, "a joint fit needs the column that optima follow", "--joint", "add --against COLUMN"),
-        (over is not None and against is not None, "optima are no curves of loss over compute", "--leverage",
-         "fit power or power_irreducible"),
-        (bool(at) and over is None, "points for a leverage that is not asked for", "--at", "add --leverage A B"),
-        (block is not None and form != "quadratic_log", f"{form} has no shifts of blocks", "--block", "use --form quadratic_log"),
-        (block is not None and joint, "a joint fit has no shifts of blocks", "--block", "leave out --joint"),
-        (settings.nearest is not None and form != "quadratic_log", f"{form} has no best x to be near", "--nearest",
-         "use --form quadratic_log"),
-        (settings.nearest is not None and settings.nearest < 3, "a parabola needs 3 different x", "--nearest", "give 3 or more"),
-        (settings.delta is not None and settings.loss != "huber", "squares have no delta", "--delta", "add --loss huber"),
-    ]  # fmt: skip
+        (
+            len(x) != columns,
+            f"{form} takes {columns} of --x, got {len(x)}",
+            "--x",
+            "give one --x" if columns == 1 else "give two: parameters, then tokens",
+        ),
+        (
+            against is not None and form != "quadratic_log",
+            f"{form} has no optimum to follow",
+            "--against",
+            "use --form quadratic_log, or make it an --x",
+        ),
+        (
+            joint and against is None,
+            "a joint fit needs the column that optima follow",
+            "--joint",
+            "add --against COLUMN",
+        ),
+        (
+            over is not None and against is not None,
+            "optima are no curves of loss over compute",
+            "--leverage",
+            "fit power or power_irreducible",
+        ),
+        (
+            bool(at) and over is None,
+            "points for a leverage that is not asked for",
+            "--at",
+            "add --leverage A B",
+        ),
+        (
+            block is not None and form != "quadratic_log",
+            f"{form} has no shifts of blocks",
+            "--block",
+            "use --form quadratic_log",
+        ),
+        (
+            block is not None and joint,
+            "a joint fit has no shifts of blocks",
+            "--block",
+            "leave out --joint",
+        ),
+        (
+            settings.nearest is not None and form != "quadratic_log",
+            f"{form} has no best x to be near",
+            "--nearest",
+            "use --form quadratic_log",
+        ),
+        (
+            settings.nearest is not None and settings.nearest < 3,
+            "a parabola needs 3 different x",
+            "--nearest",
+            "give 3 or more",
+        ),
+        (
+            settings.delta is not None and settings.loss != "huber",
+            "squares have no delta",
+            "--delta",
+            "add --loss huber",
+        ),
+    ]
     for wrong, what, where, remedy in problems:
         if wrong:
             raise ConfigError(what, where, remedy)
@@ -230,7 +346,9 @@ def _rows(table: Table, columns: Sequence[str]) -> tuple[list[int], list[tuple[s
             rows.append(row)
             continue
         raw = table.columns[bad[0]][row]
-        excluded.append((name, f"{bad[0]} is {'missing' if raw in (None, 'null') else 'not finite'}"))
+        excluded.append(
+            (name, f"{bad[0]} is {'missing' if raw in (None, 'null') else 'not finite'}")
+        )
     return rows, excluded
 
 
@@ -241,15 +359,30 @@ def _law(fits: TableFits, key: Key, source: str) -> Group:
     where = f"{label} in {source}" if label else source
     usable = [(group, group.fit) for group in members if group.fit]
     t = np.array([float(group.key[-1] or 0.0) for group, _ in usable])
-    found, optima = [fit for _, fit in usable], np.array([fit.estimates["optimum"].value for _, fit in usable])
-    own = replace(fits.settings, seed=(*np.atleast_1d(fits.settings.seed).tolist(), zlib.crc32(label.encode())))
+    found, optima = (
+        [fit for _, fit in usable],
+        np.array([fit.estimates["optimum"].value for _, fit in usable]),
+    )
+    own = replace(
+        fits.settings,
+        seed=(*np.atleast_1d(fits.settings.seed).tolist(), zlib.crc32(label.encode())),
+    )
     law, refused = None, None
     try:
         if fits.joint:
-            law = joint_law([(group.x[0], group.y) for group, _ in usable], found, t, own, where, str(fits.against))
+            law = joint_law(
+                [(group.x[0], group.y) for group, _ in usable],
+                found,
+                t,
+                own,
+                where,
+                str(fits.against),
+            )
         else:
             # The space that is asked for is that of the loss; optima are multiplicative.
-            law = optimum_law(found, t, replace(own, space=None), where, (str(fits.against), fits.x[0]))
+            law = optimum_law(
+                found, t, replace(own, space=None), where, (str(fits.against), fits.x[0])
+            )
     except DataError as error:
         refused = error
     return Group(key, label, t[None], optima, law, refused)
@@ -270,14 +403,24 @@ def _find(groups: Sequence[Group], name: str, source: str) -> Fit:
                 raise group.refused
             assert group.fit is not None
             return group.fit
-    known = ", ".join(",".join(map(text_of, group.key)) for group in groups) if groups[0].key else "none: give --group"
+    known = (
+        ", ".join(",".join(map(text_of, group.key)) for group in groups)
+        if groups[0].key
+        else "none: give --group"
+    )
     raise DataError(f"there is no group {name}", source, f"the groups are {known}")
 
 
 def _order(key: Key) -> tuple[tuple[int, float, str], ...]:
-    return tuple((0, value, "") if isinstance(value, float) else (1, 0.0, text_of(value)) for value in key)
+    return tuple(
+        (0, value, "") if isinstance(value, float) else (1, 0.0, text_of(value)) for value in key
+    )
 
 
 def _why_none(excluded: Sequence[tuple[str, str]], table: Table) -> str:
     reasons = [f"{row}: {reason}" for row, reason in [*table.left_out, *excluded]]
-    return reasons[0] + (f" (and {len(reasons) - 1} more)" if reasons[1:] else "") if reasons else "add rows"
+    return (
+        reasons[0] + (f" (and {len(reasons) - 1} more)" if reasons[1:] else "")
+        if reasons
+        else "add rows"
+    )

@@ -19,17 +19,28 @@ def render(fits: TableFits) -> str:
     kind = "ln " if (s.space or law.space) == "log" else ""
     lines = [
         f"{fits.y} = {law.formula}, {meaning}",
-        f"{loss} on {kind}{fits.y}{f', a shift of each {fits.block}' if fits.block else ''}; {s.confidence:.0%} intervals by studentized bootstrap, {s.replicates} replicates",
+        (
+            f"{loss} on {kind}{fits.y}{f', a shift of each {fits.block}' if fits.block else ''};"
+            f" {s.confidence:.0%} intervals by studentized bootstrap, {s.replicates} replicates"
+        ),
         "",
         *_table(fits.groups, kind != ""),
     ]
     if fits.against:
         how = "one fit of all points" if fits.joint else "through the optima"
-        lines += ["", f"optimal {fits.x[0]} = coefficient · x^exponent, x = {fits.against}, {how}", ""]
+        lines += [
+            "",
+            f"optimal {fits.x[0]} = coefficient · x^exponent, x = {fits.against}, {how}",
+            "",
+        ]
         lines += _table(fits.laws, not fits.joint)
     if fits.leverage:
         (a, b), points = fits.leverage
-        lines += ["", f"leverage: {fits.x[0]} that {b} needs for the {fits.y} of {a}, over that of {a}", ""]
+        lines += [
+            "",
+            f"leverage: {fits.x[0]} that {b} needs for the {fits.y} of {a}, over that of {a}",
+            "",
+        ]
         rows = [[fits.x[0], f"{fits.y} of {a}", "leverage", ""]]
         for point in points:
             note = f"extrapolates {' and '.join(point.extrapolated)}" if point.extrapolated else ""
@@ -44,13 +55,20 @@ def render(fits: TableFits) -> str:
             )
         lines += aligned(rows)
     if fits.excluded:
-        lines += ["", f"not used: {len(fits.excluded)}", *(f"  {row}: {reason}" for row, reason in fits.excluded)]
+        lines += [
+            "",
+            f"not used: {len(fits.excluded)}",
+            *(f"  {row}: {reason}" for row, reason in fits.excluded),
+        ]
     return "\n".join(lines)
 
 
 def with_interval(estimate: Estimate) -> str:
     """Such as `0.01515 [0.0144, 0.016]`; ∞ where the data set no bound."""
-    ends = (f"{end:.4g}" if math.isfinite(end) else ("∞" if end > 0 else "-∞") for end in (estimate.low, estimate.high))
+    ends = (
+        f"{end:.4g}" if math.isfinite(end) else ("∞" if end > 0 else "-∞")
+        for end in (estimate.low, estimate.high)
+    )
     return f"{estimate.value:.5g} [{', '.join(ends)}]"
 
 
@@ -60,16 +78,30 @@ def _table(groups: Sequence[Group], relative: bool) -> list[str]:
     if fitted:
         names = list(fitted[0][1].estimates)
         extrapolates = fitted[0][1].law.extrapolates
-        header = ["group", "points", *names, "leave-one-out error", *(["extrapolation error"] if extrapolates else [])]
+        header = [
+            "group",
+            "points",
+            *names,
+            "leave-one-out error",
+            *(["extrapolation error"] if extrapolates else []),
+        ]
         rows = [header]
         for group, fit in fitted:
             errors = [fit.leave_one_out, *([fit.extrapolation] if extrapolates else [])]
             rows.append(
-                [group.label or "all", str(fit.points), *(with_interval(fit.estimates[name]) for name in names),
-                 *(_error(error, relative) for error in errors)]
-            )  # fmt: skip
+                [
+                    group.label or "all",
+                    str(fit.points),
+                    *(with_interval(fit.estimates[name]) for name in names),
+                    *(_error(error, relative) for error in errors),
+                ]
+            )
         lines = aligned(rows)
-    return lines + [f"  refused: {group.refused.what} ({group.refused.where})" for group in groups if group.refused]
+    return lines + [
+        f"  refused: {group.refused.what} ({group.refused.where})"
+        for group in groups
+        if group.refused
+    ]
 
 
 def _error(error: float | None, relative: bool) -> str:
@@ -81,4 +113,7 @@ def _error(error: float | None, relative: bool) -> str:
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table, columns aligned and indented."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows]
+    return [
+        "  " + "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip()
+        for row in rows
+    ]

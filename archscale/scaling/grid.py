@@ -1,20 +1,27 @@
 """Grids: a base config and axes over its keys, expanded to runs with readable names.
 
     grid = read_grid("configs/sweeps/lr_transfer.yaml")
-    runs = grid.runs()                                  # GridRun(name="width64_lr0.01_seed0", values=…, config=…)
+    runs = grid.runs()                                  # GridRun(name="width64_lr0.01_seed0",
+                                                        values=…, config=…)
 
     name: lr_transfer
     base: ../small/transfer.yaml                        # relative to this file
     axes: {model.width: [32, 64], parameterization.base.lr: [0.01, 0.02]}     # their product
-    zip: [{model.depth: 2, model.kv_heads: 1}, {model.depth: 4, model.kv_heads: 2}]   # move together; a list of such lists: product
-    derive: {training.tokens: "20 * model.width ** 2", model.aspect: null}    # expressions, or constants
+    zip: [{model.depth: 2, model.kv_heads: 1}, {model.depth: 4, model.kv_heads: 2}]   # move
+                                                                                      together; a
+                                                                                      list of such
+                                                                                      lists: product
+    derive: {training.tokens: "20 * model.width ** 2", model.aspect: null}    # expressions, or
+                                                                              constants
     where: model.width >= 64 or model.depth == 2        # drops all other combinations
     seeds: 1                                            # only 0; or a list
-    refine: {x: parameterization.base.lr, seeds: 3}     # then 0, 1, 2 at the best rate of each width and at its neighbours
+    refine: {x: parameterization.base.lr, seeds: 3}     # then 0, 1, 2 at the best rate of each
+                                                        width and at its neighbours
     processes: 2                                        # of each run, under torchrun
     fit: [{form: quadratic_log, x: parameterization.base.lr, y: val_loss, group: model.width}]
 
-A name in an expression has the value that the run's config will have, with defaults and what follows from other keys.
+A name in an expression has the value that the run's config will have, with defaults and what
+follows from other keys.
 """
 
 from __future__ import annotations
@@ -34,7 +41,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from archscale.config import Config
-from archscale.config_io import Layer, all_keys, explain, nearest, our_name, read_file, read_layers, show
+from archscale.config_io import (
+    Layer,
+    all_keys,
+    explain,
+    nearest,
+    our_name,
+    read_file,
+    read_layers,
+    show,
+)
 from archscale.errors import ConfigError
 from archscale.scaling.expressions import Expression, as_number
 from archscale.scaling.fit import window
@@ -82,7 +98,9 @@ class Grid:
         for layer in self._layers[len(self._layers) - len(overrides) :]:
             key = next(_leaves(layer.data))
             if taken := next((k for k in self.keys if _overlap(k, key)), None):
-                raise ConfigError(f"the grid sets {taken}", layer.origin, f"change {taken} in {path}")
+                raise ConfigError(
+                    f"the grid sets {taken}", layer.origin, f"change {taken} in {path}"
+                )
 
     @cached_property
     def keys(self) -> list[str]:
@@ -92,7 +110,8 @@ class Grid:
         return [*zips, *self.content.axes, *seeds, *self.content.derive]
 
     def runs(self) -> list[GridRun]:
-        """Every run but those of `refine`, in the order of zip, axes and seeds, the last one fastest.
+        """Every run but those of `refine`, in the order of zip, axes and seeds, the last one
+        fastest.
 
         Raises:
             ConfigError: none are left, or one of them has no config; the line names its values.
@@ -102,8 +121,9 @@ class Grid:
     def refined(self, y: Mapping[str, float], kept: Container[str] = ()) -> list[GridRun]:
         """The runs of `refine` that are not among `runs`.
 
-        Each combination of all keys but x and the seed gets them at `points` consecutive values of x around the one whose y, the mean
-        over its seeds, is lowest; at an end of the axis the window stays inside. A combination of which no run has a y gets none.
+        Each combination of all keys but x and the seed gets them at `points` consecutive values of
+        x around the one whose y, the mean over its seeds, is lowest; at an end of the axis the
+        window stays inside. A combination of which no run has a y gets none.
 
         Args:
             y: of finished runs, by name; what is not finite is left out.
@@ -122,7 +142,9 @@ class Grid:
             values = sorted(by_x, key=as_number)
             means = [sum(by_x[x]) / len(by_x[x]) if by_x[x] else math.inf for x in values]
             if min(means) < math.inf:
-                windows[others] = values[window(means.index(min(means)), refine.points, len(values))]
+                windows[others] = values[
+                    window(means.index(min(means)), refine.points, len(values))
+                ]
         seeds = [seed for seed in refine.seeds if seed not in (self.content.seeds or [])]
         return [
             run
@@ -132,18 +154,27 @@ class Grid:
 
     def _others(self, run: GridRun) -> str:
         """What a run shares with those between which `refine` chooses."""
-        skip = {"seed", *([self.content.refine.x] if self.content.refine else []), *self.content.derive}
+        skip = {
+            "seed",
+            *([self.content.refine.x] if self.content.refine else []),
+            *self.content.derive,
+        }
         return json.dumps([run.values[key] for key in self.keys if key not in skip], default=str)
 
     def _expand(self, seeds: Sequence[int] | None) -> list[GridRun]:
         content = self.content
-        parts = [*content.zip, *([{key: value} for value in values] for key, values in content.axes.items())]
+        parts = [
+            *content.zip,
+            *([{key: value} for value in values] for key, values in content.axes.items()),
+        ]
         if seeds is not None:
             parts.append([{"seed": seed} for seed in seeds])
         count = math.prod(map(len, parts))
         if count > MOST_RUNS:
             remedy = "leave out values, or make several grids of it"
-            raise ConfigError(f"{count:,} combinations are more than {MOST_RUNS:,}", str(self.path), remedy)
+            raise ConfigError(
+                f"{count:,} combinations are more than {MOST_RUNS:,}", str(self.path), remedy
+            )
         found, problems, causes = [], [], set()
         for combination in itertools.product(*parts):
             point = {key: value for part in combination for key, value in part.items()}
@@ -152,7 +183,11 @@ class Grid:
                 run = self._run(point, self._name(combination), where)
             except ConfigError as error:
                 causes.add(str(error))
-                problems.append(ConfigError(f"{error.what}, {error.where.partition(' in ')[0]}", where, error.remedy))
+                problems.append(
+                    ConfigError(
+                        f"{error.what}, {error.where.partition(' in ')[0]}", where, error.remedy
+                    )
+                )
                 if len(causes) == 1 and len(problems) == count:
                     raise  # not the fault of one combination: say where it stands
                 continue
@@ -162,13 +197,17 @@ class Grid:
             raise ConfigError.several(problems)
         if not found:
             raise ConfigError(
-                f"`where` drops all {count} combinations", f"where in {self.path}", "loosen it, or add values"
+                f"`where` drops all {count} combinations",
+                f"where in {self.path}",
+                "loosen it, or add values",
             )
         return found
 
     def _run(self, point: Point, name: str, where: str) -> GridRun | None:
         values = dict(point)
-        resolved: list[Mapping[str, Any]] = []  # of the values so far, built only where an expression needs it
+        resolved: list[
+            Mapping[str, Any]
+        ] = []  # of the values so far, built only where an expression needs it
 
         def value(key: str) -> Any:
             if key in values:
@@ -177,7 +216,8 @@ class Grid:
                 resolved.append(self._config(values, name).resolved())
             found: Any = resolved[0]
             for part in key.split("."):
-                found = None if found is None else found[part]  # keys of a section that is null are null
+                # keys of a section that is null are null
+                found = None if found is None else found[part]
             return found
 
         for key, derived in self._derived:
@@ -206,7 +246,9 @@ class Grid:
             told += [f"{self._short(key)}{_value_text(part[key])}" for key in keys]
         name = "_".join(told) or self.content.name
         exact = json.dumps(combination, sort_keys=True, default=str)
-        if len(name) > LONGEST_NAME or any(isinstance(v, dict | list) for part in combination for v in part.values()):
+        if len(name) > LONGEST_NAME or any(
+            isinstance(v, dict | list) for part in combination for v in part.values()
+        ):
             name = f"{name[:LONGEST_NAME]}_{zlib.crc32(exact.encode()):08x}"
         return name
 
@@ -220,13 +262,17 @@ class Grid:
         return ".".join(end)
 
     def _in_order(self) -> list[tuple[str, Any]]:
-        """Derived keys, each after those that it names; among them first what needs nothing but the grid's own values, so that a
-        config which is built to look up any other key has as many of them as can be."""
+        """Derived keys, each after those that it names; among them first what needs nothing but the
+        grid's own values, so that a config which is built to look up any other key has as many of
+        them as can be."""
         pending = {
             key: self._expression(value, f"derive.{key}") if isinstance(value, str) else value
             for key, value in self.content.derive.items()
         }
-        names = {key: value.names if isinstance(value, Expression) else set() for key, value in pending.items()}
+        names = {
+            key: value.names if isinstance(value, Expression) else set()
+            for key, value in pending.items()
+        }
         own = set(self.keys) - pending.keys()
         found: list[tuple[str, Any]] = []
         while pending:
@@ -234,7 +280,9 @@ class Grid:
             if not ready:
                 circle = ", ".join(pending)
                 raise ConfigError(
-                    "derived keys need each other", f"derive of {circle} in {self.path}", "break the circle"
+                    "derived keys need each other",
+                    f"derive of {circle} in {self.path}",
+                    "break the circle",
                 )
             key = next((key for key in ready if names[key] <= own), ready[0])
             found.append((key, pending.pop(key)))
@@ -246,23 +294,35 @@ class Grid:
 
     def _check_keys(self) -> None:
         content, path = self.content, self.path
-        named = [("axes", key) for key in content.axes] + [("derive", key) for key in content.derive]
+        named = [("axes", key) for key in content.axes] + [
+            ("derive", key) for key in content.derive
+        ]
         for number, part in enumerate(content.zip):
             which = f"zip.{number}" if len(content.zip) > 1 else "zip"
             if not part[0]:
                 raise ConfigError(
-                    "there is nothing in it", f"{which} in {path}", "give `key: value` pairs, or remove it"
+                    "there is nothing in it",
+                    f"{which} in {path}",
+                    "give `key: value` pairs, or remove it",
                 )
             for point in part[1:]:
                 if point.keys() != part[0].keys():
                     odd = sorted(point.keys() ^ part[0].keys())[0]
-                    raise ConfigError(f"{odd} is not in all of its entries", f"{which} in {path}", "give it in all")
+                    raise ConfigError(
+                        f"{odd} is not in all of its entries",
+                        f"{which} in {path}",
+                        "give it in all",
+                    )
             if twice := _twice(part):
-                raise ConfigError(f"{describe(twice)} is there twice", f"{which} in {path}", "remove one of them")
+                raise ConfigError(
+                    f"{describe(twice)} is there twice", f"{which} in {path}", "remove one of them"
+                )
             named += [(which, key) for key in part[0]]
         if not content.axes and not content.zip and content.seeds is None:
             raise ConfigError(
-                "the grid has no axes", str(path), "give `axes:`, `zip:` or `seeds:`, or use archscale train"
+                "the grid has no axes",
+                str(path),
+                "give `axes:`, `zip:` or `seeds:`, or use archscale train",
             )
         if content.seeds is not None and len(set(content.seeds)) < len(content.seeds):
             raise ConfigError("a seed is there twice", f"seeds in {path}", "remove one of them")
@@ -273,21 +333,33 @@ class Grid:
         for section, key in named:
             where = f"{section}.{key} in {path}"
             if key in ("name", "base"):
-                raise ConfigError(f"a grid cannot set {key}", where, "leave it out: runs are named by their values")
+                raise ConfigError(
+                    f"a grid cannot set {key}",
+                    where,
+                    "leave it out: runs are named by their values",
+                )
             if key not in KEYS:
                 keys = sorted(KEYS)
-                close = our_name(key, keys) or next((k for k in keys if k.endswith(f".{key}")), None)
+                close = our_name(key, keys) or next(
+                    (k for k in keys if k.endswith(f".{key}")), None
+                )
                 close = close or nearest(key, keys)
                 remedy = f"did you mean {close}?" if close else "give dotted keys of the config"
                 raise ConfigError(f"unknown key {show(key)}", where, remedy)
         for (_, first), (section, second) in itertools.combinations(named, 2):
             if _overlap(first, second):
-                what = f"{first} is set twice" if first == second else f"{first} and {second} set the same"
+                what = (
+                    f"{first} is set twice"
+                    if first == second
+                    else f"{first} and {second} set the same"
+                )
                 raise ConfigError(what, f"{section}.{second} in {path}", "leave one of them out")
         for key, values in content.axes.items():
             where = f"axes.{key} in {path}"
             if not values:
-                raise ConfigError("the axis has no values", where, "give a list of values, or remove it")
+                raise ConfigError(
+                    "the axis has no values", where, "give a list of values, or remove it"
+                )
             if twice := _twice([{key: value} for value in values]):
                 raise ConfigError(f"{show(twice[key])} is there twice", where, "remove one of them")
 
@@ -295,18 +367,30 @@ class Grid:
         where = f"refine in {self.path}"
         if refine.x not in self.content.axes:
             raise ConfigError(
-                f"{show(refine.x)} is no axis", f"refine.x in {self.path}", f"give one of {', '.join(self.content.axes)}"
-                if self.content.axes else "add it to `axes:`",
-            )  # fmt: skip
-        if any(isinstance(as_number(value), bool) or not isinstance(as_number(value), int | float)
-               for value in self.content.axes[refine.x]):  # fmt: skip
-            raise ConfigError(f"the values of {refine.x} are not all numbers, so none has neighbours",
-                              f"refine.x in {self.path}", "give an axis of numbers")  # fmt: skip
+                f"{show(refine.x)} is no axis",
+                f"refine.x in {self.path}",
+                (
+                    f"give one of {', '.join(self.content.axes)}"
+                    if self.content.axes
+                    else "add it to `axes:`"
+                ),
+            )
+        if any(
+            isinstance(as_number(value), bool) or not isinstance(as_number(value), int | float)
+            for value in self.content.axes[refine.x]
+        ):
+            raise ConfigError(
+                f"the values of {refine.x} are not all numbers, so none has neighbours",
+                f"refine.x in {self.path}",
+                "give an axis of numbers",
+            )
         if self.content.seeds is None:
             raise ConfigError("more seeds than none", where, "add `seeds: 1`, or remove refine")
         if set(refine.seeds) <= set(self.content.seeds):
             raise ConfigError(
-                "all of its seeds are in `seeds`", f"refine.seeds in {self.path}", "add others, or remove refine"
+                "all of its seeds are in `seeds`",
+                f"refine.seeds in {self.path}",
+                "add others, or remove refine",
             )
 
 
@@ -327,13 +411,17 @@ def read_grid(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Gr
 
 def describe(point: Mapping[str, Any]) -> str:
     """Such as `model.width 64, seed 0`."""
-    return ", ".join(f"{key} {value if isinstance(value, str) else show(value)}" for key, value in point.items())
+    return ", ".join(
+        f"{key} {value if isinstance(value, str) else show(value)}" for key, value in point.items()
+    )
 
 
 def _twice(points: Sequence[Point]) -> Point | None:
     seen = set()
     for point in points:
-        text = json.dumps({key: as_number(value) for key, value in point.items()}, sort_keys=True, default=str)
+        text = json.dumps(
+            {key: as_number(value) for key, value in point.items()}, sort_keys=True, default=str
+        )
         text = re.sub(r"\.0(?=[,}\]])", "", text)  # 1 and 1.0 are one value
         if text in seen:
             return point

@@ -83,7 +83,8 @@ class RefineConfig(Section):
 
 
 class GridConfig(ClusterSections):
-    """The keys of a grid file; `processes` and those of clusters are in `archscale.scaling.cluster_config`."""
+    """The keys of a grid file; `processes` and those of clusters are in
+    `archscale.scaling.cluster_config`."""
 
     name: Text
     """Of the sweep and of its directory, runs/<name>."""
@@ -100,19 +101,24 @@ class GridConfig(ClusterSections):
     seeds: Seeds | None = None
     """In the file also how many, from 0 on; null: the base's."""
     refine: RefineConfig | None = None
-    """A second stage: more seeds around the best value of one axis, for each combination of the others."""
+    """A second stage: more seeds around the best value of one axis, for each combination of the
+    others."""
     fit: list[FitConfig] = Field(default_factory=list)
     """Fits over the finished runs."""
 
     def problems(self) -> Iterator[ConfigError]:
         yield from super().problems()
         if not re.fullmatch(r"[\w+-][\w.+-]*", self.name):
-            yield ConfigError(f"{self.name!r} cannot name a directory", "name", "use letters, digits, - and _")
+            yield ConfigError(
+                f"{self.name!r} cannot name a directory", "name", "use letters, digits, - and _"
+            )
 
     @field_validator("zip", mode="before")
     @classmethod
     def _one_zip(cls, value: Any) -> Any:
-        return [value] if isinstance(value, list) and value and isinstance(value[0], dict) else value
+        return (
+            [value] if isinstance(value, list) and value and isinstance(value[0], dict) else value
+        )
 
     @field_validator("seeds", mode="before")
     @classmethod

@@ -1,7 +1,8 @@
-"""Running many commands at once on this machine: each in a process of its own, tried again when it crashes.
+"""Running many commands at once on this machine: each in a process of its own, tried again when it
+crashes.
 
-A job that is refused (it ends with an `archscale:` line) would be refused again and is not repeated; one that crashes or is
-killed is, `retries` times, and resumes from its own checkpoints.
+A job that is refused (it ends with an `archscale:` line) would be refused again and is not
+repeated; one that crashes or is killed is, `retries` times, and resumes from its own checkpoints.
 """
 
 from __future__ import annotations
@@ -21,11 +22,19 @@ from typing import Any, Literal, NamedTuple
 POLL = 0.1  # seconds
 GRACE = 10.0  # seconds between asking a job to end and killing it
 TAIL = 1 << 16  # bytes of a log in which the reason of a failure is looked for
-# What torchrun or Slurm may have set around the sweep, and what would make a run believe that it is part of it.
+# What torchrun or Slurm may have set around the sweep, and what would make a run believe that it is
+# part of it.
 FOREIGN = (
-    "RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-    "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_RUN_ID",
-)  # fmt: skip
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_RUN_ID",
+)
 
 
 @dataclass(frozen=True)
@@ -45,18 +54,25 @@ class Job:
     processes: int = 1
 
     def command(self, nodes: int = 1, rendezvous: Sequence[str] = ("--standalone",)) -> list[str]:
-        """Its command line on one of `nodes`, which meet by these options of torchrun; all of its processes end when this one does."""
+        """Its command line on one of `nodes`, which meet by these options of torchrun; all of its
+        processes end when this one does."""
         child = ["-m", "archscale.scaling.child"]
         archscale = ["-m", "archscale", *self.arguments]
         if self.processes == 1:
             return [sys.executable, *child, str(self.log), str(os.getpid()), *archscale]
-        torchrun = ["-m", "torch.distributed.run", *rendezvous, f"--nproc_per_node={self.processes // nodes}"]
+        torchrun = [
+            "-m",
+            "torch.distributed.run",
+            *rendezvous,
+            f"--nproc_per_node={self.processes // nodes}",
+        ]
         ranks = [*torchrun, *child, str(self.log), "0", *archscale]
         return [sys.executable, *child, "-", str(os.getpid()), *ranks]
 
 
 class Event(NamedTuple):
-    """What happened to a job: `reason` of a failure, whether it is `again` tried; `task` of a cluster that it is."""
+    """What happened to a job: `reason` of a failure, whether it is `again` tried; `task` of a
+    cluster that it is."""
 
     what: Literal["submitted", "attached", "started", "requeued", "finished", "failed"]
     job: Job
@@ -68,11 +84,13 @@ class Event(NamedTuple):
 
 
 Launcher = Callable[[Sequence[Job], Callable[[Event], None], Callable[[], None]], dict[str, str]]
-"""Runs jobs as `run_local` does: jobs, what is told of events, what is called all the time; reasons of what failed, by name."""
+"""Runs jobs as `run_local` does: jobs, what is told of events, what is called all the time; reasons
+of what failed, by name."""
 
 
 def events_of(path: Path) -> Iterator[dict[str, Any]]:
-    """What sweep.jsonl tells; lines that a crash cut short, and a file that is not there, tell nothing."""
+    """What sweep.jsonl tells; lines that a crash cut short, and a file that is not there, tell
+    nothing."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -94,9 +112,15 @@ class _Running:
     process: subprocess.Popen[bytes]
 
 
-def run_local(jobs: Sequence[Job], slots: Sequence[Mapping[str, str]], retries: int,
-              tell: Callable[[Event], None], tick: Callable[[], None]) -> dict[str, str]:  # fmt: skip
-    """Runs all jobs, as many at once as there are slots; returns the reason of each that failed for good, by name.
+def run_local(
+    jobs: Sequence[Job],
+    slots: Sequence[Mapping[str, str]],
+    retries: int,
+    tell: Callable[[Event], None],
+    tick: Callable[[], None],
+) -> dict[str, str]:
+    """Runs all jobs, as many at once as there are slots; returns the reason of each that failed for
+    good, by name.
 
     Args:
         slots: environment variables of the job that takes it, such as CUDA_VISIBLE_DEVICES.
@@ -123,7 +147,9 @@ def run_local(jobs: Sequence[Job], slots: Sequence[Mapping[str, str]], retries: 
                 again = not refused and one.attempt <= retries
                 tell(Event("failed", one.job, one.attempt, seconds, reason, again))
                 if again:
-                    waiting.append((one.job, one.attempt + 1))  # behind the others, who need not wait for it
+                    waiting.append(
+                        (one.job, one.attempt + 1)
+                    )  # behind the others, who need not wait for it
                 else:
                     failed[one.job.name] = reason
             tick()
@@ -139,7 +165,8 @@ def environment(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def threads() -> str:
-    """OMP_NUM_THREADS of a run on CPUs: one unless told, as torchrun does, so that sums are the same wherever it trains."""
+    """OMP_NUM_THREADS of a run on CPUs: one unless told, as torchrun does, so that sums are the
+    same wherever it trains."""
     told = os.environ.get("OMP_NUM_THREADS", "")
     return told if told.isdigit() and int(told) else "1"
 
@@ -150,9 +177,13 @@ def _start(job: Job, attempt: int, slot: int, variables: Mapping[str, str]) -> _
     with open(job.log, "ab") as log:
         offset = log.tell()
         process = subprocess.Popen(
-            job.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env,
+            job.command(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=env,
             start_new_session=True,  # Ctrl-C reaches the sweep alone, which then ends its jobs
-        )  # fmt: skip
+        )
     return _Running(job, attempt, slot, offset, time.monotonic(), process)
 
 
@@ -170,12 +201,23 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def why(log: Path, offset: int, status: int) -> tuple[str, bool]:
-    """The reason why a job ended with `status`, from what it wrote after `offset`, and whether it was refused."""
+    """The reason why a job ended with `status`, from what it wrote after `offset`, and whether it
+    was refused."""
     with open(log, "rb") as stream:
         stream.seek(max(offset, os.fstat(stream.fileno()).st_size - TAIL))
-        lines = [line.strip() for line in stream.read().decode(errors="replace").splitlines() if line.strip()]
-    told = [line for line in lines if line.startswith("archscale: ") and not line.startswith("archscale: warning")]
-    stuck = [line for line in told if "made no progress" in line]  # the watchdog's: a hang, worth another try
+        lines = [
+            line.strip()
+            for line in stream.read().decode(errors="replace").splitlines()
+            if line.strip()
+        ]
+    told = [
+        line
+        for line in lines
+        if line.startswith("archscale: ") and not line.startswith("archscale: warning")
+    ]
+    stuck = [
+        line for line in told if "made no progress" in line
+    ]  # the watchdog's: a hang, worth another try
     if told and not stuck:
         return told[-1].removeprefix("archscale: "), True
     if stuck:

@@ -1,7 +1,8 @@
-"""The forms that a law can have: prediction with derivatives, starts of the fit, and the parameters that are reported.
+"""The forms that a law can have: prediction with derivatives, starts of the fit, and the parameters
+that are reported.
 
-A law works on centred logarithms u = ln x − mean ln x: in them its parameters are nearly uncorrelated, and FLOPs of 1e21 are
-harmless.
+A law works on centred logarithms u = ln x − mean ln x: in them its parameters are nearly
+uncorrelated, and FLOPs of 1e21 are harmless.
 
 B fits, n points, p parameters, c columns of x; θ (B, p), u (c, n).
 """
@@ -22,7 +23,8 @@ class Reported:
 
     Attributes:
         logarithmic: it is positive and multiplicative, so intervals are made in its logarithm.
-        root: (constant, slope) if it is mean ln x + the root η of constant·θ + slope·θ η (`intervals.root_interval`).
+        root: (constant, slope) if it is mean ln x + the root η of constant·θ + slope·θ η
+            (`intervals.root_interval`).
     """
 
     name: str
@@ -80,7 +82,8 @@ class Power(Law):
 
 
 class PowerIrreducible(Law):
-    """y = E + A x^k, E of any sign: an interval that holds 0 says that no irreducible term is seen."""
+    """y = E + A x^k, E of any sign: an interval that holds 0 says that no irreducible term is
+    seen."""
 
     def predict(self, theta: Array, u: Array) -> tuple[Array, Array]:
         power = np.exp(theta[:, 1:2] + theta[:, 2:] * u)
@@ -108,11 +111,19 @@ class QuadraticLog(Law):
     def report(self, theta: Array, centre: Array) -> Array:
         constant, slope, curvature = theta.T
         with np.errstate(all="ignore"):
-            return np.stack([centre[0] - slope / (2 * curvature), constant - slope**2 / (4 * curvature), curvature], -1)
+            return np.stack(
+                [
+                    centre[0] - slope / (2 * curvature),
+                    constant - slope**2 / (4 * curvature),
+                    curvature,
+                ],
+                -1,
+            )
 
 
 class Chinchilla(Law):
-    """L(N, D) = E + A N^−α + B D^−β (Hoffmann et al. 2022, section 3.3), E of any sign. θ = (E, ln A, α, ln B, β)."""
+    """L(N, D) = E + A N^−α + B D^−β (Hoffmann et al. 2022, section 3.3), E of any sign. θ = (E, ln
+    A, α, ln B, β)."""
 
     def predict(self, theta: Array, u: Array) -> tuple[Array, Array]:
         E, a, alpha, b, beta = (theta[:, i : i + 1] for i in range(5))
@@ -139,9 +150,11 @@ class Chinchilla(Law):
 
 @dataclass(frozen=True)
 class JointQuadratic(Law):
-    """y = minimum_g + curvature_g (ln x − ln A − k ln t)² for all groups g at once: their optima lie on a power law of t.
+    """y = minimum_g + curvature_g (ln x − ln A − k ln t)² for all groups g at once: their optima
+    lie on a power law of t.
 
-    u has three rows: ln x, ln t, both centred, and the number of the group. θ = (centred ln A, k, G minima, G curvatures).
+    u has three rows: ln x, ln t, both centred, and the number of the group. θ = (centred ln A, k, G
+    minima, G curvatures).
 
     Attributes:
         first: (2 + 2 G,), the start, from separate fits of the groups.
@@ -158,7 +171,9 @@ class JointQuadratic(Law):
         own = (group[:, None] == np.arange(G)).astype(float)
         pull = -2 * curvature * apart
         minima = np.broadcast_to(own, (len(theta), *own.shape))
-        return f, np.concatenate([pull[..., None], (pull * u[1])[..., None], minima, own * apart[..., None] ** 2], -1)
+        return f, np.concatenate(
+            [pull[..., None], (pull * u[1])[..., None], minima, own * apart[..., None] ** 2], -1
+        )
 
     def starts(self, u: Array, y: Array) -> Array:
         return self.first[None]
@@ -172,27 +187,52 @@ COEFFICIENT, EXPONENT = Reported("coefficient", True), Reported("exponent")
 LAWS: dict[str, Law] = {
     "power": Power("coefficient · x^exponent", 2, "log", (COEFFICIENT, EXPONENT)),
     "power_irreducible": PowerIrreducible(
-        "irreducible + coefficient · x^exponent", 3, "log", (Reported("irreducible"), COEFFICIENT, EXPONENT)
+        "irreducible + coefficient · x^exponent",
+        3,
+        "log",
+        (Reported("irreducible"), COEFFICIENT, EXPONENT),
     ),
     "quadratic_log": QuadraticLog(
-        "minimum + curvature · (ln x − ln optimum)²", 3, "linear",
-        (Reported("optimum", True, root=((0, 1, 0), (0, 0, 2))), Reported("minimum"), Reported("curvature")), positive=False,
+        "minimum + curvature · (ln x − ln optimum)²",
+        3,
+        "linear",
+        (
+            Reported("optimum", True, root=((0, 1, 0), (0, 0, 2))),
+            Reported("minimum"),
+            Reported("curvature"),
+        ),
+        positive=False,
         extrapolates=False,
     ),
     "chinchilla": Chinchilla(
-        "E + A · N^−alpha + B · D^−beta", 5, "log",
-        (Reported("E"), Reported("A", True), Reported("alpha"), Reported("B", True), Reported("beta"),
-         Reported("N_exponent")), columns=2,
+        "E + A · N^−alpha + B · D^−beta",
+        5,
+        "log",
+        (
+            Reported("E"),
+            Reported("A", True),
+            Reported("alpha"),
+            Reported("B", True),
+            Reported("beta"),
+            Reported("N_exponent"),
+        ),
+        columns=2,
     ),
-}  # fmt: skip
+}
 
 
 def joint_quadratic(first: Sequence[float]) -> JointQuadratic:
     """For (len(first) − 2) / 2 groups, starting at `first`."""
     return JointQuadratic(
-        "minimum_g + curvature_g · (ln x − ln coefficient − exponent · ln t)²", len(first), "linear",
-        (COEFFICIENT, EXPONENT), columns=3, positive=False, extrapolates=False, first=np.asarray(first, dtype=float),
-    )  # fmt: skip
+        "minimum_g + curvature_g · (ln x − ln coefficient − exponent · ln t)²",
+        len(first),
+        "linear",
+        (COEFFICIENT, EXPONENT),
+        columns=3,
+        positive=False,
+        extrapolates=False,
+        first=np.asarray(first, dtype=float),
+    )
 
 
 def _line(u: Array, z: Array) -> Array:

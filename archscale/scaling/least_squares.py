@@ -15,7 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.floating[Any]]
-Model = Callable[[Array], tuple[Array, Array]]  # θ (B, p) → prediction (B, n), its derivatives (B, n, p)
+Model = Callable[
+    [Array], tuple[Array, Array]
+]  # θ (B, p) → prediction (B, n), its derivatives (B, n, p)
 
 LIMIT = 200  # iterations; a fit of informative data takes 5 to 20
 
@@ -48,12 +50,14 @@ def solve(
     weights: Array | None = None,
     limit: int = LIMIT,
 ) -> Solution:
-    """Minimizes Σ w ρ(z − model(θ)) by Levenberg–Marquardt with Marquardt's scaling, each fit with its own damping.
+    """Minimizes Σ w ρ(z − model(θ)) by Levenberg–Marquardt with Marquardt's scaling, each fit with
+    its own damping.
 
     Args:
         z: (B, n) or (1, n), what is fitted.
         theta: (B, p), starts.
-        delta: ρ is Huber's: r²/2 up to |r| = delta, linear beyond (iteratively reweighted); None: r²/2.
+        delta: ρ is Huber's: r²/2 up to |r| = delta, linear beyond (iteratively reweighted); None:
+            r²/2.
         weights: (B, n), w; None: 1.
         limit: iterations.
     """
@@ -62,7 +66,9 @@ def solve(
     z = np.broadcast_to(z, (B, z.shape[-1]))
     w = np.ones_like(z) if weights is None else np.broadcast_to(weights, z.shape)
     residuals, jacobian, objective = _evaluate(model, z, w, theta, delta)
-    damping = np.full(B, 1e-9)  # near nothing: a form that is linear in θ is solved by the first step
+    damping = np.full(
+        B, 1e-9
+    )  # near nothing: a form that is linear in θ is solved by the first step
     converged = np.zeros(B, dtype=bool)
     rounding = 1e-30 * (w * z * z).sum(1)  # residuals of a perfect fit
     active = np.flatnonzero(np.isfinite(objective))
@@ -83,7 +89,9 @@ def solve(
         taken = active[better]
         theta[taken] += step[better]
         residuals[taken], jacobian[taken], objective[taken] = (part[better] for part in trial)
-        damping[active] = np.where(better, np.maximum(damping[active] / 30, 1e-12), damping[active] * 30)
+        damping[active] = np.where(
+            better, np.maximum(damping[active] / 30, 1e-12), damping[active] * 30
+        )
         # A step that only rounding keeps from improving is the end as well.
         done |= ~better & (decrement <= 1e-9 * objective[active] + rounding[active])
         converged[active[done]] = True
@@ -94,8 +102,8 @@ def solve(
 def covariance(solution: Solution, delta: float | None = None) -> Array:
     """(B, p, p): asymptotic covariance of θ from each fit's own residuals; no weights.
 
-    s² (JᵀJ)⁻¹ with s² = Σ r² / (n − p); under Huber's ρ, s² is K² [Σ ψ² / (n − p)] / [mean ψ′]², K = 1 + (p / n)
-    (1 − mean ψ′) / mean ψ′ (Huber, Robust Statistics, section 7.6).
+    s² (JᵀJ)⁻¹ with s² = Σ r² / (n − p); under Huber's ρ, s² is K² [Σ ψ² / (n − p)] / [mean ψ′]², K
+    = 1 + (p / n) (1 − mean ψ′) / mean ψ′ (Huber, Robust Statistics, section 7.6).
     """
     r, J = solution.residuals, solution.jacobian
     n, p = J.shape[1:]
@@ -106,7 +114,9 @@ def covariance(solution: Solution, delta: float | None = None) -> Array:
         variance *= ((1 + p / n * (1 - inside) / inside) / inside) ** 2
     normal = J.mT @ J
     size = np.sqrt(np.maximum(np.einsum("bpp->bp", normal), 1e-300))
-    scaled = normal / (size[:, :, None] * size[:, None, :])  # unit diagonal: parameters may differ by many decades
+    scaled = normal / (
+        size[:, :, None] * size[:, None, :]
+    )  # unit diagonal: parameters may differ by many decades
     inverse = np.linalg.pinv(scaled, hermitian=True, rcond=1e-15)
     return variance[:, None, None] * inverse / (size[:, :, None] * size[:, None, :])
 
@@ -118,8 +128,11 @@ def huber_weights(residuals: Array, delta: float | None) -> Array:
     return delta / np.maximum(np.abs(residuals), delta)
 
 
-def _evaluate(model: Model, z: Array, w: Array, theta: Array, delta: float | None) -> tuple[Array, Array, Array]:
-    """Residuals, Jacobian, objective; the objective of a θ that has none is infinite, so that no step leads there."""
+def _evaluate(
+    model: Model, z: Array, w: Array, theta: Array, delta: float | None
+) -> tuple[Array, Array, Array]:
+    """Residuals, Jacobian, objective; the objective of a θ that has none is infinite, so that no
+    step leads there."""
     with np.errstate(all="ignore"):
         prediction, jacobian = model(theta)
         r = z - prediction

@@ -1,7 +1,7 @@
 """The plan before the bill: what a config will train, cost and need, without starting anything.
 
-`make_plan` gathers figures and every problem it finds. What it lists as a problem, `archscale train` refuses. Writing for
-people is in `archscale.scaling.plan_text`.
+`make_plan` gathers figures and every problem it finds. What it lists as a problem, `archscale
+train` refuses. Writing for people is in `archscale.scaling.plan_text`.
 """
 
 from __future__ import annotations
@@ -22,16 +22,23 @@ from archscale.scaling.plan_text import size
 # Float32 buffers per element that a rule keeps; a test compares them with the optimizer's.
 STATE_BUFFERS = {"adamw": 2, "adamh": 2, "lamb": 2}
 ELEMENTWISE = ("adamw", "adamh", "lamb", "lion", "sgd")  # rules that orthogonalize nothing
-MANY_PASSES = 4  # over the data; up to there repeated text is about as good as new text (arXiv 2305.16264)
+MANY_PASSES = (
+    4  # over the data; up to there repeated text is about as good as new text (arXiv 2305.16264)
+)
 PADDING = 128  # a multiple that matrix units like for the vocabulary
 INITIALIZATION = {
-    "matrix": "U(±1/√fan_in)", "embedding": "N(0, 1e-4)", "head": "N(0, 0.02)", "vector": "1", "tied": "N(0, 0.02)"
-}  # fmt: skip
+    "matrix": "U(±1/√fan_in)",
+    "embedding": "N(0, 1e-4)",
+    "head": "N(0, 0.02)",
+    "vector": "1",
+    "tied": "N(0, 0.02)",
+}
 
 
 @dataclass
 class Plan:
-    """What a config amounts to. A section of `figures` is missing where a problem keeps it from being known."""
+    """What a config amounts to. A section of `figures` is missing where a problem keeps it from
+    being known."""
 
     config: Config  # resolved as far as possible
     figures: dict[str, Any] = field(default_factory=dict)
@@ -63,7 +70,8 @@ def make_plan(
         device: what it will run on; a plan that does not fit into its memory is a problem.
         mfu: share of the peak that training is assumed to reach.
         compare: further devices whose time and fit are worth knowing.
-        data_tokens: tokens of the training split; None where it is not known, as before the data set is prepared.
+        data_tokens: tokens of the training split; None where it is not known, as before the data
+            set is prepared.
     """
     plan = Plan(config)
     unknown = list(rules.problems(config.model, config.parameterization, config.optimizer))
@@ -73,19 +81,26 @@ def make_plan(
     if config.model.vocab_size is None:
         plan.problems.append(
             ConfigError(
-                "the vocabulary is not known, so nothing can be counted", "model.vocab_size",
+                "the vocabulary is not known, so nothing can be counted",
+                "model.vocab_size",
                 "prepare data.train, or give its size",
             )
-        )  # fmt: skip
+        )
         return plan
     plan.advice += _advice(config)
     model = config.model
     plan.figures["model"] = {
-        **{key: getattr(model, key) for key in ("depth", "width", "heads", "kv_heads", "head_dim", "mlp", "mlp_hidden")},
-        "context": model.context, "vocab_size": model.vocab_size, "tied_embeddings": model.tied_embeddings,
-        "moe": model.moe and model.moe.model_dump(), "parameters": asdict(counting.parameters(model)),
+        **{
+            key: getattr(model, key)
+            for key in ("depth", "width", "heads", "kv_heads", "head_dim", "mlp", "mlp_hidden")
+        },
+        "context": model.context,
+        "vocab_size": model.vocab_size,
+        "tied_embeddings": model.tied_embeddings,
+        "moe": model.moe and model.moe.model_dump(),
+        "parameters": asdict(counting.parameters(model)),
         "published_parameters": counting.published_parameters(model),
-    }  # fmt: skip
+    }
     resolved = _attempt(plan, lambda: rules.resolve(config))
     if resolved is None:
         return plan
@@ -99,14 +114,25 @@ def make_plan(
     plan.figures["flops"] = flops = _flops(config, accumulation or 1)
     if transfer is None or shard is None or accumulation is None:
         return plan
-    need = _memory(plan, transfer, world_size, shard, accumulation, bool(device and device.name == "cpu"))
+    need = _memory(
+        plan, transfer, world_size, shard, accumulation, bool(device and device.name == "cpu")
+    )
     plan.figures["devices"] = [
-        _on_device(d, flops, config.steps, sum(plan.figures["communication"].values()), world_size, mfu, need.peak)
+        _on_device(
+            d,
+            flops,
+            config.steps,
+            sum(plan.figures["communication"].values()),
+            world_size,
+            mfu,
+            need.peak,
+        )
         for d in ([device] if device else []) + [*compare]
     ]
     if device and device.room is not None and need.peak > device.room:
         problem = _does_not_fit(config, device, need)
-        # A compiled model keeps less for its backward pass than is planned; how much less is not known beforehand.
+        # A compiled model keeps less for its backward pass than is planned; how much less is not
+        # known beforehand.
         certain = not config.training.compile or need.peak - need.terms["activations"] > device.room
         (plan.problems if certain else plan.advice).append(problem)
     return plan
@@ -117,14 +143,17 @@ def _advice(config: Config) -> Iterator[ConfigError]:
     vocab = counting.vocabulary(model)
     if config.training.precision == "bf16" and vocab % PADDING:
         yield ConfigError(
-            f"a vocabulary of {vocab} is slow on matrix units", "model.vocab_size",
+            f"a vocabulary of {vocab} is slow on matrix units",
+            "model.vocab_size",
             f"set it to {-(-vocab // PADDING) * PADDING}; the rest is padding",
-        )  # fmt: skip
+        )
     if model.moe and model.moe.routed_per_token == 1:
         yield ConfigError(
-            "the gate of one routed expert a token is always 1: the router learns from the balance loss alone",
-            "model.moe.top_k", f"set it to at least {model.moe.top_k + 1}",
-        )  # fmt: skip
+            "the gate of one routed expert a token is always 1: the router learns from the balance"
+            " loss alone",
+            "model.moe.top_k",
+            f"set it to at least {model.moe.top_k + 1}",
+        )
     if kind != "standard" and not model.depth_mup:
         yield ConfigError(
             f"without Depth-μP {kind} does not transfer over depth",
@@ -133,12 +162,15 @@ def _advice(config: Config) -> Iterator[ConfigError]:
         )
     if kind == "hyperp" and model.moe and not model.moe.sqrt_gate:
         yield ConfigError(
-            "without SqrtGate hyperp does not transfer over the number of experts", "model.moe.sqrt_gate",
+            "without SqrtGate hyperp does not transfer over the number of experts",
+            "model.moe.sqrt_gate",
             "set it to true, unless you study it",
-        )  # fmt: skip
+        )
     if kind == "hyperp" and config.schedule.warmup_tokens:
         yield ConfigError(
-            "hyperp's rules were found without warm-up", "schedule.warmup_tokens", "set it to 0, unless you study it"
+            "hyperp's rules were found without warm-up",
+            "schedule.warmup_tokens",
+            "set it to 0, unless you study it",
         )
 
 
@@ -158,11 +190,16 @@ def _parameterization(config: Config, transfer: rules.Transfer | None) -> dict[s
         "residual_multiplier": 1 / math.sqrt(2 * model.depth) if model.depth_mup else 1.0,
     }
     if transfer:
-        found |= {"logit_scale": transfer.logit_scale, "router_logit_scale": transfer.router_logit_scale}
+        found |= {
+            "logit_scale": transfer.logit_scale,
+            "router_logit_scale": transfer.router_logit_scale,
+        }
         found["roles"] = {
             role: {
                 **asdict(settings),
-                "initialization": INITIALIZATION["tied" if role == "embedding" and model.tied_embeddings else role],
+                "initialization": INITIALIZATION[
+                    "tied" if role == "embedding" and model.tied_embeddings else role
+                ],
             }
             for role, settings in transfer.roles.items()
         }
@@ -170,7 +207,8 @@ def _parameterization(config: Config, transfer: rules.Transfer | None) -> dict[s
 
 
 def _training(config: Config, world_size: int, accumulation: int | None) -> dict[str, Any]:
-    """`accumulation` is None where the devices cannot divide the batch, which is a problem of the plan."""
+    """`accumulation` is None where the devices cannot divide the batch, which is a problem of the
+    plan."""
     batches, context = config.batches, config.model.context
     steps, parameters = config.steps, counting.parameters(config.model)
     return {
@@ -178,7 +216,9 @@ def _training(config: Config, world_size: int, accumulation: int | None) -> dict
         "trained_tokens": batches.at(steps)[0] * context,
         "tokens_per_parameter": config.tokens / parameters.total,
         "tokens_per_active_parameter": config.tokens / parameters.active,
-        "tokens_per_published_parameter": config.tokens / counting.published_parameters(config.model),
+        "tokens_per_published_parameter": (
+            config.tokens / counting.published_parameters(config.model)
+        ),
         "batch_tokens": config.batch_tokens,
         "batch_sizes": batches.sizes,
         "steps": steps,
@@ -199,8 +239,8 @@ def _data(plan: Plan, tokens: int | None) -> dict[str, Any]:
         less = f", or set training.tokens to at most {fewer}" if fewer else ""
         plan.advice.append(
             ConfigError(
-                f"the run passes {passes:,.3g} times over its {tokens:,} tokens of data: repeated text teaches less "
-                "than new text, and the validation loss may rise",
+                f"the run passes {passes:,.3g} times over its {tokens:,} tokens of data: repeated"
+                " text teaches less than new text, and the validation loss may rise",
                 "training.tokens",
                 f"prepare more text{less}",
             )
@@ -209,18 +249,27 @@ def _data(plan: Plan, tokens: int | None) -> dict[str, Any]:
 
 
 def _flops(config: Config, accumulation: int) -> dict[str, Any]:
-    """`total` is useful work, as MFU counts it. `executed` is all that runs: also what is computed a second time, the counting
-    pass of a load balance (a step's first micro-batch needs none), and the optimizer's orthogonalization."""
+    """`total` is useful work, as MFU counts it. `executed` is all that runs: also what is computed
+    a second time, the counting pass of a load balance (a step's first micro-batch needs none), and
+    the optimizer's orthogonalization."""
     model, recompute = config.model, config.training.activation_checkpoint == "block"
     useful = counting.training_flops(model)
     again = counting.training_flops(model, recompute=recompute) - useful
     counted = 0.0
     if model.moe and model.moe.counts_first and accumulation > 1:
-        counted = (counting.training_flops(model, counting_pass=True) - useful) * (accumulation - 1) / accumulation
+        counted = (
+            (counting.training_flops(model, counting_pass=True) - useful)
+            * (accumulation - 1)
+            / accumulation
+        )
     elementwise = config.optimizer.matrix.rule in ELEMENTWISE
-    optimizer = 0 if elementwise else counting.optimizer_flops(
-        model, per_head=model.head_dim if config.optimizer.matrix.per_head else None
-    )  # fmt: skip
+    optimizer = (
+        0
+        if elementwise
+        else counting.optimizer_flops(
+            model, per_head=model.head_dim if config.optimizer.matrix.per_head else None
+        )
+    )
     return {
         "forward_per_token": counting.forward_flops(model),
         "training_per_token": useful,
@@ -235,7 +284,12 @@ def _flops(config: Config, accumulation: int) -> dict[str, Any]:
 
 
 def _memory(
-    plan: Plan, transfer: rules.Transfer, world_size: int, shard: int, accumulation: int, on_host: bool
+    plan: Plan,
+    transfer: rules.Transfer,
+    world_size: int,
+    shard: int,
+    accumulation: int,
+    on_host: bool,
 ) -> Memory:
     """Memory, communication and disk; returns the first.
 
@@ -245,20 +299,31 @@ def _memory(
     config, model = plan.config, plan.config.model
     matrix, parallel = config.optimizer.matrix, config.parallel
     state = {role: 4 * STATE_BUFFERS.get(of.rule, 1) for role, of in transfer.roles.items()}
-    state["matrix"] -= 2 * (matrix.momentum_dtype == "bfloat16")  # of Adam's two buffers only the first one
+    state["matrix"] -= 2 * (
+        matrix.momentum_dtype == "bfloat16"
+    )  # of Adam's two buffers only the first one
     step: dict[str, Any] = {
-        "precision": config.training.precision, "micro_batch": config.training.micro_batch,
-        "accumulation": accumulation, "engine": parallel.engine, "replicate": parallel.replicate,
-        "shard": shard, "expert": parallel.expert, "zero_stage": parallel.zero_stage,
-        "reshard_after_forward": parallel.reshard_after_forward, "orthogonal": () if matrix.rule in ELEMENTWISE else ("matrix",),
+        "precision": config.training.precision,
+        "micro_batch": config.training.micro_batch,
+        "accumulation": accumulation,
+        "engine": parallel.engine,
+        "replicate": parallel.replicate,
+        "shard": shard,
+        "expert": parallel.expert,
+        "zero_stage": parallel.zero_stage,
+        "reshard_after_forward": parallel.reshard_after_forward,
+        "orthogonal": () if matrix.rule in ELEMENTWISE else ("matrix",),
         "recompute": config.training.activation_checkpoint == "block",
         "wire_bytes": 4 if config.wire_dtype == "float32" else 2,
-    }  # fmt: skip
+    }
     need = memory(
-        model, **step, document_mask=config.data.document_mask, state_bytes=state,
+        model,
+        **step,
+        document_mask=config.data.document_mask,
+        state_bytes=state,
         offload=parallel.offload_optimizer and not on_host,
         compute_bytes=4 if config.compute_dtype == "float32" else 2,
-    )  # fmt: skip
+    )
     each = checkpoint_bytes(model, state)
     plan.figures["memory"] = {"peak": need.peak, "phases": need.phases, "terms": need.terms}
     plan.figures["communication"] = communication(model, **step)
@@ -271,9 +336,16 @@ def _memory(
 
 
 def _on_device(
-    device: Device, flops: dict[str, Any], steps: int, sent: int, world_size: int, mfu: float, peak: int
+    device: Device,
+    flops: dict[str, Any],
+    steps: int,
+    sent: int,
+    world_size: int,
+    mfu: float,
+    peak: int,
 ) -> dict[str, Any]:
-    """Time of all that runs at `mfu` of the peak, and the bandwidth that keeps communication from adding to it."""
+    """Time of all that runs at `mfu` of the peak, and the bandwidth that keeps communication from
+    adding to it."""
     seconds = None if device.peak is None else flops["executed"] / (device.peak * mfu * world_size)
     return {
         "device": device.name,
@@ -300,7 +372,9 @@ def _does_not_fit(config: Config, device: Device, need: Memory) -> ConfigError:
     assert device.room is not None
     eager = " (eager; a compiled model keeps less)" if config.training.compile else ""
     return ConfigError(
-        f"{size(need.peak)} a device{eager} do not fit into the {size(device.room)} that {device.name} has for them; the most "
-        "goes to " + " and ".join(f"{key.replace('_', ' ')} ({size(need.terms[key])})" for key in largest),
-        "training.micro_batch", remedy,
-    )  # fmt: skip
+        f"{size(need.peak)} a device{eager} do not fit into the {size(device.room)} that"
+        f" {device.name} has for them; the most goes to "
+        + " and ".join(f"{key.replace('_', ' ')} ({size(need.terms[key])})" for key in largest),
+        "training.micro_batch",
+        remedy,
+    )

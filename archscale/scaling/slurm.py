@@ -1,8 +1,9 @@
 """Runs of a sweep on a Slurm cluster, through submitit: one job array, a task for each run.
 
-The queue is Slurm's, the memory is the sweep directory's, and the sweep only looks on. `sweep.jsonl` has the task of each run, the
-tasks leave word in `slurm/`, and every job has the sweep's own name: killed at any instant, a sweep that starts again knows what
-is queued, what trains and what has ended meanwhile. Nothing here needs Slurm's accounting.
+The queue is Slurm's, the memory is the sweep directory's, and the sweep only looks on.
+`sweep.jsonl` has the task of each run, the tasks leave word in `slurm/`, and every job has the
+sweep's own name: killed at any instant, a sweep that starts again knows what is queued, what trains
+and what has ended meanwhile. Nothing here needs Slurm's accounting.
 """
 
 from __future__ import annotations
@@ -25,22 +26,34 @@ from archscale.scaling.slurm_task import Again, Task, words
 
 POLL = 0.5  # seconds between looks at what tasks have written
 QUEUE = (2.0, 30.0)  # seconds between looks at the queue: after news, and after a long time without
-GONE = 10.0  # seconds that word of a task which has left the queue may take to get here through a shared file system
+# seconds that word of a task which has left the queue may take to get here through a shared file
+# system
+GONE = 10.0
 COMMAND = 60.0  # seconds that a command of Slurm may take
 MOST = 1000  # tasks of an array; Slurm's MaxArraySize is 1001 by default
 ENDED = {
-    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "REVOKED", "TIMEOUT",
-}  # fmt: skip
+    "BOOT_FAIL",
+    "CANCELLED",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
+}
 
 
 class LeftToSlurm(Exception):
-    """The runs are queued, and what is left of the sweep will be done there; the message says so."""
+    """The runs are queued, and what is left of the sweep will be done there; the message says
+    so."""
 
 
 @dataclass
 class _Running:
-    """A task in play: how often it is known to have started, whether it trains and since when that is known here, since when it is
-    not in the queue."""
+    """A task in play: how often it is known to have started, whether it trains and since when that
+    is known here, since when it is not in the queue."""
 
     job: Job
     attempt: int
@@ -77,24 +90,35 @@ class SlurmLauncher:
         name: of the grid.
         at_once: runs at the same time at most; None: as many as Slurm has room for.
         retries: how often a run that crashed is submitted again.
-        follow: None: wait here until all have ended. Otherwise arguments of archscale, with which a job that starts after them
-            goes on with the sweep.
+        follow: None: wait here until all have ended. Otherwise arguments of archscale, with which a
+            job that starts after them goes on with the sweep.
 
     Raises:
         ConfigError: no Slurm or no submitit here.
     """
 
-    def __init__(self, settings: SlurmConfig, directory: Path, name: str, at_once: int | None, retries: int,
-                 follow: Sequence[str] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        settings: SlurmConfig,
+        directory: Path,
+        name: str,
+        at_once: int | None,
+        retries: int,
+        follow: Sequence[str] | None = None,
+    ):
         for program in ("sbatch", "squeue", "scancel", "srun"):
             if shutil.which(program) is None:
                 raise ConfigError(
-                    f"there is no {program} here", "--launcher slurm", "give the command on a login node of Slurm"
+                    f"there is no {program} here",
+                    "--launcher slurm",
+                    "give the command on a login node of Slurm",
                 )
         try:
             import submitit  # noqa: F401
         except ImportError:
-            raise ConfigError("submitit is not installed", "--launcher slurm", "pip install submitit") from None
+            raise ConfigError(
+                "submitit is not installed", "--launcher slurm", "pip install submitit"
+            ) from None
         self.settings, self.directory = settings, directory
         self.folder = directory.absolute() / "slurm"
         self.at_once, self.retries, self.follow = at_once, retries, follow
@@ -112,7 +136,9 @@ class SlurmLauncher:
             os.replace(temporary, path)
         return path.read_text(encoding="utf-8").strip()
 
-    def __call__(self, jobs: Sequence[Job], tell: Callable[[Event], None], tick: Callable[[], None]) -> dict[str, str]:
+    def __call__(
+        self, jobs: Sequence[Job], tell: Callable[[Event], None], tick: Callable[[], None]
+    ) -> dict[str, str]:
         """Runs all jobs; returns the reason of each that failed for good, by name.
 
         Raises:
@@ -127,8 +153,11 @@ class SlurmLauncher:
         for one in running:
             if one.trains:
                 tell(Event("attached", one.job, one.attempt, task=one.task))
-        waiting = [(job, history.attempts.get(name, 1)) for name, job in by_name.items()
-                   if name not in failed and name not in history.running]  # fmt: skip
+        waiting = [
+            (job, history.attempts.get(name, 1))
+            for name, job in by_name.items()
+            if name not in failed and name not in history.running
+        ]
         while True:
             for one in list(running):
                 if (ending := self._look(one, tell)) is None:
@@ -147,12 +176,14 @@ class SlurmLauncher:
                 return failed
             if self.follow is not None and all(one.gone is None for one in running):
                 self._go_on_later(running)
-                raise LeftToSlurm(f"{len(running)} runs are in Slurm's queue as {self.name}, and a job that goes on after them; the same "
-                                  "command tells how far they are")  # fmt: skip
+                raise LeftToSlurm(
+                    f"{len(running)} runs are in Slurm's queue as {self.name}, and a job that goes"
+                    " on after them; the same command tells how far they are"
+                )
             tick()
             time.sleep(POLL)
 
-    # ------------------------------------------------------------------------------------------------ what tasks do
+    # --- what tasks do
 
     def _look(self, one: _Running, tell: Callable[[Event], None]) -> Event | None:
         """Tells what a task has begun since the last look; returns how it ended, if it did."""
@@ -200,8 +231,16 @@ class SlurmLauncher:
 
     @staticmethod
     def _squeue(name: str) -> dict[str, str] | None:
-        """The state of each task under this name, also of those that ended in the last minutes; None where Slurm does not answer."""
-        command = ["squeue", "--noheader", "--array", "--states=all", f"--name={name}", "--format=%i|%T"]
+        """The state of each task under this name, also of those that ended in the last minutes;
+        None where Slurm does not answer."""
+        command = [
+            "squeue",
+            "--noheader",
+            "--array",
+            "--states=all",
+            f"--name={name}",
+            "--format=%i|%T",
+        ]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=COMMAND)
         except subprocess.TimeoutExpired:
@@ -210,14 +249,19 @@ class SlurmLauncher:
             return None
         return dict(line.split("|") for line in done.stdout.split())  # type: ignore[misc]
 
-    # ------------------------------------------------------------------------------------------------ what was before
+    # --- what was before
 
-    def _adopt(self, history: _History, jobs: dict[str, Job], tell: Callable[[Event], None]) -> None:
-        """Tasks that were submitted just before a crash, which kept their sweep from noting it: those that can start are noted,
-        those that wait for a file which will never come are cancelled."""
+    def _adopt(
+        self, history: _History, jobs: dict[str, Job], tell: Callable[[Event], None]
+    ) -> None:
+        """Tasks that were submitted just before a crash, which kept their sweep from noting it:
+        those that can start are noted, those that wait for a file which will never come are
+        cancelled."""
         queue = self._squeue(self.name)
         if queue is None:
-            raise ConfigError("Slurm does not answer", "squeue", "give the same command again when it does")
+            raise ConfigError(
+                "Slurm does not answer", "squeue", "give the same command again when it does"
+            )
         orphans = []
         for task, state in queue.items():
             if task in history.tasks or state in ENDED:
@@ -233,30 +277,52 @@ class SlurmLauncher:
         if orphans:
             subprocess.run(["scancel", *orphans], capture_output=True, timeout=COMMAND)
 
-    # ------------------------------------------------------------------------------------------------ submitting
+    # --- submitting
 
-    def _submit(self, batch: Sequence[tuple[Job, int]], at_once: int, tell: Callable[[Event], None]) -> list[_Running]:
+    def _submit(
+        self, batch: Sequence[tuple[Job, int]], at_once: int, tell: Callable[[Event], None]
+    ) -> list[_Running]:
         settings = self.settings
         tasks = [
-            Task(job, attempt, self.folder, settings.nodes, settings.gpus_per_node == 0, 60.0 * settings.minutes)
+            Task(
+                job,
+                attempt,
+                self.folder,
+                settings.nodes,
+                settings.gpus_per_node == 0,
+                60.0 * settings.minutes,
+            )
             for job, attempt in batch
         ]
         ids = self._sbatch(
-            tasks, self.name, array_parallelism=at_once, nodes=settings.nodes, ntasks_per_node=1,
-            gpus_per_node=settings.gpus_per_node or None, cpus_per_task=settings.cpus_per_task, mem=self._mem(),
+            tasks,
+            self.name,
+            array_parallelism=at_once,
+            nodes=settings.nodes,
+            ntasks_per_node=1,
+            gpus_per_node=settings.gpus_per_node or None,
+            cpus_per_task=settings.cpus_per_task,
+            mem=self._mem(),
             srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={settings.cpus_per_task}"],
-        )  # fmt: skip
+        )
         for (job, attempt), task in zip(batch, ids, strict=True):
             tell(Event("submitted", job, attempt, task=task))
         print(
-            f"submitted {len(batch)} {'run' if len(batch) == 1 else 'runs'} as Slurm job {ids[0].partition('_')[0]}",
+            f"submitted {len(batch)} {'run' if len(batch) == 1 else 'runs'} as Slurm job"
+            f" {ids[0].partition('_')[0]}",
             flush=True,
         )
-        self._queued_at, self._pause = float("-inf"), QUEUE[0]  # the queue as seen before does not have them
-        return [_Running(job, attempt, task) for (job, attempt), task in zip(batch, ids, strict=True)]
+        self._queued_at, self._pause = (
+            float("-inf"),
+            QUEUE[0],
+        )  # the queue as seen before does not have them
+        return [
+            _Running(job, attempt, task) for (job, attempt), task in zip(batch, ids, strict=True)
+        ]
 
     def _go_on_later(self, running: Iterable[_Running]) -> None:
-        """A job that gives the sweep's command again once these have ended; none where one is waiting already."""
+        """A job that gives the sweep's command again once these have ended; none where one is
+        waiting already."""
         name = f"{self.name}-next"
         if "PENDING" in (self._squeue(name) or {}).values():
             return
@@ -267,7 +333,9 @@ class SlurmLauncher:
     def _mem(self) -> str | None:
         return None if self.settings.mem_gb is None else f"{round(self.settings.mem_gb * 1024)}M"
 
-    def _sbatch(self, work: Sequence[Callable[[], None]], name: str, **parameters: Any) -> list[str]:
+    def _sbatch(
+        self, work: Sequence[Callable[[], None]], name: str, **parameters: Any
+    ) -> list[str]:
         """Submits `work` as one array; returns the ids of its tasks."""
         import submitit
         from submitit.core.utils import FailedJobError, FailedSubmissionError
@@ -275,16 +343,27 @@ class SlurmLauncher:
         settings = self.settings
         executor = submitit.SlurmExecutor(self.folder, max_num_timeout=settings.requeues)
         executor.update_parameters(
-            job_name=name, time=settings.minutes, partition=settings.partition, account=settings.account, qos=settings.qos,
-            setup=settings.setup or None, stderr_to_stdout=True, wckey=None,
-            additional_parameters={"requeue": True, **settings.extra}, **parameters,
-        )  # fmt: skip
+            job_name=name,
+            time=settings.minutes,
+            partition=settings.partition,
+            account=settings.account,
+            qos=settings.qos,
+            setup=settings.setup or None,
+            stderr_to_stdout=True,
+            wckey=None,
+            additional_parameters={"requeue": True, **settings.extra},
+            **parameters,
+        )
         try:
             return [str(job.job_id) for job in executor.submit_array(list(work))]
         except (FailedJobError, FailedSubmissionError) as error:
-            lines = [line for line in str(error).splitlines() if "error:" in line] or str(error).splitlines()
+            lines = [line for line in str(error).splitlines() if "error:" in line] or str(
+                error
+            ).splitlines()
             reason = "; ".join(line.partition("error: ")[2] or line for line in lines)[:300]
-            raise ConfigError(f"Slurm refuses the jobs: {reason}", "slurm", "change that section of the grid") from None
+            raise ConfigError(
+                f"Slurm refuses the jobs: {reason}", "slurm", "change that section of the grid"
+            ) from None
 
 
 def unseen(directory: Path, finished: Iterable[str]) -> list[Event]:
@@ -292,7 +371,9 @@ def unseen(directory: Path, finished: Iterable[str]) -> list[Event]:
     found, running = [], _history(directory, {}).running
     for name in finished:
         one = running.get(name)
-        if one and (told := words(directory / "slurm" / f"{one.task}.jsonl")):  # its last may still be that it started
+        if one and (
+            told := words(directory / "slurm" / f"{one.task}.jsonl")
+        ):  # its last may still be that it started
             seconds = told[-1].get("seconds", time.time() - told[-1]["time"])
             found.append(Event("finished", one.job, one.attempt, seconds, task=one.task))
     return found
@@ -326,11 +407,15 @@ def _history(directory: Path, jobs: Mapping[str, Job]) -> _History:
 
 
 def _silence(state: str | None) -> tuple[str, bool]:
-    """What it means that a task left the queue in this state without a word, and whether it would be the same again."""
+    """What it means that a task left the queue in this state without a word, and whether it would
+    be the same again."""
     reasons = {
-        "CANCELLED": "cancelled in Slurm", "OUT_OF_MEMORY": "out of main memory (slurm.mem_gb)", "NODE_FAIL": "its node failed",
-        "PREEMPTED": "preempted", "TIMEOUT": "ended at its time limit (slurm.hours)",
-    }  # fmt: skip
+        "CANCELLED": "cancelled in Slurm",
+        "OUT_OF_MEMORY": "out of main memory (slurm.mem_gb)",
+        "NODE_FAIL": "its node failed",
+        "PREEMPTED": "preempted",
+        "TIMEOUT": "ended at its time limit (slurm.hours)",
+    }
     if state in reasons:
         return reasons[state], state == "CANCELLED"
     return f"ended without a word{f' ({state})' if state else ''}: see slurm/*_log.out", False

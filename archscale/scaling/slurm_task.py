@@ -1,6 +1,8 @@
-"""What a Slurm task of a sweep does on its node: trains one run, and leaves word of it for the sweep, which may be long gone.
+"""What a Slurm task of a sweep does on its node: trains one run, and leaves word of it for the
+sweep, which may be long gone.
 
-Word is a line of JSON for every start and end, in a file of the task's own: without accounting Slurm forgets jobs within minutes.
+Word is a line of JSON for every start and end, in a file of the task's own: without accounting
+Slurm forgets jobs within minutes.
 """
 
 from __future__ import annotations
@@ -61,23 +63,48 @@ class Task:
         with open(log, "ab") as stream:
             offset = stream.tell()
             started = time.time()
-            _say(word, what="started", attempt=self.attempt, host=socket.gethostname(), step=self._newest())
+            _say(
+                word,
+                what="started",
+                attempt=self.attempt,
+                host=socket.gethostname(),
+                step=self._newest(),
+            )
             process = subprocess.Popen(
-                self.job.command(self.nodes, self._rendezvous(here)), stdin=subprocess.DEVNULL, stdout=stream,
-                stderr=subprocess.STDOUT, env=environment({"OMP_NUM_THREADS": threads()} if self.cpu else {}),
-                preexec_fn=lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN),  # submitit's, for this process alone
-            )  # fmt: skip
+                self.job.command(self.nodes, self._rendezvous(here)),
+                stdin=subprocess.DEVNULL,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                env=environment({"OMP_NUM_THREADS": threads()} if self.cpu else {}),
+                preexec_fn=lambda: signal.signal(
+                    signal.SIGUSR2, signal.SIG_IGN
+                ),  # submitit's, for this process alone
+            )
             try:
                 status = process.wait()
             except Exception as error:  # submitit's signal handler: the task will not be requeued
                 process.kill()
                 process.wait()
-                _say(word, what="ended", status=1, seconds=time.time() - started, reason=str(error), refused=True)
+                _say(
+                    word,
+                    what="ended",
+                    status=1,
+                    seconds=time.time() - started,
+                    reason=str(error),
+                    refused=True,
+                )
                 raise
         if status and told_to_end:
             _leave_it_to_slurm()  # preempted or cancelled: not a crash of the run
         reason, refused = why(log, offset, status) if status else ("", False)
-        _say(word, what="ended", status=status, seconds=time.time() - started, reason=reason, refused=refused)
+        _say(
+            word,
+            what="ended",
+            status=status,
+            seconds=time.time() - started,
+            reason=reason,
+            refused=refused,
+        )
         if status:
             raise RuntimeError(reason)
 
@@ -86,12 +113,16 @@ class Task:
             return ("--standalone",)
         port = PORTS + int(here.raw_job_id) % 10_000  # runs that share a node differ in it
         return (
-            f"--nnodes={self.nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={here.hostnames[0]}:{port}",
-            f"--rdzv-id={here.raw_job_id}", f"--rdzv-conf=is_host={int(here.node == 0)}",
-        )  # fmt: skip
+            f"--nnodes={self.nodes}",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={here.hostnames[0]}:{port}",
+            f"--rdzv-id={here.raw_job_id}",
+            f"--rdzv-conf=is_host={int(here.node == 0)}",
+        )
 
     def checkpoint(self) -> Any:
-        """What submitit requeues before the time limit: the same, which resumes from the run's newest checkpoint.
+        """What submitit requeues before the time limit: the same, which resumes from the run's
+        newest checkpoint.
 
         Raises:
             RuntimeError: this time has brought no checkpoint, nor would the next one.
@@ -101,9 +132,14 @@ class Task:
 
         told = words(self.folder / f"{submitit.JobEnvironment().job_id}.jsonl")
         began = next((word for word in reversed(told) if word["what"] == "started"), None)
-        if began and time.time() - began["time"] > self.limit / 2 and self._newest() <= began["step"]:
+        if (
+            began
+            and time.time() - began["time"] > self.limit / 2
+            and self._newest() <= began["step"]
+        ):
             raise RuntimeError(
-                f"no checkpoint in {self.limit / 3600:.3g} h: raise slurm.hours, or lower checkpoint.every"
+                f"no checkpoint in {self.limit / 3600:.3g} h: raise slurm.hours, or lower"
+                " checkpoint.every"
             )
         return DelayedSubmission(self)
 
@@ -139,7 +175,9 @@ class Again:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with open(self.log, "ab") as log:
             command = [sys.executable, "-m", "archscale", *self.command]
-            done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env)
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env
+            )
         if done.returncode:
             raise RuntimeError(f"exit status {done.returncode}: see {self.log}")
 

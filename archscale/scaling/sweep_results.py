@@ -23,13 +23,29 @@ from archscale.scaling.grid_config import FitConfig
 from archscale.scaling.laws import LAWS
 from archscale.scaling.table import Cell, Table, flat, read_table
 
-# Columns that every run has beside its config keys; those with a slash, such as optimizer/clip_fraction, depend on the run.
+# Columns that every run has beside its config keys; those with a slash, such as
+# optimizer/clip_fraction, depend on the run.
 METRICS = (
-    "step", "tokens", "loss", "aux_loss", "grad_norm", "lr", "val_loss", "val_bits_per_byte", "mfu", "step_seconds",
-    "tokens_per_second", "parameters", "active_parameters", "published_parameters", "flops_per_token", "flops",
+    "step",
+    "tokens",
+    "loss",
+    "aux_loss",
+    "grad_norm",
+    "lr",
+    "val_loss",
+    "val_bits_per_byte",
+    "mfu",
+    "step_seconds",
+    "tokens_per_second",
+    "parameters",
+    "active_parameters",
+    "published_parameters",
+    "flops_per_token",
+    "flops",
     "published_flops",
-)  # fmt: skip
-# Not in results.csv: what the clock says, which no two sweeps share, and figures of single layers and matrices.
+)
+# Not in results.csv: what the clock says, which no two sweeps share, and figures of single layers
+# and matrices.
 UNSHARED = re.compile(
     r"time|mfu|step_seconds|tokens_per_second|run|straggler/.*|stability/layer_.*|moe/layer_.*|.*/matrix/.*"
 )
@@ -45,12 +61,24 @@ class GridFit:
 
     def as_dict(self) -> dict[str, Any]:
         """For fits.json."""
-        found = self.fits.as_dict() if self.fits else {"form": self.asked.form, "x": self.asked.x, "y": self.asked.y}
+        found = (
+            self.fits.as_dict()
+            if self.fits
+            else {"form": self.asked.form, "x": self.asked.x, "y": self.asked.y}
+        )
         return found | {"refused": self.refusal.as_dict() if self.refusal else None}
 
 
 def settings_of(asked: FitConfig) -> Settings:
-    return Settings(asked.space, asked.loss, asked.delta, asked.replicates, asked.confidence, asked.seed, asked.nearest)
+    return Settings(
+        asked.space,
+        asked.loss,
+        asked.delta,
+        asked.replicates,
+        asked.confidence,
+        asked.seed,
+        asked.nearest,
+    )
 
 
 def _condition(asked: FitConfig, rows: Sequence[Mapping[str, Cell]], where: str) -> Expression:
@@ -79,23 +107,37 @@ def check_fits(grid: Grid, configs: Sequence[Config]) -> None:
     """Refuses, before any run, fits that these runs could not be enough for.
 
     Raises:
-        ConfigError: a column that no run will have, arguments that do not go together, or a group of too few runs.
+        ConfigError: a column that no run will have, arguments that do not go together, or a group
+            of too few runs.
     """
     rows = [dict(flat(config.resolved())) for config in configs]
     if (refine := grid.content.refine) and "/" not in refine.y:
         where = f"refine.y in {grid.path}"
         if refine.y not in METRICS:
-            raise ConfigError(f"no run has {refine.y}", where, f"give one of {', '.join(METRICS[:8])}, …")
+            raise ConfigError(
+                f"no run has {refine.y}", where, f"give one of {', '.join(METRICS[:8])}, …"
+            )
         _check_validation(refine.y, rows, where)
     for number, asked in enumerate(grid.content.fit):
         where = f"fit.{number} in {grid.path}"
         try:
             check_arguments(
-                asked.form, asked.x, asked.against, asked.joint,
-                (asked.leverage[0], asked.leverage[1]) if asked.leverage else None, asked.at, settings_of(asked), asked.block,
-            )  # fmt: skip
+                asked.form,
+                asked.x,
+                asked.against,
+                asked.joint,
+                (asked.leverage[0], asked.leverage[1]) if asked.leverage else None,
+                asked.at,
+                settings_of(asked),
+                asked.block,
+            )
             columns = Table(
-                where, {name: [] for name in dict.fromkeys([*METRICS, *(key for row in rows for key in row)])}, []
+                where,
+                {
+                    name: []
+                    for name in dict.fromkeys([*METRICS, *(key for row in rows for key in row)])
+                },
+                [],
             )
             names = {
                 name: name if "/" in name else columns.find(name)
@@ -113,29 +155,47 @@ def check_fits(grid: Grid, configs: Sequence[Config]) -> None:
             chosen = _rows_of(asked, rows, where)
             if not any(chosen):
                 raise ConfigError("`where` drops all runs", "", "loosen it, or remove the fit")
-            _check_counts(asked, [names[x] for x in asked.x], [names[g] for g in asked.group],
-                          names[asked.against] if asked.against else None,
-                          [row for row, keep in zip(rows, chosen) if keep])  # fmt: skip
+            _check_counts(
+                asked,
+                [names[x] for x in asked.x],
+                [names[g] for g in asked.group],
+                names[asked.against] if asked.against else None,
+                [row for row, keep in zip(rows, chosen) if keep],
+            )
         except ArchscaleError as error:
-            raise ConfigError(error.what.replace("--", ""), where, error.remedy.replace("--", "")) from None
+            raise ConfigError(
+                error.what.replace("--", ""), where, error.remedy.replace("--", "")
+            ) from None
 
 
 def _check_validation(y: str, rows: Sequence[Mapping[str, Cell]], where: str) -> None:
     if y.startswith("val_") and any(row["data.val"] is None for row in rows):
-        raise ConfigError(f"no {y} without data.val", where, "give data.val in the base, or use the loss")
+        raise ConfigError(
+            f"no {y} without data.val", where, "give data.val in the base, or use the loss"
+        )
 
 
-def _check_counts(asked: FitConfig, x: list[str], group: list[str], against: str | None,
-                  rows: Sequence[Mapping[str, Cell]]) -> None:  # fmt: skip
-    """Points of each group, as far as configs tell: a column of metrics is known only after the runs."""
+def _check_counts(
+    asked: FitConfig,
+    x: list[str],
+    group: list[str],
+    against: str | None,
+    rows: Sequence[Mapping[str, Cell]],
+) -> None:
+    """Points of each group, as far as configs tell: a column of metrics is known only after the
+    runs."""
     keys = [*group, *([against] if against else [])]
     if not all(key in rows[0] for key in keys):
         return
     groups: dict[tuple[Cell, ...], list[tuple[Cell, ...]]] = {}
     blocks: dict[tuple[Cell, ...], set[Cell]] = {}
     for row in rows:
-        blocks.setdefault(tuple(row.get(key) for key in keys), set()).add(row.get(asked.block or ""))
-        groups.setdefault(tuple(row.get(key) for key in keys), []).append(tuple(row.get(name) for name in x))
+        blocks.setdefault(tuple(row.get(key) for key in keys), set()).add(
+            row.get(asked.block or "")
+        )
+        groups.setdefault(tuple(row.get(key) for key in keys), []).append(
+            tuple(row.get(name) for name in x)
+        )
     least, parameters = needed(asked.form, settings_of(asked)), LAWS[asked.form].parameters
     for key, points in groups.items():
         if asked.nearest:  # wherever the best one is, no more than the fullest of them count
@@ -147,17 +207,21 @@ def _check_counts(asked: FitConfig, x: list[str], group: list[str], against: str
             least = needed(asked.form, settings_of(asked)) + len(blocks[key]) - 1
         if len(points) < least or distinct < parameters:
             raise ConfigError(
-                f"{len(points)} runs{of} at {distinct} different {' and '.join(x)} are too few for {asked.form}, which needs "
-                f"{least} at {parameters} different ones", "", "add values or seeds to the grid, or remove the fit",
-            )  # fmt: skip
+                f"{len(points)} runs{of} at {distinct} different {' and '.join(x)} are too few for"
+                f" {asked.form}, which needs {least} at {parameters} different ones",
+                "",
+                "add values or seeds to the grid, or remove the fit",
+            )
     if against:
         for key in {key[:-1] for key in groups}:
             values = len({other[-1] for other in groups if other[:-1] == key})
             if values < needed("power", Settings()):
                 raise ConfigError(
-                    f"{values} different {against} are too few for a law of the optima, which needs {needed('power', Settings())}",
-                    "", "add values to the grid, or remove `against`",
-                )  # fmt: skip
+                    f"{values} different {against} are too few for a law of the optima, which needs"
+                    f" {needed('power', Settings())}",
+                    "",
+                    "add values to the grid, or remove `against`",
+                )
 
 
 def collect(directory: Path, runs: Mapping[str, Path], failed: Mapping[str, str]) -> Table:
@@ -174,34 +238,50 @@ def collect(directory: Path, runs: Mapping[str, Path], failed: Mapping[str, str]
             try:
                 table = read_table([run])
                 reasons = [reason for _, reason in table.left_out]
-            except ArchscaleError as error:  # one damaged file must not cost the results of all other runs
+            except (
+                ArchscaleError
+            ) as error:  # one damaged file must not cost the results of all other runs
                 reasons = [str(error)]
         if table.rows and name not in failed:
             names.append(name)
-            found.append({column: cells[0] for column, cells in table.columns.items()} | {"run": name})
+            found.append(
+                {column: cells[0] for column, cells in table.columns.items()} | {"run": name}
+            )
         else:
             left_out.append((name, failed.get(name) or (reasons or ["was not started"])[0]))
     return Table.from_rows(found, names, str(directory), left_out)
 
 
-def write_results(table: Table, keys: Sequence[str], configs: Mapping[str, Config], path: Path) -> None:
-    """results.csv: runs, whether they finished, the config keys that tell them apart, and their last metrics.
+def write_results(
+    table: Table, keys: Sequence[str], configs: Mapping[str, Config], path: Path
+) -> None:
+    """results.csv: runs, whether they finished, the config keys that tell them apart, and their
+    last metrics.
 
-    The same for the same runs, however often they were interrupted: nothing in it depends on the clock.
+    The same for the same runs, however often they were interrupted: nothing in it depends on the
+    clock.
     """
     rows = {name: dict(flat(config.resolved())) for name, config in configs.items()}
     all_keys = dict.fromkeys(key for row in rows.values() for key in row)
-    differing = [key for key in all_keys if len({repr(row.get(key)) for row in rows.values()}) > 1 and key != "name"]
+    differing = [
+        key
+        for key in all_keys
+        if len({repr(row.get(key)) for row in rows.values()}) > 1 and key != "name"
+    ]
     told = list(dict.fromkeys([*(key for key in keys if key in all_keys), *differing]))
     metrics = [c for c in table.columns if c not in all_keys and not UNSHARED.fullmatch(c)]
-    status = dict.fromkeys(table.rows, "finished") | {name: f"failed: {reason}" for name, reason in table.left_out}
+    status = dict.fromkeys(table.rows, "finished") | {
+        name: f"failed: {reason}" for name, reason in table.left_out
+    }
     at = {name: number for number, name in enumerate(table.rows)}
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["run", "status", *told, *metrics])
     for name, config in rows.items():
         last = [table.columns[c][at[name]] if name in at else None for c in metrics]
-        writer.writerow([name, status[name], *map(_text, [*(config.get(key) for key in told), *last])])
+        writer.writerow(
+            [name, status[name], *map(_text, [*(config.get(key) for key in told), *last])]
+        )
     write_text(path, stream.getvalue())
 
 
@@ -220,13 +300,24 @@ def make_fits(table: Table, fits: Sequence[FitConfig]) -> list[GridFit]:
         try:
             if not table.rows:
                 raise DataError("no run has finished", table.source, "see why they failed")
-            rows = [{key: cells[i] for key, cells in table.columns.items()} for i in range(len(table.rows))]
+            rows = [
+                {key: cells[i] for key, cells in table.columns.items()}
+                for i in range(len(table.rows))
+            ]
             chosen = table.only(_rows_of(asked, rows, f"a fit of {asked.y}"))
             fitted = fit_table(
-                chosen, asked.form, asked.x, asked.y, asked.group, against=asked.against, joint=asked.joint, block=asked.block,
-                over=(asked.leverage[0], asked.leverage[1]) if asked.leverage else None, at=asked.at,
+                chosen,
+                asked.form,
+                asked.x,
+                asked.y,
+                asked.group,
+                against=asked.against,
+                joint=asked.joint,
+                block=asked.block,
+                over=(asked.leverage[0], asked.leverage[1]) if asked.leverage else None,
+                at=asked.at,
                 settings=settings_of(asked),
-            )  # fmt: skip
+            )
             refusal = fitted.refusal
         except ArchscaleError as error:
             refusal = error

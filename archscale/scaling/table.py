@@ -6,7 +6,8 @@ A run directory has config.yaml and metrics.jsonl. Its row has the columns
     model.width, seed, …     the keys of the config, dotted
     val_loss, tokens, …      the last value of each metric
     parameters, active_parameters, published_parameters, flops_per_token, flops, published_flops
-                             from the model's structure (`archscale.model.counting`); flops of all tokens trained
+                             from the model's structure (`archscale.model.counting`); flops of all
+                             tokens trained
 """
 
 from __future__ import annotations
@@ -27,7 +28,14 @@ if TYPE_CHECKING:
     from archscale.config import Config
 
 Cell = float | str | None  # None: missing
-SEPARATORS = ("/", ".", " - ", " ", ":", "_")  # before a name that has a prefix, as in W&B's exports
+SEPARATORS = (
+    "/",
+    ".",
+    " - ",
+    " ",
+    ":",
+    "_",
+)  # before a name that has a prefix, as in W&B's exports
 SHOWN = 40  # columns that an error lists
 
 
@@ -48,19 +56,38 @@ class Table:
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
     @classmethod
-    def from_rows(cls, rows: Sequence[Mapping[str, Any]], names: Sequence[str], source: str,
-                  left_out: Sequence[tuple[str, str]] = ()) -> Table:  # fmt: skip
+    def from_rows(
+        cls,
+        rows: Sequence[Mapping[str, Any]],
+        names: Sequence[str],
+        source: str,
+        left_out: Sequence[tuple[str, str]] = (),
+    ) -> Table:
         """Of mappings, which need not have the same keys."""
         keys = dict.fromkeys(key for row in rows for key in row)
-        return cls(source, {key: [_plain(row.get(key)) for row in rows] for key in keys}, list(names), list(left_out))
+        return cls(
+            source,
+            {key: [_plain(row.get(key)) for row in rows] for key in keys},
+            list(names),
+            list(left_out),
+        )
 
     def only(self, chosen: Sequence[bool]) -> Table:
         """The rows for which `chosen` is true."""
-        columns = {name: [cell for cell, keep in zip(cells, chosen) if keep] for name, cells in self.columns.items()}
-        return Table(self.source, columns, [row for row, keep in zip(self.rows, chosen) if keep], self.left_out)
+        columns = {
+            name: [cell for cell, keep in zip(cells, chosen) if keep]
+            for name, cells in self.columns.items()
+        }
+        return Table(
+            self.source,
+            columns,
+            [row for row, keep in zip(self.rows, chosen) if keep],
+            self.left_out,
+        )
 
     def find(self, name: str) -> str:
-        """The column that `name` means: that name, else the only one that is it in other case or behind a prefix.
+        """The column that `name` means: that name, else the only one that is it in other case or
+        behind a prefix.
 
         Raises:
             DataError: none or several.
@@ -69,20 +96,25 @@ class Table:
             return name
         low = name.lower()
         found = [column for column in self.columns if column.lower() == low]
-        found = found or [c for c in self.columns if any(c.lower().endswith(s + low) for s in SEPARATORS)]
+        found = found or [
+            c for c in self.columns if any(c.lower().endswith(s + low) for s in SEPARATORS)
+        ]
         if len(found) == 1:
             return found[0]
         if found:
             raise DataError(
-                f"{show(name)} could be {' or '.join(map(show, found[:SHOWN]))}", self.source, "give the whole name"
+                f"{show(name)} could be {' or '.join(map(show, found[:SHOWN]))}",
+                self.source,
+                "give the whole name",
             )
         close = nearest(name, list(self.columns))
         shown = ", ".join(list(self.columns)[:SHOWN])
         more = f" and {len(self.columns) - SHOWN} more" if len(self.columns) > SHOWN else ""
         raise DataError(
-            f"there is no column {show(name)}", self.source,
+            f"there is no column {show(name)}",
+            self.source,
             (f"did you mean {close}? " if close else "") + f"The columns are {shown}{more}",
-        )  # fmt: skip
+        )
 
 
 def _plain(value: Any) -> Cell:
@@ -104,13 +136,16 @@ def number(value: Cell, column: str, row: str) -> float:
         return math.nan
     if isinstance(value, str):
         raise DataError(
-            f"{show(value)} is not a number", f"{column} in {row}", "correct it, empty it, or choose another column"
+            f"{show(value)} is not a number",
+            f"{column} in {row}",
+            "correct it, empty it, or choose another column",
         )
     return float(value)
 
 
 def read_table(paths: Sequence[str | os.PathLike[str]]) -> Table:
-    """All rows of these files and directories. Rows of CSV files get a column `file` unless they have one.
+    """All rows of these files and directories. Rows of CSV files get a column `file` unless they
+    have one.
 
     Raises:
         DataError: one of them is missing or cannot be read.
@@ -123,9 +158,11 @@ def read_table(paths: Sequence[str | os.PathLike[str]]) -> Table:
             found = list(_runs(path, left_out))
             if not found and not left_out:
                 raise DataError(
-                    "there is no run directory in it", str(path),
-                    "give a directory whose folders hold config.yaml and metrics.jsonl, or a CSV file",
-                )  # fmt: skip
+                    "there is no run directory in it",
+                    str(path),
+                    "give a directory whose folders hold config.yaml and metrics.jsonl, or a CSV"
+                    " file",
+                )
         else:
             found = list(_csv(path))
         for name, row in found:
@@ -140,17 +177,23 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, Cell]]]:
             reader = csv.reader(stream, strict=True)
             header = [name.strip() for name in next(reader, [])]
             if not any(header):
-                raise DataError("the first line has no column names", str(path), "begin with a line of names")
+                raise DataError(
+                    "the first line has no column names", str(path), "begin with a line of names"
+                )
             twice = sorted({name for name in header if header.count(name) > 1})
             if twice:
-                raise DataError(f"the column {show(twice[0])} is there twice", str(path), "rename one of them")
+                raise DataError(
+                    f"the column {show(twice[0])} is there twice", str(path), "rename one of them"
+                )
             for values in reader:
                 if not any(value.strip() for value in values):
                     continue
                 where = f"line {reader.line_num} of {path}"
                 if len(values) != len(header):
                     raise DataError(
-                        f"{len(values)} values for {len(header)} columns", where, "quote values that hold a comma"
+                        f"{len(values)} values for {len(header)} columns",
+                        where,
+                        "quote values that hold a comma",
                     )
                 row: dict[str, Cell] = {"file": str(path)}
                 yield where, row | {name: _cell(value) for name, value in zip(header, values)}
@@ -161,7 +204,9 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, Cell]]]:
         raise DataError(f"cannot be read: {cause}", str(path), remedy) from None
     except (UnicodeDecodeError, csv.Error) as error:
         reason = " ".join(str(error).split())
-        raise DataError(f"cannot be read as CSV: {reason}", str(path), "give a CSV file in UTF-8") from None
+        raise DataError(
+            f"cannot be read as CSV: {reason}", str(path), "give a CSV file in UTF-8"
+        ) from None
 
 
 def _cell(text: str) -> Cell:
@@ -207,7 +252,8 @@ def _runs(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, 
 
 
 def _last_values(path: Path) -> dict[str, Cell]:
-    """The last value of each metric; NaN where it was not finite. A last line cut short by a crash is lost."""
+    """The last value of each metric; NaN where it was not finite. A last line cut short by a crash
+    is lost."""
     found: dict[str, Cell] = {}
     for count, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         try:
@@ -216,7 +262,9 @@ def _last_values(path: Path) -> dict[str, Cell]:
         except (ValueError, TypeError, AttributeError):
             if line.endswith("\n"):
                 raise DataError(
-                    "not a flat JSON object", f"line {count} of {path}", "correct the line, or name the other runs only"
+                    "not a flat JSON object",
+                    f"line {count} of {path}",
+                    "correct the line, or name the other runs only",
                 ) from None
     return found
 
@@ -240,9 +288,11 @@ def _structure(config: Config, tokens: Cell) -> dict[str, Cell]:
     count = counting.parameters(model)
     useful, published = counting.training_flops(model), counting.published_flops_per_token(model)
     found: dict[str, Cell] = {
-        "parameters": float(count.total), "active_parameters": float(count.active),
-        "published_parameters": float(counting.published_parameters(model)), "flops_per_token": useful,
-    }  # fmt: skip
+        "parameters": float(count.total),
+        "active_parameters": float(count.active),
+        "published_parameters": float(counting.published_parameters(model)),
+        "flops_per_token": useful,
+    }
     if isinstance(tokens, float):
         found |= {"flops": useful * tokens, "published_flops": float(published) * tokens}
     return found

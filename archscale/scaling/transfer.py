@@ -1,10 +1,13 @@
-"""Hyperparameter transfer: from the base model's learning rate to every role's at another size (REFERENCE 3).
+"""Hyperparameter transfer: from the base model's learning rate to every role's at another size
+(REFERENCE 3).
 
     η(role) = base.lr · lr_ratio · width · depth · tokens · batch
 
     width    (w / w0)^e, e by parameterization and rule: `TABLE`
-    depth    √(d0 / d), with Depth-μP (`model.depth_mup`), which also scales every residual branch by 1/√(2d)
-    tokens   (T / T0)^(−x), x = 0.32 under hyperp, 0 under mup++, or `parameterization.token_exponent`
+    depth    √(d0 / d), with Depth-μP (`model.depth_mup`), which also scales every residual branch
+             by 1/√(2d)
+    tokens   (T / T0)^(−x), x = 0.32 under hyperp, 0 under mup++, or
+             `parameterization.token_exponent`
     batch    √(B / B0)
 
 `standard` transfers nothing: every factor is 1. All functions are pure.
@@ -48,7 +51,8 @@ def _mup(width: float, source: str) -> Row:
     return Row(width, source, decay="matrices by depth")
 
 
-# THE table of what goes together; README.md shows it. Rules with Moonlight's factor keep ‖step‖₂ / ‖W‖₂ by √(w0/w).
+# THE table of what goes together; README.md shows it. Rules with Moonlight's factor keep ‖step‖₂ /
+# ‖W‖₂ by √(w0/w).
 TABLE: dict[str, dict[str, Row]] = {
     "hyperp": {
         "muonh": Row(0.0, "HyperP: a relative step", clip=False, head="adamh"),
@@ -69,7 +73,8 @@ TOKEN_EXPONENTS = {"hyperp": 0.32, "mup++": 0.0}
 
 @dataclass(frozen=True)
 class Factor:
-    """One factor of a learning rate: `name` (width, depth, tokens, batch, lr_ratio), its value, how and whence."""
+    """One factor of a learning rate: `name` (width, depth, tokens, batch, lr_ratio), its value, how
+    and whence."""
 
     name: str
     value: float
@@ -94,7 +99,9 @@ class Transfer:
     roles: dict[str, RoleSettings]  # by role: matrix, embedding, head (untied only), vector
     logit_scale: float  # multiplies the head's input
     router_logit_scale: float
-    batch_exponent: float  # the learning rate follows (batch / full batch) to this power while the batch grows
+    batch_exponent: (
+        float  # the learning rate follows (batch / full batch) to this power while the batch grows
+    )
 
 
 def problems(
@@ -108,19 +115,23 @@ def problems(
     if matrix.rule not in known:
         others = [other for other, rules in TABLE.items() if matrix.rule in rules]
         yield ConfigError(
-            f"{kind} does not know how {matrix.rule} transfers", "optimizer.matrix.rule",
-            f"set it to {' or '.join(known)}, or parameterization.kind to {' or '.join([*others, 'standard'])}",
-        )  # fmt: skip
+            f"{kind} does not know how {matrix.rule} transfers",
+            "optimizer.matrix.rule",
+            f"set it to {' or '.join(known)}, or parameterization.kind to"
+            f" {' or '.join([*others, 'standard'])}",
+        )
     elif matrix.clip and not known[matrix.rule].clip:
         yield ConfigError(
-            f"{kind} runs {matrix.rule} without a clip: its ratio ‖W‖ / ‖Q‖ is small by itself", "optimizer.matrix.clip",
+            f"{kind} runs {matrix.rule} without a clip: its ratio ‖W‖ / ‖Q‖ is small by itself",
+            "optimizer.matrix.clip",
             "set it to null",
-        )  # fmt: skip
+        )
     if element.kind != "adamw":
         yield ConfigError(
-            f"{kind} knows how adamw transfers, not {element.kind}", "optimizer.element.kind",
+            f"{kind} knows how adamw transfers, not {element.kind}",
+            "optimizer.element.kind",
             "set it to adamw, or parameterization.kind to standard",
-        )  # fmt: skip
+        )
 
 
 def transfer(
@@ -140,11 +151,19 @@ def transfer(
     kind, base = parameterization.kind, parameterization.base
     rule, element, decay = optimizer.matrix.rule, optimizer.element, optimizer.weight_decay
     common = _common_factors(model, parameterization, tokens, batch_tokens)
-    ratio = [Factor("lr_ratio", element.lr_ratio, "", "optimizer.element.lr_ratio")] if element.lr_ratio != 1 else []
+    ratio = (
+        [Factor("lr_ratio", element.lr_ratio, "", "optimizer.element.lr_ratio")]
+        if element.lr_ratio != 1
+        else []
+    )
 
-    def settings(role_rule: str, width: list[Factor], weight_decay: float, own: list[Factor]) -> RoleSettings:
+    def settings(
+        role_rule: str, width: list[Factor], weight_decay: float, own: list[Factor]
+    ) -> RoleSettings:
         factors = (*width, *common, *own)
-        return RoleSettings(role_rule, base.lr * math.prod(f.value for f in factors), weight_decay, factors)
+        return RoleSettings(
+            role_rule, base.lr * math.prod(f.value for f in factors), weight_decay, factors
+        )
 
     w_w0 = model.width / base.width
     head: str
@@ -153,10 +172,16 @@ def transfer(
     else:
         row = TABLE[kind][rule]
         head, others_decay, logits = row.head, 0.0, row.logits
-        matrix_decay = {"nothing": 0.0, "matrices": decay, "matrices by depth": decay * base.depth / model.depth}[
-            row.decay
-        ]
-        formula = {0.0: "1", -0.5: f"√({base.width}/{model.width})", -1.0: f"{base.width}/{model.width}"}[row.width]
+        matrix_decay = {
+            "nothing": 0.0,
+            "matrices": decay,
+            "matrices by depth": decay * base.depth / model.depth,
+        }[row.decay]
+        formula = {
+            0.0: "1",
+            -0.5: f"√({base.width}/{model.width})",
+            -1.0: f"{base.width}/{model.width}",
+        }[row.width]
         width = [Factor("width", w_w0**row.width, formula, row.source)]
     roles = {
         "matrix": settings(rule, width, matrix_decay, []),
@@ -171,7 +196,9 @@ def transfer(
 
 def transfer_of(config: Config) -> Transfer:
     """`transfer` of a resolved config."""
-    return transfer(config.model, config.parameterization, config.optimizer, config.tokens, config.batch_tokens)
+    return transfer(
+        config.model, config.parameterization, config.optimizer, config.tokens, config.batch_tokens
+    )
 
 
 def _common_factors(
@@ -192,12 +219,15 @@ def _common_factors(
         formula = f"({tokens:.4g}/{base.tokens:.4g})^−{exponent:g}"
         factors.append(Factor("tokens", (tokens / base.tokens) ** -exponent, formula, source))
     root = math.sqrt(batch_tokens / base.batch_tokens)
-    factors.append(Factor("batch", root, f"√({batch_tokens}/{base.batch_tokens})", "noise scale, as HyperP"))
+    factors.append(
+        Factor("batch", root, f"√({batch_tokens}/{base.batch_tokens})", "noise scale, as HyperP")
+    )
     return factors
 
 
 def budget(model: ModelConfig, parameterization: ParameterizationConfig) -> int:
-    """Tokens of `training.tokens: auto`: T0 · N / N0 rounded down, N the published parameter count; T0 under `standard`.
+    """Tokens of `training.tokens: auto`: T0 · N / N0 rounded down, N the published parameter count;
+    T0 under `standard`.
 
     Raises:
         ConfigError: the vocabulary is not known, or the base's heads cannot be derived.
@@ -207,19 +237,24 @@ def budget(model: ModelConfig, parameterization: ParameterizationConfig) -> int:
         return base.tokens
     if model.vocab_size is None:
         raise ConfigError(
-            "the token budget follows the parameters, and the vocabulary is not known", "training.tokens",
+            "the token budget follows the parameters, and the vocabulary is not known",
+            "training.tokens",
             "give model.vocab_size, prepare data.train, or give a number of tokens",
-        )  # fmt: skip
+        )
     heads, rest = divmod(model.heads * base.width, model.width)
     if base.heads is None and rest:
         raise ConfigError(
-            f"the base's heads are not given, and {model.heads} at width {model.width} are no whole number at its width "
-            f"{base.width}", "parameterization.base.heads",
-            f"give them, such as {max(1, base.width // model.head_dim)}, or a number for training.tokens",
-        )  # fmt: skip
+            f"the base's heads are not given, and {model.heads} at width {model.width} are no whole"
+            f" number at its width {base.width}",
+            "parameterization.base.heads",
+            f"give them, such as {max(1, base.width // model.head_dim)}, or a number for"
+            " training.tokens",
+        )
     heads = base.heads or heads
     kv_heads = base.kv_heads or (heads if model.kv_heads == model.heads else model.kv_heads)
-    n0 = published_parameters(model, depth=base.depth, width=base.width, heads=heads, kv_heads=kv_heads)
+    n0 = published_parameters(
+        model, depth=base.depth, width=base.width, heads=heads, kv_heads=kv_heads
+    )
     return base.tokens * published_parameters(model) // n0
 
 
@@ -231,7 +266,13 @@ def resolve(config: Config) -> Config:
     """
     training = config.training
     numbers = {"batch_tokens": config.batch_tokens}
-    numbers["tokens"] = budget(config.model, config.parameterization) if training.tokens == "auto" else training.tokens
+    numbers["tokens"] = (
+        budget(config.model, config.parameterization)
+        if training.tokens == "auto"
+        else training.tokens
+    )
     if {key: getattr(training, key) for key in numbers} == numbers:
         return config
-    return Config.from_dict({**config.resolved(), "training": {**config.resolved()["training"], **numbers}})
+    return Config.from_dict(
+        {**config.resolved(), "training": {**config.resolved()["training"], **numbers}}
+    )

@@ -1,6 +1,8 @@
-"""The YAML schema of studies: `study: spectral_flattening` or `study: hybrids`, and the settings of each.
+"""The YAML schema of studies: `study: spectral_flattening` or `study: hybrids`, and the settings of
+each.
 
-`load_study` reads a file as `archscale.config.load_config` does: inheritance, overrides, no unknown keys, one-line errors.
+`load_study` reads a file as `archscale.config.load_config` does: inheritance, overrides, no unknown
+keys, one-line errors.
 """
 
 from __future__ import annotations
@@ -65,14 +67,19 @@ class LeastSquaresStudy(Section):
     sigma_means: Positives = Field(default=[0.1, 1.0, 10.0])
     """σ̄ of planted gradients."""
     conditions: Positives = Field(default=[1.0, 100.0])
-    """Condition numbers of the curvature; 1: the same in all directions, where the theorem is an equality."""
+    """Condition numbers of the curvature; 1: the same in all directions, where the theorem is an
+    equality."""
     race: LeastSquaresRace = LeastSquaresRace()
     """Trajectories."""
 
     def problems(self) -> Iterator[ConfigError]:
         for condition in [*self.conditions, self.race.condition]:
             if condition < 1:
-                yield ConfigError(f"no condition number is {condition}", "least_squares.conditions", "give at least 1")
+                yield ConfigError(
+                    f"no condition number is {condition}",
+                    "least_squares.conditions",
+                    "give at least 1",
+                )
 
 
 class KroneckerStudy(Section):
@@ -95,7 +102,9 @@ class KroneckerStudy(Section):
             *(("output_conditions", v) for v in self.output_conditions),
         ]:
             if value < 1:
-                yield ConfigError(f"no condition number is {value}", f"kronecker.{key}", "give at least 1")
+                yield ConfigError(
+                    f"no condition number is {value}", f"kronecker.{key}", "give at least 1"
+                )
 
 
 class LanguageRace(Section):
@@ -176,7 +185,8 @@ class Arm(Section):
 
 
 class HybridStudy(Section):
-    """The three failing hybrids beside a control: each predicted symptom, from the telemetry of training runs."""
+    """The three failing hybrids beside a control: each predicted symptom, from the telemetry of
+    training runs."""
 
     study: Literal["hybrids"]
     """Which study this is."""
@@ -196,28 +206,43 @@ class HybridStudy(Section):
             yield ConfigError(f"two arms are called {label!r}", "arms", "give each its own label")
         for label in labels:
             if "/" in label or label.startswith("."):
-                yield ConfigError(f"{label!r} cannot name a directory", "arms", "leave out slashes and leading dots")
+                yield ConfigError(
+                    f"{label!r} cannot name a directory",
+                    "arms",
+                    "leave out slashes and leading dots",
+                )
         for key in ("name", "seed"):
             if key in self.run:
                 yield ConfigError(f"{key} is set by the study", f"run.{key}", "remove it")
 
     def config(self, arm: Arm, seed: int) -> Config:
-        """The training config of one run. Raises ConfigError, with the key as it stands in the study."""
+        """The training config of one run. Raises ConfigError, with the key as it stands in the
+        study."""
         optimizer = self.run.get("optimizer") or {}
         parameterization = self.run.get("parameterization") or {}
         try:
             return Config.from_dict(
-                self.run | {
+                self.run
+                | {
                     "name": f"{arm.label}_seed{seed}",
                     "seed": seed,
-                    "optimizer": optimizer | {
-                        "matrix": (optimizer.get("matrix") or {}) | {"rule": arm.rule}, "weight_decay": arm.weight_decay,
-                    },
-                    "parameterization": parameterization | {"base": (parameterization.get("base") or {}) | {"lr": arm.lr}},
+                    "optimizer": (
+                        optimizer
+                        | {
+                            "matrix": (optimizer.get("matrix") or {}) | {"rule": arm.rule},
+                            "weight_decay": arm.weight_decay,
+                        }
+                    ),
+                    "parameterization": (
+                        parameterization
+                        | {"base": (parameterization.get("base") or {}) | {"lr": arm.lr}}
+                    ),
                 }
-            )  # fmt: skip
+            )
         except ConfigError as error:
-            raise ConfigError(error.what, f"run of arm {arm.label}: {error.where}", error.remedy) from None
+            raise ConfigError(
+                error.what, f"run of arm {arm.label}: {error.where}", error.remedy
+            ) from None
 
 
 class GateStudy(Section):
@@ -229,7 +254,9 @@ class GateStudy(Section):
     """Of the study and of its directory, runs/<name>."""
     seeds: Seeds = Field(default=[0, 1, 2])
     """Of initialization and tokens."""
-    granularities: Annotated[list[Count], Field(min_length=1)] = Field(default=[1, 2, 4, 8, 16, 32, 64])
+    granularities: Annotated[list[Count], Field(min_length=1)] = Field(
+        default=[1, 2, 4, 8, 16, 32, 64]
+    )
     """k, active experts a token; each divides `hidden`."""
     sparsity: Count = 8
     """S, experts per active one."""
@@ -247,14 +274,18 @@ class GateStudy(Section):
         for k in self.granularities:
             if self.hidden % k:
                 yield ConfigError(
-                    f"{k} does not divide {self.hidden} hidden features", "granularities", "give divisors of hidden"
+                    f"{k} does not divide {self.hidden} hidden features",
+                    "granularities",
+                    "give divisors of hidden",
                 )
 
 
 Study = SpectralStudy | HybridStudy | GateStudy
 STUDIES: dict[str, type[Study]] = {
-    "spectral_flattening": SpectralStudy, "hybrids": HybridStudy, "sqrt_gate": GateStudy
-}  # fmt: skip
+    "spectral_flattening": SpectralStudy,
+    "hybrids": HybridStudy,
+    "sqrt_gate": GateStudy,
+}
 
 
 def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Study:
@@ -264,7 +295,11 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
     kind = data.get("study")
     if kind not in STUDIES:
         close = nearest(kind, list(STUDIES))
-        what = "study is missing" if kind is None else f"got {show(kind)}, expected one of {', '.join(STUDIES)}"
+        what = (
+            "study is missing"
+            if kind is None
+            else f"got {show(kind)}, expected one of {', '.join(STUDIES)}"
+        )
         remedy = f"did you mean {close}?" if close else f"add `study: {' or '.join(STUDIES)}`"
         raise ConfigError(what, f"study in {path}", remedy)
     root = STUDIES[kind]
@@ -280,4 +315,6 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> S
 
 def _name_problems(name: str) -> Iterator[ConfigError]:
     if name.startswith(".") or "/" in name or "\\" in name:
-        yield ConfigError(f"{name!r} cannot name a directory", "name", "leave out slashes and leading dots")
+        yield ConfigError(
+            f"{name!r} cannot name a directory", "name", "leave out slashes and leading dots"
+        )

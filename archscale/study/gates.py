@@ -1,4 +1,5 @@
-"""SqrtGate at initialization (HyperP; REFERENCE 4): output RMS of a mixture of experts over its granularity k."""
+"""SqrtGate at initialization (HyperP; REFERENCE 4): output RMS of a mixture of experts over its
+granularity k."""
 
 from __future__ import annotations
 
@@ -34,17 +35,31 @@ def run_gates(study: GateStudy, say: Callable[[str], None]) -> Results:
         Series("SqrtGate", study.granularities, flat, "o-", 0),
         Series("plain gate", study.granularities, [row["plain"] for row in summary], "s-", 3),
         Series(
-            "√Σ g², relative to k = 1", study.granularities, [row["plain_predicted"] for row in summary], "--", "black"
+            "√Σ g², relative to k = 1",
+            study.granularities,
+            [row["plain_predicted"] for row in summary],
+            "--",
+            "black",
         ),
     ]
-    results = Results("SqrtGate at initialization", study.model_dump(mode="json"), {"runs": rows, "rms": summary})
+    results = Results(
+        "SqrtGate at initialization", study.model_dump(mode="json"), {"runs": rows, "rms": summary}
+    )
     results.shown = {
-        "rms": f"Output RMS by granularity, means and standard deviations over seeds; SqrtGate spans {spread:.1%}"
+        "rms": (
+            "Output RMS by granularity, means and standard deviations over seeds; SqrtGate spans"
+            f" {spread:.1%}"
+        )
     }
-    panel = Panel("Output RMS of a fresh layer", "k, active experts a token", "RMS", lines, log_x=True)
+    panel = Panel(
+        "Output RMS of a fresh layer", "k, active experts a token", "RMS", lines, log_x=True
+    )
     results.figures = {
         "rms": (
-            "Output RMS over granularity under both gates; dashed: what √Σ g² of uncorrelated experts predicts for the plain gate",
+            (
+                "Output RMS over granularity under both gates; dashed: what √Σ g² of uncorrelated"
+                " experts predicts for the plain gate"
+            ),
             [panel],
         )
     }
@@ -53,12 +68,21 @@ def run_gates(study: GateStudy, say: Callable[[str], None]) -> Results:
 
 @torch.no_grad()
 def _measure(study: GateStudy, k: int, seed: int) -> Row:
-    """Output RMS under both gates, and what uncorrelated experts of the SqrtGate layer's RMS would give the plain one."""
+    """Output RMS under both gates, and what uncorrelated experts of the SqrtGate layer's RMS would
+    give the plain one."""
     generator = torch.Generator().manual_seed(seed)
     x = F.rms_norm(torch.randn(1, study.tokens, study.width, generator=generator), (study.width,))
     found: Row = {}
     for name, sqrt_gate in (("sqrt_gate", True), ("plain", False)):
-        layer = MoE(study.width, study.hidden // k, study.mlp, study.sparsity * k, k, shared=False, sqrt_gate=sqrt_gate)
+        layer = MoE(
+            study.width,
+            study.hidden // k,
+            study.mlp,
+            study.sparsity * k,
+            k,
+            shared=False,
+            sqrt_gate=sqrt_gate,
+        )
         initialize(layer, seed)
         found[name] = math.sqrt(layer(x)[0].square().mean().item())
         gates = layer.router(x[0]).topk(k).values.softmax(-1)

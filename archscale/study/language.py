@@ -1,6 +1,8 @@
-"""The small language model of the spectral study: losses along a step, curvature, training runs, covariances.
+"""The small language model of the spectral study: losses along a step, curvature, training runs,
+covariances.
 
-Shapes: B batch, T time, N = B T tokens, V vocabulary; a view is (m, n), a logical matrix within a stored one.
+Shapes: B batch, T time, N = B T tokens, V vocabulary; a view is (m, n), a logical matrix within a
+stored one.
 """
 
 from __future__ import annotations
@@ -51,10 +53,13 @@ class Language:
         if size < self.split.vocab_size:
             raise ConfigError(
                 f"vocab_size {size} is smaller than the data's {self.split.vocab_size} tokens",
-                "language.model.vocab_size", "set it to null",
-            )  # fmt: skip
+                "language.model.vocab_size",
+                "set it to null",
+            )
         if settings.model.moe is not None:
-            raise ConfigError("the study's model has experts", "language.model.moe", "set it to null")
+            raise ConfigError(
+                "the study's model has experts", "language.model.moe", "set it to null"
+            )
         self.model = Transformer(settings.model.model_copy(update={"vocab_size": size}))
         initialize(self.model, seed)
         self.views = []
@@ -95,7 +100,9 @@ class Language:
     def _stored(self) -> list[nn.Parameter]:
         return list(dict.fromkeys(view.parameter for view in self.views))
 
-    def rise(self, views: list[View], steps: list[Tensor], batch: tuple[Tensor, Tensor]) -> Callable[[float], float]:
+    def rise(
+        self, views: list[View], steps: list[Tensor], batch: tuple[Tensor, Tensor]
+    ) -> Callable[[float], float]:
         """η → loss(W − η D) − loss(W), float32; leaves the weights as they are."""
 
         @torch.no_grad()
@@ -112,14 +119,21 @@ class Language:
             before = self.loss(batch).item()
         return change
 
-    def curvature(self, views: list[View], batch: tuple[Tensor, Tensor]) -> Callable[[Tensor], Tensor]:
+    def curvature(
+        self, views: list[View], batch: tuple[Tensor, Tensor]
+    ) -> Callable[[Tensor], Tensor]:
         """v → H v of the loss in these views, both flat; exact second derivatives of one graph."""
         stored = list(dict.fromkeys(view.parameter for view in views))
         found = dict(zip(stored, torch.autograd.grad(self.loss(batch), stored, create_graph=True)))
         gradient = torch.cat([view.of(found[view.parameter]).flatten() for view in views])
 
         def product(v: Tensor) -> Tensor:
-            rows = dict(zip(stored, torch.autograd.grad(gradient, stored, v.to(gradient.dtype), retain_graph=True)))
+            rows = dict(
+                zip(
+                    stored,
+                    torch.autograd.grad(gradient, stored, v.to(gradient.dtype), retain_graph=True),
+                )
+            )
             return torch.cat([view.of(rows[view.parameter]).flatten() for view in views])
 
         return product
@@ -134,8 +148,16 @@ class Language:
             first: number of the first step's batch.
         """
         options = {
-            role: {"rule": "adamw", "lr": self.settings.element_lr} for role in ("embedding", "head", "vector")
-        } | {"matrix": {"rule": RULES[rule], "lr": lr, "momentum": momentum, "nesterov": momentum > 0}}
+            role: {"rule": "adamw", "lr": self.settings.element_lr}
+            for role in ("embedding", "head", "vector")
+        } | {
+            "matrix": {
+                "rule": RULES[rule],
+                "lr": lr,
+                "momentum": momentum,
+                "nesterov": momentum > 0,
+            }
+        }
         groups = parameter_groups(assign_roles(self.model), options)
         optimizer = MatrixOptimizer(groups, lr=lr, compute_dtype=torch.float32)
         compared = self.held_out()
@@ -152,11 +174,14 @@ class Language:
             yield self.loss(compared).item()
 
     def covariances(self) -> Iterator[tuple[str, Tensor, Tensor, Tensor]]:
-        """Of each view: its name, A = E[a aᵀ] (n, n) of its input activations, B = E[δ δᵀ] (m, m) of the derivatives of a token's
-        loss by its outputs, targets drawn from the model (so that A ⊗ B approximates the Gauss–Newton matrix, as in K-FAC,
-        Martens and Grosse 2015), and its gradients on `samples` batches with their real targets (k, m, n)."""
+        """Of each view: its name, A = E[a aᵀ] (n, n) of its input activations, B = E[δ δᵀ] (m, m)
+        of the derivatives of a token's loss by its outputs, targets drawn from the model (so that A
+        ⊗ B approximates the Gauss–Newton matrix, as in K-FAC, Martens and Grosse 2015), and its
+        gradients on `samples` batches with their real targets (k, m, n)."""
         settings = self.settings
-        modules = {m.weight: m for m in self.model.modules() if getattr(m, "weight", None) is not None}
+        modules = {
+            m.weight: m for m in self.model.modules() if getattr(m, "weight", None) is not None
+        }
         stored = self._stored()
         inputs: dict[Tensor, Tensor] = {}
         A, B = dict[Tensor, Tensor](), dict[Tensor, Tensor]()
@@ -185,4 +210,9 @@ class Language:
         gradients = [self.gradients(batch) for batch in batches]
         for i, view in enumerate(self.views):
             block = B[view.parameter][view.lo : view.hi, view.lo : view.hi]
-            yield view.name, A[view.parameter], block, torch.stack([found[i] for found in gradients])
+            yield (
+                view.name,
+                A[view.parameter],
+                block,
+                torch.stack([found[i] for found in gradients]),
+            )

@@ -1,4 +1,5 @@
-"""What a study leaves in its directory: results.json, one CSV per table, one SVG per figure, summary.html with all of it."""
+"""What a study leaves in its directory: results.json, one CSV per table, one SVG per figure,
+summary.html with all of it."""
 
 from __future__ import annotations
 
@@ -48,7 +49,8 @@ class Results:
 
     Attributes:
         title: of the summary. settings: resolved.
-        tables: rows by file name. figures: panels by file name. shown: tables that the summary shows, with a caption each.
+        tables: rows by file name. figures: panels by file name. shown: tables that the summary
+            shows, with a caption each.
     """
 
     title: str
@@ -82,12 +84,16 @@ def write(results: Results, directory: Path) -> None:
         "title": results.title,
         "settings": results.settings,
         "environment": {
-            "archscale": archscale.__version__, "torch": torch.__version__, "python": platform.python_version(),
+            "archscale": archscale.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
             "threads": torch.get_num_threads(),
         },
         "tables": _plain(results.tables),
-    }  # fmt: skip
-    (directory / "results.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    }
+    (directory / "results.json").write_text(
+        json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    )
     for name, rows in results.tables.items():
         with open(directory / f"{name}.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
@@ -108,18 +114,31 @@ def draw(panels: Sequence[Panel]) -> str:
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullLocator
 
-    with matplotlib.rc_context({"svg.hashsalt": "archscale", "svg.fonttype": "none", "font.size": 9}):
+    with matplotlib.rc_context(
+        {"svg.hashsalt": "archscale", "svg.fonttype": "none", "font.size": 9}
+    ):
         figure = Figure(figsize=(4.6 * len(panels), 3.6), layout="constrained")
         FigureCanvasSVG(figure)
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
             for series in panel.series:
-                points = [(x, y) for x, y in zip(series.x, series.y) if math.isfinite(x) and math.isfinite(y)]
+                points = [
+                    (x, y)
+                    for x, y in zip(series.x, series.y)
+                    if math.isfinite(x) and math.isfinite(y)
+                ]
                 color = f"C{series.color}" if isinstance(series.color, int) else series.color
                 axes.plot(
-                    *(zip(*points) if points else ([], [])), series.style, label=series.label, color=color, markersize=4
+                    *(zip(*points) if points else ([], [])),
+                    series.style,
+                    label=series.label,
+                    color=color,
+                    markersize=4,
                 )
             drawn = [(float(x), float(y)) for line in axes.lines for x, y in zip(*line.get_data())]
-            sides = [(axes.xaxis, axes.set_xscale, panel.log_x), (axes.yaxis, axes.set_yscale, panel.log_y)]
+            sides = [
+                (axes.xaxis, axes.set_xscale, panel.log_x),
+                (axes.yaxis, axes.set_yscale, panel.log_y),
+            ]
             for (axis, scale, log), values in zip(sides, zip(*drawn)):
                 positive = [value for value in values if value > 0]
                 if log and positive:  # a logarithmic axis without a point cannot be drawn
@@ -156,7 +175,9 @@ def table_text(rows: Sequence[Row]) -> str:
     """Aligned columns for a terminal."""
     cells = [list(rows[0]), *([show(value) for value in row.values()] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells
+    )
 
 
 def _page(results: Results, drawings: dict[str, str]) -> str:
@@ -165,18 +186,24 @@ def _page(results: Results, drawings: dict[str, str]) -> str:
         rows = results.tables[name]
         head = "".join(f"<th>{html.escape(key)}</th>" for key in rows[0])
         body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(show(v))}</td>" for v in row.values()) + "</tr>" for row in rows
+            "<tr>" + "".join(f"<td>{html.escape(show(v))}</td>" for v in row.values()) + "</tr>"
+            for row in rows
         )
-        parts.append(f"<h2>{html.escape(caption)}</h2><table><tr>{head}</tr>{body}</table><p>{name}.csv</p>")
+        parts.append(
+            f"<h2>{html.escape(caption)}</h2><table><tr>{head}</tr>{body}</table><p>{name}.csv</p>"
+        )
     parts += [
-        f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>" for caption, svg in drawings.items()
+        f"<figure>{svg}<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for caption, svg in drawings.items()
     ]
     settings = html.escape(json.dumps(results.settings, indent=1, ensure_ascii=False))
     style = (
-        "body{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0 1em}table{border-collapse:collapse}"
-        "td,th{padding:.15em .6em;border-bottom:1px solid #ccc;text-align:right}svg{max-width:100%;height:auto}"
+        "body{font:15px sans-serif;max-width:75em;margin:2em auto;padding:0"
+        " 1em}table{border-collapse:collapse}td,th{padding:.15em .6em;border-bottom:1px solid"
+        " #ccc;text-align:right}svg{max-width:100%;height:auto}"
     )
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(results.title)}</title>'
+        '<!doctype html><html lang="en"><meta'
+        f' charset="utf-8"><title>{html.escape(results.title)}</title>'
         f"<style>{style}</style><body>{''.join(parts)}<details><summary>Settings</summary><pre>{settings}</pre></details></body></html>\n"
     )

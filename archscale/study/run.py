@@ -14,8 +14,11 @@ from archscale.study.output import prepare, table_text, write
 from archscale.study.spectral import run_spectral
 
 
-def run_study(path: Path, overrides: Sequence[str], out: Path | None, say: Callable[[str], None]) -> Path:
-    """Run the study of a file; returns the directory that the results are in, by default runs/<name>.
+def run_study(
+    path: Path, overrides: Sequence[str], out: Path | None, say: Callable[[str], None]
+) -> Path:
+    """Run the study of a file; returns the directory that the results are in, by default
+    runs/<name>.
 
     Raises:
         ArchscaleError: anything the user can mend.
@@ -38,5 +41,8 @@ def run_study(path: Path, overrides: Sequence[str], out: Path | None, say: Calla
     write(results, directory)
     for name, caption in results.shown.items():
         say(f"\n{caption}\n{table_text(results.tables[name])}")
-    say(f"\n{study.name}: {time.monotonic() - started:.0f} s, results in {directory}/summary.html and results.json")
+    say(
+        f"\n{study.name}: {time.monotonic() - started:.0f} s, results in {directory}/summary.html"
+        " and results.json"
+    )
     return directory

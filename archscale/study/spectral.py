@@ -1,4 +1,5 @@
-"""The spectral study (seed 004; REFERENCE 6): edges, divergence, steps to a target, conditioning; on least squares and on a model."""
+"""The spectral study (seed 004; REFERENCE 6): edges, divergence, steps to a target, conditioning;
+on least squares and on a model."""
 
 from __future__ import annotations
 
@@ -41,12 +42,18 @@ def run_spectral(study: SpectralStudy, say: Say) -> Results:
     of = orthogonalizers(study.orthogonalizer)
     tables: dict[str, list[Row]] = {}
     say("least squares: edges")
-    tables["edges_least_squares"] = [row for seed in study.seeds for row in least_squares_edges(study, seed, of)]
+    tables["edges_least_squares"] = [
+        row for seed in study.seeds for row in least_squares_edges(study, seed, of)
+    ]
     say("least squares: trajectories")
-    tables["race_least_squares"], curves = _collect(least_squares_race(study, seed, of) for seed in study.seeds)
+    tables["race_least_squares"], curves = _collect(
+        least_squares_race(study, seed, of) for seed in study.seeds
+    )
     tables["curves_least_squares"] = curves
     say("planted curvature: conditioning")
-    tables["conditioning_planted"] = [row for seed in study.seeds for row in planted_conditioning(study, seed)]
+    tables["conditioning_planted"] = [
+        row for seed in study.seeds for row in planted_conditioning(study, seed)
+    ]
     edges: list[Row] = []
     conditions: list[Row] = []
     for seed in study.seeds:
@@ -56,29 +63,41 @@ def run_spectral(study: SpectralStudy, say: Say) -> Results:
         conditions += layer_conditioning(last, seed)
     tables["edges_language"], tables["conditioning_language"] = edges, conditions
     say("language model: training at equal step size")
-    tables["race_language"], tables["curves_language"] = _collect(language_race(study, seed) for seed in study.seeds)
+    tables["race_language"], tables["curves_language"] = _collect(
+        language_race(study, seed) for seed in study.seeds
+    )
     tables["slopes"] = slopes(tables)
     tables["edges_summary"] = edges_summary(tables)
     tables["conditioning_summary"] = conditioning_summary(tables)
     tables["race_summary"] = race_summary(tables)
     results = Results("Spectral flattening", study.model_dump(mode="json"), tables)
     results.shown = {
-        "edges_summary": "Edges of the first step, relative to (2/L) ⟨G, D⟩ / ‖D‖² (2/L of gradient descent, (2/L) σ̄ of exact Muon)",
+        "edges_summary": (
+            "Edges of the first step, relative to (2/L) ⟨G, D⟩ / ‖D‖² (2/L of gradient descent,"
+            " (2/L) σ̄ of exact Muon)"
+        ),
         "slopes": "Slopes of log(edge · L/2) on log σ̄ and log σ_max together, and on each alone",
         "race_summary": "Equal step size: diverged runs and steps to the target, over seeds",
-        "conditioning_summary": "Condition of H = A ⊗ B before and after Muon's preconditioning, medians",
+        "conditioning_summary": (
+            "Condition of H = A ⊗ B before and after Muon's preconditioning, medians"
+        ),
     }
     results.figures = {
         "edges": ("Edges against σ̄; line: the guarantee of exact Muon", edge_panels(tables)),
         "divergence_least_squares": (
-            "Least squares, first seed: loss relative to the first", curve_panels(curves, "loss / first loss", True)
+            "Least squares, first seed: loss relative to the first",
+            curve_panels(curves, "loss / first loss", True),
         ),
         "divergence_language": (
-            "Language model, first seed: held-out loss", curve_panels(tables["curves_language"], "nats per token", False)
+            "Language model, first seed: held-out loss",
+            curve_panels(tables["curves_language"], "nats per token", False),
         ),
         "steps_to_target": ("Steps to the target, medians over seeds", step_panels(tables)),
-        "conditioning": ("Gain in effective condition against the spread of the gradient covariance", condition_panels(tables)),
-    }  # fmt: skip
+        "conditioning": (
+            "Gain in effective condition against the spread of the gradient covariance",
+            condition_panels(tables),
+        ),
+    }
     return results
 
 
@@ -96,16 +115,20 @@ def _collect(parts: Iterator[tuple[list[Row], list[Row]]]) -> tuple[list[Row], l
     return [row for rows in all_rows for row in rows], all_curves[0]
 
 
-# --- least squares -------------------------------------------------------------------------------------------
+# --- least squares
 
 
-def curved(m: int, n: int, lipschitz: float, condition: float, generator: torch.Generator) -> LeastSquares:
+def curved(
+    m: int, n: int, lipschitz: float, condition: float, generator: torch.Generator
+) -> LeastSquares:
     """L and the condition number of A ⊗ B as given, the latter shared equally."""
     half = math.sqrt(condition)
     return LeastSquares(lipschitz * covariance(n, half, generator), covariance(m, half, generator))
 
 
-def least_squares_edges(study: SpectralStudy, seed: int, of: Mapping[str, Callable[[Tensor], Tensor]]) -> Iterator[Row]:
+def least_squares_edges(
+    study: SpectralStudy, seed: int, of: Mapping[str, Callable[[Tensor], Tensor]]
+) -> Iterator[Row]:
     settings = study.least_squares
     m, n = settings.rows, settings.columns
     generator = torch.Generator().manual_seed(seed)
@@ -122,10 +145,18 @@ def least_squares_edges(study: SpectralStudy, seed: int, of: Mapping[str, Callab
                     at_most, rms = residual(D) if name in of else (math.nan, math.nan)
                     found = edge(rise, bound / 8, study.tolerance)
                     yield {
-                        "seed": seed, "condition": condition, "exponent": exponent, **flatness([G]),
-                        "lipschitz": problem.lipschitz, "direction": name, "edge": found, "guaranteed": bound,
-                        "ratio": found / bound, "residual_max": at_most, "residual_rms": rms,
-                    }  # fmt: skip
+                        "seed": seed,
+                        "condition": condition,
+                        "exponent": exponent,
+                        **flatness([G]),
+                        "lipschitz": problem.lipschitz,
+                        "direction": name,
+                        "edge": found,
+                        "guaranteed": bound,
+                        "ratio": found / bound,
+                        "residual_max": at_most,
+                        "residual_rms": rms,
+                    }
 
 
 def _rise(problem: LeastSquares, E: Tensor, D: Tensor, base: float) -> Callable[[float], float]:
@@ -148,9 +179,18 @@ def least_squares_race(
             for lr in race.lrs:
                 losses = descend(problem, E, step, lr, race.steps)
                 relative = [loss / losses[0] for loss in losses]
-                rows.append({"seed": seed, "sigma_mean": mean, "rule": name, "lr": lr, **judged(relative, race.target)})
+                rows.append(
+                    {
+                        "seed": seed,
+                        "sigma_mean": mean,
+                        "rule": name,
+                        "lr": lr,
+                        **judged(relative, race.target),
+                    }
+                )
                 curves += [
-                    {"sigma_mean": mean, "rule": name, "lr": lr, "step": i, "loss": x} for i, x in enumerate(relative)
+                    {"sigma_mean": mean, "rule": name, "lr": lr, "step": i, "loss": x}
+                    for i, x in enumerate(relative)
                 ]
     return rows, curves
 
@@ -162,8 +202,8 @@ def _direction(name: str, of: Mapping[str, Callable[[Tensor], Tensor]], G: Tenso
 
 
 def judged(losses: Sequence[float], target: float) -> Row:
-    """Of a trajectory: `first_rise` (the first step after which the loss is above where it began), `diverged` (it ends there, or is
-    not finite), `steps_to_target`, `final`."""
+    """Of a trajectory: `first_rise` (the first step after which the loss is above where it began),
+    `diverged` (it ends there, or is not finite), `steps_to_target`, `final`."""
     rise = next((i for i, loss in enumerate(losses) if not loss <= losses[0]), None)
     return {
         "first_rise": rise,
@@ -173,15 +213,17 @@ def judged(losses: Sequence[float], target: float) -> Row:
     }
 
 
-# --- language model ------------------------------------------------------------------------------------------
+# --- language model
 
 
 def language_edges(
     study: SpectralStudy, seed: int, of: Mapping[str, Callable[[Tensor], Tensor]]
 ) -> tuple[list[Row], Language]:
-    """After each number of training steps: edges of every matrix alone and of all together. Also the model at the end.
+    """After each number of training steps: edges of every matrix alone and of all together. Also
+    the model at the end.
 
-    `second_order` is the edge 2 ⟨G, D⟩ / ⟨D, H D⟩ of the loss's quadratic model along D itself, inf where that bends down.
+    `second_order` is the edge 2 ⟨G, D⟩ / ⟨D, H D⟩ of the loss's quadratic model along D itself, inf
+    where that bends down.
     """
     settings = study.language
     language = Language(settings, seed)
@@ -198,53 +240,82 @@ def language_edges(
             lipschitz = largest_curvature(product, sum(x.numel() for x in G), settings.lanczos)
             for direction in steps[0]:
                 D = [steps[j][direction] for j in chosen]
-                flat, slope = torch.cat([x.flatten() for x in D]), float(sum(torch.sum(x * d) for x, d in zip(G, D)))
+                flat, slope = (
+                    torch.cat([x.flatten() for x in D]),
+                    float(sum(torch.sum(x * d) for x, d in zip(G, D))),
+                )
                 bend = float(flat @ product(flat))
                 bound = guaranteed(G, D, lipschitz)
                 found = edge(language.rise(views, D, batch), bound / 8, study.tolerance)
                 both = [residual(x) for x in D] if direction in of else [(math.nan, math.nan)]
-                rows.append({
-                    "seed": seed, "after": after, "loss": loss, "matrix": name, **flatness(G), "lipschitz": lipschitz,
-                    "direction": direction, "edge": found, "guaranteed": bound, "ratio": found / bound,
-                    "second_order": 2 * slope / bend if bend > 0 else math.inf,
-                    "residual_max": max(x for x, _ in both), "residual_rms": max(x for _, x in both),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "seed": seed,
+                        "after": after,
+                        "loss": loss,
+                        "matrix": name,
+                        **flatness(G),
+                        "lipschitz": lipschitz,
+                        "direction": direction,
+                        "edge": found,
+                        "guaranteed": bound,
+                        "ratio": found / bound,
+                        "second_order": 2 * slope / bend if bend > 0 else math.inf,
+                        "residual_max": max(x for x, _ in both),
+                        "residual_rms": max(x for _, x in both),
+                    }
+                )
     return rows, language
 
 
 def language_race(study: SpectralStudy, seed: int) -> tuple[list[Row], list[Row]]:
-    """Plain steps, without momentum. Muon's do not depend on the scale of the loss, so each of its runs stands for all scales."""
+    """Plain steps, without momentum. Muon's do not depend on the scale of the loss, so each of its
+    runs stands for all scales."""
     race = study.language.race
     language = Language(study.language, seed)
     natural = flatness(language.gradients(language.held_out()))["sigma_mean"]
-    scales: list[tuple[str, float | None]] = [("muon", None), *(("sgd", mean) for mean in race.sigma_means)]
+    scales: list[tuple[str, float | None]] = [
+        ("muon", None),
+        *(("sgd", mean) for mean in race.sigma_means),
+    ]
     rows, curves = [], []
     for rule, mean in scales:
         for lr in race.lrs:
             fresh = Language(study.language, seed)
-            losses = list(fresh.train(rule, lr, race.steps, 0.0, 1.0 if mean is None else mean / natural))
+            losses = list(
+                fresh.train(rule, lr, race.steps, 0.0, 1.0 if mean is None else mean / natural)
+            )
             shown = {"sigma_mean": "any" if mean is None else mean, "rule": rule, "lr": lr}
             rows.append({"seed": seed, **shown, **judged(losses, race.target)})
             curves += [{**shown, "step": i, "loss": x} for i, x in enumerate(losses)]
     return rows, curves
 
 
-# --- conditioning --------------------------------------------------------------------------------------------
+# --- conditioning
 
 
 def planted_conditioning(study: SpectralStudy, seed: int) -> Iterator[Row]:
-    """A quadratic that is what the theorem assumes: Gaussian errors, A and B planted. The preconditioner from the gradient
-    covariance, and from a single gradient, which is what one step of Muon has."""
+    """A quadratic that is what the theorem assumes: Gaussian errors, A and B planted. The
+    preconditioner from the gradient covariance, and from a single gradient, which is what one step
+    of Muon has."""
     settings = study.kronecker
     m, n = settings.rows, settings.columns
     generator = torch.Generator().manual_seed(seed)
     for condition in settings.output_conditions:
-        A, B = covariance(n, settings.input_condition, generator), covariance(m, condition, generator)
+        A, B = (
+            covariance(n, settings.input_condition, generator),
+            covariance(m, condition, generator),
+        )
         E = torch.randn(settings.samples, m, n, generator=generator, dtype=torch.float64)
         G = B @ E @ A
-        row = {"seed": seed, "output_condition": condition, "input_condition": settings.input_condition}
+        row = {
+            "seed": seed,
+            "output_condition": condition,
+            "input_condition": settings.input_condition,
+        }
         yield row | {"gradients": settings.samples} | _gains(preconditioned(A, B, G))
-        # G Gᵀ of one gradient has full rank as m ≤ n, Gᵀ G has not: its zeros get the smallest damping that float64 inverts.
+        # G Gᵀ of one gradient has full rank as m ≤ n, Gᵀ G has not: its zeros get the smallest
+        # damping that float64 inverts.
         yield row | {"gradients": 1} | _gains(preconditioned(A, B, G[:1], 1e-6))
 
 
@@ -259,11 +330,14 @@ def _gains(found: dict[str, Conditioning]) -> Row:
     row: Row = {f"condition_{key}": of.condition for key, of in found.items()}
     row |= {f"effective_{key}": of.effective for key, of in found.items()}
     for kind in ("condition", "effective"):
-        row |= {f"{kind}_gain_{side}": row[f"{kind}_before"] / row[f"{kind}_{side}"] for side in ("left", "both")}
+        row |= {
+            f"{kind}_gain_{side}": row[f"{kind}_before"] / row[f"{kind}_{side}"]
+            for side in ("left", "both")
+        }
     return row
 
 
-# --- what the tables say -------------------------------------------------------------------------------------
+# --- what the tables say
 
 
 def _groups(rows: Sequence[Row], keys: Sequence[str]) -> dict[tuple, list[Row]]:
@@ -274,7 +348,8 @@ def _groups(rows: Sequence[Row], keys: Sequence[str]) -> dict[tuple, list[Row]]:
 
 
 def edge_families(tables: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
-    """Edges that belong together: least squares by curvature, single matrices of the model, all of its matrices."""
+    """Edges that belong together: least squares by curvature, single matrices of the model, all of
+    its matrices."""
     found = {
         f"least squares, κ = {c:g}": rows
         for (c,), rows in _groups(tables["edges_least_squares"], ["condition"]).items()
@@ -286,7 +361,8 @@ def edge_families(tables: Mapping[str, list[Row]]) -> dict[str, list[Row]]:
 
 
 def slopes(tables: Mapping[str, list[Row]]) -> list[Row]:
-    """Of log(edge · L/2) over each family, by direction. Points without a finite edge are left out and counted."""
+    """Of log(edge · L/2) over each family, by direction. Points without a finite edge are left out
+    and counted."""
     found = []
     for family, rows in edge_families(tables).items():
         if family.startswith("all matrices"):
@@ -316,49 +392,91 @@ def edges_summary(tables: Mapping[str, list[Row]]) -> list[Row]:
         for (direction,), all_rows in _groups(rows, ["direction"]).items():
             kept = [row for row in all_rows if 0 < row["edge"] < math.inf]
             ratios = [row["ratio"] for row in kept]
-            local = [row["edge"] / row["second_order"] for row in kept if 0 < row.get("second_order", 0) < math.inf]
-            per_seed = [statistics.median(r["ratio"] for r in part) for part in _groups(kept, ["seed"]).values()]
-            found.append({
-                "family": family, "direction": direction, "points": len(kept), "without_edge": len(all_rows) - len(kept),
-                "least": min(ratios, default=math.nan), "median": statistics.median(ratios) if ratios else math.nan,
-                "greatest": max(ratios, default=math.nan),
-                "to_second_order": statistics.median(local) if local else math.nan,
-                "sd_of_seed_medians": mean_and_spread(per_seed)[1] if per_seed else math.nan,
-                "residual_max": max(row["residual_max"] for row in all_rows),
-                "residual_rms": max(row["residual_rms"] for row in all_rows),
-            })  # fmt: skip
+            local = [
+                row["edge"] / row["second_order"]
+                for row in kept
+                if 0 < row.get("second_order", 0) < math.inf
+            ]
+            per_seed = [
+                statistics.median(r["ratio"] for r in part)
+                for part in _groups(kept, ["seed"]).values()
+            ]
+            found.append(
+                {
+                    "family": family,
+                    "direction": direction,
+                    "points": len(kept),
+                    "without_edge": len(all_rows) - len(kept),
+                    "least": min(ratios, default=math.nan),
+                    "median": statistics.median(ratios) if ratios else math.nan,
+                    "greatest": max(ratios, default=math.nan),
+                    "to_second_order": statistics.median(local) if local else math.nan,
+                    "sd_of_seed_medians": mean_and_spread(per_seed)[1] if per_seed else math.nan,
+                    "residual_max": max(row["residual_max"] for row in all_rows),
+                    "residual_rms": max(row["residual_rms"] for row in all_rows),
+                }
+            )
     return found
 
 
 def race_summary(tables: Mapping[str, list[Row]]) -> list[Row]:
     found = []
-    for where, name in (("least squares", "race_least_squares"), ("language model", "race_language")):
+    for where, name in (
+        ("least squares", "race_least_squares"),
+        ("language model", "race_language"),
+    ):
         for (mean, rule, lr), rows in _groups(tables[name], ["sigma_mean", "rule", "lr"]).items():
             reached = [row["steps_to_target"] for row in rows if row["steps_to_target"] is not None]
             rises = [row["first_rise"] for row in rows if row["first_rise"] is not None]
             final, spread = mean_and_spread([row["final"] for row in rows])
-            found.append({
-                "where": where, "sigma_mean": mean, "rule": rule, "lr": lr, "seeds": len(rows),
-                "diverged": sum(row["diverged"] for row in rows), "first_rise": min(rises, default=None),
-                "reached": len(reached), "steps_to_target": statistics.median(reached) if reached else None,
-                "least_steps": min(reached, default=None), "most_steps": max(reached, default=None),
-                "final": final, "final_sd": spread,
-            })  # fmt: skip
+            found.append(
+                {
+                    "where": where,
+                    "sigma_mean": mean,
+                    "rule": rule,
+                    "lr": lr,
+                    "seeds": len(rows),
+                    "diverged": sum(row["diverged"] for row in rows),
+                    "first_rise": min(rises, default=None),
+                    "reached": len(reached),
+                    "steps_to_target": statistics.median(reached) if reached else None,
+                    "least_steps": min(reached, default=None),
+                    "most_steps": max(reached, default=None),
+                    "final": final,
+                    "final_sd": spread,
+                }
+            )
     return found
 
 
 def conditioning_summary(tables: Mapping[str, list[Row]]) -> list[Row]:
-    """Medians, and the slope of the log gain of the left preconditioner on the log spread of the gradient covariance."""
+    """Medians, and the slope of the log gain of the left preconditioner on the log spread of the
+    gradient covariance."""
     found = []
-    for where, name in (("planted", "conditioning_planted"), ("language model", "conditioning_language")):
+    for where, name in (
+        ("planted", "conditioning_planted"),
+        ("language model", "conditioning_language"),
+    ):
         for (gradients,), rows in _groups(tables[name], ["gradients"]).items():
             for kind in ("condition", "effective"):
-                gains, spread = [r[f"{kind}_gain_left"] for r in rows], [r[f"{kind}_spread"] for r in rows]
+                gains, spread = (
+                    [r[f"{kind}_gain_left"] for r in rows],
+                    [r[f"{kind}_spread"] for r in rows],
+                )
                 [(slope, error)] = log_slopes(gains, {"spread": spread}).values()
                 columns = ("before", "left", "both", "gain_left", "gain_both", "spread")
-                found.append({
-                    "where": where, "gradients": gradients, "number": kind,
-                    **{key: statistics.median(row[f"{kind}_{key}"] for row in rows) for key in columns},
-                    "worse": sum(gain < 1 for gain in gains) / len(gains), "slope": slope, "slope_se": error,
-                })  # fmt: skip
+                found.append(
+                    {
+                        "where": where,
+                        "gradients": gradients,
+                        "number": kind,
+                        **{
+                            key: statistics.median(row[f"{kind}_{key}"] for row in rows)
+                            for key in columns
+                        },
+                        "worse": sum(gain < 1 for gain in gains) / len(gains),
+                        "slope": slope,
+                        "slope_se": error,
+                    }
+                )
     return found

@@ -1,11 +1,14 @@
-"""Spectral flattening, measured (Spectral Flattening, seed 004; REFERENCE 6): how far one step may go, and how an
-orthogonalized step is conditioned.
+"""Spectral flattening, measured (Spectral Flattening, seed 004; REFERENCE 6): how far one step may
+go, and how an orthogonalized step is conditioned.
 
-If f has an L-Lipschitz gradient G (Frobenius), a step −η D changes it by at most − η ⟨G, D⟩ + (L/2) η² ‖D‖², so it falls for all
+If f has an L-Lipschitz gradient G (Frobenius), a step −η D changes it by at most − η ⟨G, D⟩ + (L/2)
+η² ‖D‖², so it falls for all
 
-    η < (2/L) ⟨G, D⟩ / ‖D‖²  =  2/L  for D = G;   (2/L) σ_max  for D = G / σ_max;   (2/L) σ̄  for D = U Vᵀ,  σ̄ = ‖G‖_* / rank.
+    η < (2/L) ⟨G, D⟩ / ‖D‖²  =  2/L  for D = G;   (2/L) σ_max  for D = G / σ_max;   (2/L) σ̄  for D
+                             = U Vᵀ,  σ̄ = ‖G‖_* / rank.
 
-The orthogonalizer is passed in. W, E, G are (m, n); curvatures A (n, n) of the inputs and B (m, m) of the outputs.
+The orthogonalizer is passed in. W, E, G are (m, n); curvatures A (n, n) of the inputs and B (m, m)
+of the outputs.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ Orthogonalizer = Callable[[Tensor], Tensor]
 FLOOR = 1e-12  # singular and eigenvalues below this share of the largest are zero
 
 
-# --- what is planted -----------------------------------------------------------------------------------------
+# --- what is planted
 
 
 def power_spectrum(count: int, exponent: float, mean: float) -> Tensor:
@@ -41,7 +44,8 @@ def planted(values: Tensor, m: int, n: int, generator: torch.Generator) -> Tenso
 
 
 def covariance(size: int, condition: float, generator: torch.Generator) -> Tensor:
-    """(size, size) float64, symmetric: eigenvalues from 1 down to 1 / condition, even in their logarithm."""
+    """(size, size) float64, symmetric: eigenvalues from 1 down to 1 / condition, even in their
+    logarithm."""
     values = torch.logspace(0, -math.log10(condition), size, dtype=torch.float64)
     U = _orthonormal(size, size, generator)
     return (U * values) @ U.mT
@@ -53,7 +57,8 @@ def _orthonormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class LeastSquares:
-    """f(E) = ½ ‖B^½ E A^½‖², E = W − W* (m, n): matrix least squares, whose Hessian is the Kronecker product A ⊗ B."""
+    """f(E) = ½ ‖B^½ E A^½‖², E = W − W* (m, n): matrix least squares, whose Hessian is the
+    Kronecker product A ⊗ B."""
 
     A: Tensor
     B: Tensor
@@ -74,11 +79,14 @@ class LeastSquares:
         return torch.linalg.solve(self.B, torch.linalg.solve(self.A, gradient.mT).mT)
 
 
-# --- the edge ------------------------------------------------------------------------------------------------
+# --- the edge
 
 
-def directions(gradient: Tensor, orthogonalizers: Mapping[str, Orthogonalizer]) -> dict[str, Tensor]:
-    """What is subtracted, by name: `gradient`, `normalized` (G / σ_max) and each orthogonalizer's Q; all (m, n)."""
+def directions(
+    gradient: Tensor, orthogonalizers: Mapping[str, Orthogonalizer]
+) -> dict[str, Tensor]:
+    """What is subtracted, by name: `gradient`, `normalized` (G / σ_max) and each orthogonalizer's
+    Q; all (m, n)."""
     largest = singular_values(gradient[None])[0, 0]
     return {
         "gradient": gradient,
@@ -88,21 +96,29 @@ def directions(gradient: Tensor, orthogonalizers: Mapping[str, Orthogonalizer]) 
 
 
 def guaranteed(gradients: Sequence[Tensor], steps: Sequence[Tensor], lipschitz: float) -> float:
-    """(2/L) ⟨G, D⟩ / ‖D‖² of one or several matrices together: below it every step decreases the loss."""
-    along = sum(float(torch.sum(G.double() * D.double())) for G, D in zip(gradients, steps, strict=True))
+    """(2/L) ⟨G, D⟩ / ‖D‖² of one or several matrices together: below it every step decreases the
+    loss."""
+    along = sum(
+        float(torch.sum(G.double() * D.double())) for G, D in zip(gradients, steps, strict=True)
+    )
     return 2 / lipschitz * along / sum(float(D.double().square().sum()) for D in steps)
 
 
-def edge(rise: Callable[[float], float], start: float, tolerance: float = 1e-4, growth: float = 2**0.5) -> float:
-    """The end of the first interval of step sizes that decrease the loss, by bisection, to `tolerance` (relative).
+def edge(
+    rise: Callable[[float], float], start: float, tolerance: float = 1e-4, growth: float = 2**0.5
+) -> float:
+    """The end of the first interval of step sizes that decrease the loss, by bisection, to
+    `tolerance` (relative).
 
     Args:
         rise: η → f(W − η D) − f(W); what is not finite counts as a rise.
-        start: a first η; from it the search goes down, by factors of `growth`, until the loss falls, or up until it rises. So
-            that no later interval is taken for the first, `start` should lie well below the edge.
+        start: a first η; from it the search goes down, by factors of `growth`, until the loss
+            falls, or up until it rises. So that no later interval is taken for the first, `start`
+            should lie well below the edge.
 
     Returns:
-        0 where no step of at least 1e-6 `start` decreases the loss, inf where none up to 1e6 `start` increases it.
+        0 where no step of at least 1e-6 `start` decreases the loss, inf where none up to 1e6
+        `start` increases it.
     """
 
     def falls(step: float) -> bool:
@@ -126,9 +142,11 @@ def edge(rise: Callable[[float], float], start: float, tolerance: float = 1e-4, 
     return math.sqrt(low * high)
 
 
-def largest_curvature(product: Callable[[Tensor], Tensor], size: int, iterations: int, seed: int = 0) -> float:
-    """L = max |λ| of a symmetric matrix of which only v → H v is known, v (size,): Lanczos in float64, with full
-    reorthogonalization; a lower bound that converges from below."""
+def largest_curvature(
+    product: Callable[[Tensor], Tensor], size: int, iterations: int, seed: int = 0
+) -> float:
+    """L = max |λ| of a symmetric matrix of which only v → H v is known, v (size,): Lanczos in
+    float64, with full reorthogonalization; a lower bound that converges from below."""
     basis: list[Tensor] = []
     diagonal, off = [], []
     v = torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -139,7 +157,9 @@ def largest_curvature(product: Callable[[Tensor], Tensor], size: int, iterations
         diagonal.append(float(v @ w))
         Q = torch.stack(basis)
         w = w - Q.mT @ (Q @ w)
-        w = w - Q.mT @ (Q @ w)  # once more: the first pass leaves rounding of the size of w before it
+        w = w - Q.mT @ (
+            Q @ w
+        )  # once more: the first pass leaves rounding of the size of w before it
         norm = float(w.norm())
         off.append(norm)
         if norm <= FLOOR * max(map(abs, diagonal)):
@@ -149,12 +169,18 @@ def largest_curvature(product: Callable[[Tensor], Tensor], size: int, iterations
     return float(np.abs(np.linalg.eigvalsh(np.diag(diagonal) + side + side.T)).max())
 
 
-def log_slopes(y: Sequence[float], columns: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, float]]:
-    """Least squares of log y on an intercept and the logs of the columns: slope and standard error of each.
+def log_slopes(
+    y: Sequence[float], columns: Mapping[str, Sequence[float]]
+) -> dict[str, tuple[float, float]]:
+    """Least squares of log y on an intercept and the logs of the columns: slope and standard error
+    of each.
 
-    NaN where the points do not decide: fewer than parameters + 1, or columns that depend on each other.
+    NaN where the points do not decide: fewer than parameters + 1, or columns that depend on each
+    other.
     """
-    X = np.column_stack([np.ones(len(y)), *(np.log(np.asarray(c, float)) for c in columns.values())])
+    X = np.column_stack(
+        [np.ones(len(y)), *(np.log(np.asarray(c, float)) for c in columns.values())]
+    )
     free = len(y) - X.shape[1]
     if free < 1 or np.linalg.matrix_rank(X) < X.shape[1]:
         return dict.fromkeys(columns, (math.nan, math.nan))
@@ -172,19 +198,26 @@ def residual(Q: Tensor) -> tuple[float, float]:
 
 
 def flatness(gradients: Sequence[Tensor]) -> dict[str, float]:
-    """`sigma_max` and `sigma_mean` (‖G‖_* / rank) of one matrix, or of several together, and the rank."""
+    """`sigma_max` and `sigma_mean` (‖G‖_* / rank) of one matrix, or of several together, and the
+    rank."""
     values = [singular_values(G.double()[None])[0] for G in gradients]
     largest = max(float(v[0]) for v in values)
     rank = sum(int((v > FLOOR * v[0]).sum()) for v in values)
-    return {"sigma_max": largest, "sigma_mean": sum(float(v.sum()) for v in values) / max(rank, 1), "rank": rank}
+    return {
+        "sigma_max": largest,
+        "sigma_mean": sum(float(v.sum()) for v in values) / max(rank, 1),
+        "rank": rank,
+    }
 
 
-# --- trajectories --------------------------------------------------------------------------------------------
+# --- trajectories
 
 
-def descend(problem: LeastSquares, E: Tensor, step: Callable[[Tensor], Tensor], lr: float, steps: int) -> list[float]:
-    """Losses before each of `steps` updates E ← E − lr · step(gradient) and after the last; ends early, with inf, past 1e12 times
-    the first loss."""
+def descend(
+    problem: LeastSquares, E: Tensor, step: Callable[[Tensor], Tensor], lr: float, steps: int
+) -> list[float]:
+    """Losses before each of `steps` updates E ← E − lr · step(gradient) and after the last; ends
+    early, with inf, past 1e12 times the first loss."""
     losses = [problem.loss(E)]
     for _ in range(steps):
         E = E - lr * step(problem.gradient(E))
@@ -199,12 +232,13 @@ def first_at_most(losses: Sequence[float], target: float) -> int | None:
     return next((i for i, loss in enumerate(losses) if loss <= target), None)
 
 
-# --- conditioning --------------------------------------------------------------------------------------------
+# --- conditioning
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Of a symmetric positive matrix: `condition` λ_max / λ_min, and `effective` λ_max / mean λ, which zeros do not move."""
+    """Of a symmetric positive matrix: `condition` λ_max / λ_min, and `effective` λ_max / mean λ,
+    which zeros do not move."""
 
     condition: float
     effective: float
@@ -217,7 +251,9 @@ class Conditioning:
 def conditioning(matrix: Tensor) -> Conditioning:
     values = torch.linalg.eigvalsh(matrix.double())
     least = float(values[0])
-    return Conditioning(float(values[-1]) / least if least > 0 else math.inf, float(values[-1] / values.mean()))
+    return Conditioning(
+        float(values[-1]) / least if least > 0 else math.inf, float(values[-1] / values.mean())
+    )
 
 
 def damped(matrix: Tensor, damping: float) -> Tensor:
@@ -232,19 +268,24 @@ def power(matrix: Tensor, exponent: float) -> Tensor:
     return (U * values**exponent) @ U.mT
 
 
-def preconditioned(A: Tensor, B: Tensor, gradients: Tensor, damping: float = 0.0) -> dict[str, Conditioning]:
+def preconditioned(
+    A: Tensor, B: Tensor, gradients: Tensor, damping: float = 0.0
+) -> dict[str, Conditioning]:
     """How the curvature H = A ⊗ B is conditioned before and after Muon's preconditioning.
 
-    Q = (G Gᵀ)^(−½) G is a step preconditioned by P = I ⊗ C^(−½), C = E[G Gᵀ] the gradient covariance; the spectrum that
-    decides is that of P^½ H P^½ = A ⊗ (C^(−¼) B C^(−¼)). With R = E[Gᵀ G] the same Q is also (G Gᵀ)^(−¼) G (Gᵀ G)^(−¼), which
-    preconditions both sides by half as much: (R^(−⅛) A R^(−⅛)) ⊗ (C^(−⅛) B C^(−⅛)).
+    Q = (G Gᵀ)^(−½) G is a step preconditioned by P = I ⊗ C^(−½), C = E[G Gᵀ] the gradient
+    covariance; the spectrum that decides is that of P^½ H P^½ = A ⊗ (C^(−¼) B C^(−¼)). With R =
+    E[Gᵀ G] the same Q is also (G Gᵀ)^(−¼) G (Gᵀ G)^(−¼), which preconditions both sides by half as
+    much: (R^(−⅛) A R^(−⅛)) ⊗ (C^(−⅛) B C^(−⅛)).
 
     Args:
         A: (n, n). B: (m, m). gradients: samples (k, m, n).
-        damping: of A and B, relative to their mean eigenvalue; of C and R its square, since they are squares of gradients.
+        damping: of A and B, relative to their mean eigenvalue; of C and R its square, since they
+            are squares of gradients.
 
     Returns:
-        `before`, `left`, `both`, and `spread`, of C^½: of singular values of the gradient, which the gain is claimed to follow.
+        `before`, `left`, `both`, and `spread`, of C^½: of singular values of the gradient, which
+        the gain is claimed to follow.
     """
     G = gradients.double()
     A, B = damped(A, damping), damped(B, damping)

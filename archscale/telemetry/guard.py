@@ -1,8 +1,10 @@
-"""A guard over training: what is not finite, spikes, saturates or runs away is an event, and may be acted upon.
+"""A guard over training: what is not finite, spikes, saturates or runs away is an event, and may be
+acted upon.
 
-Decisions rest on numbers that all ranks share (global loss and gradient norm), so all ranks take them together. `warn` judges
-what is read anyway. `act` has to know before the update, so it waits for the device once a step: a bad step is skipped with all
-state untouched; more than `max_skips` in a row end in a fall-back to an older checkpoint; more than `max_fallbacks` in the run.
+Decisions rest on numbers that all ranks share (global loss and gradient norm), so all ranks take
+them together. `warn` judges what is read anyway. `act` has to know before the update, so it waits
+for the device once a step: a bad step is skipped with all state untouched; more than `max_skips` in
+a row end in a fall-back to an older checkpoint; more than `max_fallbacks` in the run.
 """
 
 from __future__ import annotations
@@ -24,14 +26,18 @@ class Guard:
 
     Args:
         mode: warn or act. window: steps that a new one is compared with.
-        spike: robust standard deviations above the median of the window from which on a loss or gradient norm is a spike.
-        max_skips: steps in a row that may be skipped. max_fallbacks: returns to older checkpoints in one run.
+        spike: robust standard deviations above the median of the window from which on a loss or
+            gradient norm is a spike.
+        max_skips: steps in a row that may be skipped. max_fallbacks: returns to older checkpoints
+            in one run.
     """
 
     def __init__(self, mode: str, window: int, spike: float, max_skips: int, max_fallbacks: int):
         self.acts, self.spike = mode == "act", spike
         self.max_skips, self.max_fallbacks = max_skips, max_fallbacks
-        self._history: dict[str, deque[float]] = {key: deque(maxlen=window) for key in ("loss", "grad_norm")}
+        self._history: dict[str, deque[float]] = {
+            key: deque(maxlen=window) for key in ("loss", "grad_norm")
+        }
         self.skipped = 0  # in a row
         self.fallbacks = 0
         self._raised: set[str] = set()
@@ -42,7 +48,9 @@ class Guard:
         Args:
             values: `loss` and `grad_norm` of the step.
         """
-        problem = next((text for key in self._history if (text := self._problem(key, values[key]))), None)
+        problem = next(
+            (text for key in self._history if (text := self._problem(key, values[key]))), None
+        )
         if problem is None or not self.acts:
             for key, history in self._history.items():
                 if math.isfinite(values[key]):
@@ -59,7 +67,10 @@ class Guard:
         z = robust_z(value, history)
         if z <= self.spike:
             return None
-        return f"{name} {value:.4g} is {z:.1f} robust standard deviations above the last {len(history)} steps' median"
+        return (
+            f"{name} {value:.4g} is {z:.1f} robust standard deviations above the last"
+            f" {len(history)} steps' median"
+        )
 
     @property
     def exhausted(self) -> bool:
@@ -67,11 +78,18 @@ class Guard:
         return self.skipped > self.max_skips
 
     def watch(self, metrics: Mapping[str, Any]) -> str | None:
-        """What has gone wrong with the optimizer since the last reading: told once, until it is over."""
-        drift, clipped = metrics.get("optimizer/weight_norm_drift", 0.0), metrics.get("optimizer/clip_fraction", 0.0)
+        """What has gone wrong with the optimizer since the last reading: told once, until it is
+        over."""
+        drift, clipped = (
+            metrics.get("optimizer/weight_norm_drift", 0.0),
+            metrics.get("optimizer/clip_fraction", 0.0),
+        )
         states = {
             f"{clipped:.0%} of the trust ratios are clipped": ("saturation", clipped >= SATURATED),
-            f"a matrix has grown to {1 + drift:.1f} times its initial norm": ("runaway", not drift < RUNAWAY),
+            f"a matrix has grown to {1 + drift:.1f} times its initial norm": (
+                "runaway",
+                not drift < RUNAWAY,
+            ),
         }
         told = []
         for text, (name, bad) in states.items():
@@ -89,15 +107,16 @@ class Guard:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Back to `state()`. Fall-backs are counted on: they belong to the process, not to the trajectory."""
+        """Back to `state()`. Fall-backs are counted on: they belong to the process, not to the
+        trajectory."""
         for key, values in state["history"].items():
             self._history[key] = deque(values, maxlen=self._history[key].maxlen)
         self.skipped, self._raised = state["skipped"], set(state["raised"])
 
 
 def robust_z(value: float, history: deque[float]) -> float:
-    """(value − median) / (1.4826 · median absolute deviation). The deviation is at least 1e-3 of the median's size, so that a
-    window that hardly moves makes no spike of a rounding."""
+    """(value − median) / (1.4826 · median absolute deviation). The deviation is at least 1e-3 of
+    the median's size, so that a window that hardly moves makes no spike of a rounding."""
     median = statistics.median(history)
     deviation = NORMAL * statistics.median(abs(x - median) for x in history)
     return (value - median) / max(deviation, 1e-3 * abs(median), 1e-30)

@@ -15,14 +15,17 @@ class MetricsFile:
 
     Args:
         path: metrics.jsonl of a run directory.
-        resume_step: lines of later steps belong to a part of the run that was lost, and are dropped.
+        resume_step: lines of later steps belong to a part of the run that was lost, and are
+            dropped.
     """
 
     def __init__(self, path: Path, resume_step: int = 0):
         self.path = path
         if path.exists():
             kept = [
-                line for line in path.read_text().splitlines(keepends=True) if _step(line, resume_step) <= resume_step
+                line
+                for line in path.read_text().splitlines(keepends=True)
+                if _step(line, resume_step) <= resume_step
             ]
             temporary = path.with_suffix(".tmp")
             temporary.write_text("".join(kept))
@@ -31,7 +34,11 @@ class MetricsFile:
 
     def write(self, step: int, tokens: int, **values: Any) -> dict[str, Any]:
         """Append a line; returns it as it was written."""
-        bad = [key for key, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+        bad = [
+            key
+            for key, value in values.items()
+            if isinstance(value, float) and not math.isfinite(value)
+        ]
         line: dict[str, Any] = {"step": step, "tokens": tokens, "time": round(time.time(), 3)}
         line |= {key: None if key in bad else value for key, value in values.items()}
         told = line.get("event", "")

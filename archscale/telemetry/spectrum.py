@@ -1,8 +1,8 @@
 """Spectra of gradients and momenta (REFERENCE 6; Spectral Flattening, seed 004).
 
-For W ← W − η Q with exact Q = U Vᵀ the loss falls while η < (2/L) σ̄, σ̄ = ‖M‖_* / rank the AVERAGE singular value; gradient
-descent is bounded by the largest. How far a matrix is from flat: σ_max / σ̄, the flattening gain, and the effective rank
-‖M‖_*² / ‖M‖².
+For W ← W − η Q with exact Q = U Vᵀ the loss falls while η < (2/L) σ̄, σ̄ = ‖M‖_* / rank the AVERAGE
+singular value; gradient descent is bounded by the largest. How far a matrix is from flat: σ_max /
+σ̄, the flattening gain, and the effective rank ‖M‖_*² / ‖M‖².
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ EXACT = 2048  # short sides up to this take an exact decomposition
 
 
 def spectrum(M: Tensor, exact: int = EXACT) -> dict[str, Tensor]:
-    """Of each matrix of a stack (k, m, n), (k,): `sigma_max`, `sigma_mean` (over min(m, n) of them), `effective_rank`
-    and `flattening_gain`; zero of a zero matrix, NaN of one that is not finite.
+    """Of each matrix of a stack (k, m, n), (k,): `sigma_max`, `sigma_mean` (over min(m, n) of
+    them), `effective_rank` and `flattening_gain`; zero of a zero matrix, NaN of one that is not
+    finite.
 
     Args:
-        exact: largest short side for singular values themselves; beyond it σ_max comes from power iteration and ‖M‖_* from
-            the square root of the Gram matrix's eigenvalues.
+        exact: largest short side for singular values themselves; beyond it σ_max comes from power
+            iteration and ‖M‖_* from the square root of the Gram matrix's eigenvalues.
     """
     short = min(M.shape[-2:])
     finite = M.isfinite().flatten(1).all(-1)
@@ -47,14 +48,16 @@ def singular_values(M: Tensor) -> Tensor:
 
 
 def gram_singular_values(M: Tensor) -> Tensor:
-    """As `singular_values`, from the eigenvalues of the Gram matrix in float64: σ to 1e-8 of the largest, a third of the work."""
+    """As `singular_values`, from the eigenvalues of the Gram matrix in float64: σ to 1e-8 of the
+    largest, a third of the work."""
     X = M.double() if M.shape[-2] <= M.shape[-1] else M.mT.double()
     return torch.linalg.eigvalsh(X @ X.mT).clamp(min=0).sqrt().flip(-1).float()
 
 
 def largest_singular_value(M: Tensor, iterations: int = 20, vectors: int = 4) -> Tensor:
-    """σ_max of each of a stack (k, m, n), (k,) float32, by randomized subspace iteration (Halko, Martinsson and Tropp 2011)
-    from a fixed seed: at most σ_max, and 1e-3 below it on spectra without a gap."""
+    """σ_max of each of a stack (k, m, n), (k,) float32, by randomized subspace iteration (Halko,
+    Martinsson and Tropp 2011) from a fixed seed: at most σ_max, and 1e-3 below it on spectra
+    without a gap."""
     X = M.float() if M.shape[-2] <= M.shape[-1] else M.mT.float()
     generator = torch.Generator().manual_seed(0)
     V = torch.randn(X.shape[-1], vectors, generator=generator).to(X.device).expand(len(X), -1, -1)
@@ -64,18 +67,21 @@ def largest_singular_value(M: Tensor, iterations: int = 20, vectors: int = 4) ->
 
 
 def nuclear_norm_estimate(M: Tensor, Q: Tensor) -> Tensor:
-    """⟨M, Q⟩ of stacks (k, m, n) and their orthogonalizations: ‖M‖_* as exactly as Q is orthogonal (2.5 % for five
-    polar-express iterations), at the cost of an inner product; (k,), float32 or better."""
+    """⟨M, Q⟩ of stacks (k, m, n) and their orthogonalizations: ‖M‖_* as exactly as Q is orthogonal
+    (2.5 % for five polar-express iterations), at the cost of an inner product; (k,), float32 or
+    better."""
     M, Q = (x.flatten(1) if x.dtype == torch.float64 else x.flatten(1).float() for x in (M, Q))
     return torch.linalg.vecdot(M, Q)
 
 
 def heterogeneity_gain(nuclear: Tensor, rank: Tensor) -> Tensor:
-    """κ_eff of layers with nuclear norms a_ℓ = ‖G_ℓ‖_* and ranks q_ℓ = ‖Q_ℓ‖², (k,) each: scalar, at least 1.
+    """κ_eff of layers with nuclear norms a_ℓ = ‖G_ℓ‖_* and ranks q_ℓ = ‖Q_ℓ‖², (k,) each: scalar,
+    at least 1.
 
-    One step size for all orthogonalized layers guarantees a decrease of (Σ a_ℓ)² / (2 L Σ q_ℓ), a step size for each
-    Σ a_ℓ² / (2 L q_ℓ); κ_eff is the second over the first (Cauchy–Schwarz; 1 where a_ℓ / q_ℓ = σ̄_ℓ is the same everywhere).
-    OrScale names such a gain without a formula that was to be had; this one follows from REFERENCE 6's descent bound.
+    One step size for all orthogonalized layers guarantees a decrease of (Σ a_ℓ)² / (2 L Σ q_ℓ), a
+    step size for each Σ a_ℓ² / (2 L q_ℓ); κ_eff is the second over the first (Cauchy–Schwarz; 1
+    where a_ℓ / q_ℓ = σ̄_ℓ is the same everywhere). OrScale names such a gain without a formula that
+    was to be had; this one follows from REFERENCE 6's descent bound.
     """
     return _ratio((nuclear.square() / rank).sum() * rank.sum(), nuclear.sum().square())
 

@@ -1,7 +1,8 @@
-"""Tracking services beside metrics.jsonl: best effort, on a thread of their own, never in training's way.
+"""Tracking services beside metrics.jsonl: best effort, on a thread of their own, never in
+training's way.
 
-Lines wait in a bounded queue; when the service is slow or gone the oldest are dropped, with one warning. What metrics.jsonl
-holds is complete all the same.
+Lines wait in a bounded queue; when the service is slow or gone the oldest are dropped, with one
+warning. What metrics.jsonl holds is complete all the same.
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ class BestEffort:
         connect: called on the thread; may block and may raise. name: for warnings.
     """
 
-    def __init__(self, name: str, connect: Callable[[], Tracker], waiting: int = WAITING, patience: float = PATIENCE):
+    def __init__(
+        self,
+        name: str,
+        connect: Callable[[], Tracker],
+        waiting: int = WAITING,
+        patience: float = PATIENCE,
+    ):
         self.name, self._patience = name, patience
         self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(waiting)
         self._dropped = 0
@@ -55,7 +62,9 @@ class BestEffort:
         self._put(None)
         self._thread.join(self._patience)
         if self._thread.is_alive():
-            self._warn(f"did not take everything within {self._patience:g} s; metrics.jsonl has it all")
+            self._warn(
+                f"did not take everything within {self._patience:g} s; metrics.jsonl has it all"
+            )
 
     def _put(self, line: dict[str, Any] | None) -> None:
         while True:
@@ -76,7 +85,10 @@ class BestEffort:
             tracker.close()
         except Exception as error:  # an outage of a service must not become one of training
             text = " ".join(str(error).split())[:200]
-            self._warn(f"is not used any more ({type(error).__name__}: {text}); metrics.jsonl has everything")
+            self._warn(
+                f"is not used any more ({type(error).__name__}: {text}); metrics.jsonl has"
+                " everything"
+            )
             while self._lines.get() is not None:  # so that nothing piles up
                 pass
 
@@ -87,15 +99,22 @@ class BestEffort:
 def check_wandb(mode: str) -> None:
     """Raises ConfigError where W&B is wanted and missing."""
     if mode != "disabled" and importlib.util.find_spec("wandb") is None:
-        raise ConfigError("wandb is not installed", "telemetry.wandb.mode", "pip install wandb, or set it to disabled")
+        raise ConfigError(
+            "wandb is not installed",
+            "telemetry.wandb.mode",
+            "pip install wandb, or set it to disabled",
+        )
 
 
-def wandb_tracker(mode: str, project: str, name: str, config: dict[str, Any], run_dir: Path) -> BestEffort | None:
-    """Weights & Biases, or None when disabled. A resumed run goes on under its own id, kept in `run_dir`.
+def wandb_tracker(
+    mode: str, project: str, name: str, config: dict[str, Any], run_dir: Path
+) -> BestEffort | None:
+    """Weights & Biases, or None when disabled. A resumed run goes on under its own id, kept in
+    `run_dir`.
 
     Args:
-        mode: auto (online where a key is configured, otherwise offline), online, offline or disabled. What is offline lies
-            in `run_dir`/wandb for `wandb sync`.
+        mode: auto (online where a key is configured, otherwise offline), online, offline or
+            disabled. What is offline lies in `run_dir`/wandb for `wandb sync`.
     """
     if mode == "disabled":
         return None
@@ -106,9 +125,15 @@ def wandb_tracker(mode: str, project: str, name: str, config: dict[str, Any], ru
     if not identity.exists():
         identity.write_text(uuid.uuid4().hex[:12])
     options: dict[str, Any] = {
-        "project": project, "name": name, "id": identity.read_text().strip(), "resume": "allow", "mode": mode,
-        "config": config, "tags": tags(config), "dir": str(run_dir),
-    }  # fmt: skip
+        "project": project,
+        "name": name,
+        "id": identity.read_text().strip(),
+        "resume": "allow",
+        "mode": mode,
+        "config": config,
+        "tags": tags(config),
+        "dir": str(run_dir),
+    }
 
     class Run:
         def __init__(self) -> None:

@@ -16,14 +16,16 @@ from archscale.parallel.engine import Engine
 class StepBalance:
     """The experts' loads in one step, and the balance loss of each of its micro-batches.
 
-    Under `global`, f is the share of all of the step's assignments, and must be known before the first backward pass. The
-    first micro-batch's come from its own forward pass; those of the others take a pass through the blocks without
-    gradients, the counting pass: none with accumulation 1, (A − 1)/A of a forward pass with A. The alternatives are not
-    the same loss (last step's f; each micro-batch's own) or hold the activations of all micro-batches at once.
-    Loads are all-reduced once a step, all layers together, outside the blocks.
+    Under `global`, f is the share of all of the step's assignments, and must be known before the
+    first backward pass. The first micro-batch's come from its own forward pass; those of the others
+    take a pass through the blocks without gradients, the counting pass: none with accumulation 1,
+    (A − 1)/A of a forward pass with A. The alternatives are not the same loss (last step's f; each
+    micro-batch's own) or hold the activations of all micro-batches at once. Loads are all-reduced
+    once a step, all layers together, outside the blocks.
 
-    Both passes of a micro-batch route alike, unless a compiler rounds them differently (bf16): then a token at a near tie
-    may be counted beside where it goes. Every token is counted once all the same, and alike on all ranks.
+    Both passes of a micro-batch route alike, unless a compiler rounds them differently (bf16): then
+    a token at a near tie may be counted beside where it goes. Every token is counted once all the
+    same, and alike on all ranks.
 
     Args:
         tokens: of the whole step's batch, on the device.
@@ -31,7 +33,9 @@ class StepBalance:
 
     def __init__(self, moe: MoEConfig, tokens: Tensor):
         self.moe, self.tokens = moe, tokens
-        self.load: Tensor | None = None  # (L, E) so far; of all ranks and micro-batches once `_reduced`
+        self.load: Tensor | None = (
+            None  # (L, E) so far; of all ranks and micro-batches once `_reduced`
+        )
         self.total = torch.zeros((), device=tokens.device)  # balance loss of this rank's tokens
         self._reduced = False
 

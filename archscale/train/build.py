@@ -17,7 +17,12 @@ from archscale.parallel.native import NativeEngine
 from archscale.parallel.zero import ZeroEngine, check_deepspeed
 from archscale.scaling.transfer import RoleSettings, transfer_of
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+}
 
 
 def build_model(config: Config, eos_id: int) -> Transformer:
@@ -47,9 +52,12 @@ def check_engine(config: Config) -> None:
 def _deepspeed_config(config: Config) -> dict[str, Any]:
     parallel, training = config.parallel, config.training
     own = settings(
-        stage=parallel.zero_stage, bf16=training.precision == "bf16", micro_batch=training.micro_batch,
-        offload=parallel.offload_optimizer, parameters=counting.parameters(config.model).total,
-    )  # fmt: skip
+        stage=parallel.zero_stage,
+        bf16=training.precision == "bf16",
+        micro_batch=training.micro_batch,
+        offload=parallel.offload_optimizer,
+        parameters=counting.parameters(config.model).total,
+    )
     return merge(own, parallel.deepspeed)
 
 
@@ -63,20 +71,34 @@ def build_engine(config: Config, eos_id: int, device: torch.device, shard: int) 
     dtype = DTYPES[training.precision]
     if parallel.engine == "deepspeed":
         return ZeroEngine(
-            lambda: build_model(config, eos_id), lambda model, weights: initialize(model, config.seed, weights),
-            config=_deepspeed_config(config), device=device, dtype=dtype, compile=training.compile,
-        )  # fmt: skip
+            lambda: build_model(config, eos_id),
+            lambda model, weights: initialize(model, config.seed, weights),
+            config=_deepspeed_config(config),
+            device=device,
+            dtype=dtype,
+            compile=training.compile,
+        )
     return NativeEngine(
-        lambda: build_model(config, eos_id), lambda model: initialize(model, config.seed), device=device,
-        replicate=parallel.replicate, shard=shard, reshard=parallel.reshard_after_forward, dtype=dtype,
-        compile=training.compile, expert=parallel.expert,
-    )  # fmt: skip
+        lambda: build_model(config, eos_id),
+        lambda model: initialize(model, config.seed),
+        device=device,
+        replicate=parallel.replicate,
+        shard=shard,
+        reshard=parallel.reshard_after_forward,
+        dtype=dtype,
+        compile=training.compile,
+        expert=parallel.expert,
+    )
 
 
 def build_optimizer(
-    config: Config, roles: list[ParameterRole], settings: Mapping[str, RoleSettings], engine: Engine | None = None
+    config: Config,
+    roles: list[ParameterRole],
+    settings: Mapping[str, RoleSettings],
+    engine: Engine | None = None,
 ) -> MatrixOptimizer:
-    """The optimizer of a resolved config, each role under the rule and at the rate that `settings` gives it.
+    """The optimizer of a resolved config, each role under the rule and at the rate that `settings`
+    gives it.
 
     Args:
         engine: what updates the parameters of `roles`; None: they are updated themselves.
@@ -84,22 +106,34 @@ def build_optimizer(
     matrix, element = config.optimizer.matrix, config.optimizer.element
     options: dict[str, dict[str, Any]] = {
         role: {
-            "rule": of.rule, "lr": of.lr, "weight_decay": of.weight_decay, "betas": element.betas, "adam_eps": element.eps
+            "rule": of.rule,
+            "lr": of.lr,
+            "weight_decay": of.weight_decay,
+            "betas": element.betas,
+            "adam_eps": element.eps,
         }
         for role, of in settings.items()
-    }  # fmt: skip
+    }
     options["matrix"] |= {
-        "momentum": matrix.momentum, "nesterov": matrix.nesterov, "clip": matrix.clip,
-        "orthogonalizer": matrix.orthogonalizer, "compute_dtype": DTYPES[config.compute_dtype],
-        "wire_dtype": DTYPES[config.wire_dtype], "momentum_dtype": DTYPES[matrix.momentum_dtype],
-    }  # fmt: skip
+        "momentum": matrix.momentum,
+        "nesterov": matrix.nesterov,
+        "clip": matrix.clip,
+        "orthogonalizer": matrix.orthogonalizer,
+        "compute_dtype": DTYPES[config.compute_dtype],
+        "wire_dtype": DTYPES[config.wire_dtype],
+        "momentum_dtype": DTYPES[matrix.momentum_dtype],
+    }
     groups = parameter_groups(roles, options, config.model.head_dim if matrix.per_head else None)
     parameters, weights = (engine.parameters(), engine.weights()) if engine else ({}, {})
     for group in groups if engine else ():
         names = [name for name, _ in group["params"]]
         group["params"] = [(name, parameters[name]) for name in names]
         group["fragments"] = [
-            None if tuple(parameters[name].shape) == weights[name].shape else (weights[name].shape, weights[name].lo)
+            (
+                None
+                if tuple(parameters[name].shape) == weights[name].shape
+                else (weights[name].shape, weights[name].lo)
+            )
             for name in names
         ]
     return MatrixOptimizer(groups, lr=settings["matrix"].lr)
@@ -107,12 +141,19 @@ def build_optimizer(
 
 def manifest(roles: list[ParameterRole], optimizer: MatrixOptimizer) -> list[dict[str, Any]]:
     """Parameter → role → rule, and the matrices that each is updated as."""
-    rules = {name: group["rule"] for group in optimizer.param_groups for name in group["param_names"]}
+    rules = {
+        name: group["rule"] for group in optimizer.param_groups for name in group["param_names"]
+    }
     views: dict[str, list[str]] = {}
     for name, view, rows, cols in optimizer.views():
         views.setdefault(name, []).append(f"{view} {rows}x{cols}")
     return [
-        {"parameter": row.name, "shape": list(row.shape), "role": row.role, "rule": rules[row.name],
-         "matrices": views.get(row.name, [])}
+        {
+            "parameter": row.name,
+            "shape": list(row.shape),
+            "role": row.role,
+            "rule": rules[row.name],
+            "matrices": views.get(row.name, []),
+        }
         for row in roles
-    ]  # fmt: skip
+    ]

@@ -1,8 +1,9 @@
 """Checkpoints through torch.distributed.checkpoint: any layout saves, any layout loads.
 
-A checkpoint is the directory `step_00001000`: it is written under a temporary name and renamed once every rank has
-finished, so a directory with that name is whole. It holds the model, all optimizer state, the host's random state of each
-rank, and `state.json`: step, the config and data that it belongs to, and the size of every file.
+A checkpoint is the directory `step_00001000`: it is written under a temporary name and renamed once
+every rank has finished, so a directory with that name is whole. It holds the model, all optimizer
+state, the host's random state of each rank, and `state.json`: step, the config and data that it
+belongs to, and the size of every file.
 """
 
 from __future__ import annotations
@@ -32,12 +33,16 @@ FORMAT = 2
 def checkpoint_steps(directory: Path) -> list[int]:
     """Steps of the complete checkpoints under `directory`, ascending by step, never by clock."""
     found = directory.glob("step_*") if directory.is_dir() else ()
-    return sorted(int(d.name[5:]) for d in found if d.name[5:].isdigit() and (d / "state.json").is_file())
+    return sorted(
+        int(d.name[5:]) for d in found if d.name[5:].isdigit() and (d / "state.json").is_file()
+    )
 
 
-def newest_valid(directory: Path, warn: Callable[[str], None], before: int | None = None) -> Path | None:
-    """The newest checkpoint (of a step below `before`) whose files are all there in their full size; `warn` hears of the ones
-    passed over."""
+def newest_valid(
+    directory: Path, warn: Callable[[str], None], before: int | None = None
+) -> Path | None:
+    """The newest checkpoint (of a step below `before`) whose files are all there in their full
+    size; `warn` hears of the ones passed over."""
     for step in reversed(checkpoint_steps(directory)):
         if before is not None and step >= before:
             continue
@@ -65,7 +70,10 @@ def damage(path: Path) -> str | None:
     for name, size in files.items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
-            return f"{name} is {file.stat().st_size if file.is_file() else 0} bytes long instead of {size}"
+            return (
+                f"{name} is {file.stat().st_size if file.is_file() else 0} bytes long instead of"
+                f" {size}"
+            )
     return None
 
 
@@ -74,9 +82,14 @@ def step_directory(directory: Path, step: int) -> Path:
 
 
 def save_checkpoint(
-    directory: Path, weights: Mapping[str, Fragment], optimizer: MatrixOptimizer, state: dict[str, Any], keep: int
+    directory: Path,
+    weights: Mapping[str, Fragment],
+    optimizer: MatrixOptimizer,
+    state: dict[str, Any],
+    keep: int,
 ) -> None:
-    """Write `state["step"]`'s checkpoint on all ranks together, then prune all but the newest `keep`.
+    """Write `state["step"]`'s checkpoint on all ranks together, then prune all but the newest
+    `keep`.
 
     Args:
         weights: float32 parameters by name.
@@ -117,7 +130,9 @@ def save_checkpoint(
     except (OSError, CheckpointException) as error:
         cause, remedy = _why_not_written(error)
         raised = CheckpointError(f"cannot write a checkpoint: {cause}", str(final), remedy)
-        raised.on_every_rank = getattr(error, "on_every_rank", False)  # one that failed alone must not wait here
+        raised.on_every_rank = getattr(
+            error, "on_every_rank", False
+        )  # one that failed alone must not wait here
         raise raised from error
     if rank() == 0:
         for step in checkpoint_steps(directory)[:-keep]:
@@ -127,7 +142,8 @@ def save_checkpoint(
 def load_checkpoint(
     path: Path, weights: Mapping[str, Fragment], optimizer: MatrixOptimizer | None = None
 ) -> dict[str, Any]:
-    """Restore weights and optimizer in place, in whatever layout they have now; returns the saved `state`.
+    """Restore weights and optimizer in place, in whatever layout they have now; returns the saved
+    `state`.
 
     Raises:
         CheckpointError: missing, of another format, model or rule, or damaged.
@@ -136,7 +152,9 @@ def load_checkpoint(
     content = _content(weights, optimizer)
     try:
         saved = set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
-        if extra := sorted(name for name in saved - content.keys() if optimizer or name.startswith("model.")):
+        if extra := sorted(
+            name for name in saved - content.keys() if optimizer or name.startswith("model.")
+        ):
             raise ValueError(f"it holds {extra[0]}, which this run has not")
         with _quiet():
             dcp.load(content, checkpoint_id=path)
@@ -153,13 +171,20 @@ def load_checkpoint(
     return state
 
 
-def _content(weights: Mapping[str, Fragment], optimizer: MatrixOptimizer | None) -> dict[str, Tensor]:
+def _content(
+    weights: Mapping[str, Fragment], optimizer: MatrixOptimizer | None
+) -> dict[str, Tensor]:
     """What DCP writes and fills, by `model.<name>` and `optimizer.<name>.<key>`."""
-    content: dict[str, Fragment | Tensor] = {f"model.{name}": value for name, value in weights.items()}
+    content: dict[str, Fragment | Tensor] = {
+        f"model.{name}": value for name, value in weights.items()
+    }
     if optimizer is not None:
         for name, state in optimizer.fragments().items():
             content |= {f"optimizer.{name}.{key}": value for key, value in state.items()}
-    return {name: Stored(value) if isinstance(value, Fragment) else value for name, value in content.items()}
+    return {
+        name: Stored(value) if isinstance(value, Fragment) else value
+        for name, value in content.items()
+    }
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -175,7 +200,9 @@ def read_state(path: Path) -> dict[str, Any]:
         ) from error
     if state.get("format") != FORMAT:
         raise CheckpointError(
-            f"format {state.get('format')}, not {FORMAT}", str(path), "load it with the version that wrote it"
+            f"format {state.get('format')}, not {FORMAT}",
+            str(path),
+            "load it with the version that wrote it",
         )
     return state
 
@@ -184,7 +211,9 @@ def read_state(path: Path) -> dict[str, Any]:
 def _quiet() -> Iterator[None]:
     """DCP warns that one process has no process group, which is what a single process is."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        warnings.filterwarnings(
+            "ignore", "torch.distributed is disabled, unavailable or uninitialized"
+        )
         yield
 
 

@@ -1,4 +1,5 @@
-"""Validation loss: mean nats per token over the first windows of the validation split, the same on any number of ranks."""
+"""Validation loss: mean nats per token over the first windows of the validation split, the same on
+any number of ranks."""
 
 from __future__ import annotations
 
@@ -15,9 +16,13 @@ from archscale.parallel.engine import Engine
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine, batches: Iterable[tuple[Tensor, Tensor]], token_bytes: Tensor, device: torch.device
+    engine: Engine,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    token_bytes: Tensor,
+    device: torch.device,
 ) -> dict[str, float]:
-    """`val_loss` (nats per token) and `val_bits_per_byte` over this rank's `batches`, reduced over all ranks.
+    """`val_loss` (nats per token) and `val_bits_per_byte` over this rank's `batches`, reduced over
+    all ranks.
 
     Args:
         batches: (inputs, targets), the same number of batches on every rank.

@@ -1,7 +1,9 @@
-"""Fragments in torch.distributed.checkpoint: what any engine holds of a tensor, saved and loaded in the tensor's own shape.
+"""Fragments in torch.distributed.checkpoint: what any engine holds of a tensor, saved and loaded in
+the tensor's own shape.
 
-Every sharding is a set of intervals [lo, hi) of the row-major flattened tensor. DCP knows boxes, so an interval is cut into
-the few boxes that it consists of: at most 2 d − 1 of a d-dimensional tensor.
+Every sharding is a set of intervals [lo, hi) of the row-major flattened tensor. DCP knows boxes, so
+an interval is cut into the few boxes that it consists of: at most 2 d − 1 of a d-dimensional
+tensor.
 """
 
 from __future__ import annotations
@@ -12,7 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from archscale.distributed import Fragment
@@ -21,7 +27,8 @@ Box = tuple[tuple[int, ...], tuple[int, ...]]  # offsets and sizes by dimension
 
 
 def boxes(shape: Sequence[int], lo: int, hi: int) -> list[Box]:
-    """The interval [lo, hi) of the row-major flattened `shape`, as boxes in ascending order; none when it is empty."""
+    """The interval [lo, hi) of the row-major flattened `shape`, as boxes in ascending order; none
+    when it is empty."""
     if lo >= hi:
         return []
     if len(shape) <= 1:
@@ -42,15 +49,17 @@ def _inside(row: int, rest: tuple[int, ...], lo: int, hi: int) -> list[Box]:
 
 
 class Stored(Tensor):
-    """A `Fragment` as DCP sees it (`torch.distributed._checkpointable`): it has the whole shape, holds a few boxes, and
-    takes part in no arithmetic."""
+    """A `Fragment` as DCP sees it (`torch.distributed._checkpointable`): it has the whole shape,
+    holds a few boxes, and takes part in no arithmetic."""
 
     _pieces: dict[tuple[int, ...], Tensor]
 
     @staticmethod
     def __new__(cls, fragment: Fragment) -> Stored:
         data = fragment.data
-        self = Tensor._make_wrapper_subclass(cls, fragment.shape, dtype=data.dtype, device=data.device)  # type: ignore[attr-defined]
+        self = Tensor._make_wrapper_subclass(
+            cls, fragment.shape, dtype=data.dtype, device=data.device
+        )  # type: ignore[attr-defined]
         self._pieces = {}
         at = 0
         for offsets, sizes in boxes(fragment.shape, fragment.lo, fragment.lo + data.numel()):
@@ -63,16 +72,19 @@ class Stored(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:
             return args[0]
-        raise NotImplementedError(f"{func} of a stored fragment: only checkpoints read and write it")
+        raise NotImplementedError(
+            f"{func} of a stored fragment: only checkpoints read and write it"
+        )
 
     def __create_write_items__(self, fqn: str, object: Any) -> list[WriteItem]:
         return [
             WriteItem(
-                MetadataIndex(fqn, chunk.offsets), WriteItemType.SHARD,
+                MetadataIndex(fqn, chunk.offsets),
+                WriteItemType.SHARD,
                 tensor_data=TensorWriteData(chunk, TensorProperties(dtype=self.dtype), self.size()),
             )
             for chunk in self.__create_chunk_list__()
-        ]  # fmt: skip
+        ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [

@@ -38,7 +38,9 @@ def load_run(run_dir: Path) -> tuple[Config, Transformer, Tokenizer]:
 
 
 @torch.no_grad()
-def generate(run_dir: Path, prompt: str, *, max_tokens: int, temperature: float, top_k: int | None, seed: int) -> str:
+def generate(
+    run_dir: Path, prompt: str, *, max_tokens: int, temperature: float, top_k: int | None, seed: int
+) -> str:
     """`prompt` and its continuation, up to `max_tokens` tokens or the end of the document.
 
     Every token reads the last `context` tokens anew.
@@ -57,7 +59,9 @@ def generate(run_dir: Path, prompt: str, *, max_tokens: int, temperature: float,
         else:
             if top_k is not None:
                 logits[logits < logits.topk(min(top_k, len(logits))).values[-1]] = -torch.inf
-            token = int(torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator))
+            token = int(
+                torch.multinomial(torch.softmax(logits / temperature, -1), 1, generator=generator)
+            )
         if token == tokenizer.eos_id:
             break
         produced.append(token)

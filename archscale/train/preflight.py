@@ -1,4 +1,5 @@
-"""The plan of a config on this machine or another: what `archscale plan` prints and `archscale train` checks first."""
+"""The plan of a config on this machine or another: what `archscale plan` prints and `archscale
+train` checks first."""
 
 from __future__ import annotations
 
@@ -18,7 +19,8 @@ from archscale.scaling.plan import Plan, make_plan
 def plan_config(
     config: Config, *, world_size: int | None = None, device: Device | None = None, mfu: float = 0.4
 ) -> Plan:
-    """The plan of a config that may never run here. A vocabulary that the config leaves to the data is taken from there.
+    """The plan of a config that may never run here. A vocabulary that the config leaves to the data
+    is taken from there.
 
     Args:
         world_size: devices; None: parallel.replicate × parallel.shard, `auto` counting as one.
@@ -35,7 +37,9 @@ def plan_config(
         if "train" in manifest.splits:
             data_tokens = manifest.splits["train"].tokens
     except DataError as error:
-        remedy = error.remedy if config.model.vocab_size else f"{error.remedy}, or give model.vocab_size"
+        remedy = (
+            error.remedy if config.model.vocab_size else f"{error.remedy}, or give model.vocab_size"
+        )
         missing = ConfigError(error.what, error.where, remedy)
     plan = make_plan(
         config,
@@ -59,7 +63,8 @@ def refuse(plan: Plan) -> None:
 
 
 def this_device() -> Device:
-    """What a process of this job trains on, and the memory that it has there. Nothing is measured."""
+    """What a process of this job trains on, and the memory that it has there. Nothing is
+    measured."""
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
         return dataclasses.replace(find_device(properties.name), memory=properties.total_memory)

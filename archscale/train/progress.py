@@ -19,20 +19,30 @@ class Progress:
             from rich.progress import Progress as Bar
 
             self.bar = Bar(
-                TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"),
-                TimeRemainingColumn(), console=Console(stderr=True),
-            )  # fmt: skip
+                TextColumn(name),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+            )
             self.task = self.bar.add_task("starting", total=total, completed=done)
             self.bar.start()
 
     def update(self, line: dict[str, Any]) -> None:
-        text = f"loss {line['loss']:.4f}" + (f"  val {line['val_loss']:.4f}" if "val_loss" in line else "")
+        text = f"loss {line['loss']:.4f}" + (
+            f"  val {line['val_loss']:.4f}" if "val_loss" in line else ""
+        )
         text += f"  {line['tokens_per_second']:,.0f} tokens/s"
         if self.bar:
             self.bar.update(self.task, completed=line["step"], description=text)
         elif time.monotonic() - self.shown > 10 or line["step"] == self.total or "val_loss" in line:
             self.shown = time.monotonic()
-            left = (self.shown - self.started) / max(1, line["step"] - self.first) * (self.total - line["step"])
+            left = (
+                (self.shown - self.started)
+                / max(1, line["step"] - self.first)
+                * (self.total - line["step"])
+            )
             print(f"step {line['step']}/{self.total}  {text}  {left:,.0f} s left", flush=True)
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
 """What training measures, read from the device once an interval: the lines of metrics.jsonl.
 
-Numbers of every step, and what a look into the last one showed, travel in a single transfer: the one place where the
-host waits for the device.
+Numbers of every step, and what a look into the last one showed, travel in a single transfer: the
+one place where the host waits for the device.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from archscale.telemetry.spectrum import spectrum as spectrum_of
 from archscale.telemetry.stability import Probe, stability_metrics
 from archscale.train.step import Seen
 
-ESTIMATED = ("sigma_mean", "effective_rank")  # of M̂, from ⟨M̂, Q⟩; of gradients by decomposition like the rest
+ESTIMATED = (
+    "sigma_mean",
+    "effective_rank",
+)  # of M̂, from ⟨M̂, Q⟩; of gradients by decomposition like the rest
 DECOMPOSED = ("sigma_max", "flattening_gain")
 SPECTRUM = ESTIMATED + DECOMPOSED
 PER_MATRIX = (
@@ -40,16 +43,23 @@ class MatrixWatch:
     """What the ranks that own whole matrices measure of M̂ and its Q on the steps that are read.
 
     Args:
-        spectrum: also what takes a decomposition: σ_max and the flattening gain, and all four of the gradient.
+        spectrum: also what takes a decomposition: σ_max and the flattening gain, and all four of
+            the gradient.
     """
 
     def __init__(self, spectrum: bool):
         self.spectrum = spectrum
-        self.keys: tuple[str, ...] = ("orthogonality_residual", *(SPECTRUM if spectrum else ESTIMATED))
+        self.keys: tuple[str, ...] = (
+            "orthogonality_residual",
+            *(SPECTRUM if spectrum else ESTIMATED),
+        )
         self.gradients: tuple[str, ...] = SPECTRUM if spectrum else ()
 
     def __call__(self, momentum: Tensor, direction: Tensor) -> Tensor:
-        nuclear, square = nuclear_norm_estimate(momentum, direction), momentum.flatten(1).float().square().sum(-1)
+        nuclear, square = (
+            nuclear_norm_estimate(momentum, direction),
+            momentum.flatten(1).float().square().sum(-1),
+        )
         rank = torch.where(square == 0, 0.0, nuclear.square() / square)
         found = [orthogonality_residual(direction), nuclear / min(momentum.shape[-2:]), rank]
         if self.spectrum:
@@ -67,7 +77,8 @@ class Readings:
 
     Args:
         config: resolved. optimizer: whose `watch` is set on the steps that are looked into.
-        peak: dense FLOP/s of all devices together; None where it is not known: then there is no `mfu`.
+        peak: dense FLOP/s of all devices together; None where it is not known: then there is no
+            `mfu`.
     """
 
     def __init__(self, config: Config, optimizer: MatrixOptimizer, peak: float | None = None):
@@ -100,15 +111,23 @@ class Readings:
         """The lines of the steps since the last reading, the last one with what was seen in it.
 
         Args:
-            seconds: that they took together. applied: whether the optimizer took part in the last one.
+            seconds: that they took together. applied: whether the optimizer took part in the last
+                one.
         """
         keys = list(self._pending[0][2])
-        table = torch.stack([measured[key].float() for _, _, measured in self._pending for key in keys])
-        extra = {key: value.float().to(table.device) for key, value in self._seen(seen, applied).items()}
+        table = torch.stack(
+            [measured[key].float() for _, _, measured in self._pending for key in keys]
+        )
+        extra = {
+            key: value.float().to(table.device) for key, value in self._seen(seen, applied).items()
+        }
         numbers = torch.cat([table, *(value.reshape(-1) for value in extra.values())]).tolist()
         first, last = self._pending[0][0], self._pending[-1][0]
         tokens = self._tokens(last) - self._tokens(first - 1)
-        timing = {"step_seconds": seconds / len(self._pending), "tokens_per_second": tokens / seconds}
+        timing = {
+            "step_seconds": seconds / len(self._pending),
+            "tokens_per_second": tokens / seconds,
+        }
         if self._per_token is not None:
             timing["mfu"] = self._per_token * tokens / seconds
         lines: list[dict[str, Any]] = [
@@ -142,9 +161,15 @@ class Readings:
         if seen.sums is not None:
             tokens = self._tokens(step) - self._tokens(step - 1)
             of_layers = stability_metrics(seen.sums, tokens, model.heads, model.width, per_layer)
-            found |= {key: value for key, value in of_layers.items() if model.moe or not key.endswith("router_z")}
+            found |= {
+                key: value
+                for key, value in of_layers.items()
+                if model.moe or not key.endswith("router_z")
+            }
         if seen.load is not None and per_layer:
-            found |= {f"moe/layer_{i:02d}/load": share for i, share in enumerate(load_share(seen.load))}
+            found |= {
+                f"moe/layer_{i:02d}/load": share for i, share in enumerate(load_share(seen.load))
+            }
         return found | (self._of_optimizer(self.optimizer.diagnostics()) if applied else {})
 
     def _of_optimizer(self, seen: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -165,7 +190,9 @@ class Readings:
         orthogonal = self.optimizer.orthogonal()
         if not orthogonal.numel():
             return found
-        found["optimizer/orthogonality_residual"] = seen["orthogonality_residual"][orthogonal].mean()
+        found["optimizer/orthogonality_residual"] = seen["orthogonality_residual"][
+            orthogonal
+        ].mean()
         spectral = {f"spectrum/{key}": seen[key] for key in SPECTRUM if key in seen}
         if "gradient_sigma_mean" in seen:
             # The optimizer has seen gradients that were clipped: back to what they were.
@@ -188,7 +215,11 @@ class Readings:
                 means = counts.new_zeros(len(names)).index_add_(0, index, values.float()) / counts
                 path, key = group.rsplit("/", 1)
                 shown = set(names) if path == "optimizer/matrix" else self._orthogonal
-                found |= {f"{path}/{name}/{key}": mean for name, mean in zip(names, means.unbind()) if name in shown}
+                found |= {
+                    f"{path}/{name}/{key}": mean
+                    for name, mean in zip(names, means.unbind())
+                    if name in shown
+                }
         return found
 
     def _ranks(self, matrices: Tensor) -> Tensor:
@@ -199,7 +230,8 @@ class Readings:
         return self._short[matrices]
 
     def _matrices(self, device: torch.device) -> tuple[list[str], Tensor, Tensor]:
-        """Names of the matrices, those of a stack of experts under one; which name each has, and how many have it."""
+        """Names of the matrices, those of a stack of experts under one; which name each has, and
+        how many have it."""
         if self._rows is None:
             each = [re.sub(r"\[\d+\]", "", name) for name in self.optimizer.matrix_names()]
             names = list(dict.fromkeys(each))
@@ -219,7 +251,8 @@ class FallBack(Exception):
 
 
 class Judgement:
-    """The guard's word on every step: before the update where it acts, at the reading where it only warns."""
+    """The guard's word on every step: before the update where it acts, at the reading where it only
+    warns."""
 
     def __init__(self, guard: Guard | None):
         self._guard = guard

@@ -1,4 +1,5 @@
-"""Where a run's lines go: metrics.jsonl always and first, then the terminal, then a tracking service if there is one."""
+"""Where a run's lines go: metrics.jsonl always and first, then the terminal, then a tracking
+service if there is one."""
 
 from __future__ import annotations
 
@@ -25,16 +26,24 @@ class Recorder:
         self._here = distributed.rank() == 0
         self._event = ""
         if self._here:
-            self._path, self._metrics = run_dir / "metrics.jsonl", MetricsFile(run_dir / "metrics.jsonl", step)
+            self._path, self._metrics = (
+                run_dir / "metrics.jsonl",
+                MetricsFile(run_dir / "metrics.jsonl", step),
+            )
             self._progress = Progress(config.steps, step, config.name)
             of = config.telemetry.wandb
-            self._tracker = wandb_tracker(of.mode, of.project, config.name, config.resolved(), run_dir)
+            self._tracker = wandb_tracker(
+                of.mode, of.project, config.name, config.resolved(), run_dir
+            )
 
     def __enter__(self) -> Recorder:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._here:
             self._progress.close()

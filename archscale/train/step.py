@@ -1,4 +1,5 @@
-"""One optimizer step: the global batch's mean loss per target token, its gradient, clipping, update.
+"""One optimizer step: the global batch's mean loss per target token, its gradient, clipping,
+update.
 
 Every quantity is global: no result depends on how the batch is spread over ranks and micro-batches.
 """
@@ -50,18 +51,25 @@ def train_step(
         grad_clip: largest global gradient norm; None: no clipping.
         moe: of a model with experts: their load balance joins the objective.
         probe: looks into the forward passes.
-        allow: told the loss and the gradient norm; where it says no, the update is left out. All ranks must say the same.
-        first_reduce: sums over ranks in the step's first collective (who times it sees which rank arrives last).
+        allow: told the loss and the gradient norm; where it says no, the update is left out. All
+            ranks must say the same.
+        first_reduce: sums over ranks in the step's first collective (who times it sees which rank
+            arrives last).
 
     Returns:
-        `loss` (nats per target token, global) and `grad_norm` (before clipping), scalars on the device; with experts also
-        `aux_loss` (weighted), `moe/max_violation` and `moe/load_entropy`, of the whole step's batch. Beside these, what was
-        seen of every layer.
+        `loss` (nats per target token, global) and `grad_norm` (before clipping), scalars on the
+        device; with experts also `aux_loss` (weighted), `moe/max_violation` and `moe/load_entropy`,
+        of the whole step's batch. Beside these, what was seen of every layer.
     """
-    # Means over the tokens of ALL ranks and micro-batches, so their numbers are needed before the first backward.
-    here = float(sum((targets != IGNORE).sum().item() for _, targets in micro_batches))  # on the host: no waiting
+    # Means over the tokens of ALL ranks and micro-batches, so their numbers are needed before the
+    # first backward.
+    here = float(
+        sum((targets != IGNORE).sum().item() for _, targets in micro_batches)
+    )  # on the host: no waiting
     tokens = float(sum(inputs.numel() for inputs, _ in micro_batches))
-    sizes = first_reduce(torch.stack([torch.full((), here, device=device), torch.full((), tokens, device=device)]))
+    sizes = first_reduce(
+        torch.stack([torch.full((), here, device=device), torch.full((), tokens, device=device)])
+    )
     scale = engine.gradient_scale / sizes[0]
     moved = [(_move(inputs, device), _move(targets, device)) for inputs, targets in micro_batches]
     balance = None
@@ -76,7 +84,9 @@ def train_step(
                 loss = engine.forward(inputs, targets)
                 objective = loss * scale
             else:
-                loss, routing, seen = engine.forward(inputs, targets, routing=balance is not None, probe=probe)
+                loss, routing, seen = engine.forward(
+                    inputs, targets, routing=balance is not None, probe=probe
+                )
                 objective = loss * scale
                 if balance is not None:
                     objective = objective + balance.loss(routing) * engine.gradient_scale
@@ -97,4 +107,8 @@ def train_step(
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:
     """To the device; from pinned memory on CUDA, because a copy from pageable memory waits."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )

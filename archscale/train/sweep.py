@@ -1,14 +1,17 @@
-"""A sweep: every run of a grid planned, trained, tabulated and fitted; killed and started again it goes on where it was.
+"""A sweep: every run of a grid planned, trained, tabulated and fitted; killed and started again it
+goes on where it was.
 
 The sweep directory holds
 
     sweep.yaml        the grid, and the values of each run by name
-    sweep.jsonl       what happened, a line each: sweep, started, finished, failed; on a cluster also submitted, attached, requeued
+    sweep.jsonl       what happened, a line each: sweep, started, finished, failed; on a cluster
+                      also submitted, attached, requeued
     configs, logs     of each run, by name
     <run>/            run directories
     results.csv       a row for each run, written at the end
     fits.json         the grid's fits, written at the end
-    slurm             on a cluster: what is submitted, what the tasks print, and word of how they ended
+    slurm             on a cluster: what is submitted, what the tasks print, and word of how they
+                      ended
 """
 
 from __future__ import annotations
@@ -33,7 +36,14 @@ from archscale.scaling.grid import Grid, GridRun, read_grid
 from archscale.scaling.launchers import Event, Launcher
 from archscale.scaling.plan import Plan, make_plan
 from archscale.scaling.slurm import LeftToSlurm, unseen
-from archscale.scaling.sweep_results import check_fits, collect, fits_text, make_fits, write_fits, write_results
+from archscale.scaling.sweep_results import (
+    check_fits,
+    collect,
+    fits_text,
+    make_fits,
+    write_fits,
+    write_results,
+)
 from archscale.scaling.table import flat, number
 from archscale.train.checkpoint import checkpoint_steps
 from archscale.train.preflight import this_device
@@ -73,28 +83,43 @@ class SweepRun:
         return self.step >= self.steps and (self.directory / "metrics.jsonl").exists()
 
 
-def sweep(path: Path, overrides: Sequence[str] = (), *, sweep_dir: Path | None = None, how: How | None = None,
-          dry_run: bool = False, collect_only: bool = False, index: int | None = None) -> None:  # fmt: skip
+def sweep(
+    path: Path,
+    overrides: Sequence[str] = (),
+    *,
+    sweep_dir: Path | None = None,
+    how: How | None = None,
+    dry_run: bool = False,
+    collect_only: bool = False,
+    index: int | None = None,
+) -> None:
     """Runs the grid in `path` to its end, prints its plan, its runs and its fits.
 
     Args:
         overrides: of the grid's base, `section.key=value`.
         sweep_dir: default runs/<name of the grid>.
-        how: who trains the runs; None: this machine, as many at once as cores or accelerators, and memory, have room for.
+        how: who trains the runs; None: this machine, as many at once as cores or accelerators, and
+            memory, have room for.
         dry_run: print the plan, start nothing, write nothing.
         collect_only: train nothing; tabulate and fit the runs that are finished.
         index: train this run alone, here; the runs are in the order of the dry run, from 0.
 
     Raises:
-        ConfigError, DataError: before any run starts: the grid, one of its configs, or its fits cannot work.
-        TrainingError: some runs failed, or it was interrupted; all others are finished, tabulated and fitted.
+        ConfigError, DataError: before any run starts: the grid, one of its configs, or its fits
+            cannot work.
+        TrainingError: some runs failed, or it was interrupted; all others are finished, tabulated
+            and fitted.
     """
     how = how or How()
     grid = read_grid(path, overrides)
     how.check(grid)
-    if (index is not None or collect_only) and (how != How() or dry_run or (index is not None and collect_only)):
+    if (index is not None or collect_only) and (
+        how != How() or dry_run or (index is not None and collect_only)
+    ):
         what, option = (
-            ("it trains nothing", "--collect") if collect_only else ("it trains one run, here and once", "--index")
+            ("it trains nothing", "--collect")
+            if collect_only
+            else ("it trains one run, here and once", "--index")
         )
         raise ConfigError(what, option, "give it with --set and --sweep-dir only")
     if index is not None:
@@ -119,15 +144,22 @@ def sweep(path: Path, overrides: Sequence[str] = (), *, sweep_dir: Path | None =
         if not collect_only:
             start = how.start(grid, overrides, directory, room)
             try:
-                failed = _train(runs, left, directory, room, start, grid.content.processes, how.continued)
+                failed = _train(
+                    runs, left, directory, room, start, grid.content.processes, how.continued
+                )
                 if more:
                     runs = _with_second_stage(grid, runs, directory, device, failed)
                     _describe(grid, runs, directory)
                     left = [run for run in runs if not run.finished and run.name not in failed]
                     room = _room(grid, left or runs, how, device)
-                    print("\n" + plan_text(grid, runs, [], directory, room, list_runs=False), flush=True)
+                    print(
+                        "\n" + plan_text(grid, runs, [], directory, room, list_runs=False),
+                        flush=True,
+                    )
                     start = how.start(grid, overrides, directory, room)
-                    failed |= _train(runs, left, directory, room, start, grid.content.processes, how.continued)
+                    failed |= _train(
+                        runs, left, directory, room, start, grid.content.processes, how.continued
+                    )
             except LeftToSlurm as told:
                 print(f"\n{told}")
                 return
@@ -137,15 +169,25 @@ def sweep(path: Path, overrides: Sequence[str] = (), *, sweep_dir: Path | None =
 def _room(grid: Grid, runs: Sequence[SweepRun], how: How, device: Device | None) -> Slots:
     if how.launcher == "local":
         return slots([run.plan for run in runs], grid.content.processes, how.jobs, this_device())
-    return Slots([{}] * min(how.jobs or len(runs), len(runs)), how.text(grid), here=False, device=device)
+    return Slots(
+        [{}] * min(how.jobs or len(runs), len(runs)), how.text(grid), here=False, device=device
+    )
 
 
-def _stages(grid: Grid, directory: Path, device: Device | None, *, data_needed: bool = True,
-            partly: bool = False) -> tuple[list[SweepRun], list[SweepRun]]:  # fmt: skip
-    """The runs that are known, and as many of their size as `refine` will add once these are finished.
+def _stages(
+    grid: Grid,
+    directory: Path,
+    device: Device | None,
+    *,
+    data_needed: bool = True,
+    partly: bool = False,
+) -> tuple[list[SweepRun], list[SweepRun]]:
+    """The runs that are known, and as many of their size as `refine` will add once these are
+    finished.
 
     Args:
-        partly: although some are not finished, take what `refine` has added to the others for known.
+        partly: although some are not finished, take what `refine` has added to the others for
+            known.
     """
     runs = plan_runs(grid, directory, device, data_needed=data_needed)
     there = _names(directory)
@@ -153,13 +195,21 @@ def _stages(grid: Grid, directory: Path, device: Device | None, *, data_needed: 
         more = grid.refined(_losses(grid, runs, {}), there)
         return [*runs, *plan_runs(grid, directory, device, more, data_needed=data_needed)], []
     if partly:
-        return [*runs, *plan_runs(grid, directory, device, grid.refined({}, there), data_needed=data_needed)], []
+        return [
+            *runs,
+            *plan_runs(grid, directory, device, grid.refined({}, there), data_needed=data_needed),
+        ], []
     more = grid.refined({run.name: 0.0 for run in runs})
     return runs, plan_runs(grid, directory, device, more, data_needed=data_needed)
 
 
-def _with_second_stage(grid: Grid, runs: Sequence[SweepRun], directory: Path, device: Device | None,
-                       failed: Mapping[str, str]) -> list[SweepRun]:  # fmt: skip
+def _with_second_stage(
+    grid: Grid,
+    runs: Sequence[SweepRun],
+    directory: Path,
+    device: Device | None,
+    failed: Mapping[str, str],
+) -> list[SweepRun]:
     runs = [replace(run, step=_newest(run.directory)) for run in runs]
     try:
         more = grid.refined(_losses(grid, runs, failed), _names(directory))
@@ -171,7 +221,11 @@ def _with_second_stage(grid: Grid, runs: Sequence[SweepRun], directory: Path, de
 
 def _names(directory: Path) -> set[str]:
     """Of the run directories that are there."""
-    return {path.name for path in directory.iterdir() if path.is_dir()} if directory.is_dir() else set()
+    return (
+        {path.name for path in directory.iterdir() if path.is_dir()}
+        if directory.is_dir()
+        else set()
+    )
 
 
 def _train_one(grid: Grid, index: int, directory: Path) -> None:
@@ -181,16 +235,19 @@ def _train_one(grid: Grid, index: int, directory: Path) -> None:
     if index >= len(runs):
         later = f"; {len(more)} more of `refine` once these are finished" if more else ""
         raise ConfigError(
-            f"there is no run {index}: the {len(runs)} runs of {grid.path} count from 0{later}", "--index",
+            f"there is no run {index}: the {len(runs)} runs of {grid.path} count from 0{later}",
+            "--index",
             f"give at most {len(runs) - 1}",
-        )  # fmt: skip
+        )
     run = runs[index]
     if run.finished:
         print(f"{run.name}: already finished")
     else:
         dump_config(run.grid.config, directory / "configs" / f"{run.name}.yaml")
         with _terminable():
-            train_one(job_of(run, directory, grid.content.processes), cpu=not torch.cuda.is_available())
+            train_one(
+                job_of(run, directory, grid.content.processes), cpu=not torch.cuda.is_available()
+            )
     if not all(_newest(other.directory) >= other.steps for other in runs):
         return
     with locked(directory, wait=True):
@@ -216,12 +273,23 @@ def _losses(grid: Grid, runs: Sequence[SweepRun], failed: Mapping[str, str]) -> 
     table = collect(Path(), {run.name: run.directory for run in runs}, failed)
     column = grid.content.refine.y
     if table.rows and column not in table.columns:
-        raise ConfigError(f"no run has {column}", f"refine.y in {grid.path}", "give a column of results.csv")
-    return {name: number(cell, column, name) for name, cell in zip(table.rows, table.columns.get(column, []))}
+        raise ConfigError(
+            f"no run has {column}", f"refine.y in {grid.path}", "give a column of results.csv"
+        )
+    return {
+        name: number(cell, column, name)
+        for name, cell in zip(table.rows, table.columns.get(column, []))
+    }
 
 
-def plan_runs(grid: Grid, directory: Path, device: Device | None = None, runs: Sequence[GridRun] | None = None, *,
-              data_needed: bool = True) -> list[SweepRun]:  # fmt: skip
+def plan_runs(
+    grid: Grid,
+    directory: Path,
+    device: Device | None = None,
+    runs: Sequence[GridRun] | None = None,
+    *,
+    data_needed: bool = True,
+) -> list[SweepRun]:
     """Runs of the grid, by default `grid.runs()`, each with its plan and how far it is.
 
     Args:
@@ -229,7 +297,8 @@ def plan_runs(grid: Grid, directory: Path, device: Device | None = None, runs: S
         data_needed: whether each run's data have to be there.
 
     Raises:
-        ConfigError: one cannot be planned, or its directory holds another run; the line names its values.
+        ConfigError: one cannot be planned, or its directory holds another run; the line names its
+            values.
     """
     vocabularies: dict[str, int | ArchscaleError] = {}
     found, problems = [], []
@@ -238,7 +307,9 @@ def plan_runs(grid: Grid, directory: Path, device: Device | None = None, runs: S
         for part in filter(None, (data, run.config.data.val)):
             if part not in vocabularies:
                 vocabularies[part] = _vocabulary(part)
-            if isinstance(error := vocabularies[part], ArchscaleError) and (data_needed or not config.model.vocab_size):
+            if isinstance(error := vocabularies[part], ArchscaleError) and (
+                data_needed or not config.model.vocab_size
+            ):
                 raise error
         try:
             if isinstance(vocabulary := vocabularies[data], int):
@@ -265,29 +336,42 @@ def _vocabulary(data: str) -> int | ArchscaleError:
 
 
 def _check_same(run: SweepRun) -> None:
-    """Refuses a run directory whose run has another config: its results would stand in the wrong row."""
+    """Refuses a run directory whose run has another config: its results would stand in the wrong
+    row."""
     path = run.directory / "config.yaml"
     if not path.exists():
         return
     before, now = (dict(flat(config.resolved())) for config in (load_config(path), run.plan.config))
     for key in other_trajectory(before, now):
         raise ConfigError(
-            f"{key} is {text_of(now.get(key))}, the run in {run.directory} has {text_of(before.get(key))}", key,
+            f"{key} is {text_of(now.get(key))}, the run in {run.directory} has"
+            f" {text_of(before.get(key))}",
+            key,
             "restore the value, or give another --sweep-dir",
-        )  # fmt: skip
+        )
 
 
 def _describe(grid: Grid, runs: Sequence[SweepRun], directory: Path) -> None:
     """sweep.yaml, and the config of each run."""
     content = grid.content.model_dump(mode="json")
-    write_yaml(content | {"runs": {run.name: run.grid.values for run in runs}}, directory / "sweep.yaml")
+    write_yaml(
+        content | {"runs": {run.name: run.grid.values for run in runs}}, directory / "sweep.yaml"
+    )
     for run in runs:
         dump_config(run.grid.config, directory / "configs" / f"{run.name}.yaml")
 
 
-def _train(runs: Sequence[SweepRun], left: Sequence[SweepRun], directory: Path, room: Slots, launch: Launcher, processes: int,
-           continued: bool) -> dict[str, str]:  # fmt: skip
-    """Trains the runs that are left, the longest first, so that none is alone at the end; returns why some failed."""
+def _train(
+    runs: Sequence[SweepRun],
+    left: Sequence[SweepRun],
+    directory: Path,
+    room: Slots,
+    launch: Launcher,
+    processes: int,
+    continued: bool,
+) -> dict[str, str]:
+    """Trains the runs that are left, the longest first, so that none is alone at the end; returns
+    why some failed."""
     with open_log(directory / "sweep.jsonl") as log:
         for event in unseen(directory, [run.name for run in runs if run.finished]):
             write(log, **line_of(event))
@@ -298,7 +382,14 @@ def _train(runs: Sequence[SweepRun], left: Sequence[SweepRun], directory: Path, 
     done = sum(run.finished for run in runs)
     view = View({run.name: (run.directory, run.steps) for run in runs}, done)
     with open_log(directory / "sweep.jsonl") as log, view, _terminable():
-        write(log, event="sweep", runs=len(runs), finished=done, at_once=len(room.variables), continued=continued)
+        write(
+            log,
+            event="sweep",
+            runs=len(runs),
+            finished=done,
+            at_once=len(room.variables),
+            continued=continued,
+        )
 
         def tell(event: Event) -> None:
             write(log, **line_of(event))
@@ -308,9 +399,15 @@ def _train(runs: Sequence[SweepRun], left: Sequence[SweepRun], directory: Path, 
             return launch(jobs, tell, view.tick)
         except KeyboardInterrupt:
             done = sum(replace(run, step=_newest(run.directory)).finished for run in runs)
-            raise TrainingError(f"interrupted with {done} of {len(runs)} runs finished", str(directory),
-                                "the same command continues" if room.here else
-                                "the jobs stay in the queue; the same command goes on with them") from None  # fmt: skip
+            raise TrainingError(
+                f"interrupted with {done} of {len(runs)} runs finished",
+                str(directory),
+                (
+                    "the same command continues"
+                    if room.here
+                    else "the jobs stay in the queue; the same command goes on with them"
+                ),
+            ) from None
 
 
 def _newest(run_dir: Path) -> int:
@@ -333,25 +430,36 @@ def _terminable() -> Iterator[None]:
 
 
 def _finish(
-    grid: Grid, runs: Sequence[SweepRun], directory: Path, failed: Mapping[str, str], whole: bool = True
+    grid: Grid,
+    runs: Sequence[SweepRun],
+    directory: Path,
+    failed: Mapping[str, str],
+    whole: bool = True,
 ) -> None:
-    """results.csv, fits.json, the summary; then one error for all that failed, where all were to be trained (`whole`)."""
+    """results.csv, fits.json, the summary; then one error for all that failed, where all were to be
+    trained (`whole`)."""
     configs: dict[str, Config] = {run.name: run.plan.config for run in runs}
     table = collect(directory, {run.name: run.directory for run in runs}, failed)
     write_results(table, grid.keys, configs, directory / "results.csv")
     fits = make_fits(table, grid.content.fit)
     write_fits(fits, directory / "fits.json")
-    print(f"\n{grid.content.name}: {len(table.rows)} of {len(runs)} runs finished; {directory}/results.csv, fits.json")
+    print(
+        f"\n{grid.content.name}: {len(table.rows)} of {len(runs)} runs finished;"
+        f" {directory}/results.csv, fits.json"
+    )
     if fits:
         print("\n" + fits_text(fits), flush=True)
     _report(directory)
     if table.left_out and whole:
         (name, reason), more = table.left_out[0], len(table.left_out) - 1
-        others = f" (also failed: {', '.join(other for other, _ in table.left_out[1:])})" if more else ""
+        others = (
+            f" (also failed: {', '.join(other for other, _ in table.left_out[1:])})" if more else ""
+        )
         raise TrainingError(
             f"{len(table.left_out)} of {len(runs)} runs failed: {name}: {reason}",
-            f"{directory}/logs/{name}.log", f"mend it and give the same command again{others}",
-        )  # fmt: skip
+            f"{directory}/logs/{name}.log",
+            f"mend it and give the same command again{others}",
+        )
     for fit in fits:
         if fit.refusal:
             raise fit.refusal

@@ -1,4 +1,5 @@
-"""A sweep elsewhere than in this process: who trains its runs, one of them alone, and files for clusters that start them."""
+"""A sweep elsewhere than in this process: who trains its runs, one of them alone, and files for
+clusters that start them."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ class How:
         jobs: runs at once; None: as many as there is room for.
         retries: how often a run that crashed is tried again.
         wait: with slurm: for the runs to end.
-        continued: with slurm: by the job that goes on with a sweep, so that what failed for good is left alone.
+        continued: with slurm: by the job that goes on with a sweep, so that what failed for good is
+            left alone.
     """
 
     launcher: str = "local"
@@ -52,19 +54,28 @@ class How:
         """
         if not self.wait and self.launcher != "slurm":
             raise ConfigError(
-                "only Slurm can go on with a sweep by itself", "--no-wait", "leave it out, or add --launcher slurm"
+                "only Slurm can go on with a sweep by itself",
+                "--no-wait",
+                "leave it out, or add --launcher slurm",
             )
         if self.jobs and self.launcher == "skypilot":
-            raise ConfigError("SkyPilot decides how many managed jobs run at once", "--jobs", "leave it out")
+            raise ConfigError(
+                "SkyPilot decides how many managed jobs run at once", "--jobs", "leave it out"
+            )
         needs_section(grid.content, self.launcher, str(grid.path))
 
     def device(self, grid: Grid) -> Device | None:
-        """What each process of a run trains on, with the memory that it has there; None where nobody says."""
+        """What each process of a run trains on, with the memory that it has there; None where
+        nobody says."""
         content = grid.content
         if self.launcher == "local":
             here = this_device()
             shared = here.name == "cpu" and here.memory
-            return replace(here, memory=here.memory // content.processes) if shared and here.memory else here
+            return (
+                replace(here, memory=here.memory // content.processes)
+                if shared and here.memory
+                else here
+            )
         section = {"slurm": content.slurm, "kubernetes": content.kubernetes}.get(self.launcher)
         return find_device(section.device) if section and section.device else None
 
@@ -75,8 +86,9 @@ class How:
         if self.launcher == "slurm" and (slurm := content.slurm):
             part = f" of partition {slurm.partition}" if slurm.partition else ""
             return (
-                f"a task of a Slurm array each{most}: {processes} on {_count(slurm.nodes, 'node')}{part}, "
-                f"{_count(slurm.gpus_per_node, 'GPU')} and {_count(slurm.cpus_per_task, 'core')} a node, requeued after {slurm.hours:g} h"
+                f"a task of a Slurm array each{most}: {processes} on"
+                f" {_count(slurm.nodes, 'node')}{part}, {_count(slurm.gpus_per_node, 'GPU')} and"
+                f" {_count(slurm.cpus_per_task, 'core')} a node, requeued after {slurm.hours:g} h"
             )
         if self.launcher == "kubernetes" and (pods := content.kubernetes):
             return f"a pod of an indexed Job each{most}: {processes}, {_count(pods.gpus, 'GPU')}"
@@ -87,10 +99,25 @@ class How:
         """What trains the runs, here or on Slurm."""
         if self.launcher == "slurm":
             assert grid.content.slurm is not None
-            again = [*_command(grid, overrides), "--sweep-dir", str(directory), "--launcher", "slurm", "--retries", str(self.retries),
-                     *(["--jobs", str(self.jobs)] if self.jobs else []), "--no-wait", "--continued"]  # fmt: skip
+            again = [
+                *_command(grid, overrides),
+                "--sweep-dir",
+                str(directory),
+                "--launcher",
+                "slurm",
+                "--retries",
+                str(self.retries),
+                *(["--jobs", str(self.jobs)] if self.jobs else []),
+                "--no-wait",
+                "--continued",
+            ]
             return SlurmLauncher(
-                grid.content.slurm, directory, grid.content.name, self.jobs, self.retries, None if self.wait else again
+                grid.content.slurm,
+                directory,
+                grid.content.name,
+                self.jobs,
+                self.retries,
+                None if self.wait else again,
             )
 
         def local(jobs, tell, tick):  # type: ignore[no-untyped-def]
@@ -98,14 +125,29 @@ class How:
 
         return local
 
-    def write(self, grid: Grid, overrides: Sequence[str], directory: Path, runs: Sequence[SweepRun], more: int) -> str:
-        """Writes the files of a generated launcher; returns what to do next. `more`: runs that `refine` will add."""
+    def write(
+        self,
+        grid: Grid,
+        overrides: Sequence[str],
+        directory: Path,
+        runs: Sequence[SweepRun],
+        more: int,
+    ) -> str:
+        """Writes the files of a generated launcher; returns what to do next. `more`: runs that
+        `refine` will add."""
         content, name = grid.content, grid.content.name
         if self.launcher == "kubernetes":
             assert content.kubernetes is not None
             command = ["archscale", *_command(grid, overrides), "--sweep-dir", str(directory)]
             submit = write_kubernetes(
-                directory, content.kubernetes, name, command, len(runs), self.jobs, self.retries, content.processes
+                directory,
+                content.kubernetes,
+                name,
+                command,
+                len(runs),
+                self.jobs,
+                self.retries,
+                content.processes,
             )
         else:
             assert content.skypilot is not None
@@ -114,8 +156,13 @@ class How:
             submit = write_skypilot(directory, content.skypilot, name, command, left, self.retries)
         last = "the run that finishes last writes results.csv and the fits"
         if more:
-            last = f"{more} more runs follow from `refine`: once these are finished, give this command again where it sees them"
-        return f"\nnothing is started yet: {submit}\n{last}; --collect tabulates whatever is finished"
+            last = (
+                f"{more} more runs follow from `refine`: once these are finished, give this command"
+                " again where it sees them"
+            )
+        return (
+            f"\nnothing is started yet: {submit}\n{last}; --collect tabulates whatever is finished"
+        )
 
 
 def _count(number: int, one: str, more: str = "") -> str:
@@ -124,14 +171,21 @@ def _count(number: int, one: str, more: str = "") -> str:
 
 def _command(grid: Grid, overrides: Sequence[str]) -> list[str]:
     """Arguments of archscale that name the grid."""
-    return ["sweep", str(grid.path), *(part for override in overrides for part in ("--set", override))]
+    return [
+        "sweep",
+        str(grid.path),
+        *(part for override in overrides for part in ("--set", override)),
+    ]
 
 
 def job_of(run: SweepRun, directory: Path, processes: int) -> Job:
     """The command that trains a run, whose config is in the sweep directory."""
     config = str(directory / "configs" / f"{run.name}.yaml")
     return Job(
-        run.name, ("train", config, "--run-dir", str(run.directory)), directory / "logs" / f"{run.name}.log", processes
+        run.name,
+        ("train", config, "--run-dir", str(run.directory)),
+        directory / "logs" / f"{run.name}.log",
+        processes,
     )
 
 
@@ -146,9 +200,13 @@ def train_one(job: Job, cpu: bool) -> None:
     with open(job.log, "ab") as log:
         offset = log.tell()
         process = subprocess.Popen(
-            job.command(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            env=environment({"OMP_NUM_THREADS": threads()} if cpu else {}), start_new_session=True,
-        )  # fmt: skip
+            job.command(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment({"OMP_NUM_THREADS": threads()} if cpu else {}),
+            start_new_session=True,
+        )
         try:
             assert process.stdout is not None
             for part in iter(functools.partial(os.read, process.stdout.fileno(), 1 << 16), b""):
@@ -163,7 +221,9 @@ def train_one(job: Job, cpu: bool) -> None:
         reason, refused = why(job.log, offset, status)
         if refused:
             raise TrainingError(
-                f"run {job.name} failed: {reason}", str(job.log), "mend it and give the same command again"
+                f"run {job.name} failed: {reason}",
+                str(job.log),
+                "mend it and give the same command again",
             )
         print(f"run {job.name} crashed: {reason}: the same command resumes it", file=sys.stderr)
         raise SystemExit(1)

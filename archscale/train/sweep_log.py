@@ -17,19 +17,25 @@ from archscale.scaling.launchers import Event
 
 @contextlib.contextmanager
 def locked(directory: Path, wait: bool = False) -> Iterator[None]:
-    """Holds the sweep directory against another sweep, or waits for that; freed by the system whatever ends this process."""
+    """Holds the sweep directory against another sweep, or waits for that; freed by the system
+    whatever ends this process."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         handle = os.open(directory / "sweep.jsonl", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         cause, remedy = explain_os_error(error, "give another with --sweep-dir")
-        raise ConfigError(f"cannot write the sweep directory: {cause}", str(directory), remedy) from None
+        raise ConfigError(
+            f"cannot write the sweep directory: {cause}", str(directory), remedy
+        ) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         yield
     except BlockingIOError:
-        raise ConfigError("another sweep works in this directory", str(directory),
-                          "wait for it, or give another with --sweep-dir") from None  # fmt: skip
+        raise ConfigError(
+            "another sweep works in this directory",
+            str(directory),
+            "wait for it, or give another with --sweep-dir",
+        ) from None
     finally:
         os.close(handle)
 

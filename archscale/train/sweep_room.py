@@ -14,9 +14,8 @@ from archscale.scaling.launchers import threads
 from archscale.scaling.plan import Plan
 from archscale.scaling.plan_text import size
 
-PROCESS_BYTES = (
-    400 * 10**6
-)  # of main memory that Python and torch take in each process beside the plan (340 MB measured)
+# of main memory that Python and torch take in each process beside the plan (340 MB measured)
+PROCESS_BYTES = 400 * 10**6
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,14 @@ class Slots:
     device: Device | None = None
 
 
-def slots(plans: Sequence[Plan], processes: int, jobs: int | None, device: Device, gpus: Sequence[str] | None = None,
-          cores: int | None = None) -> Slots:  # fmt: skip
+def slots(
+    plans: Sequence[Plan],
+    processes: int,
+    jobs: int | None,
+    device: Device,
+    gpus: Sequence[str] | None = None,
+    cores: int | None = None,
+) -> Slots:
     """Room for `jobs` runs at once, or for as many as there is room for.
 
     Args:
@@ -55,15 +60,25 @@ def slots(plans: Sequence[Plan], processes: int, jobs: int | None, device: Devic
     ask = f"{processes} {'process' if processes == 1 else 'processes'} each"
     if gpus:
         if processes > len(gpus):
-            raise ConfigError(f"{processes} processes of a run need as many GPUs, there are {len(gpus)}", "processes",
-                              f"set it to {len(gpus)} or less")  # fmt: skip
+            raise ConfigError(
+                f"{processes} processes of a run need as many GPUs, there are {len(gpus)}",
+                "processes",
+                f"set it to {len(gpus)} or less",
+            )
         wanted = min(jobs or len(gpus) // processes, len(plans))
         shared = -(-wanted * processes // len(gpus))  # processes on the fullest GPU
         if device.room is not None and shared * peak > device.room:
-            raise ConfigError(f"{shared} runs of {size(peak)} on a GPU do not fit into {size(device.room)}", "--jobs",
-                              f"set it to {len(gpus) // processes * max(1, int(device.room // peak))} or less")  # fmt: skip
+            raise ConfigError(
+                f"{shared} runs of {size(peak)} on a GPU do not fit into {size(device.room)}",
+                "--jobs",
+                f"set it to {len(gpus) // processes * max(1, int(device.room // peak))} or less",
+            )
         variables = [
-            {"CUDA_VISIBLE_DEVICES": ",".join(gpus[(job * processes + k) % len(gpus)] for k in range(processes))}
+            {
+                "CUDA_VISIBLE_DEVICES": ",".join(
+                    gpus[(job * processes + k) % len(gpus)] for k in range(processes)
+                )
+            }
             for job in range(wanted)
         ]
         return Slots(variables, f"{wanted} at once on {len(gpus)} GPUs, {ask}")
@@ -72,8 +87,14 @@ def slots(plans: Sequence[Plan], processes: int, jobs: int | None, device: Devic
     each = (peak + PROCESS_BYTES) * processes
     fit = len(plans) if device.room is None else int(device.room // each)
     if jobs and jobs > max(1, fit):
-        raise ConfigError(f"{jobs} runs of {size(each)} at once do not fit into {size(device.room or 0)}", "--jobs",
-                          f"set it to {max(1, fit)} or less")  # fmt: skip
+        raise ConfigError(
+            f"{jobs} runs of {size(each)} at once do not fit into {size(device.room or 0)}",
+            "--jobs",
+            f"set it to {max(1, fit)} or less",
+        )
     wanted = min(jobs or max(1, min(cores // (processes * each_has), fit)), len(plans))
-    text = f"{wanted} at once on {cores} cores, {ask} of {each_has} {'thread' if each_has == 1 else 'threads'} and {size(peak + PROCESS_BYTES)} at most"
+    text = (
+        f"{wanted} at once on {cores} cores, {ask} of {each_has}"
+        f" {'thread' if each_has == 1 else 'threads'} and {size(peak + PROCESS_BYTES)} at most"
+    )
     return Slots([{"OMP_NUM_THREADS": str(each_has)}] * wanted, text)

@@ -27,35 +27,61 @@ OFTEN = 60.0  # seconds between lines about running runs where there is no termi
 TAIL = 1 << 16  # bytes of metrics.jsonl in which the last whole line is looked for
 
 
-def plan_text(grid: Grid, runs: Sequence[SweepRun], more: Sequence[SweepRun], directory: Path, room: Slots, *,
-              list_runs: bool) -> str:  # fmt: skip
-    """What the sweep will train and cost; with `list_runs` a row for each run. `more`: as many as `refine` will choose."""
+def plan_text(
+    grid: Grid,
+    runs: Sequence[SweepRun],
+    more: Sequence[SweepRun],
+    directory: Path,
+    room: Slots,
+    *,
+    list_runs: bool,
+) -> str:
+    """What the sweep will train and cost; with `list_runs` a row for each run. `more`: as many as
+    `refine` will choose."""
     finished = sum(run.finished for run in runs)
-    lines = [f"{grid.content.name}: {len(runs)} runs of {grid.base} in {directory}, {finished} of them finished", ""]
+    lines = [
+        (
+            f"{grid.content.name}: {len(runs)} runs of {grid.base} in {directory}, {finished} of"
+            " them finished"
+        ),
+        "",
+    ]
     if list_runs:
         rows = [["", "run", "parameters", "tokens", "steps", "matrix lr", "FLOPs", "memory", ""]]
         for index, run in enumerate(runs):
             f = run.plan.figures
-            rows.append([
-                str(index), run.name, f"{f['model']['parameters']['total']:,}", f"{f['training']['tokens']:,}", f"{run.steps:,}",
-                f"{f['parameterization']['roles']['matrix']['lr']:.4g}", f"{f['flops']['executed']:.3g}",
-                size(f["memory"]["peak"]), "finished" if run.finished else f"at step {run.step}" if run.step else "",
-            ])  # fmt: skip
+            rows.append(
+                [
+                    str(index),
+                    run.name,
+                    f"{f['model']['parameters']['total']:,}",
+                    f"{f['training']['tokens']:,}",
+                    f"{run.steps:,}",
+                    f"{f['parameterization']['roles']['matrix']['lr']:.4g}",
+                    f"{f['flops']['executed']:.3g}",
+                    size(f["memory"]["peak"]),
+                    "finished" if run.finished else f"at step {run.step}" if run.step else "",
+                ]
+            )
         lines += [*aligned(rows), ""]
     totals = [run.plan.figures for run in runs]
-    flops = sum(run.plan.figures["flops"]["executed"] * (1 - min(1.0, run.step / run.steps)) for run in runs)
+    flops = sum(
+        run.plan.figures["flops"]["executed"] * (1 - min(1.0, run.step / run.steps)) for run in runs
+    )
     lines += [
-        f"  in all {sum(f['flops']['executed'] for f in totals):.3g} FLOPs ({flops:.3g} of them left), "
-        f"{sum(f['training']['tokens'] for f in totals):,} tokens, up to {size(sum(f['checkpoint']['disk'] for f in totals))} "
-        "of checkpoints",
+        (
+            f"  in all {sum(f['flops']['executed'] for f in totals):.3g} FLOPs ({flops:.3g} of them"
+            f" left), {sum(f['training']['tokens'] for f in totals):,} tokens, up to"
+            f" {size(sum(f['checkpoint']['disk'] for f in totals))} of checkpoints"
+        ),
         f"  {room.text}{_estimate(runs, directory, room, grid.content.processes)}",
     ]
     if more and (refine := grid.content.refine):
         seeds = sorted({run.grid.config.seed for run in more})
         lines.append(
-            f"  then {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))} at the {refine.points} best "
-            f"{refine.x} by {refine.y}: {len(more)} more runs, about "
-            f"{sum(run.plan.figures['flops']['executed'] for run in more):.3g} FLOPs"
+            f"  then {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))} at the"
+            f" {refine.points} best {refine.x} by {refine.y}: {len(more)} more runs, about"
+            f" {sum(run.plan.figures['flops']['executed'] for run in more):.3g} FLOPs"
         )
     for asked in grid.content.fit:
         by = f" for each {', '.join(asked.group)}" if asked.group else ""
@@ -64,8 +90,11 @@ def plan_text(grid: Grid, runs: Sequence[SweepRun], more: Sequence[SweepRun], di
 
 
 def _estimate(runs: Sequence[SweepRun], directory: Path, room: Slots, processes: int) -> str:
-    """Time for what is left; nothing where neither finished runs nor the device tell how fast that is."""
-    flops = sum(run.plan.figures["flops"]["executed"] * (1 - min(1.0, run.step / run.steps)) for run in runs)
+    """Time for what is left; nothing where neither finished runs nor the device tell how fast that
+    is."""
+    flops = sum(
+        run.plan.figures["flops"]["executed"] * (1 - min(1.0, run.step / run.steps)) for run in runs
+    )
     left, jobs = sum(not run.finished for run in runs), len(room.variables)
     speed, source = _measured(runs, directory)
     if not speed:
@@ -79,14 +108,21 @@ def _estimate(runs: Sequence[SweepRun], directory: Path, room: Slots, processes:
         speed = device.peak * MFU * processes
         source = f"{MFU:.0%} of {device.peak / 1e12:.3g} TFLOP/s a process ({device.source})"
     seconds = flops / (speed * jobs) + START * -(-left // jobs)
-    return f"; about {duration(seconds)} at {source} and {START:g} s until a run's first step" if left else ""
+    return (
+        f"; about {duration(seconds)} at {source} and {START:g} s until a run's first step"
+        if left
+        else ""
+    )
 
 
 def _device_hours(flops: float, device: Device | None) -> str:
     if device is None or device.peak is None:
         return ""
     hours = flops / (device.peak * MFU) / 3600
-    return f"; about {hours:,.0f} hours of {device.name} at {MFU:.0%} of {device.peak / 1e12:.4g} TFLOP/s"
+    return (
+        f"; about {hours:,.0f} hours of {device.name} at {MFU:.0%} of {device.peak / 1e12:.4g}"
+        " TFLOP/s"
+    )
 
 
 def _measured(runs: Sequence[SweepRun], directory: Path) -> tuple[float, str]:
@@ -94,7 +130,11 @@ def _measured(runs: Sequence[SweepRun], directory: Path) -> tuple[float, str]:
     flops, seconds, count = 0.0, 0.0, 0
     by_name = {run.name: run.plan.figures["flops"]["executed"] for run in runs}
     for event in events_of(directory / "sweep.jsonl"):
-        if event["event"] == "finished" and event.get("attempt") == 1 and event.get("run") in by_name:
+        if (
+            event["event"] == "finished"
+            and event.get("attempt") == 1
+            and event.get("run") in by_name
+        ):
             flops += by_name[event["run"]]
             seconds += max(1.0, event["seconds"] - START)
             count += 1
@@ -127,7 +167,10 @@ class View:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._live:
             self._live.stop()
@@ -141,14 +184,21 @@ class View:
             return
         self._running.pop(name, None)
         if event.what == "requeued":
-            text = f"{name}: requeued{again} at step {last_line(self._runs[name][0]).get('step', 0)}"
+            text = (
+                f"{name}: requeued{again} at step {last_line(self._runs[name][0]).get('step', 0)}"
+            )
         elif event.what == "finished":
             self._finished += 1
-            text = f"{name}: finished in {duration(event.seconds)}{again}{self._metrics(name, 'loss', 'val_loss')}"
+            text = (
+                f"{name}: finished in"
+                f" {duration(event.seconds)}{again}{self._metrics(name, 'loss', 'val_loss')}"
+            )
         else:
             if not event.again:
                 self._failed[name] = event.reason
-            text = f"{name}: failed{again}: {event.reason}" + ("; will be tried again" if event.again else "")
+            text = f"{name}: failed{again}: {event.reason}" + (
+                "; will be tried again" if event.again else ""
+            )
         self._print(f"{self._finished}/{len(self._runs)}  {text}")
 
     def tick(self) -> None:
@@ -160,7 +210,8 @@ class View:
             self._live.update(self._table(), refresh=True)
         else:
             steps = (
-                f"{name} at step {last_line(self._runs[name][0]).get('step', 0)}/{self._runs[name][1]}"
+                f"{name} at step"
+                f" {last_line(self._runs[name][0]).get('step', 0)}/{self._runs[name][1]}"
                 for name in self._running
             )
             print(f"{self._finished}/{len(self._runs)}  running: {', '.join(steps)}", flush=True)
@@ -173,22 +224,34 @@ class View:
 
     def _metrics(self, name: str, *keys: str) -> str:
         last = last_line(self._runs[name][0])
-        return "".join(f", {key} {last[key]:.4f}" for key in keys if isinstance(last.get(key), float))
+        return "".join(
+            f", {key} {last[key]:.4f}" for key in keys if isinstance(last.get(key), float)
+        )
 
     def _table(self) -> Any:
         from rich.table import Table
 
         waiting = len(self._runs) - self._finished - len(self._failed) - len(self._running)
         counts = (
-            f"{self._finished} finished, {len(self._running)} running, {waiting} waiting, {len(self._failed)} failed"
+            f"{self._finished} finished, {len(self._running)} running, {waiting} waiting,"
+            f" {len(self._failed)} failed"
         )
-        table = Table("run", "step", "loss", "val_loss", "left", title=counts, title_justify="left", box=None)
+        table = Table(
+            "run", "step", "loss", "val_loss", "left", title=counts, title_justify="left", box=None
+        )
         for name, started in self._running.items():
             directory, steps = self._runs[name]
             last = last_line(directory)
             step, speed = last.get("step", 0), last.get("step_seconds")
-            numbers = (f"{last[key]:.4f}" if isinstance(last.get(key), float) else "" for key in ("loss", "val_loss"))
-            left = duration((steps - step) * speed) if speed else f"starting, {duration(time.monotonic() - started)}"
+            numbers = (
+                f"{last[key]:.4f}" if isinstance(last.get(key), float) else ""
+                for key in ("loss", "val_loss")
+            )
+            left = (
+                duration((steps - step) * speed)
+                if speed
+                else f"starting, {duration(time.monotonic() - started)}"
+            )
             table.add_row(name, f"{step}/{steps}", *numbers, left)
         return table
 

@@ -51,30 +51,41 @@ from archscale.train.watchdog import Arrivals, Watchdog
 
 
 def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]:
-    """Run `config` to its end in `run_dir`; returns a summary (steps, tokens, losses, seconds, whether it was done already).
+    """Run `config` to its end in `run_dir`; returns a summary (steps, tokens, losses, seconds,
+    whether it was done already).
 
     Args:
-        resume: `auto` (newest checkpoint of the run directory, if any), `never`, or the path of a checkpoint.
+        resume: `auto` (newest checkpoint of the run directory, if any), `never`, or the path of a
+            checkpoint.
 
     Raises:
-        ArchscaleError: anything the user can mend, before the first step wherever that can be known.
+        ArchscaleError: anything the user can mend, before the first step wherever that can be
+            known.
     """
     world = distributed.launched_world_size()
     data = TokenSplit(config.data.train, "train", config.model.context)
     validation = _validation_split(config, data)
     plan = make_plan(
-        config.with_vocab(data.vocab_size), world_size=world, device=this_device(), data_tokens=data.num_tokens
+        config.with_vocab(data.vocab_size),
+        world_size=world,
+        device=this_device(),
+        data_tokens=data.num_tokens,
     )
     refuse(plan)  # before any process group starts
     config, shard = plan.config, plan.config.shard_size(world)
     if config.training.compile and not torch.cuda.is_available() and not cpp_compiler():
-        raise ConfigError("there is no C++ compiler", "training.compile", "install g++, or set it to false")
+        raise ConfigError(
+            "there is no C++ compiler", "training.compile", "install g++, or set it to false"
+        )
     check_engine(config)
     check_wandb(config.telemetry.wandb.mode)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         resume = "auto"  # after a crash of this very job, not back to where it was told to start
-    device = distributed.start(max(3600.0, config.telemetry.stuck_after + 60))  # the watchdog comes first, with stacks
-    # No clean-up when something fails: a rank that failed alone would wait here for ranks that wait for it elsewhere.
+    device = distributed.start(
+        max(3600.0, config.telemetry.stuck_after + 60)
+    )  # the watchdog comes first, with stacks
+    # No clean-up when something fails: a rank that failed alone would wait here for ranks that wait
+    # for it elsewhere.
     source = distributed.on_rank_zero(lambda: choose_checkpoint(config, data, run_dir, resume))
     for split in (data, validation):
         if split is not None:
@@ -89,9 +100,15 @@ class Run:
     """Everything that one run holds while it trains."""
 
     def __init__(
-        self, config: Config, run_dir: Path, data: TokenSplit, validation: TokenSplit | None, device: torch.device,
-        *, shard: int,
-    ):  # fmt: skip
+        self,
+        config: Config,
+        run_dir: Path,
+        data: TokenSplit,
+        validation: TokenSplit | None,
+        device: torch.device,
+        *,
+        shard: int,
+    ):
         self.config, self.run_dir, self.data, self.validation, self.device = (
             config,
             run_dir,
@@ -110,7 +127,7 @@ class Run:
         if validation is not None:
             self.token_bytes = torch.from_numpy(validation.token_bytes.astype("int64"))
 
-    # ------------------------------------------------------------------------------------------------------- the loop
+    # --- the loop
 
     def go(self, source: Path | None) -> dict[str, Any]:
         """Train to the end, from the checkpoint `source` or from the start.
@@ -138,11 +155,18 @@ class Run:
         """From `step` finished ones to the last; returns its number."""
         config, guard = self.config, self.guard
         loader = Loader(
-            self.data, config.seed, self.batches, config.training.micro_batch, distributed.rank(),
-            distributed.world_size(), step,
-        )  # fmt: skip
+            self.data,
+            config.seed,
+            self.batches,
+            config.training.micro_batch,
+            distributed.rank(),
+            distributed.world_size(),
+            step,
+        )
         device = this_device()
-        readings = Readings(config, self.optimizer, device.peak and device.peak * distributed.world_size())
+        readings = Readings(
+            config, self.optimizer, device.peak and device.peak * distributed.world_size()
+        )
         arrivals, judged = Arrivals(self.device), Judgement(guard)
         interval = time.monotonic()
         try:
@@ -155,15 +179,24 @@ class Run:
                 reading = readings.due(step) or evaluating or saving
                 probe = readings.look(step, reading)
                 measured, seen = train_step(
-                    self.engine, self.optimizer, micro_batches, self.device, config.optimizer.grad_clip,
-                    config.model.moe, probe, judged.allow if guard and guard.acts else None, arrivals.all_reduce,
-                )  # fmt: skip
+                    self.engine,
+                    self.optimizer,
+                    micro_batches,
+                    self.device,
+                    config.optimizer.grad_clip,
+                    config.model.moe,
+                    probe,
+                    judged.allow if guard and guard.acts else None,
+                    arrivals.all_reduce,
+                )
                 readings.add(step, lr, measured)
                 watchdog.pat()
                 exhausted = guard is not None and guard.exhausted
                 if not reading and not exhausted:
                     continue
-                lines = judged.told(readings.read(seen, time.monotonic() - interval, judged.applied))
+                lines = judged.told(
+                    readings.read(seen, time.monotonic() - interval, judged.applied)
+                )
                 if exhausted:
                     recorder.write(lines)
                     raise FallBack(step, judged.cause)
@@ -171,7 +204,8 @@ class Run:
                 if evaluating:
                     lines[-1] |= self._evaluate()
                 recorder.write(lines)
-                bad = guard is not None and guard.skipped > 0  # a streak of bad steps adds nothing worth keeping
+                # a streak of bad steps adds nothing worth keeping
+                bad = guard is not None and guard.skipped > 0
                 if saving and (last or not bad):
                     self._save(step)
                 watchdog.pat()
@@ -194,11 +228,13 @@ class Run:
         state = {"step": step, "config": self.config.resolved(), "data": identity(self.data)}
         state["guard"] = self.guard and self.guard.state()
         keep = self.config.checkpoint.keep
-        save_checkpoint(self.run_dir / "checkpoints", self.engine.weights(), self.optimizer, state, keep)
+        save_checkpoint(
+            self.run_dir / "checkpoints", self.engine.weights(), self.optimizer, state, keep
+        )
 
     def _fall_back(self, cause: FallBack, recorder: Recorder) -> int:
-        """To the newest checkpoint from before the bad steps, or from before the last fall-back if no good step has followed it;
-        returns its step."""
+        """To the newest checkpoint from before the bad steps, or from before the last fall-back if
+        no good step has followed it; returns its step."""
         assert self.guard is not None
         directory = self.run_dir / "checkpoints"
         first = cause.step - self.guard.skipped + 1
@@ -207,21 +243,30 @@ class Run:
         self.guard.fallbacks += 1
         if source is None or self.guard.fallbacks > self.guard.max_fallbacks:
             spent = self.guard.fallbacks > self.guard.max_fallbacks
-            why = f"{self.guard.max_fallbacks} fall-backs did not help" if spent else "there is no older checkpoint"
+            why = (
+                f"{self.guard.max_fallbacks} fall-backs did not help"
+                if spent
+                else "there is no older checkpoint"
+            )
             raise distributed.same_everywhere(
                 TrainingError(
-                    f"{self.guard.skipped} steps in a row were skipped at step {cause.step} ({cause}), and {why}",
-                    str(self.run_dir), "lower the learning rate or look at the data of these steps; the checkpoints are kept",
+                    f"{self.guard.skipped} steps in a row were skipped at step {cause.step}"
+                    f" ({cause}), and {why}",
+                    str(self.run_dir),
+                    "lower the learning rate or look at the data of these steps; the checkpoints"
+                    " are kept",
                 )
-            )  # fmt: skip
+            )
         step = self._restore(source)
-        # What lies after it was saved on the way that is given up: a crash must not resume from there.
+        # What lies after it was saved on the way that is given up: a crash must not resume from
+        # there.
         distributed.on_rank_zero(lambda: discard_after(directory, step))
         self.guard.skipped = 0
         self._fallen = step
         recorder.rewind(step)
         recorder.event(
-            f"skipped steps {first} to {cause.step} and fell back to the checkpoint of step {step} ({cause})"
+            f"skipped steps {first} to {cause.step} and fell back to the checkpoint of step {step}"
+            f" ({cause})"
         )
         return step
 
@@ -233,9 +278,13 @@ class Run:
         """Learning rate of the step that follows `step` finished ones."""
         config, schedule = self.config, self.config.schedule
         factor = lr_multiplier(
-            schedule.kind, self._tokens(step), self._tokens(config.steps), warmup=schedule.warmup_tokens,
-            final_ratio=schedule.final_ratio, decay_ratio=schedule.decay_ratio,
-        )  # fmt: skip
+            schedule.kind,
+            self._tokens(step),
+            self._tokens(config.steps),
+            warmup=schedule.warmup_tokens,
+            final_ratio=schedule.final_ratio,
+            decay_ratio=schedule.decay_ratio,
+        )
         factor *= (self.batches.at(step)[1] / self.batches.size) ** self.transfer.batch_exponent
         for group in self.optimizer.param_groups:
             group["lr"] = self.transfer.roles[group["role"]].lr * factor
@@ -244,35 +293,51 @@ class Run:
     def _evaluate(self) -> dict[str, float]:
         assert self.validation is not None
         config = self.config
-        # The same windows on any number of ranks and at any micro-batch: eval.batches batches of the training size.
+        # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
+        # the training size.
         count = config.eval.batches * config.batch_size // config.training.micro_batch
         batches = validation_batches(
-            self.validation, count, config.training.micro_batch, distributed.rank(), distributed.world_size()
+            self.validation,
+            count,
+            config.training.micro_batch,
+            distributed.rank(),
+            distributed.world_size(),
         )
         return evaluate(self.engine, batches, self.token_bytes, self.device)
 
-    # ----------------------------------------------------------------------------------------------- start and finish
+    # --- start and finish
 
     def _describe(self) -> None:
         """What a run directory says of the run before its first step."""
         config = self.config
         dump_config(config, self.run_dir / "config.yaml")
         plan = make_plan(
-            config, world_size=distributed.world_size(), device=this_device(), data_tokens=self.data.num_tokens
+            config,
+            world_size=distributed.world_size(),
+            device=this_device(),
+            data_tokens=self.data.num_tokens,
         )
         (self.run_dir / "plan.json").write_text(json.dumps(plan.as_dict(), indent=1))
-        (self.run_dir / "environment.json").write_text(json.dumps(environment(self.device), indent=1))
-        (self.run_dir / "manifest.json").write_text(json.dumps(manifest(self.roles, self.optimizer), indent=1))
+        (self.run_dir / "environment.json").write_text(
+            json.dumps(environment(self.device), indent=1)
+        )
+        (self.run_dir / "manifest.json").write_text(
+            json.dumps(manifest(self.roles, self.optimizer), indent=1)
+        )
         count = sum(math.prod(row.shape) for row in self.roles)
         matrices = sum(1 for row in self.roles if row.role == "matrix")
         layout = f"{distributed.world_size()} × {self.device.type}"
         print(
-            f"{config.name}: {count:,} parameters, {matrices} stored matrices under {config.optimizer.matrix.rule}, "
-            f"{config.steps} steps of {config.batch_tokens:,} tokens on {layout}, run directory {self.run_dir}",
+            f"{config.name}: {count:,} parameters, {matrices} stored matrices under"
+            f" {config.optimizer.matrix.rule}, {config.steps} steps of {config.batch_tokens:,}"
+            f" tokens on {layout}, run directory {self.run_dir}",
             flush=True,
         )
         if share := counting_pass_share(plan.figures["flops"]):
-            print(f"balance over the whole batch at accumulation > 1: a counting pass adds {share:.1%} to the work")
+            print(
+                "balance over the whole batch at accumulation > 1: a counting pass adds"
+                f" {share:.1%} to the work"
+            )
 
     def _report(self) -> None:
         """report.html; a run that has trained is not lost to a figure that cannot be drawn."""
@@ -281,19 +346,26 @@ class Run:
         try:
             write_report([self.run_dir])
         except Exception as error:
-            print(f"archscale: warning: no report: {type(error).__name__}: {error}", file=sys.stderr)
+            print(
+                f"archscale: warning: no report: {type(error).__name__}: {error}", file=sys.stderr
+            )
 
     def _summary(self, step: int, started: float, already_done: bool = False) -> dict[str, Any]:
         summary: dict[str, Any] = {
-            "steps": step, "tokens": self._tokens(step), "seconds": time.monotonic() - started,
-            "already_done": already_done, "run_dir": str(self.run_dir),
+            "steps": step,
+            "tokens": self._tokens(step),
+            "seconds": time.monotonic() - started,
+            "already_done": already_done,
+            "run_dir": str(self.run_dir),
             "checkpoint": str(step_directory(self.run_dir / "checkpoints", step)),
-        }  # fmt: skip
+        }
         metrics = self.run_dir / "metrics.jsonl"
         if metrics.exists():
             last = [json.loads(line) for line in metrics.read_text().splitlines()[-1:]]
             summary |= {
-                key: last[0][key] for key in ("loss", "val_loss", "val_bits_per_byte") if last and key in last[0]
+                key: last[0][key]
+                for key in ("loss", "val_loss", "val_bits_per_byte")
+                if last and key in last[0]
             }
         return summary
 
@@ -304,7 +376,10 @@ def environment(device: torch.device) -> dict[str, Any]:
     revision = None
     if shutil.which("git") and (checkout / ".git").exists():
         command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
-        revision = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or None
+        revision = (
+            subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+            or None
+        )
     return {
         "archscale": archscale.__version__,
         "git": revision,
@@ -312,7 +387,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "host": platform.node(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu, {os.cpu_count()} cores",
+        "device": (
+            torch.cuda.get_device_name()
+            if device.type == "cuda"
+            else f"cpu, {os.cpu_count()} cores"
+        ),
         "world_size": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -321,62 +400,86 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 # May differ between a checkpoint and the run that resumes it: they do not change the trajectory.
 FREE_KEYS = (
-    "name", "parallel", "telemetry", "eval", "checkpoint", "training.micro_batch", "training.compile",
-    "training.activation_checkpoint", "data.train", "data.val",
-)  # fmt: skip
+    "name",
+    "parallel",
+    "telemetry",
+    "eval",
+    "checkpoint",
+    "training.micro_batch",
+    "training.compile",
+    "training.activation_checkpoint",
+    "data.train",
+    "data.val",
+)
 
 
 def other_trajectory(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Dotted keys of two resolved configs that differ and make them runs of different trajectories, in order."""
+    """Dotted keys of two resolved configs that differ and make them runs of different trajectories,
+    in order."""
     mode = "telemetry.guard.mode"
     acts = "act" in (before.get(mode), now.get(mode))  # then the guard decides over updates
     for key in sorted(before.keys() | now.keys()):
         free = any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
-        if before.get(key) != now.get(key) and (not free or (acts and key.startswith("telemetry.guard."))):
+        if before.get(key) != now.get(key) and (
+            not free or (acts and key.startswith("telemetry.guard."))
+        ):
             yield key
 
 
 def choose_checkpoint(config: Config, data: TokenSplit, run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint to continue from, if any, after checking that it belongs to this trajectory and that the run directory
-    can be written.
+    """The checkpoint to continue from, if any, after checking that it belongs to this trajectory
+    and that the run directory can be written.
 
     Raises:
-        ConfigError: a key that would change the trajectory, or a run directory that cannot be written.
+        ConfigError: a key that would change the trajectory, or a run directory that cannot be
+            written.
         CheckpointError: `resume` names no checkpoint, or is `never` where there is a run.
     """
     checkpoints = run_dir / "checkpoints"
-    if resume == "never" and (checkpoint_steps(checkpoints) or (run_dir / "metrics.jsonl").exists()):
+    if resume == "never" and (
+        checkpoint_steps(checkpoints) or (run_dir / "metrics.jsonl").exists()
+    ):
         remedy = "give another --run-dir, or drop --resume never"
         raise CheckpointError("the run directory holds a run", str(run_dir), remedy)
     if resume in ("auto", "never"):
-        source = newest_valid(checkpoints, lambda text: print(f"archscale: warning: {text}", file=sys.stderr))
+        source = newest_valid(
+            checkpoints, lambda text: print(f"archscale: warning: {text}", file=sys.stderr)
+        )
     else:
         source = Path(resume)
     if source is not None:
         saved = read_state(source)
         before, now = (
-            # Through the present schema: keys that are newer than the checkpoint have their defaults.
+            # Through the present schema: keys that are newer than the checkpoint have their
+            # defaults.
             _flat({**Config.from_dict(saved["config"]).resolved(), "data_set": saved["data"]}),
             _flat({**config.resolved(), "data_set": identity(data)}),
         )
         for key in other_trajectory(before, now):
             raise ConfigError(
-                f"{key} is {now.get(key)}, the checkpoint's run has {before.get(key)}", str(source),
+                f"{key} is {now.get(key)}, the checkpoint's run has {before.get(key)}",
+                str(source),
                 "restore the value, or start another run with --run-dir",
-            )  # fmt: skip
+            )
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run_dir):
             pass
     except OSError as error:
         cause, remedy = explain_os_error(error, "give another with --run-dir")
-        raise ConfigError(f"cannot write the run directory: {cause}", str(run_dir), remedy) from error
+        raise ConfigError(
+            f"cannot write the run directory: {cause}", str(run_dir), remedy
+        ) from error
     return source
 
 
 def identity(data: TokenSplit) -> dict[str, Any]:
     """What makes a data set the same one, wherever it lies."""
-    return {"tokenizer": data.fingerprint, "tokens": data.num_tokens, "origin": data.manifest.origin}
+    return {
+        "tokenizer": data.fingerprint,
+        "tokens": data.num_tokens,
+        "origin": data.manifest.origin,
+    }
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Ranks that hold others up: who arrives last, and what everybody does when nobody gets any further."""
+"""Ranks that hold others up: who arrives last, and what everybody does when nobody gets any
+further."""
 
 from __future__ import annotations
 
@@ -20,8 +21,9 @@ GRACE = 10.0  # seconds after which the interpreter itself is taken for stuck
 
 
 class Watchdog:
-    """Ends this process when `pat` is not called for `seconds`, after writing the stacks of all threads to
-    `folder`/stacks_rank_<n>.txt. Every rank has one, so that all of them tell where they wait.
+    """Ends this process when `pat` is not called for `seconds`, after writing the stacks of all
+    threads to `folder`/stacks_rank_<n>.txt. Every rank has one, so that all of them tell where they
+    wait.
 
     Args:
         seconds: 0: never.
@@ -58,14 +60,24 @@ class Watchdog:
             if waited > self.seconds:
                 assert self._file is not None
                 faulthandler.dump_traceback(self._file, all_threads=True)
-                text = f"rank {distributed.rank()} made no progress for {waited:.0f} s (telemetry.stuck_after)"
-                print(f"archscale: {text}: its stacks are in {self._path}", file=sys.stderr, flush=True)
-                time.sleep(3 * often)  # the launcher ends all ranks with the first one: let the others write theirs
+                text = (
+                    f"rank {distributed.rank()} made no progress for {waited:.0f} s"
+                    " (telemetry.stuck_after)"
+                )
+                print(
+                    f"archscale: {text}: its stacks are in {self._path}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                time.sleep(
+                    3 * often
+                )  # the launcher ends all ranks with the first one: let the others write theirs
                 os._exit(3)
 
 
 class Arrivals:
-    """How long this rank waits for the others in the first collective of each step: the last one to arrive waits least."""
+    """How long this rank waits for the others in the first collective of each step: the last one to
+    arrive waits least."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -87,9 +99,9 @@ class Arrivals:
         return tensor
 
     def read(self, step_seconds: float) -> dict[str, Any]:
-        """Since the last reading: `straggler/wait_seconds`, the mean wait a step of the rank that waited most over that of the
-        one that waited least, and `straggler/rank`, who that is; empty on one process, and where it is less than `NOTABLE` of
-        `step_seconds`. A collective."""
+        """Since the last reading: `straggler/wait_seconds`, the mean wait a step of the rank that
+        waited most over that of the one that waited least, and `straggler/rank`, who that is; empty
+        on one process, and where it is less than `NOTABLE` of `step_seconds`. A collective."""
         waits = self._waits + [start.elapsed_time(end) / 1e3 for start, end in self._events]
         self._waits, self._events = [], []
         everyone = distributed.gather_objects(sum(waits) / max(len(waits), 1))

@@ -22,7 +22,9 @@ FINGERPRINT = hashlib.sha256(b"a tokenizer").hexdigest()
 VOCAB = 500
 
 
-def write_dataset(path: Path, train: list[np.ndarray], validation: list[np.ndarray], vocab: int = VOCAB) -> Path:
+def write_dataset(
+    path: Path, train: list[np.ndarray], validation: list[np.ndarray], vocab: int = VOCAB
+) -> Path:
     """A dataset whose shards hold exactly these arrays; its tokenizer file is not a tokenizer."""
     (path / "tokenizer").mkdir(parents=True)
     (path / "tokenizer" / "tokenizer.model").write_bytes(b"a tokenizer")
@@ -58,7 +60,8 @@ def write_dataset(path: Path, train: list[np.ndarray], validation: list[np.ndarr
 
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
-    """Token i is i mod VOCAB: 1,000 for training in shards of 300, 300, 300 and 100; 205 for validation."""
+    """Token i is i mod VOCAB: 1,000 for training in shards of 300, 300, 300 and 100; 205 for
+    validation."""
     ids = np.arange(1000) % VOCAB
     return write_dataset(tmp_path / "set", np.split(ids, [300, 600, 900]), [ids[:205]])
 

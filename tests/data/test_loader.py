@@ -39,15 +39,24 @@ def test_batches_are_the_pure_function(split: TokenSplit) -> None:
             assert len(batches) == 2
             indices = sample_index(3, np.arange(8 * step, 8 * step + 8), split.num_samples)
             expected = torch.from_numpy(np.stack([split.sample(i) for i in indices]))
-            assert all(inputs.shape == (4, CONTEXT) and inputs.dtype == torch.int64 for inputs, _ in batches)
+            assert all(
+                inputs.shape == (4, CONTEXT) and inputs.dtype == torch.int64
+                for inputs, _ in batches
+            )
             assert torch.equal(torch.cat([inputs for inputs, _ in batches]), expected[:, :-1])
             assert torch.equal(torch.cat([targets for _, targets in batches]), expected[:, 1:])
 
 
-@pytest.mark.parametrize(("world", "accumulation"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 3), (3, 4)])
-def test_the_batch_does_not_depend_on_world_or_accumulation(split: TokenSplit, world: int, accumulation: int) -> None:
+@pytest.mark.parametrize(
+    ("world", "accumulation"), [(1, 1), (1, 4), (2, 1), (2, 2), (4, 3), (3, 4)]
+)
+def test_the_batch_does_not_depend_on_world_or_accumulation(
+    split: TokenSplit, world: int, accumulation: int
+) -> None:
     def steps(rank: int, world: int, accumulation: int) -> list[torch.Tensor]:
-        with Loader(split, 0, BatchSchedule(24), 24 // (world * accumulation), rank, world) as loader:
+        with Loader(
+            split, 0, BatchSchedule(24), 24 // (world * accumulation), rank, world
+        ) as loader:
             return _rows([next(loader) for _ in range(6)])
 
     whole = steps(0, 1, 1)
@@ -63,7 +72,8 @@ def test_resuming_on_another_world_continues_the_order(split: TokenSplit) -> Non
         expected = _rows([next(straight) for _ in range(9)])
     for start, world in ((0, 2), (3, 1), (6, 4)):
         loaders = [
-            Loader(split, 0, BatchSchedule(8), 8 // world, rank, world, start_step=start) for rank in range(world)
+            Loader(split, 0, BatchSchedule(8), 8 // world, rank, world, start_step=start)
+            for rank in range(world)
         ]
         for step in range(start, start + 3):
             rows = torch.cat([_rows([next(loader)])[0] for loader in loaders])

@@ -1,4 +1,5 @@
-"""Recipes: text in, a whole dataset or nothing out, the same for the same documents in any order."""
+"""Recipes: text in, a whole dataset or nothing out, the same for the same documents in any
+order."""
 
 import json
 import os
@@ -68,7 +69,10 @@ def _documents(directory: str | Path, split: str) -> list[str]:
     ids = np.concatenate([open_shard(shard) for shard in shards])
     ends = np.flatnonzero(ids == tokenizer.eos_id)
     assert ends[-1] == len(ids) - 1
-    return [tokenizer.decode(part[part != tokenizer.eos_id].tolist()) for part in np.split(ids, ends[:-1] + 1)]
+    return [
+        tokenizer.decode(part[part != tokenizer.eos_id].tolist())
+        for part in np.split(ids, ends[:-1] + 1)
+    ]
 
 
 def test_every_document_is_there_once(work: Path) -> None:
@@ -156,7 +160,9 @@ def test_again_is_a_no_op_and_anything_else_is_refused(work: Path) -> None:
     assert prepare("recipe.yaml", say=said.append)["already_there"]
     assert "already there" in said[0]
     assert (work / "data/tiny" / MANIFEST).stat().st_mtime_ns == stamp
-    with pytest.raises(DataError, match=r"another recipe.*data/tiny.*into another directory with --set output="):
+    with pytest.raises(
+        DataError, match=r"another recipe.*data/tiny.*into another directory with --set output="
+    ):
         prepare("recipe.yaml", ["tokenizer.train.vocab_size=340"])
     (work / "corpus" / "0.txt").write_text(_text(0).upper())
     with pytest.raises(DataError, match="source files changed"):
@@ -172,7 +178,9 @@ def test_a_foreign_output_is_not_touched(work: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["write_atomically", "ShardWriter", "sync_directory"])
-def test_a_failure_leaves_no_output(work: Path, monkeypatch: pytest.MonkeyPatch, stage: str) -> None:
+def test_a_failure_leaves_no_output(
+    work: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -202,7 +210,8 @@ def test_two_processes_do_not_share_a_directory(work: Path) -> None:
 
 @pytest.mark.parametrize("validation", [1e-9, 1 - 1e-9])
 def test_an_empty_split_is_refused(work: Path, validation: float) -> None:
-    # A trained tokenizer: with nothing in the training split there would be nothing to train one on.
+    # A trained tokenizer: with nothing in the training split there would be nothing to train one
+    # on.
     prepare("recipe.yaml")
     tokenizer = {"kind": "sentencepiece", "path": "data/tiny/tokenizer/tokenizer.model"}
     _recipe(work, tokenizer=tokenizer, validation=validation, output="data/empty")
@@ -263,7 +272,9 @@ def test_another_tokenizer_in_the_dataset_is_refused(work: Path) -> None:
     prepare("recipe.yaml", ["output=data/other", "tokenizer.train.vocab_size=340"])
     other = (work / "data/other/tokenizer/tokenizer.model").read_bytes()
     (work / "data/tiny/tokenizer/tokenizer.model").write_bytes(other)
-    with pytest.raises(DataError, match=r"not the tokenizer that the dataset was made with.*data/tiny"):
+    with pytest.raises(
+        DataError, match=r"not the tokenizer that the dataset was made with.*data/tiny"
+    ):
         load_tokenizer("data/tiny")
 
 
@@ -315,9 +326,15 @@ def test_a_missing_or_foreign_recipe(work: Path) -> None:
 
 
 def test_overrides(work: Path) -> None:
-    recipe = load_recipe("recipe.yaml", ["tokenizer.train.vocab_size=400", "sources.0.weight=0.25", "name=other"])
+    recipe = load_recipe(
+        "recipe.yaml", ["tokenizer.train.vocab_size=400", "sources.0.weight=0.25", "name=other"]
+    )
     assert recipe.tokenizer.train is not None
-    assert (recipe.tokenizer.train.vocab_size, recipe.sources[0].weight, recipe.name) == (400, 0.25, "other")
+    assert (recipe.tokenizer.train.vocab_size, recipe.sources[0].weight, recipe.name) == (
+        400,
+        0.25,
+        "other",
+    )
     for bad in ("name", "sources.7.weight=1", "name.x=1"):
         with pytest.raises(DataError, match="no such override"):
             load_recipe("recipe.yaml", [bad])
@@ -328,13 +345,21 @@ def test_overrides(work: Path) -> None:
     [
         ({"kind": "text", "path": "none/*.txt"}, b"", r"no file matches \(none/\*\.txt\)"),
         ({"kind": "text", "path": "bad"}, b"\xff\xfe", r"not utf-8 text.*\(bad\).*encoding"),
-        ({"kind": "jsonl", "path": "bad"}, b'{"text": "a"}\n{"text"', r"not a JSON line.*\(bad:2\)"),
+        (
+            {"kind": "jsonl", "path": "bad"},
+            b'{"text": "a"}\n{"text"',
+            r"not a JSON line.*\(bad:2\)",
+        ),
         (
             {"kind": "jsonl", "path": "bad"},
             b'{"body": "a"}\n',
             r"no text in field 'text'; there is: body \(bad:1\)",
         ),
-        ({"kind": "jsonl", "path": "bad"}, b"[1]\n", r"no text in field 'text'; there is: list \(bad:1\)"),
+        (
+            {"kind": "jsonl", "path": "bad"},
+            b"[1]\n",
+            r"no text in field 'text'; there is: list \(bad:1\)",
+        ),
     ],
 )
 def test_bad_sources_name_the_file(work: Path, source: dict, content: bytes, message: str) -> None:
@@ -345,10 +370,14 @@ def test_bad_sources_name_the_file(work: Path, source: dict, content: bytes, mes
 
 
 @pytest.mark.parametrize("kind", ["parquet", "huggingface"])
-def test_missing_datasets_package_names_the_extra(work: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_missing_datasets_package_names_the_extra(
+    work: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     key = "path" if kind == "parquet" else "name"
-    with pytest.raises(DataError, match=r"'datasets' is not installed .*pip install transformers datasets"):
+    with pytest.raises(
+        DataError, match=r"'datasets' is not installed .*pip install transformers datasets"
+    ):
         prepare(_recipe(work, sources=[{"kind": kind, key: "corpus/*.txt"}]))
 
 

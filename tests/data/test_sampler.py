@@ -28,7 +28,9 @@ def test_vectorized_equals_one_at_a_time(numbers: list[int], n: int) -> None:
 
 def test_seeds_and_epochs_give_different_orders() -> None:
     n = 1000
-    orders = [sample_index(seed, np.arange(n) + epoch * n, n) for seed in range(4) for epoch in range(4)]
+    orders = [
+        sample_index(seed, np.arange(n) + epoch * n, n) for seed in range(4) for epoch in range(4)
+    ]
     for i, a in enumerate(orders):
         for b in orders[:i]:
             assert np.mean(a == b) < 0.02  # two random permutations agree in about one place
@@ -41,7 +43,9 @@ def test_order_is_well_mixed() -> None:
     neighbours = np.corrcoef(order[1:], order[:-1])[0, 1]
     assert abs(correlation) < 0.05
     assert abs(neighbours) < 0.05
-    counts, _ = np.histogram(order[:1000], bins=20, range=(0, n))  # the first tenth covers the whole split
+    counts, _ = np.histogram(
+        order[:1000], bins=20, range=(0, n)
+    )  # the first tenth covers the whole split
     assert counts.min() > 20
     assert np.mean(np.diff(order) == 1) < 0.002
 
@@ -58,7 +62,8 @@ def test_tiny_sets_reach_every_permutation_evenly(n: int) -> None:
 
 
 def test_the_order_is_frozen() -> None:
-    """Another order after an update would change every resumed run: these numbers must not change."""
+    """Another order after an update would change every resumed run: these numbers must not
+    change."""
     assert sample_index(0, np.arange(8), 100).tolist() == [31, 85, 76, 11, 15, 51, 57, 83]
     assert sample_index(1, 10**12, 10**9).item() == 427412247
 
@@ -85,7 +90,9 @@ def test_far_positions_cost_what_near_ones_cost(monkeypatch: pytest.MonkeyPatch)
     first=st.integers(0, 10**12),
 )
 @settings(max_examples=100, deadline=None)
-def test_ranks_and_micro_batches_partition_the_step(world: int, accumulation: int, micro: int, first: int) -> None:
+def test_ranks_and_micro_batches_partition_the_step(
+    world: int, accumulation: int, micro: int, first: int
+) -> None:
     size = world * accumulation * micro
     parts = [rank_numbers(first, size, rank, world, micro) for rank in range(world)]
     assert all(part.shape == (accumulation, micro) for part in parts)

@@ -24,7 +24,9 @@ from archscale.errors import DataError
 from .conftest import FINGERPRINT, VOCAB, write_dataset
 
 
-@given(parts=st.lists(st.lists(st.integers(0, 70_000), max_size=50), max_size=5), wide=st.booleans())
+@given(
+    parts=st.lists(st.lists(st.integers(0, 70_000), max_size=50), max_size=5), wide=st.booleans()
+)
 @settings(max_examples=40, deadline=None)
 def test_shard_round_trip(parts: list[list[int]], wide: bool) -> None:
     vocab = 70_001 if wide else 65_536
@@ -145,7 +147,9 @@ def test_overlong_and_missing_shard(dataset: Path) -> None:
         _use(dataset)
 
 
-@pytest.mark.parametrize("offset", [0, 8, 12, 16, 24, 32, 64, 100, 127, HEADER_BYTES, HEADER_BYTES + 599])
+@pytest.mark.parametrize(
+    "offset", [0, 8, 12, 16, 24, 32, 64, 100, 127, HEADER_BYTES, HEADER_BYTES + 599]
+)
 def test_flipped_byte(dataset: Path, flip, offset: int) -> None:
     flip(dataset / "train_00002.bin", offset)
     with pytest.raises(DataError, match=r"train_00002\.bin"):
@@ -167,7 +171,9 @@ def test_foreign_file(dataset: Path) -> None:
 
 
 def test_id_outside_the_models_vocabulary(dataset: Path) -> None:
-    with pytest.raises(DataError, match=r"token id 499 does not fit a vocabulary of 499 .*train_00001\.bin"):
+    with pytest.raises(
+        DataError, match=r"token id 499 does not fit a vocabulary of 499 .*train_00001\.bin"
+    ):
         TokenSplit(dataset, "train", 16).check(499)
 
 
@@ -196,7 +202,11 @@ def test_many_shards_need_few_descriptors(tmp_path: Path) -> None:
     split = TokenSplit(write_dataset(tmp_path / "set", np.split(ids, 400), [ids]), "train", 3)
     for i in range(split.num_samples):
         split.sample(i)
-    assert sum(1 for _ in Path("/proc/self/fd").iterdir()) < 350 if Path("/proc/self/fd").is_dir() else True
+    assert (
+        sum(1 for _ in Path("/proc/self/fd").iterdir()) < 350
+        if Path("/proc/self/fd").is_dir()
+        else True
+    )
 
 
 def test_manifest_is_plain_json(dataset: Path) -> None:

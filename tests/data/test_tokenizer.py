@@ -1,4 +1,5 @@
-"""Tokenizers lose nothing, are the same for the same text, and never read special tokens out of text."""
+"""Tokenizers lose nothing, are the same for the same text, and never read special tokens out of
+text."""
 
 import sys
 import sysconfig
@@ -14,7 +15,10 @@ from archscale.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepi
 from archscale.errors import DataError
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
-TEXTS = [(STDLIB / name).read_text(encoding="utf-8") for name in ("argparse.py", "heapq.py", "textwrap.py")]
+TEXTS = [
+    (STDLIB / name).read_text(encoding="utf-8")
+    for name in ("argparse.py", "heapq.py", "textwrap.py")
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +26,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     return train_sentencepiece(TEXTS, 700, tmp_path_factory.mktemp("tokenizer"))
 
 
-# Letters of code, whitespace of every kind, and what SentencePiece itself uses for spaces and unknowns.
-CODE = st.text(st.sampled_from("def x(=):\n\r\t   #\"'\\\u2581\u2585\u2047\u00a0\u3000\ufeff\u200b\x00é漢🎉"))
+# Letters of code, whitespace of every kind, and what SentencePiece itself uses for spaces and
+# unknowns.
+CODE = st.text(
+    st.sampled_from("def x(=):\n\r\t   #\"'\\\u2581\u2585\u2047\u00a0\u3000\ufeff\u200b\x00é漢🎉")
+)
 ANY = st.text(st.characters(exclude_categories=["Cs"]))
 
 
@@ -79,7 +86,8 @@ def test_sample_does_not_depend_on_order(order: list[str], seed: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("texts", "vocab"), [(["hello world"], 4096), (["hello world"] * 9, 260), ([""], 300), ([], 300)]
+    ("texts", "vocab"),
+    [(["hello world"], 4096), (["hello world"] * 9, 260), ([""], 300), ([], 300)],
 )
 def test_untrainable_text_is_one_line(tmp_path: Path, texts: list[str], vocab: int) -> None:
     with pytest.raises(DataError, match=r"^[^\n]*tokenizer\.train[^\n]*$"):
@@ -97,13 +105,17 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("package", ["transformers", "tokenizers"])
-def test_missing_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+def test_missing_package_names_the_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     name = "gpt2"
     if package == "tokenizers":
         name = str(tmp_path / "tokenizer.json")
         Path(name).write_text("{}")
-    with pytest.raises(DataError, match=rf"'{package}' is not installed .*pip install transformers datasets"):
+    with pytest.raises(
+        DataError, match=rf"'{package}' is not installed .*pip install transformers datasets"
+    ):
         load_tokenizer(name, kind="huggingface")
 
 
@@ -116,7 +128,9 @@ def hugging_face(tmp_path: Path) -> Path:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
+    )
     backend.train_from_iterator(TEXTS, trainer)
     backend.save(str(tmp_path / "tokenizer.json"))
     return tmp_path / "tokenizer.json"

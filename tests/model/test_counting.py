@@ -1,4 +1,5 @@
-"""Counts from structure against the built transformer, torch's FLOP counter and the published numbers."""
+"""Counts from structure against the built transformer, torch's FLOP counter and the published
+numbers."""
 
 import itertools
 
@@ -29,10 +30,13 @@ SMALL = {"depth": 2, "width": 64, "head_dim": 16, "kv_heads": 2, "context": 32, 
 VARIANTS = [
     {"tied_embeddings": tied, "gated_attention": gated, "qk_norm": norm, "mlp": mlp, **shape}
     for tied, gated, norm, mlp, shape in itertools.product(
-        (False, True), (False, True), (False, True), ("swiglu", "relu2"),
+        (False, True),
+        (False, True),
+        (False, True),
+        ("swiglu", "relu2"),
         ({}, {"heads": 6, "kv_heads": 3, "mlp_ratio": 2.5}, {"kv_heads": 4, "depth": 3}),
     )
-]  # fmt: skip
+]
 MOE = {"sparsity": 4, "top_k": 4, "shared_expert": True}
 
 
@@ -40,13 +44,21 @@ def small(**changes) -> ModelConfig:
     return ModelConfig(**{**SMALL, **changes})
 
 
-@pytest.mark.parametrize("changes", [*VARIANTS, {"moe": MOE}, {"moe": {**MOE, "shared_expert": False}, "mlp": "relu2"}])
+@pytest.mark.parametrize(
+    "changes", [*VARIANTS, {"moe": MOE}, {"moe": {**MOE, "shared_expert": False}, "mlp": "relu2"}]
+)
 def test_every_stored_parameter_is_listed_with_its_shape_role_and_blocks(changes):
     model = small(**changes)
     with torch.device("meta"):
         built = Transformer(model)
-    listed = [(w.name.replace("*", str(i)), w.shape, w.role, w.blocks) for w in weights(model) for i in range(w.copies)]
-    assert sorted(listed) == sorted((r.name, r.shape, r.role, r.blocks) for r in assign_roles(built))
+    listed = [
+        (w.name.replace("*", str(i)), w.shape, w.role, w.blocks)
+        for w in weights(model)
+        for i in range(w.copies)
+    ]
+    assert sorted(listed) == sorted(
+        (r.name, r.shape, r.role, r.blocks) for r in assign_roles(built)
+    )
     counted = parameters(model)
     assert counted.total == sum(p.numel() for p in built.parameters())
     assert model.moe or counted.active == counted.total
@@ -59,7 +71,8 @@ def test_every_stored_parameter_is_listed_with_its_shape_role_and_blocks(changes
 
 @pytest.mark.parametrize(("shared", "routed", "active"), [(True, 15, 3), (False, 16, 4)])
 def test_experts_store_sparsity_times_the_active_parameters(shared, routed, active):
-    """S k slots of hidden size F / k, of which a token passes k: active, they are the dense model plus a router."""
+    """S k slots of hidden size F / k, of which a token passes k: active, they are the dense model
+    plus a router."""
     dense, moe = small(), small(moe={**MOE, "shared_expert": shared})
     assert experts(moe) == (routed, active)
     assert experts(dense) == (0, 0)
@@ -81,7 +94,9 @@ def test_published_counts():
     """HyperP's family: aspect 128, head size 128, 2 d heads, 4 key-value heads, V = 32,000."""
 
     def member(d: int) -> ModelConfig:
-        return ModelConfig(depth=d, aspect=128, head_dim=128, heads=2 * d, kv_heads=4, vocab_size=32_000)
+        return ModelConfig(
+            depth=d, aspect=128, head_dim=128, heads=2 * d, kv_heads=4, vocab_size=32_000
+        )
 
     assert published_parameters(member(8)) == 208_142_336
     tokens = 10.4e9 * published_parameters(member(12)) / published_parameters(member(8))
@@ -89,7 +104,15 @@ def test_published_counts():
     base = published_parameters(member(12), depth=8, width=1024, heads=16, kv_heads=4)
     assert base == 208_142_336
     small_family = published_parameters(
-        member(12), depth=8, width=1024, heads=8, kv_heads=2, head_dim=64, vocab_size=100, mlp="relu2", mlp_ratio=2.0
+        member(12),
+        depth=8,
+        width=1024,
+        heads=8,
+        kv_heads=2,
+        head_dim=64,
+        vocab_size=100,
+        mlp="relu2",
+        mlp_ratio=2.0,
     )
     assert small_family == 2 * 2 * 1024**2 * 8 + 2 * 1024 * 100 + 2 * 1024 * 8 * (8 + 2) * 64
     flops = published_flops_per_token(member(8))
@@ -100,20 +123,30 @@ def test_published_parameters_are_the_exact_ones_without_norms_gates_and_router(
     model = small(gated_attention=False, qk_norm=False)
     assert published_parameters(model) == parameters(model).total - parameters(model).vector
     moe = small(gated_attention=False, qk_norm=False, moe=MOE)
-    assert published_parameters(moe) == parameters(moe).active - parameters(moe).vector - parameters(moe).router
+    assert (
+        published_parameters(moe)
+        == parameters(moe).active - parameters(moe).vector - parameters(moe).router
+    )
 
 
-@pytest.mark.parametrize("model", [small(), small(window=5), small(window=100)], ids=["plain", "window", "wide"])
+@pytest.mark.parametrize(
+    "model", [small(), small(window=5), small(window=100)], ids=["plain", "window", "wide"]
+)
 def test_visible_keys_are_those_of_the_mask(model):
-    mask = attention_mask(torch.zeros(1, 32, dtype=torch.int64), model.window or 32, None, torch.float32)
+    mask = attention_mask(
+        torch.zeros(1, 32, dtype=torch.int64), model.window or 32, None, torch.float32
+    )
     assert visible_keys(model.context, model.window) == (mask == 0).sum().item() / 32
 
 
 def counted_flops(model: ModelConfig, dtype: torch.dtype, recompute: bool = False) -> float:
-    """FLOPs per token of forward and backward by torch's counter, which sees attention through its plain form."""
+    """FLOPs per token of forward and backward by torch's counter, which sees attention through its
+    plain form."""
     built = Transformer(model, dtype, recompute=recompute)
     tokens = torch.randint(0, 96, (2, model.context))
-    in_place = {torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]}  # the counter knows no addmm_
+    in_place = {
+        torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1]
+    }  # the counter knows no addmm_
     counter = FlopCounterMode(display=False, custom_mapping=in_place)
     with counter, sdpa_kernel(SDPBackend.MATH):
         built(tokens, tokens).backward()
@@ -133,7 +166,9 @@ def counted_flops(model: ModelConfig, dtype: torch.dtype, recompute: bool = Fals
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_flops_equal_those_of_a_counted_run(changes, dtype):
     model = small(**changes)
-    assert training_flops(model, causal=False) == pytest.approx(counted_flops(model, dtype), rel=1e-6)
+    assert training_flops(model, causal=False) == pytest.approx(
+        counted_flops(model, dtype), rel=1e-6
+    )
 
 
 def test_recomputation_adds_the_blocks_forward():
@@ -141,7 +176,9 @@ def test_recomputation_adds_the_blocks_forward():
     model = small(depth=4)
     counted = counted_flops(model, torch.float32, recompute=True)
     last = sum(2 * w.elements for w in weights(model) if w.name == "blocks.*.mlp.down.weight")
-    assert training_flops(model, causal=False, recompute=True) - last == pytest.approx(counted, rel=1e-6)
+    assert training_flops(model, causal=False, recompute=True) - last == pytest.approx(
+        counted, rel=1e-6
+    )
 
 
 def test_parts_of_the_forward_pass():
@@ -159,10 +196,17 @@ def test_parts_of_the_forward_pass():
 
 @pytest.mark.parametrize("per_head", [None, 16])
 @pytest.mark.parametrize("changes", [{}, {"mlp": "relu2", "gated_attention": False}])
-def test_optimizer_flops_are_those_of_the_matrices_that_the_optimizer_orthogonalizes(changes, per_head):
+def test_optimizer_flops_are_those_of_the_matrices_that_the_optimizer_orthogonalizes(
+    changes, per_head
+):
     model = small(**changes)
     element = {"rule": "adamw", "lr": 1e-3}
-    options = {"matrix": {"rule": "muon", "lr": 1e-3}, "embedding": element, "head": element, "vector": element}
+    options = {
+        "matrix": {"rule": "muon", "lr": 1e-3},
+        "embedding": element,
+        "head": element,
+        "vector": element,
+    }
     groups = parameter_groups(assign_roles(Transformer(model)), options, per_head)
     views = MatrixOptimizer(groups, lr=1e-3).views()
     expected = sum(direct_cost(*sorted((rows, cols))) for _, _, rows, cols in views)

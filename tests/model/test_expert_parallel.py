@@ -8,12 +8,22 @@ from archscale.distributed import rank, world_size
 from archscale.model import expert_parallel, initialize
 from archscale.model.moe import MoE
 
-SHAPE = {"width": 16, "hidden": 8, "kind": "swiglu", "experts": 12, "active": 3, "shared": True, "sqrt_gate": True}
+SHAPE = {
+    "width": 16,
+    "hidden": 8,
+    "kind": "swiglu",
+    "experts": 12,
+    "active": 3,
+    "shared": True,
+    "sqrt_gate": True,
+}
 
 
 def tokens(dtype: torch.dtype, one_expert: bool) -> torch.Tensor:
     """Four sequences of 6 tokens, (4, 6, 16); or the same token everywhere."""
-    x = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    x = torch.randn(4, 6, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
+        dtype
+    )
     return x[:1, :1].expand_as(x).contiguous() if one_expert else x
 
 
@@ -27,7 +37,9 @@ def build(spread: bool) -> MoE:
     return layer
 
 
-def passes(spread: bool, dtype: torch.dtype = torch.float64, one_expert: bool = False) -> dict[str, torch.Tensor]:
+def passes(
+    spread: bool, dtype: torch.dtype = torch.float64, one_expert: bool = False
+) -> dict[str, torch.Tensor]:
     """Outputs and gradients of this rank's sequences, and rows that crossed to each rank."""
     layer = build(spread).to(dtype)
     x = tokens(dtype, one_expert).tensor_split(world_size())[rank()].clone().requires_grad_()
@@ -49,7 +61,8 @@ def passes(spread: bool, dtype: torch.dtype = torch.float64, one_expert: bool = 
 
 
 def together(parts: list[dict]) -> dict[str, torch.Tensor]:
-    """Of all ranks: sequences in order, experts in order, gradients of what every rank holds summed."""
+    """Of all ranks: sequences in order, experts in order, gradients of what every rank holds
+    summed."""
     found = {key: torch.cat([part[key] for part in parts]) for key in ("y", "load", "x")}
     for key in parts[0].keys() - {"y", "load", "x", "crossed"}:
         grads = [part[key] for part in parts]
@@ -60,8 +73,8 @@ def together(parts: list[dict]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("one_expert", [False, True])
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_outputs_and_gradients_equal_those_of_one_process(pool, world, one_expert):
-    """In float64; also with all tokens on the same three experts (F8), so that ranks get no rows at all. Three ranks share four
-    sequences unevenly."""
+    """In float64; also with all tokens on the same three experts (F8), so that ranks get no rows at
+    all. Three ranks share four sequences unevenly."""
     alone = passes(False, one_expert=one_expert)
     parts = pool(world).run(passes, True, one_expert=one_expert)
     found = together(parts)
@@ -81,12 +94,15 @@ def test_outputs_and_gradients_equal_those_of_one_process(pool, world, one_exper
 def test_the_fast_path_with_ranks_without_rows(pool, dtype):
     alone = passes(False, dtype, one_expert=True)
     found = together(pool(4).run(passes, True, dtype, one_expert=True))
-    torch.testing.assert_close(found["y"], alone["y"], rtol=0, atol=1e-2 if dtype == torch.bfloat16 else 1e-6)
+    torch.testing.assert_close(
+        found["y"], alone["y"], rtol=0, atol=1e-2 if dtype == torch.bfloat16 else 1e-6
+    )
     assert all(value.isfinite().all() for value in found.values())
 
 
 def test_only_routed_rows_travel(pool):
-    """Counts; then rows and gates there, outputs back, and the gradients of the three: nothing else, and to nobody in vain."""
+    """Counts; then rows and gates there, outputs back, and the gradients of the three: nothing
+    else, and to nobody in vain."""
     for me, part in enumerate(pool(2).run(passes, True)):
         to = part["load"].sum(0).view(2, -1).sum(1).tolist()  # rows for each rank's experts
         counts, rows, gates, outputs, *backward = part["crossed"]
@@ -102,5 +118,8 @@ def test_stacks_that_the_ranks_do_not_divide_are_refused():
         def size(self) -> int:
             return 5
 
-    with torch.device("meta"), pytest.raises(ValueError, match="12 experts cannot be spread over 5 ranks"):
+    with (
+        torch.device("meta"),
+        pytest.raises(ValueError, match="12 experts cannot be spread over 5 ranks"),
+    ):
         MoE(**SHAPE).spread_experts(Mesh())

@@ -34,7 +34,12 @@ def tokens(batch=2, time=16, seed=0) -> torch.Tensor:
 
 
 @settings(max_examples=25, deadline=None)
-@given(n=st.integers(1, 20), v=st.integers(2, 30), chunk=st.integers(1, 200), ignored=st.integers(0, 20))
+@given(
+    n=st.integers(1, 20),
+    v=st.integers(2, 30),
+    chunk=st.integers(1, 200),
+    ignored=st.integers(0, 20),
+)
 def test_chunked_loss_and_gradients_equal_cross_entropy(n, v, chunk, ignored):
     g = torch.Generator().manual_seed(0)
     x = torch.randn(n, 6, generator=g, dtype=torch.float64, requires_grad=True)
@@ -58,7 +63,9 @@ def test_loss_in_bfloat16_is_close_and_its_sum_is_float32():
 def test_model_loss_equals_cross_entropy_of_its_logits():
     model, x = tiny(), tokens()
     y = tokens(seed=1)
-    torch.testing.assert_close(model(x, y), F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum"))
+    torch.testing.assert_close(
+        model(x, y), F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum")
+    )
 
 
 @pytest.mark.parametrize(
@@ -72,7 +79,8 @@ def test_model_loss_equals_cross_entropy_of_its_logits():
     ],
 )
 def test_causality(changes):
-    """Logits at a position do not depend on later tokens, nor, with a window, on tokens that left it."""
+    """Logits at a position do not depend on later tokens, nor, with a window, on tokens that left
+    it."""
     model, x = tiny(**changes), tokens()
     later = x.clone()
     later[:, 9:] = (later[:, 9:] + 1) % 37
@@ -94,7 +102,9 @@ def test_document_mask_makes_packing_invisible():
     first[:, -1] = 0
     packed = model(torch.cat([first, second], dim=1))
     torch.testing.assert_close(packed[:, :7], model(first))
-    torch.testing.assert_close(packed[:, 7:], model(second), rtol=1e-4, atol=1e-5)  # RoPE is relative
+    torch.testing.assert_close(
+        packed[:, 7:], model(second), rtol=1e-4, atol=1e-5
+    )  # RoPE is relative
     assert attention_mask(first, None, None, torch.float32) is None
 
 
@@ -105,7 +115,9 @@ def test_grouped_queries_equal_repeated_heads():
         for name, p in few.state_dict().items():
             if "qkv" in name:
                 q, k, v, gate = p.split([32, 16, 16, 4])
-                k, v = (t.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32) for t in (k, v))
+                k, v = (
+                    t.view(2, 8, 32).repeat_interleave(2, dim=0).reshape(32, 32) for t in (k, v)
+                )
                 p = torch.cat([q, k, v, gate])
             many.state_dict()[name].copy_(p)
     torch.testing.assert_close(few(x), many(x))
@@ -143,7 +155,9 @@ def test_recomputation_changes_nothing():
 def test_residual_stream_is_float32_under_bfloat16():
     model, seen = tiny(torch.bfloat16), []
     for block in model.blocks:
-        block.register_forward_hook(lambda m, i, o: seen.append((o[0].dtype, m.mlp.up(m.mlp_norm(o[0])).dtype)))
+        block.register_forward_hook(
+            lambda m, i, o: seen.append((o[0].dtype, m.mlp.up(m.mlp_norm(o[0])).dtype))
+        )
     model(tokens(), tokens())
     assert seen == [(torch.float32, torch.bfloat16)] * 2
 
@@ -155,7 +169,7 @@ def test_rms_norm():
     torch.testing.assert_close(norm(x), 2 * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt())
 
 
-# ------------------------------------------------------------------------------------------------------ initialization
+# --- initialization
 
 
 @settings(max_examples=20, deadline=None)
@@ -163,7 +177,10 @@ def test_rms_norm():
 def test_any_interval_draws_the_same_values(cut):
     numel = 2 * CHUNK + 77
     whole = draw("normal", 1.0, seed=3, name="w", lo=0, hi=numel, numel=numel)
-    parts = [draw("normal", 1.0, seed=3, name="w", lo=lo, hi=hi, numel=numel) for lo, hi in ((0, cut), (cut, numel))]
+    parts = [
+        draw("normal", 1.0, seed=3, name="w", lo=lo, hi=hi, numel=numel)
+        for lo, hi in ((0, cut), (cut, numel))
+    ]
     assert torch.equal(whole, torch.cat(parts))
 
 
@@ -190,9 +207,16 @@ def test_a_parameter_without_initialization_is_refused():
 def test_every_parameter_has_a_role_and_fused_projections_their_blocks():
     rows = {row.name: row for row in assign_roles(tiny())}
     assert {row.role for row in rows.values()} == {"matrix", "embedding", "head", "vector"}
-    assert rows["blocks.0.attention.qkv.weight"].blocks == (("q", 32), ("k", 16), ("v", 16), ("gate", 4))
+    assert rows["blocks.0.attention.qkv.weight"].blocks == (
+        ("q", 32),
+        ("k", 16),
+        ("v", 16),
+        ("gate", 4),
+    )
     assert rows["blocks.1.mlp.up.weight"].blocks == (("gate", 128), ("up", 128))
-    assert sum(row.parameter.numel() for row in rows.values()) == sum(p.numel() for p in tiny().parameters())
+    assert sum(row.parameter.numel() for row in rows.values()) == sum(
+        p.numel() for p in tiny().parameters()
+    )
     assert "head.weight" not in {row.name for row in assign_roles(tiny(tied_embeddings=True))}
 
 

@@ -1,4 +1,5 @@
-"""Experts against a per-token reference in float64, their routing, gates, balance loss and sizes."""
+"""Experts against a per-token reference in float64, their routing, gates, balance loss and
+sizes."""
 
 import itertools
 import math
@@ -19,7 +20,9 @@ from archscale.optim.roles import assign_roles, parameter_groups
 
 SMALL = {"depth": 2, "width": 64, "head_dim": 16, "kv_heads": 2, "context": 32, "vocab_size": 96}
 SHAPE = {"width": 16, "hidden": 8, "kind": "swiglu", "experts": 7, "active": 3}
-VARIANTS = list(itertools.product(("swiglu", "relu2"), (True, False), (True, False)))  # kind, shared, sqrt_gate
+VARIANTS = list(
+    itertools.product(("swiglu", "relu2"), (True, False), (True, False))
+)  # kind, shared, sqrt_gate
 
 
 def layer(dtype=torch.float32, shared=True, sqrt_gate=True, seed=0, **changes) -> MoE:
@@ -29,7 +32,9 @@ def layer(dtype=torch.float32, shared=True, sqrt_gate=True, seed=0, **changes) -
 
 
 def inputs(dtype=torch.float32, B=2, T=12, D=16) -> torch.Tensor:
-    return torch.randn(B, T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    return torch.randn(B, T, D, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
+        dtype
+    )
 
 
 def feed_forward(x, up, down, kind):
@@ -39,7 +44,9 @@ def feed_forward(x, up, down, kind):
     return down @ F.relu(up @ x) ** 2
 
 
-def reference(m: MoE, x: torch.Tensor, kind: str) -> tuple[torch.Tensor, list[list[int]], torch.Tensor]:
+def reference(
+    m: MoE, x: torch.Tensor, kind: str
+) -> tuple[torch.Tensor, list[list[int]], torch.Tensor]:
     """One token after the other: y, assignments and mass by sequence."""
     out, counts, mass = torch.zeros_like(x), [[0] * len(m.router.weight) for _ in x], []
     for b, sequence in enumerate(x):
@@ -51,7 +58,9 @@ def reference(m: MoE, x: torch.Tensor, kind: str) -> tuple[torch.Tensor, list[li
             y = torch.zeros_like(token)
             for j, e in enumerate(chosen):
                 a = g[j].sqrt() if m.sqrt_gate else g[j]
-                y = y + a * feed_forward(token, m.experts.up.weight[e], m.experts.down.weight[e], kind)
+                y = y + a * feed_forward(
+                    token, m.experts.up.weight[e], m.experts.down.weight[e], kind
+                )
                 counts[b][e] += 1
             if m.shared is not None:
                 s = feed_forward(token, m.shared.up.weight, m.shared.down.weight, kind)
@@ -83,20 +92,25 @@ def passes(m: MoE, x: torch.Tensor) -> list[torch.Tensor]:
     """Outputs and gradients."""
     x = x.clone().requires_grad_()
     y, load, mass, _ = m(x)
-    grads = torch.autograd.grad((y.float() * y.float().detach()).sum() + mass.square().sum(), [x, *m.parameters()])
+    grads = torch.autograd.grad(
+        (y.float() * y.float().detach()).sum() + mass.square().sum(), [x, *m.parameters()]
+    )
     return [y, load, mass, *grads]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_grouped_product_equals_the_loop(monkeypatch, dtype):
     m, x = layer(), inputs(dtype)
-    """Which kernel sums is the library's choice: three products follow each other, whose results of a `dtype` differ by at
-    most one unit in the last place each, and whose gradients of weights sum over 24 tokens in float32."""
+    """Which kernel sums is the library's choice: three products follow each other, whose results of
+    a `dtype` differ by at most one unit in the last place each, and whose gradients of weights sum
+    over 24 tokens in float32."""
     fast, loops = passes(m, x), []
     monkeypatch.setattr(moe, "has_grouped_product", lambda *_: loops.append(1) and False)
     for found, expected in zip(fast, passes(m, x), strict=True):
         tolerance = 8 * torch.finfo(dtype).eps * expected.abs().max().item()
-        torch.testing.assert_close(found, expected, rtol=0, atol=tolerance if found.is_floating_point() else 0)
+        torch.testing.assert_close(
+            found, expected, rtol=0, atol=tolerance if found.is_floating_point() else 0
+        )
     assert loops
     assert fast[0].dtype == dtype
     assert fast[2].dtype == torch.float32
@@ -107,7 +121,9 @@ def test_sizes_that_the_grouped_product_refuses_take_the_loop():
     m = layer(width=17, hidden=5)
     y, *_ = m(inputs(D=17))
     double = layer(torch.float64, width=17, hidden=5)
-    torch.testing.assert_close(y.double(), double(inputs(torch.float64, D=17))[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        y.double(), double(inputs(torch.float64, D=17))[0], rtol=1e-5, atol=1e-6
+    )
 
 
 def test_forward_and_backward_wait_for_nothing_on_the_host(monkeypatch):
@@ -129,23 +145,29 @@ def test_a_compiler_sees_one_graph():
     torch.testing.assert_close(passes(m, x), expected, rtol=0, atol=0)
 
 
-# ------------------------------------------------------------------------------------------------------------- routing
+# --- routing
 
 
 def test_equal_logits_go_to_the_lower_index():
-    logits = torch.tensor([[1.0, 3.0, 3.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0], [-1.0, -2.0, -1.0, 5.0, -1.0]])
+    logits = torch.tensor(
+        [[1.0, 3.0, 3.0, 3.0, 0.0], [0.0, 0.0, 0.0, 0.0, 0.0], [-1.0, -2.0, -1.0, 5.0, -1.0]]
+    )
     assert choose(logits, 2).tolist() == [[1, 2], [0, 1], [3, 0]]
     many = torch.zeros(1, 1000)  # where an unstable sort or a parallel top-k would differ
     assert choose(many, 7).tolist() == [list(range(7))]
 
 
 def test_the_order_of_the_experts_means_nothing():
-    """In float64, since an expert's place decides which kernel computes its logit: 16 + 16 + 8 products and 4 outputs are
-    summed, each sum within its number of terms times 1.1e-16 of values below 10."""
+    """In float64, since an expert's place decides which kernel computes its logit: 16 + 16 + 8
+    products and 4 outputs are summed, each sum within its number of terms times 1.1e-16 of values
+    below 10."""
     m, other, x = layer(torch.float64), layer(torch.float64), inputs(torch.float64)
     order = torch.tensor([4, 2, 6, 0, 1, 5, 3])
     with torch.no_grad():
-        for a, b in zip((m.router, m.experts.up, m.experts.down), (other.router, other.experts.up, other.experts.down)):
+        for a, b in zip(
+            (m.router, m.experts.up, m.experts.down),
+            (other.router, other.experts.up, other.experts.down),
+        ):
             b.weight.copy_(a.weight[order])
     (y, load, mass, _), (y2, load2, mass2, _) = m(x), other(x)
     torch.testing.assert_close(y, y2, rtol=0, atol=1e-13)
@@ -195,7 +217,8 @@ def test_an_underflowing_gate_has_a_finite_gradient(sqrt_gate):
 
 
 def test_sqrt_gate_keeps_the_output_rms_at_any_granularity():
-    """No shared expert, S = 4, at initialization: flat within 5 %, while the plain gate falls as √Σg²."""
+    """No shared expert, S = 4, at initialization: flat within 5 %, while the plain gate falls as
+    √Σg²."""
     x = F.rms_norm(inputs(B=2, T=64, D=128), (128,))
     found = []
     for k in (1, 2, 4, 8, 16, 32, 64):
@@ -214,15 +237,18 @@ def test_sqrt_gate_keeps_the_output_rms_at_any_granularity():
 
 @pytest.mark.parametrize(("experts", "active"), [(7, 8), (7, 0), (0, 1)])
 def test_more_active_experts_than_there_are_is_refused(experts, active):
-    with pytest.raises(ValueError, match=rf"cannot pass {active} of {experts} routed experts: set top_k"):
+    with pytest.raises(
+        ValueError, match=rf"cannot pass {active} of {experts} routed experts: set top_k"
+    ):
         MoE(16, 8, "swiglu", experts, active, shared=False, sqrt_gate=True)
 
 
-# ------------------------------------------------------------------------------------------------------- balance loss
+# --- balance loss
 
 
 def test_balance_loss_is_its_definition_in_parts():
-    """γ E Σ f P over all tokens, whatever the parts in which its tokens come; 1 · γ per layer when all is equal."""
+    """γ E Σ f P over all tokens, whatever the parts in which its tokens come; 1 · γ per layer when
+    all is equal."""
     g = torch.Generator().manual_seed(0)
     mass = torch.rand(3, 6, 5, generator=g)
     mass = 8 * mass / mass.sum(-1, keepdim=True)  # 8 tokens a sequence
@@ -232,9 +258,15 @@ def test_balance_loss_is_its_definition_in_parts():
     share = load_share(load.sum(1))[:, None]
     parts = [balance_loss(mass[:, a:b], share, 48, 0.1) for a, b in ((0, 1), (1, 4), (4, 6))]
     torch.testing.assert_close(sum(parts), expected)
-    of_each = [0.1 * 5 * (load[i, s] / load[i, s].sum() * mass[i, s] / 8).sum() for i in range(3) for s in range(6)]
+    of_each = [
+        0.1 * 5 * (load[i, s] / load[i, s].sum() * mass[i, s] / 8).sum()
+        for i in range(3)
+        for s in range(6)
+    ]
     torch.testing.assert_close(balance_loss(mass, load_share(load), 48, 0.1), sum(of_each) / 6)
-    equal = balance_loss(torch.full((3, 6, 5), 8 / 5), load_share(torch.full((3, 1, 5), 4)), 48, 0.1)
+    equal = balance_loss(
+        torch.full((3, 6, 5), 8 / 5), load_share(torch.full((3, 1, 5), 4)), 48, 0.1
+    )
     torch.testing.assert_close(equal, torch.tensor(0.3))
 
 
@@ -244,7 +276,7 @@ def test_load_metrics():
     assert measured["moe/load_entropy"].item() == pytest.approx(math.log(4) / 2)
 
 
-# --------------------------------------------------------------------------------------------- the model and its sizes
+# --- the model and its sizes
 
 
 def small(**changes) -> ModelConfig:
@@ -259,9 +291,13 @@ def test_the_built_model_is_the_counted_one(mlp, shared):
     with torch.device("meta"):
         built = Transformer(config)
     listed = [
-        (w.name.replace("*", str(i)), w.shape, w.role, w.blocks) for w in weights(config) for i in range(w.copies)
+        (w.name.replace("*", str(i)), w.shape, w.role, w.blocks)
+        for w in weights(config)
+        for i in range(w.copies)
     ]
-    assert sorted(listed) == sorted((r.name, r.shape, r.role, r.blocks) for r in assign_roles(built))
+    assert sorted(listed) == sorted(
+        (r.name, r.shape, r.role, r.blocks) for r in assign_roles(built)
+    )
     assert parameters(config).total == sum(p.numel() for p in built.parameters())
 
 
@@ -280,7 +316,9 @@ def test_every_expert_matrix_starts_uniform_in_its_own_fan_in():
 
 
 def test_flops_equal_those_of_a_counted_run(monkeypatch):
-    monkeypatch.setattr(moe, "has_grouped_product", lambda *_: False)  # torch counts no grouped product on a CPU
+    monkeypatch.setattr(
+        moe, "has_grouped_product", lambda *_: False
+    )  # torch counts no grouped product on a CPU
     config = small()
     model, tokens = Transformer(config), torch.randint(0, 96, (2, 32))
     initialize(model, 0)
@@ -320,7 +358,8 @@ def test_counting_without_a_head():
 
 
 def test_the_optimizer_updates_every_experts_matrices_on_their_own():
-    """Gate and up of each expert keep their own norm on the sphere; the step of one ignores the others' gradients."""
+    """Gate and up of each expert keep their own norm on the sphere; the step of one ignores the
+    others' gradients."""
     steps = []
     for factor in (1.0, 100.0):
         model, tokens = Transformer(small()), torch.arange(64).view(2, 32)
@@ -330,15 +369,23 @@ def test_the_optimizer_updates_every_experts_matrices_on_their_own():
         options["matrix"] = {"rule": "muonh", "lr": 0.1, "compute_dtype": torch.float32}
         optimizer = MatrixOptimizer(parameter_groups(assign_roles(model), options), lr=1e-3)
         up = model.blocks[0].mlp.experts.up.weight
-        names = [name for owner, name, rows, cols in optimizer.views() if owner == "blocks.0.mlp.experts.up.weight"]
-        assert names == [f"blocks.0.mlp.experts.up.weight[{e}].{b}" for e in range(15) for b in ("gate", "up")]
+        names = [
+            name
+            for owner, name, rows, cols in optimizer.views()
+            if owner == "blocks.0.mlp.experts.up.weight"
+        ]
+        assert names == [
+            f"blocks.0.mlp.experts.up.weight[{e}].{b}" for e in range(15) for b in ("gate", "up")
+        ]
         before = up.detach().clone().view(30, 64, 64)
         model(tokens, tokens).backward()
         with torch.no_grad():
             up.grad[0, :64] *= factor
         optimizer.step()
         after = up.detach().view(30, 64, 64)
-        torch.testing.assert_close(after.norm(dim=(1, 2)), before.norm(dim=(1, 2)), rtol=1e-5, atol=0)
+        torch.testing.assert_close(
+            after.norm(dim=(1, 2)), before.norm(dim=(1, 2)), rtol=1e-5, atol=0
+        )
         moved = (after - before).norm(dim=(1, 2)) / before.norm(dim=(1, 2))
         assert ((moved > 0.05) | (moved == 0)).all()
         steps.append(after)

@@ -1,4 +1,5 @@
-"""The contract of `torch.optim.Optimizer`, property by property; where torch's AdamW can show it, it is the control."""
+"""The contract of `torch.optim.Optimizer`, property by property; where torch's AdamW can show it,
+it is the control."""
 
 import copy
 import io
@@ -59,7 +60,7 @@ def train(params, optimizer, seeds):
         optimizer.zero_grad()
 
 
-# ------------------------------------------------------------------------------------------- parameters are replaced
+# --- parameters are replaced
 
 
 @pytest.mark.parametrize("rule", ["muonh", "orscale_lm", "adamw", "torch"])
@@ -92,10 +93,16 @@ def test_a_parameter_replaced_later_keeps_its_state(rule):
 @pytest.mark.parametrize(
     ("replace", "message"),
     [
-        (lambda groups: groups[0].update(params=parameters((48,))), r"'w'.*shape \(6, 8\).*shape \(48,\).*fully_shard"),
+        (
+            lambda groups: groups[0].update(params=parameters((48,))),
+            r"'w'.*shape \(6, 8\).*shape \(48,\).*fully_shard",
+        ),
         (lambda groups: groups[0].update(params=[]), "'w'.*1 parameters.*has 0 now.*fragments"),
         (lambda groups: groups.pop(), "'w'.*with 1 parameter groups.*has 0 now"),
-        (lambda groups: groups[0].update(rule="muon"), "built with rule 'orscale_lm' and has 'muon' now"),
+        (
+            lambda groups: groups[0].update(rule="muon"),
+            "built with rule 'orscale_lm' and has 'muon' now",
+        ),
     ],
 )
 def test_what_cannot_be_trained_is_refused_at_the_step(replace, message):
@@ -126,12 +133,13 @@ def test_momentum_of_another_sharding_is_not_lost_silently(pool):
         assert "'w' has been replaced by one that is sharded otherwise" in message
 
 
-# ------------------------------------------------------------------------------------------------ without a gradient
+# --- without a gradient
 
 
 @pytest.mark.parametrize("rule", [*RULES, "torch"])
 def test_what_has_no_gradient_is_left_alone(rule):
-    """Frozen from the start, frozen later, and not used in one step: weights, state and the others' steps."""
+    """Frozen from the start, frozen later, and not used in one step: weights, state and the others'
+    steps."""
     params, expected = parameters((6, 8), (5, 4), (4, 7)), parameters((6, 8), (5, 4), (4, 7))
     frozen, late, used = params
     frozen.requires_grad_(False)
@@ -164,12 +172,17 @@ def test_a_step_without_any_gradient_says_so_once():
         optimizer.step()
 
 
-def partly_without(rule: str, absent: str) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-    """Weights and first buffers after three steps; in the second and third one parameter has no gradient on rank 1 ("some"), or
-    on all ("none"), or zeros there ("zeros")."""
+def partly_without(
+    rule: str, absent: str
+) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+    """Weights and first buffers after three steps; in the second and third one parameter has no
+    gradient on rank 1 ("some"), or on all ("none"), or zeros there ("zeros")."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     shapes = ((6, 8), (5, 4), (7, 3))
-    params = [nn.Parameter(distribute_tensor(t, mesh, [Shard(0)])) for t in tensors(*shapes, dtype=torch.float64)]
+    params = [
+        nn.Parameter(distribute_tensor(t, mesh, [Shard(0)]))
+        for t in tensors(*shapes, dtype=torch.float64)
+    ]
     optimizer = build(params, rule, compute_dtype=torch.float64)
     before = None
     for step in range(3):
@@ -182,16 +195,26 @@ def partly_without(rule: str, absent: str) -> tuple[list[torch.Tensor], list[tor
             params[1].grad = None
         before = before if step > 1 else [p.full_tensor().detach().clone() for p in params]
         optimizer.step()
-    buffers = [next(v for v in optimizer.state[p].values() if isinstance(v, DTensor)) for p in params]
+    buffers = [
+        next(v for v in optimizer.state[p].values() if isinstance(v, DTensor)) for p in params
+    ]
     scalars = [optimizer.state[p]["step"] for p in params if "step" in optimizer.state[p]]
-    return [p.full_tensor().detach() for p in params], [b.full_tensor() for b in buffers] + scalars, before
+    return (
+        [p.full_tensor().detach() for p in params],
+        [b.full_tensor() for b in buffers] + scalars,
+        before,
+    )
 
 
-@pytest.mark.parametrize("rule", ["muonh", "orscale_lm", "hybrid_momentum", "adamw", "adamh", "lion", "sgd", "lamb"])
+@pytest.mark.parametrize(
+    "rule", ["muonh", "orscale_lm", "hybrid_momentum", "adamw", "adamh", "lion", "sgd", "lamb"]
+)
 def test_ranks_agree_on_what_has_no_gradient(pool, rule):
-    """On some ranks only it counts as zero there; on none it is left alone, its momentum too. 1e-12: float64, whose
-    rounding is the only difference between a missing and a zero gradient."""
-    for some, zeros in zip(*(pool(3).run(partly_without, rule, how, timeout=60) for how in ("some", "zeros"))):
+    """On some ranks only it counts as zero there; on none it is left alone, its momentum too.
+    1e-12: float64, whose rounding is the only difference between a missing and a zero gradient."""
+    for some, zeros in zip(
+        *(pool(3).run(partly_without, rule, how, timeout=60) for how in ("some", "zeros"))
+    ):
         for a, b in zip(some[0] + some[1], zeros[0] + zeros[1]):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     for weights, _, before in pool(3).run(partly_without, rule, "none", timeout=60):
@@ -203,7 +226,11 @@ def used_by_one_rank() -> list[torch.Tensor]:
     """DDP with a head that only rank 0 uses, and one that nobody does."""
     torch.manual_seed(0)
     net = nn.ModuleDict(
-        {"body": nn.Linear(4, 6, bias=False), "used": nn.Linear(6, 3, bias=False), "idle": nn.Linear(6, 3, bias=False)}
+        {
+            "body": nn.Linear(4, 6, bias=False),
+            "used": nn.Linear(6, 3, bias=False),
+            "idle": nn.Linear(6, 3, bias=False),
+        }
     )
 
     class Heads(nn.Module):
@@ -213,7 +240,11 @@ def used_by_one_rank() -> list[torch.Tensor]:
 
         def forward(self, x):
             hidden = self.net["body"](x)
-            return self.net["used"](hidden).square().mean() if dist.get_rank() == 0 else hidden.square().mean()
+            return (
+                self.net["used"](hidden).square().mean()
+                if dist.get_rank() == 0
+                else hidden.square().mean()
+            )
 
     model = nn.parallel.DistributedDataParallel(Heads(), find_unused_parameters=True)
     optimizer = build(list(net.parameters()), "orscale_lm")
@@ -233,7 +264,7 @@ def test_ddp_with_parameters_that_not_all_use(pool):
     assert moved == [True, True, False]
 
 
-# ------------------------------------------------------------------------------------------------ copies, state, hooks
+# --- copies, state, hooks
 
 
 @pytest.mark.parametrize("which", CONTROL)
@@ -286,7 +317,8 @@ def test_a_deep_copy_shares_the_process_group(pool):
 
 @pytest.mark.parametrize("rule", [*RULES, "torch"])
 def test_cleared_state_starts_anew(rule):
-    """As a new optimizer on the same weights, radius and calibration too (ReLoRA, restarts of moments)."""
+    """As a new optimizer on the same weights, radius and calibration too (ReLoRA, restarts of
+    moments)."""
     params = parameters((6, 8), (4, 3))
     optimizer = build(params, rule)
     train(params, optimizer, range(2))
@@ -308,7 +340,9 @@ def test_load_state_dict_hooks_run_and_may_change_what_is_loaded():
     def double(_, state_dict):
         seen.append("before")
         return state_dict | {
-            "state": {0: state_dict["state"][0] | {"momentum": state_dict["state"][0]["momentum"] * 2}}
+            "state": {
+                0: state_dict["state"][0] | {"momentum": state_dict["state"][0]["momentum"] * 2}
+            }
         }
 
     saved = copy.deepcopy(optimizer.state_dict())
@@ -329,11 +363,13 @@ def test_compiled_step(rule):
         give_gradients(expected, seed)
         compiled()
         straight.step()
-    for p, q in zip(params, expected):  # torch compiles its own into other, equally rounded, operations
+    for p, q in zip(
+        params, expected
+    ):  # torch compiles its own into other, equally rounded, operations
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
-# --------------------------------------------------------------------------------------------------------- schedulers
+# --- schedulers
 
 
 @pytest.mark.parametrize("rule", ["orscale_lm", "torch"])
@@ -351,7 +387,10 @@ def test_every_key_of_a_saved_group_survives(rule):
     twins = [nn.Parameter(p.detach().clone()) for p in params]
     twin = build(twins, rule)
     twin.load_state_dict(torch.load(stream, weights_only=True))
-    assert twin.param_groups[0].items() >= {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}.items()
+    assert (
+        twin.param_groups[0].items()
+        >= {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}.items()
+    )
     assert twin.param_groups[0]["initial_lr"] == 0.02
     again = torch.optim.lr_scheduler.LambdaLR(twin, lambda step: 1 / (1 + step), last_epoch=2)
     for step in (scheduler, again):
@@ -384,18 +423,22 @@ def test_a_learning_rate_may_be_a_tensor(rule):
     optimizer.param_groups[0]["lr"] = torch.tensor(0.02, dtype=torch.float64)
     train(params, optimizer, range(3))
     train(expected, straight, range(3))
-    # η rounded to float32 or not: half a unit in the last place of a step, which moves a weight by less than 1
+    # η rounded to float32 or not: half a unit in the last place of a step, which moves a weight by
+    # less than 1
     torch.testing.assert_close(params[0], expected[0], rtol=1e-6, atol=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------ state dicts
+# --- state dicts
 
 
 def checkpoints(which: str, form: str, path: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Weights after two and two more steps, straight and through a checkpoint in another process's model."""
+    """Weights after two and two more steps, straight and through a checkpoint in another process's
+    model."""
     from torch.distributed.fsdp import fully_shard
 
-    full = StateDictOptions(full_state_dict=True, cpu_offload=True)  # rank 0 has all of it, the others nothing
+    full = StateDictOptions(
+        full_state_dict=True, cpu_offload=True
+    )  # rank 0 has all of it, the others nothing
     options = {
         "sharded": StateDictOptions(),
         "sharded on the CPU": StateDictOptions(cpu_offload=True),
@@ -425,7 +468,9 @@ def checkpoints(which: str, form: str, path: str) -> tuple[list[torch.Tensor], l
     twin, twins_optimizer = make(1)
     if form.startswith("sharded") or form == "flat":
         dcp.save({"model": weights, "optimizer": state}, checkpoint_id=path)
-        content = dict(zip(("model", "optimizer"), get_state_dict(twin, twins_optimizer, options=options)))
+        content = dict(
+            zip(("model", "optimizer"), get_state_dict(twin, twins_optimizer, options=options))
+        )
         dcp.load(content, checkpoint_id=path)
         weights, state = content["model"], content["optimizer"]
     else:
@@ -446,14 +491,16 @@ def checkpoints(which: str, form: str, path: str) -> tuple[list[torch.Tensor], l
 
 
 @pytest.mark.parametrize("which", CONTROL)
-@pytest.mark.parametrize("form", ["sharded", "sharded on the CPU", "flat", "full", "full on the CPU", "from rank 0"])
+@pytest.mark.parametrize(
+    "form", ["sharded", "sharded on the CPU", "flat", "full", "full on the CPU", "from rank 0"]
+)
 def test_state_dicts_of_torch_distributed(pool, tmp_path, which, form):
     for straight, resumed in pool(2).run(checkpoints, which, form, str(tmp_path), timeout=60):
         for a, b in zip(straight, resumed):
             assert torch.equal(a, b)
 
 
-# ------------------------------------------------------------------------------------------------- odd gradients
+# --- odd gradients
 
 
 @pytest.fixture
@@ -471,7 +518,8 @@ def test_the_step_count_is_float32_whatever_the_default(float64_default):
 
 
 def test_bias_correction_of_float64_weights_is_float64():
-    """1 − 0.95^t to float32 is off by 1e-7; against torch's AdamW, which counts in Python floats."""
+    """1 − 0.95^t to float32 is off by 1e-7; against torch's AdamW, which counts in Python
+    floats."""
     params = [nn.Parameter(t) for t in tensors((6, 8), dtype=torch.float64)]
     twins = [nn.Parameter(p.detach().clone()) for p in params]
     ours = build(params, "adamw", weight_decay=0.01)
@@ -502,7 +550,7 @@ def test_a_sparse_gradient_is_refused_by_name():
         optimizer.step()
 
 
-# ------------------------------------------------------------------------------------------------ groups, views, shards
+# --- groups, views, shards
 
 
 @pytest.mark.parametrize("rule", ["muonh", "orscale_lm", "adamw", "torch"])
@@ -523,10 +571,16 @@ def test_a_refused_group_leaves_the_optimizer_as_it_was():
     params, expected = parameters((6, 8)), parameters((6, 8))
     optimizer, straight = build([("w", params[0])]), build([("w", expected[0])])
     for group, message in (
-        ({"params": [("conv", nn.Parameter(torch.ones(4, 3, 3))), ], "view": None}, "group 1: parameter 'conv'.*view="),
-        ({"params": [("again", params[0])]}, "group 1: parameter 'w' is given twice, also as 'again'"),
+        (
+            {"params": [("conv", nn.Parameter(torch.ones(4, 3, 3)))], "view": None},
+            "group 1: parameter 'conv'.*view=",
+        ),
+        (
+            {"params": [("again", params[0])]},
+            "group 1: parameter 'w' is given twice, also as 'again'",
+        ),
         ({"params": [("v", nn.Parameter(torch.ones(3)))]}, "group 1: parameter 'v'.*rule='adamw'"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(ValueError, match=message):
             optimizer.add_param_group(group)
     train(params, optimizer, range(2))
@@ -553,20 +607,31 @@ def test_a_group_given_later_on_several_ranks(pool):
 def test_a_convolution_kernel_steps_as_its_matrix(rule):
     """`view: flatten` gives what the flattened parameter gives; `stack` what each matrix gives."""
     kernel, stack = parameters((6, 4, 3), (6, 4, 3))
-    flat, slices = nn.Parameter(kernel.detach().flatten(1)), [nn.Parameter(m.clone()) for m in stack.detach()]
+    flat, slices = (
+        nn.Parameter(kernel.detach().flatten(1)),
+        [nn.Parameter(m.clone()) for m in stack.detach()],
+    )
     optimizers = [
-        build([{"params": [kernel], "view": "flatten"}, {"params": [stack], "view": "stack"}], rule),
+        build(
+            [{"params": [kernel], "view": "flatten"}, {"params": [stack], "view": "stack"}], rule
+        ),
         build([flat, *slices], rule, view=None),
     ]
     for seed in range(3):
         gradient, gradients = tensors((6, 4, 3), (6, 4, 3), seed=seed)
-        kernel.grad, stack.grad, flat.grad = gradient.clone(), gradients.clone(), gradient.flatten(1).clone()
+        kernel.grad, stack.grad, flat.grad = (
+            gradient.clone(),
+            gradients.clone(),
+            gradient.flatten(1).clone(),
+        )
         for p, g in zip(slices, gradients):
             p.grad = g.clone()
         for optimizer in optimizers:
             optimizer.step()
     torch.testing.assert_close(kernel.flatten(1), flat, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(stack, torch.stack([p.detach() for p in slices]), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        stack, torch.stack([p.detach() for p in slices]), rtol=1e-6, atol=1e-6
+    )
 
 
 PLACEMENTS = [
@@ -583,15 +648,21 @@ BOXES = [(5, 7), (3, 4), (18, 11), (1, 6), (4, 5, 6), (2, 3, 7)]
 
 
 def placed(mesh_shape, placements, rule: str, steps: int):
-    """Weights after some steps, and whether `local_pieces` says of each element where DTensor put it."""
+    """Weights after some steps, and whether `local_pieces` says of each element where DTensor put
+    it."""
     mesh = init_device_mesh("cpu", mesh_shape)
-    shapes = [s for s in BOXES if all(not isinstance(p, Shard) or p.dim < len(s) for p in placements)]
+    shapes = [
+        s for s in BOXES if all(not isinstance(p, Shard) or p.dim < len(s) for p in placements)
+    ]
     right = True
     for shape in shapes:
         numbers = torch.arange(torch.Size(shape).numel()).view(shape)
         local = distribute_tensor(numbers, mesh, placements)
         named = [
-            p.start + i * p.stride + j for p in local_pieces(local) for i in range(p.count) for j in range(p.length)
+            p.start + i * p.stride + j
+            for p in local_pieces(local)
+            for i in range(p.count)
+            for j in range(p.length)
         ]
         right &= named == local.to_local().flatten().tolist()
     values = tensors(*shapes, dtype=torch.float64)
@@ -604,10 +675,15 @@ def placed(mesh_shape, placements, rule: str, steps: int):
     return right, [p.full_tensor().detach() for p in params]
 
 
-@pytest.mark.parametrize(("mesh_shape", "placements"), PLACEMENTS, ids=[str(p) for _, p in PLACEMENTS])
+@pytest.mark.parametrize(
+    ("mesh_shape", "placements"), PLACEMENTS, ids=[str(p) for _, p in PLACEMENTS]
+)
 def test_shards_within_rows(pool, mesh_shape, placements):
-    """Columns, both dimensions, experts' columns; uneven and empty ones; against one process, in float64."""
-    shapes = [s for s in BOXES if all(not isinstance(p, Shard) or p.dim < len(s) for p in placements)]
+    """Columns, both dimensions, experts' columns; uneven and empty ones; against one process, in
+    float64."""
+    shapes = [
+        s for s in BOXES if all(not isinstance(p, Shard) or p.dim < len(s) for p in placements)
+    ]
     for rule in ("orscale_lm", "muonh", "adamh"):
         params = [nn.Parameter(value) for value in tensors(*shapes, dtype=torch.float64)]
         optimizer = build(params, rule, compute_dtype=torch.float64)
@@ -622,7 +698,7 @@ def test_shards_within_rows(pool, mesh_shape, placements):
                 torch.testing.assert_close(a.detach(), b, rtol=1e-10, atol=1e-12)
 
 
-# ---------------------------------------------------------------------------------------- what users' dicts and ranks do
+# --- what users' dicts and ranks do
 
 
 def test_groups_can_be_used_twice():
@@ -630,7 +706,11 @@ def test_groups_can_be_used_twice():
     attention = nn.MultiheadAttention(8, 2, bias=False)
     groups = matrix_groups(attention)
     names = [MatrixOptimizer(groups, lr=lr, rule="muon").matrix_names() for lr in (0.1, 0.2)]
-    assert names[0] == names[1] == ["in_proj_weight.q", "in_proj_weight.k", "in_proj_weight.v", "out_proj.weight"]
+    assert (
+        names[0]
+        == names[1]
+        == ["in_proj_weight.q", "in_proj_weight.k", "in_proj_weight.v", "out_proj.weight"]
+    )
     assert MatrixOptimizer(groups, lr=0.2, rule="muon").param_groups[0]["lr"] == 0.2
 
 
@@ -641,7 +721,9 @@ def test_the_state_of_a_rule_of_ones_own_loads():
     train(params, optimizer, range(2))
     twin = MatrixOptimizer([nn.Parameter(params[0].detach().clone())], lr=0.02, rule=mine)
     twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert torch.equal(*(o.state[o.param_groups[0]["params"][0]]["momentum"] for o in (optimizer, twin)))
+    assert torch.equal(
+        *(o.state[o.param_groups[0]["params"][0]]["momentum"] for o in (optimizer, twin))
+    )
 
 
 def sharded_state_into_whole() -> bool:
@@ -663,7 +745,8 @@ def test_a_sharded_state_fills_whole_parameters(pool):
 
 
 def one_row_sharded_later(rule: str) -> torch.Tensor:
-    """On rank 0 the shard of a matrix of one row is laid out as the whole one was, on rank 1 it is empty."""
+    """On rank 0 the shard of a matrix of one row is laid out as the whole one was, on rank 1 it is
+    empty."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     (value,) = tensors((1, 4))
     optimizer = build([("w", nn.Parameter(value.clone()))], rule)
@@ -742,7 +825,10 @@ def frozen_on_one_rank() -> None:
 
 @pytest.mark.parametrize(
     ("make", "message"),
-    [(real_on_one_rank, "'w' is on the meta device"), (frozen_on_one_rank, "the ranks have different parameters.*'w'")],
+    [
+        (real_on_one_rank, "'w' is on the meta device"),
+        (frozen_on_one_rank, "the ranks have different parameters.*'w'"),
+    ],
 )
 def test_what_one_rank_refuses_all_refuse(pool, make, message):
     for kind, text in pool(2).run(make, timeout=30, expect_error=True):

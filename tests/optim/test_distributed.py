@@ -7,7 +7,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
@@ -42,11 +45,18 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 def build(kind: str, rule: str, dtype=torch.float64):
     generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(layout(kind, torch.randn(s, generator=generator, dtype=dtype))) for s in SHAPES]
+    params = [
+        nn.Parameter(layout(kind, torch.randn(s, generator=generator, dtype=dtype))) for s in SHAPES
+    ]
     bag = Bag(params)
     decay = 0.0 if RULES[rule].sphere else 0.1
     opt = MatrixOptimizer(
-        bag.named_parameters(), lr=0.02, rule=rule, weight_decay=decay, compute_dtype=dtype, view="stack"
+        bag.named_parameters(),
+        lr=0.02,
+        rule=rule,
+        weight_decay=decay,
+        compute_dtype=dtype,
+        view="stack",
     )
     return bag, opt
 
@@ -67,7 +77,8 @@ def result(kind: str, rule: str, steps: int = 4) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("rule", WHOLE_MATRIX_RULES)
 @pytest.mark.parametrize(
-    ("world", "kind"), [(2, "shard"), (3, "shard"), (4, "shard"), (2, "replica"), (3, "replica"), (4, "hsdp")]
+    ("world", "kind"),
+    [(2, "shard"), (3, "shard"), (4, "shard"), (2, "replica"), (3, "replica"), (4, "hsdp")],
 )
 def test_every_layout_gives_the_one_process_result(pool, rule, world, kind):
     alone = result("replica", rule)
@@ -77,8 +88,9 @@ def test_every_layout_gives_the_one_process_result(pool, rule, world, kind):
 
 
 def partitioned(rule: str, steps: int) -> list[tuple[int, torch.Tensor]]:
-    """All parameters laid end to end and cut into equal parts, as ZeRO does: a matrix may be cut anywhere, or lie wholly on
-    one rank. Returns of each parameter where this rank's fragment begins, and the fragment."""
+    """All parameters laid end to end and cut into equal parts, as ZeRO does: a matrix may be cut
+    anywhere, or lie wholly on one rank. Returns of each parameter where this rank's fragment
+    begins, and the fragment."""
     generator = torch.Generator().manual_seed(0)
     whole = [torch.randn(s, generator=generator, dtype=torch.float64) for s in SHAPES]
     world, me = dist.get_world_size(), dist.get_rank()
@@ -94,11 +106,15 @@ def partitioned(rule: str, steps: int) -> list[tuple[int, torch.Tensor]]:
         "fragments": [(s, lo) for s, (lo, _) in zip(SHAPES, spans)],
     }
     decay = 0.0 if RULES[rule].sphere else 0.1
-    opt = MatrixOptimizer([group], lr=0.02, rule=rule, weight_decay=decay, compute_dtype=torch.float64, view="stack")
+    opt = MatrixOptimizer(
+        [group], lr=0.02, rule=rule, weight_decay=decay, compute_dtype=torch.float64, view="stack"
+    )
     for seed in range(steps):
         generator = torch.Generator().manual_seed(100 + seed)
         for p, shape, (lo, hi) in zip(params, SHAPES, spans):
-            p.grad = torch.randn(shape, generator=generator, dtype=torch.float64).view(-1)[lo:hi].clone()
+            p.grad = (
+                torch.randn(shape, generator=generator, dtype=torch.float64).view(-1)[lo:hi].clone()
+            )
         opt.step()
     return [(lo, p.detach()) for p, (lo, _) in zip(params, spans)]
 
@@ -120,7 +136,9 @@ def test_a_partition_that_cuts_matrices_anywhere(pool, rule, world):
 def test_what_is_no_fragment_is_refused():
     for value, at in ((torch.zeros(3, 4), 0), (torch.zeros(5), 8)):
         with pytest.raises(ValueError, match="is no fragment of"):
-            MatrixOptimizer([{"params": [nn.Parameter(value)], "fragments": [((3, 4), at)]}], lr=0.1)
+            MatrixOptimizer(
+                [{"params": [nn.Parameter(value)], "fragments": [((3, 4), at)]}], lr=0.1
+            )
 
 
 @pytest.mark.parametrize("rule", ["adamh", "lamb", "adamw", "lion", "sgd"])
@@ -196,7 +214,9 @@ def save(kind: str, rule: str, path: str) -> None:
     )
 
 
-def resume(kind: str, rule: str, path: str, seeds: list[int], save_to: str | None) -> list[torch.Tensor]:
+def resume(
+    kind: str, rule: str, path: str, seeds: list[int], save_to: str | None
+) -> list[torch.Tensor]:
     bag, opt = build(kind, rule)
     with torch.no_grad():
         for p in bag.parameters():
@@ -235,7 +255,9 @@ def non_finite_on_one_rank() -> tuple[list[torch.Tensor], list[torch.Tensor], li
     for seed, p in enumerate(bag.parameters()):
         p.grad = layout(
             "shard",
-            torch.randn(tuple(p.shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64),
+            torch.randn(
+                tuple(p.shape), generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+            ),
         )
     if dist.get_rank() == 1:
         list(bag.parameters())[4].grad.to_local()[0, 0] = float("nan")
@@ -251,7 +273,8 @@ def test_a_nan_on_one_rank_skips_that_matrix_on_all(pool):
 
 
 def permuted() -> list[tuple[int, int, torch.Tensor]]:
-    """Shards handed out in reverse rank order: this rank's (lo, hi, weights) of every parameter after four steps."""
+    """Shards handed out in reverse rank order: this rank's (lo, hi, weights) of every parameter
+    after four steps."""
     world, rank = dist.get_world_size(), dist.get_rank()
     mesh = DeviceMesh("cpu", list(reversed(range(world))))
 
@@ -267,7 +290,9 @@ def permuted() -> list[tuple[int, int, torch.Tensor]]:
         )
 
     generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(mine(torch.randn(s, generator=generator, dtype=torch.float64))) for s in SHAPES]
+    params = [
+        nn.Parameter(mine(torch.randn(s, generator=generator, dtype=torch.float64))) for s in SHAPES
+    ]
     options = {"weight_decay": 0.1, "compute_dtype": torch.float64, "view": "stack"}
     opt = MatrixOptimizer(params, lr=0.02, rule="orscale_lm", **options)
     for seed in range(4):
@@ -282,11 +307,15 @@ def test_permuting_ranks_changes_nothing(pool):
     alone = result("replica", "orscale_lm")
     for shards in pool(3).run(permuted, timeout=60):
         for whole_weight, (lo, hi, weight) in zip(alone, shards):
-            torch.testing.assert_close(whole_weight.flatten()[lo:hi], weight, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(
+                whole_weight.flatten()[lo:hi], weight, rtol=1e-10, atol=1e-12
+            )
 
 
 def partial() -> None:
-    p = DTensor.from_local(torch.randn(4, 6), init_device_mesh("cpu", (dist.get_world_size(),)), [Partial()])
+    p = DTensor.from_local(
+        torch.randn(4, 6), init_device_mesh("cpu", (dist.get_world_size(),)), [Partial()]
+    )
     MatrixOptimizer([("w", nn.Parameter(p))], lr=0.1)
 
 
@@ -300,7 +329,9 @@ def other_order() -> None:
 
 
 def other_rule() -> None:
-    MatrixOptimizer([("w", nn.Parameter(torch.randn(4, 4)))], lr=0.1, rule=["muon", "orscale"][dist.get_rank()])
+    MatrixOptimizer(
+        [("w", nn.Parameter(torch.randn(4, 4)))], lr=0.1, rule=["muon", "orscale"][dist.get_rank()]
+    )
 
 
 def one_more() -> None:
@@ -310,16 +341,29 @@ def one_more() -> None:
 
 def refused_on_one_rank() -> None:
     """The other one must not be left waiting."""
-    MatrixOptimizer([("w", nn.Parameter(torch.randn((4, 6) if dist.get_rank() == 0 else (4,))))], lr=0.1, rule="muon")
+    MatrixOptimizer(
+        [("w", nn.Parameter(torch.randn((4, 6) if dist.get_rank() == 0 else (4,))))],
+        lr=0.1,
+        rule="muon",
+    )
 
 
 @pytest.mark.parametrize(
     ("fn", "message"),
     [
         (partial, r"group 0: parameter 'w': placement P\(sum\)"),
-        (other_shape, r"different parameters: number 0 is 'w' \(4, 6\).*rank 0, 'w' \(4, 7\).*rank 1"),
+        (
+            other_shape,
+            r"different parameters: number 0 is 'w' \(4, 6\).*rank 0, 'w' \(4, 7\).*rank 1",
+        ),
         (other_order, "different parameters: number 0 is 'a'.*on rank 0, 'b'.*on rank 1"),
-        (other_rule, "different parameters: number 0 is 'w'.*rule 'muon' on rank 0.*rule 'orscale' on rank 1"),
+        (
+            other_rule,
+            (
+                "different parameters: number 0 is 'w'.*rule 'muon' on rank 0.*rule 'orscale' on"
+                " rank 1"
+            ),
+        ),
         (one_more, "different parameters: number 1 is no parameter on rank 0, 'b'.*on rank 1"),
         (refused_on_one_rank, "group 0: parameter 'w' has shape"),
     ],

@@ -22,7 +22,9 @@ def gradients(params, seed):
 
 
 def optimizer(params, rule="orscale_lm", **options):
-    return MatrixOptimizer(params, lr=0.02, rule=rule, compute_dtype=torch.float32, **{"view": "stack", **options})
+    return MatrixOptimizer(
+        params, lr=0.02, rule=rule, compute_dtype=torch.float32, **{"view": "stack", **options}
+    )
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -133,7 +135,8 @@ def test_elementwise_rules_take_what_is_not_finite_for_zero(rule):
 
 
 def test_zero_initialized_matrix():
-    """Refused by name on the sphere; safe under the calibrated rule, with c = 0.2 √max(m, n) and r̂ = r_min."""
+    """Refused by name on the sphere; safe under the calibrated rule, with c = 0.2 √max(m, n) and r̂
+    = r_min."""
     zero = nn.Parameter(torch.zeros(6, 8))
     with pytest.raises(ValueError, match="'out'.*zero.*sphere"):
         optimizer([("out", zero)], "muonh")
@@ -188,10 +191,14 @@ def test_diagnostics():
     moved += [((params[1] - before[1])[e].norm() / before[1][e].norm()) for e in range(4)]
     torch.testing.assert_close(seen["relative_update"], torch.stack(moved), rtol=1e-3, atol=1e-6)
     torch.testing.assert_close(seen["weight_norm"][0], before[0].norm())
-    torch.testing.assert_close(seen["effective_decay"], torch.full((5,), 0.02 * 0.1), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        seen["effective_decay"], torch.full((5,), 0.02 * 0.1), rtol=1e-4, atol=0
+    )
     assert (seen["residual"] < 0.35).all()
     assert (seen["residual"] > 1e-6).all()
-    norms = [params[0].new_tensor(1.95).mul(g.norm()) for g in given]  # M̂ = μ M + G = 1.95 G at the first step
+    norms = [
+        params[0].new_tensor(1.95).mul(g.norm()) for g in given
+    ]  # M̂ = μ M + G = 1.95 G at the first step
     torch.testing.assert_close(seen["norm"], torch.stack(norms))
     torch.testing.assert_close(seen["gradient_norm"], torch.stack(norms) / 1.95)
     opt.watch = None
@@ -230,18 +237,27 @@ def test_scheduler_and_closure_work():
     ("make", "message"),
     [
         (lambda: optimizer([]), "empty parameter list"),
-        (lambda: optimizer([("norm", nn.Parameter(torch.ones(4)))]), "'norm'.*2-D matrices.*rule='adamw'"),
+        (
+            lambda: optimizer([("norm", nn.Parameter(torch.ones(4)))]),
+            "'norm'.*2-D matrices.*rule='adamw'",
+        ),
         (lambda: optimizer(matrices((4, 4)), "moun"), "unknown rule 'moun'.*muon"),
         (lambda: MatrixOptimizer(matrices((4, 4)), lr=-1.0), "lr -1.0"),
         (lambda: optimizer(matrices((4, 4)), clip=(2.0, 1.0)), "crossed"),
-        (lambda: optimizer(matrices((4, 4)), "muon", clip=(0.1, 1.0)), "'muon' has no trust ratio to clip"),
+        (
+            lambda: optimizer(matrices((4, 4)), "muon", clip=(0.1, 1.0)),
+            "'muon' has no trust ratio to clip",
+        ),
         (lambda: optimizer(matrices((4, 4)) * 2), "parameter 0.*given twice"),
         (lambda: optimizer(matrices((4, 4)), orthogonalizer="svd"), "unknown orthogonalizer 'svd'"),
         (lambda: optimizer(matrices((4, 4)), "muonh", weight_decay=0.1), "no-op on the sphere"),
         (lambda: optimizer([("w", nn.Parameter(torch.ones(4, 6).mT))]), "'w' is not contiguous"),
-        (lambda: optimizer([("w", nn.Parameter(torch.ones(4, 6, device="meta")))]), "'w' is on the meta device"),
+        (
+            lambda: optimizer([("w", nn.Parameter(torch.ones(4, 6, device="meta")))]),
+            "'w' is on the meta device",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refusals(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -46,7 +46,10 @@ def test_a_convnet_learns_digits_with_every_parameter(rule):
         assert not torch.equal(p, start), name
 
 
-SLOW = [pytest.param(script, marks=pytest.mark.slow) for script in ("ddp", "with_accelerate", "deepspeed_zero")]
+SLOW = [
+    pytest.param(script, marks=pytest.mark.slow)
+    for script in ("ddp", "with_accelerate", "deepspeed_zero")
+]
 
 
 @pytest.mark.parametrize("script", ["fsdp2", *SLOW])
@@ -66,7 +69,9 @@ def accelerated_with_fsdp2():
 
     from archscale.optim.examples import with_accelerate
 
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="SIZE_BASED_WRAP", min_num_params=10_000)
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="SIZE_BASED_WRAP", min_num_params=10_000
+    )
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
     # accelerate offers FSDP2 on accelerators only; its code runs on a CPU when told to.
     told = {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}

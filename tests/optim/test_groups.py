@@ -1,4 +1,5 @@
-"""`matrix_groups`: every parameter once, by the type of its module, and refused where no type says."""
+"""`matrix_groups`: every parameter once, by the type of its module, and refused where no type
+says."""
 
 from __future__ import annotations
 
@@ -166,7 +167,7 @@ def test_our_own_model_declares_itself():
     assert {group["role"] for group in expected} == set(roles)
 
 
-# ------------------------------------------------------------ heads
+# --- heads
 
 
 @pytest.mark.parametrize("choice", ["module", "name", "list"])
@@ -204,7 +205,7 @@ def test_what_is_no_head_is_refused():
         matrix_groups(LanguageModel(), head=nn.Linear(2, 2))
 
 
-# ------------------------------------------------------------ what no type explains
+# --- what no type explains
 
 
 def test_an_unknown_module_is_refused_with_every_remedy():
@@ -271,7 +272,7 @@ def test_a_weight_that_its_type_does_not_have_is_unknown():
         matrix_groups(nn.LazyLinear(4))
 
 
-# ------------------------------------------------------------ options, frozen weights, wrappers
+# --- options, frozen weights, wrappers
 
 
 def test_options_reach_their_groups():
@@ -381,7 +382,7 @@ def test_a_partition_of_zero_3_is_told_by_its_whole_shape():
     assert "4 x 6" in repr(groups)
 
 
-# ------------------------------------------------------------ what the optimizer makes of it
+# --- what the optimizer makes of it
 
 
 def update_of(weight, rule, **options):

@@ -1,4 +1,5 @@
-"""The Triton kernel against plain PyTorch: on a GPU, through Triton's interpreter, and compiled for GPUs that are not here."""
+"""The Triton kernel against plain PyTorch: on a GPU, through Triton's interpreter, and compiled for
+GPUs that are not here."""
 
 import functools
 import importlib
@@ -16,14 +17,18 @@ from archscale.optim import orthogonalize
 from archscale.optim.orthogonalize import plain_symmetric_product
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
 # Relative to the largest entry: rounding of the result, and of float32 sums.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7, "tf32": 2e-3}
 
 
 def gpu(test):
     available = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-    return pytest.mark.gpu(pytest.mark.skipif(not available, reason="needs a CUDA device and Triton")(test))
+    return pytest.mark.gpu(
+        pytest.mark.skipif(not available, reason="needs a CUDA device and Triton")(test)
+    )
 
 
 def kernels():
@@ -50,14 +55,15 @@ def check(X, S, tolerance, config=None):
         assert torch.equal(out, out.mT)
 
 
-# ------------------------------------------------------------------------------------------------------ on a GPU
+# --- on a GPU
 
 
 @gpu
 @pytest.mark.parametrize("layout", ["rows", "transposed", "strided"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(
-    ("k", "m", "n"), [(1, 1, 1), (2, 1, 300), (3, 97, 61), (2, 512, 512), (2, 1000, 1500), (1, 2048, 512)]
+    ("k", "m", "n"),
+    [(1, 1, 1), (2, 1, 300), (3, 97, 61), (2, 512, 512), (2, 1000, 1500), (1, 2048, 512)],
 )
 def test_gpu_kernel_equals_float64(k, m, n, dtype, layout):
     check(*inputs(k, m, n, dtype, layout, "cuda"), TOLERANCE[dtype])
@@ -82,7 +88,9 @@ def test_gpu_float32_follows_the_tf32_setting():
 def test_gpu_configurations_agree_bitwise(dtype):
     """Which one the tuner picks may differ from run to run; a resumed run must not."""
     X, S = inputs(2, 640, 900, dtype, "rows", "cuda")
-    outs = [kernels().symmetric_product(X, S, 0.3, -2.0, config=config) for config in kernels().CONFIGS]
+    outs = [
+        kernels().symmetric_product(X, S, 0.3, -2.0, config=config) for config in kernels().CONFIGS
+    ]
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
@@ -107,15 +115,17 @@ def test_gpu_orthogonalize_equals_its_plain_form(monkeypatch, shape):
     with_kernel = orthogonalize(M).float()
     monkeypatch.setattr(module, "symmetric_product", plain_symmetric_product)
     plain = orthogonalize(M).float()
-    # Two bfloat16 iterations that round differently are 0.007 apart; a wrong tile would be an error of order 1.
+    # Two bfloat16 iterations that round differently are 0.007 apart; a wrong tile would be an error
+    # of order 1.
     assert (with_kernel - plain).norm() < 0.03 * plain.norm()
 
 
-# ------------------------------------------------------------------------------------------------- without a GPU
+# --- without a GPU
 
 
 def interpreted():
-    """Runs in a process of its own, with TRITON_INTERPRET set. Its products are NumPy's, which has no bfloat16."""
+    """Runs in a process of its own, with TRITON_INTERPRET set. Its products are NumPy's, which has
+    no bfloat16."""
     module, configs = importlib.import_module("archscale.optim.orthogonalize"), kernels().CONFIGS
     for dtype in (torch.float32, torch.float16):
         for layout in ("rows", "transposed", "strided"):
@@ -127,19 +137,29 @@ def interpreted():
     plain = [orthogonalize(each, dtype=torch.float32) for each in (M, M.mT)]
     module.symmetric_product = functools.partial(kernels().symmetric_product, config=configs[-1])
     for each, expected in zip((M, M.mT), plain):
-        torch.testing.assert_close(orthogonalize(each, dtype=torch.float32), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            orthogonalize(each, dtype=torch.float32), expected, rtol=1e-4, atol=1e-5
+        )
     print("interpreted")
 
 
 def compiled(capability: int):
-    """Compiles the largest and the smallest configuration in bfloat16 for GPUs of this compute capability; needs none."""
+    """Compiles the largest and the smallest configuration in bfloat16 for GPUs of this compute
+    capability; needs none."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     kernel = kernels()._kernel
     for config in (kernels().CONFIGS[0], kernels().CONFIGS[-1]):
-        constants = {"HAS_ADD": True, "PRECISION": "ieee", "x_n": 1, "add_n": 1, "out_n": 1, **config.kwargs}
+        constants = {
+            "HAS_ADD": True,
+            "PRECISION": "ieee",
+            "x_n": 1,
+            "add_n": 1,
+            "out_n": 1,
+            **config.kwargs,
+        }
         types = dict.fromkeys(kernel.arg_names, "i32") | {"alpha": "fp32", "beta": "fp32"}
         types |= dict.fromkeys(("X", "ADD", "OUT"), "*bf16") | dict.fromkeys(constants, "constexpr")
         divisible = {
@@ -154,7 +174,9 @@ def compiled(capability: int):
             divisible,
         )
         options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
+        ptx = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm[
+            "ptx"
+        ]
         assert {80: "mma.sync", 90: "wgmma.mma_async"}[capability] in ptx, "no tensor cores"
         assert "cp.async" in ptx, "loads do not overlap products"
     print("compiled")
@@ -162,9 +184,15 @@ def compiled(capability: int):
 
 def run_apart(call: str, tmp_path: Path, **env: str) -> str:
     command = [sys.executable, "-c", f"from tests.optim import test_kernels; test_kernels.{call}"]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])), **env}
+    env = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        **env,
+    }
     env |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(
+        command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -174,7 +202,9 @@ def test_interpreted_kernel_equals_float64(tmp_path):
     import triton
 
     if triton.__version__ < "3.7" and numpy.lib.NumpyVersion(numpy.__version__) >= "2.4.0":
-        pytest.skip("the interpreter of Triton 3.6 fails with NumPy 2.4: int() of an array of one element")
+        pytest.skip(
+            "the interpreter of Triton 3.6 fails with NumPy 2.4: int() of an array of one element"
+        )
     assert "interpreted" in run_apart("interpreted()", tmp_path, TRITON_INTERPRET="1")
 
 

@@ -31,7 +31,8 @@ BF16_SLACK = 0.02
 
 
 def planted(m: int, n: int, smallest: float, seed: int = 0) -> torch.Tensor:
-    """(m, n) of norm 1 whose singular values fall geometrically down to `smallest` (relative to the norm)."""
+    """(m, n) of norm 1 whose singular values fall geometrically down to `smallest` (relative to the
+    norm)."""
     generator = torch.Generator().manual_seed(seed)
     k = min(m, n)
     U, _ = torch.linalg.qr(torch.randn(m, k, generator=generator, dtype=torch.float64))
@@ -58,7 +59,9 @@ def test_singular_values_lie_in_the_published_interval(scheme, dtype, shape):
 @pytest.mark.parametrize("shape", [(6, 9), (9, 6), (7, 7), (1, 5), (5, 1)])
 def test_equals_the_reference(scheme, shape):
     M = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(orthogonalize(M, scheme, torch.float64), reference.orthogonalize(M, scheme))
+    torch.testing.assert_close(
+        orthogonalize(M, scheme, torch.float64), reference.orthogonalize(M, scheme)
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -69,7 +72,10 @@ def test_batch_equals_single(scheme):
 
 
 @settings(max_examples=40, deadline=None)
-@given(exponent=st.integers(-30, 30), scheme=st.sampled_from(["polar_express", "quintic", "quintic_tuned"]))
+@given(
+    exponent=st.integers(-30, 30),
+    scheme=st.sampled_from(["polar_express", "quintic", "quintic_tuned"]),
+)
 def test_scale_invariance(exponent, scheme):
     M = torch.randn(8, 12, generator=torch.Generator().manual_seed(0))
     scaled = (M.double() * 10.0**exponent).float()
@@ -118,7 +124,9 @@ def test_cut_symmetric_products_equal_whole_ones(monkeypatch, m, n):
     X = torch.randn(2, m, n, generator=generator, dtype=torch.float64)
     A = X @ X.mT
     torch.testing.assert_close(module.symmetric_product(X), A)
-    torch.testing.assert_close(module.symmetric_product(A, add=A, alpha=0.3, beta=-2.0), 0.3 * A @ A - 2.0 * A)
+    torch.testing.assert_close(
+        module.symmetric_product(A, add=A, alpha=0.3, beta=-2.0), 0.3 * A @ A - 2.0 * A
+    )
 
 
 @pytest.mark.parametrize("scheme", COEFFICIENTS)
@@ -129,15 +137,21 @@ def test_gram_form_equals_direct_form(scheme, dtype, shape):
     M = torch.stack([planted(*shape, smallest=3e-3, seed=seed) for seed in range(3)])
     X = (M / (NORMALIZATION[scheme] * M.norm(dim=(1, 2), keepdim=True))).to(dtype)
     direct, gram = (
-        form(X.clone(), torch.empty_like(X), COEFFICIENTS[scheme]) for form in (_iterate_direct, _iterate_gram)
+        form(X.clone(), torch.empty_like(X), COEFFICIENTS[scheme])
+        for form in (_iterate_direct, _iterate_gram)
     )
     assert (direct - gram).abs().max() < {torch.float64: 1e-13, torch.float32: 5e-5}[dtype]
 
 
 @settings(max_examples=40, deadline=None)
-@given(m=st.integers(1, 40), n=st.integers(1, 120), dtype=st.sampled_from([torch.float32, torch.bfloat16]))
+@given(
+    m=st.integers(1, 40),
+    n=st.integers(1, 120),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
 def test_form_of_fewer_flops_is_taken(m, n, dtype):
-    """The costs are what the products count up to; bfloat16 stays direct, its Gram matrix loses small singular values."""
+    """The costs are what the products count up to; bfloat16 stays direct, its Gram matrix loses
+    small singular values."""
 
     def flops(iterate):
         X = torch.zeros(1, m, n, dtype=dtype)

@@ -9,13 +9,19 @@ from archscale.optim import RULES, MatrixOptimizer, Rule
 from archscale.optim.reference import ReferenceOptimizer
 
 SHAPES = [(8, 16), (16, 8), (5, 5), (1, 7), (32, 4)]
-DECAYS = [(name, decay) for name, rule in RULES.items() for decay in ((0.0, 0.1) if not rule.sphere else (0.0,))]
+DECAYS = [
+    (name, decay)
+    for name, rule in RULES.items()
+    for decay in ((0.0, 0.1) if not rule.sphere else (0.0,))
+]
 
 
 def compare(rule: Rule, steps: int = 20, **options) -> float:
     """Largest relative difference of the weights after `steps` steps on random gradients."""
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(shape, generator=generator, dtype=torch.float64) * 0.3 for shape in SHAPES]
+    weights = [
+        torch.randn(shape, generator=generator, dtype=torch.float64) * 0.3 for shape in SHAPES
+    ]
     params = [torch.nn.Parameter(w.clone()) for w in weights]
     references = [ReferenceOptimizer(w, rule, lr=0.02, **options) for w in weights]
     optimizer = MatrixOptimizer(params, lr=0.02, rule=rule, compute_dtype=torch.float64, **options)
@@ -36,7 +42,10 @@ def test_every_preset(name, decay):
 @pytest.mark.parametrize("scheme", ["quintic", "quintic_tuned", "exact"])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_schemes_and_nesterov(scheme, nesterov):
-    assert compare(RULES["orscale_lm"], weight_decay=0.1, orthogonalizer=scheme, nesterov=nesterov) < 1e-9
+    assert (
+        compare(RULES["orscale_lm"], weight_decay=0.1, orthogonalizer=scheme, nesterov=nesterov)
+        < 1e-9
+    )
 
 
 def test_clip_override():
@@ -48,8 +57,10 @@ def test_clip_override():
     shape=st.sampled_from(["one", "jordan", "spectral", "moonlight"]),
     ratio=st.sampled_from([None, "update", "direction", "momentum"]),
     decay=st.sampled_from(["coupled", "decoupled", "none"]),
-    calibrated=st.booleans(), sphere=st.booleans(), weight_decay=st.sampled_from([0.0, 0.03, 0.3]),
-)  # fmt: skip
+    calibrated=st.booleans(),
+    sphere=st.booleans(),
+    weight_decay=st.sampled_from([0.0, 0.03, 0.3]),
+)
 def test_any_rule_that_can_be_built(shape, ratio, decay, calibrated, sphere, weight_decay):
     rule = Rule(
         "mine",
@@ -62,10 +73,14 @@ def test_any_rule_that_can_be_built(shape, ratio, decay, calibrated, sphere, wei
     assert compare(rule, steps=5, weight_decay=0.0 if sphere else weight_decay) < 1e-10
 
 
-def run(rule: Rule, seed: int = 0, lr: float = 0.05, steps: int = 5, weight_decay: float = 0.0) -> torch.Tensor:
+def run(
+    rule: Rule, seed: int = 0, lr: float = 0.05, steps: int = 5, weight_decay: float = 0.0
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     p = torch.nn.Parameter(torch.randn(12, 20, generator=generator, dtype=torch.float64))
-    optimizer = MatrixOptimizer([p], lr=lr, rule=rule, weight_decay=weight_decay, compute_dtype=torch.float64, eps=0.0)
+    optimizer = MatrixOptimizer(
+        [p], lr=lr, rule=rule, weight_decay=weight_decay, compute_dtype=torch.float64, eps=0.0
+    )
     for _ in range(steps):
         p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
         optimizer.step()
@@ -73,12 +88,18 @@ def run(rule: Rule, seed: int = 0, lr: float = 0.05, steps: int = 5, weight_deca
 
 
 def test_orscale_on_the_sphere_without_clip_is_muonh():
-    torch.testing.assert_close(run(Rule("x", ratio="update", decay="coupled", sphere=True)), run(RULES["muonh"]))
+    torch.testing.assert_close(
+        run(Rule("x", ratio="update", decay="coupled", sphere=True)), run(RULES["muonh"])
+    )
 
 
 def test_orscale_lm_with_ratio_one_is_moonlight():
-    pinned = Rule("x", shape="moonlight", ratio="update", calibrated=True, clip=(1.0, 1.0), decay="decoupled")
-    torch.testing.assert_close(run(pinned, weight_decay=0.1), run(RULES["moonlight"], weight_decay=0.1))
+    pinned = Rule(
+        "x", shape="moonlight", ratio="update", calibrated=True, clip=(1.0, 1.0), decay="decoupled"
+    )
+    torch.testing.assert_close(
+        run(pinned, weight_decay=0.1), run(RULES["moonlight"], weight_decay=0.1)
+    )
 
 
 def test_first_trust_ratio_of_orscale_lm_is_one():
@@ -101,7 +122,8 @@ def test_orscale_lm_sphere_is_muonh_at_a_rescaled_rate():
 
 @pytest.mark.parametrize("eta", [1e-2, 1e-3])
 def test_decay_on_the_sphere_is_second_order(eta):
-    """HyperP Theorem 1: decay moves a sphere step by O(η²) only, so halving η quarters the difference."""
+    """HyperP Theorem 1: decay moves a sphere step by O(η²) only, so halving η quarters the
+    difference."""
 
     def difference(lr: float) -> float:
         rules = [Rule("x", ratio="update", decay=d, sphere=True) for d in ("none", "decoupled")]
@@ -110,7 +132,9 @@ def test_decay_on_the_sphere_is_second_order(eta):
             generator = torch.Generator().manual_seed(1)
             p = torch.nn.Parameter(torch.randn(12, 20, generator=generator, dtype=torch.float64))
             optimizer = MatrixOptimizer([p], lr=lr, rule=rule, compute_dtype=torch.float64)
-            optimizer.param_groups[0]["weight_decay"] = 0.5  # refused by the constructor, because it does nothing
+            optimizer.param_groups[0]["weight_decay"] = (
+                0.5  # refused by the constructor, because it does nothing
+            )
             p.grad = torch.randn(p.shape, generator=generator, dtype=torch.float64)
             optimizer.step()
             out.append(p.detach())
@@ -119,12 +143,16 @@ def test_decay_on_the_sphere_is_second_order(eta):
     assert 3.5 < difference(eta) / difference(eta / 2) < 4.5
 
 
-@pytest.mark.parametrize("steps", [500, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
+@pytest.mark.parametrize(
+    "steps", [500, pytest.param(10_000, marks=[pytest.mark.slow, pytest.mark.timeout(600)])]
+)
 def test_sphere_does_not_drift(steps):
     torch.manual_seed(0)
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in ((64, 48), (3, 16, 24))]
     norms = [p.detach().double().flatten(-2).norm(dim=-1) for p in params]
-    optimizer = MatrixOptimizer(params, lr=0.02, rule="muonh", compute_dtype=torch.float32, view="stack")
+    optimizer = MatrixOptimizer(
+        params, lr=0.02, rule="muonh", compute_dtype=torch.float32, view="stack"
+    )
     for _ in range(steps):
         for p in params:
             p.grad = torch.randn_like(p)

@@ -44,7 +44,9 @@ def test_groups_hold_every_parameter_once_and_heads_can_be_split():
         Layer({"weight": {"role": "matrix", "blocks": (("q", 2), ("gate", 2))}}),
         Layer({"weight": {"role": "head"}}),
     )
-    groups = parameter_groups(assign_roles(model), {"matrix": {"lr": 1.0}, "head": {"lr": 2.0}}, per_head=1)
+    groups = parameter_groups(
+        assign_roles(model), {"matrix": {"lr": 1.0}, "head": {"lr": 2.0}}, per_head=1
+    )
     assert [(g["role"], g["lr"], g["params"][0][0]) for g in groups] == [
         ("matrix", 1.0, "0.weight"),
         ("head", 2.0, "1.weight"),
@@ -67,8 +69,14 @@ def test_schedules_by_hand():
 
 
 @given(
-    st.sampled_from(["linear", "cosine", "wsd", "constant"]), st.floats(0, 1), st.floats(0, 0.5), st.floats(0, 1), st.floats(0.01, 1)
-)  # fmt: skip
+    st.sampled_from(["linear", "cosine", "wsd", "constant"]),
+    st.floats(0, 1),
+    st.floats(0, 0.5),
+    st.floats(0, 1),
+    st.floats(0.01, 1),
+)
 def test_schedules_stay_within_their_bounds(kind, done, warmup, final, decay):
-    value = lr_multiplier(kind, done * 1000, 1000, warmup=warmup * 1000, final_ratio=final, decay_ratio=decay)
+    value = lr_multiplier(
+        kind, done * 1000, 1000, warmup=warmup * 1000, final_ratio=final, decay_ratio=decay
+    )
     assert 0 <= value <= 1

@@ -19,7 +19,8 @@ def cuts(draw, size, parts):
 
 @st.composite
 def layouts(draw):
-    """Random parameters and shards: intervals cut anywhere, or rows × pieces of each row; empty ranks, replicas."""
+    """Random parameters and shards: intervals cut anywhere, or rows × pieces of each row; empty
+    ranks, replicas."""
     shapes = draw(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 7)), min_size=1, max_size=5))
     rows, cols, replicas = (draw(st.integers(1, 3)) for _ in range(3))
     pieces = [[] for _ in range(rows * cols * replicas)]
@@ -30,16 +31,26 @@ def layouts(draw):
         for rank, held in enumerate(pieces):
             part = rank % (rows * cols)
             low, high = anywhere[part]
-            held.append(box_pieces((m, n), boxes[part]) if boxed else [Piece(low, high - low)] if low < high else [])
+            held.append(
+                box_pieces((m, n), boxes[part])
+                if boxed
+                else [Piece(low, high - low)]
+                if low < high
+                else []
+            )
     return shapes, pieces, replicas
 
 
 def elements(pieces):
-    return [p.start + i * p.stride + j for p in pieces for i in range(p.count) for j in range(p.length)]
+    return [
+        p.start + i * p.stride + j for p in pieces for i in range(p.count) for j in range(p.length)
+    ]
 
 
 def of_area(area, cols):
-    return [r * cols + c for r in range(area.top, area.bottom) for c in range(area.left, area.right)]
+    return [
+        r * cols + c for r in range(area.top, area.bottom) for c in range(area.left, area.right)
+    ]
 
 
 @settings(max_examples=150, deadline=None)
@@ -55,7 +66,9 @@ def test_every_element_has_one_source_one_owner_and_all_its_holders(layout, limi
         for owner, mine in enumerate(batch.views):
             assert all(plan.owners[v] == owner for v in mine)
             for v in mine:
-                inbound = [s for r in range(world) for s in plan.inbound(batch, r, owner) if s.view == v]
+                inbound = [
+                    s for r in range(world) for s in plan.inbound(batch, r, owner) if s.view == v
+                ]
                 arrived = [e for s in inbound for e in of_area(s.area, views[v].cols)]
                 assert sorted(arrived) == list(range(views[v].numel))
                 for rank in range(world):
@@ -80,7 +93,9 @@ def test_what_a_rank_holds_is_found_in_its_local_tensor(layout, blocks):
             seen = []
             for view in views:
                 for area, offset, stride in held_rectangles(view, held[i]):
-                    for r, c in itertools.product(range(area.bottom - area.top), range(area.right - area.left)):
+                    for r, c in itertools.product(
+                        range(area.bottom - area.top), range(area.right - area.left)
+                    ):
                         element = view.offset + (area.top + r) * n + area.left + c
                         assert local[offset + r * stride + c] == element
                         seen.append(element)
@@ -98,7 +113,9 @@ def test_what_a_rank_holds_is_found_in_its_local_tensor(layout, blocks):
 
 
 def test_work_is_balanced():
-    views = [v for i in range(16) for v in matrix_views(f"p{i}", i, (32, 32) if i % 2 else (32, 64))]
+    views = [
+        v for i in range(16) for v in matrix_views(f"p{i}", i, (32, 32) if i % 2 else (32, 64))
+    ]
     pieces = [[[Piece(r * v.numel // 4, v.numel // 4)] for v in views] for r in range(4)]
     plan = plan_exchange(views, pieces)
     load = [sum(v.cost for v, o in zip(views, plan.owners) if o == r) for r in range(4)]
@@ -107,7 +124,8 @@ def test_work_is_balanced():
 
 @pytest.mark.parametrize("world", [1, 2, 8])
 def test_batches_are_bounded_also_by_what_replicas_get_back(world):
-    """DDP: an owner sends each direction to all other replicas, so the more there are, the fewer matrices a batch has."""
+    """DDP: an owner sends each direction to all other replicas, so the more there are, the fewer
+    matrices a batch has."""
     views = [v for i in range(64) for v in matrix_views(f"p{i}", i, (8, 8))]
     plan = plan_exchange(views, [[[Piece(0, 64)]] * 64] * world, max_batch_elements=512)
     for batch in plan.batches:

@@ -1,8 +1,9 @@
-"""Training under other people's wrappers, as pool workers run it: the same model, data and steps whatever
-wraps them, so that one process without a wrapper gives the expected weights.
+"""Training under other people's wrappers, as pool workers run it: the same model, data and steps
+whatever wraps them, so that one process without a wrapper gives the expected weights.
 
-Each function returns, by parameter name, the whole weights after `STEPS` steps. `which` is "ours" or
-"adamw", torch's own optimizer as the control: where that is right and ours is not, the fault is ours.
+Each function returns, by parameter name, the whole weights after `STEPS` steps. `which` is "ours"
+or "adamw", torch's own optimizer as the control: where that is right and ours is not, the fault is
+ours.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def model(hidden: int = 19) -> Mlp:
     return Mlp(hidden)
 
 
-def optimizer(which: str, model: nn.Module, rule: str = "orscale_lm", **options) -> torch.optim.Optimizer:
+def optimizer(
+    which: str, model: nn.Module, rule: str = "orscale_lm", **options
+) -> torch.optim.Optimizer:
     params = list(model.named_parameters())
     if which == "adamw":
         return torch.optim.AdamW([p for _, p in params], lr=1e-2, weight_decay=0.1)
@@ -74,8 +77,8 @@ def loss(model: Callable[[Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
 def weights(model: nn.Module) -> Weights:
     return {
         name.replace("_forward_module.", "").removeprefix("module."): (
-            p.full_tensor() if isinstance(p, DTensor) else p
-        ).detach()
+            (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+        )
         for name, p in model.named_parameters()
     }
 
@@ -104,7 +107,10 @@ def with_torch(which: str, layout: str, rule: str = "orscale_lm", hidden: int = 
         fully_shard(net.up, mesh=mesh)
         fully_shard(net, mesh=mesh)
     elif layout == "hsdp":
-        fully_shard(net, mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")))
+        fully_shard(
+            net,
+            mesh=init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard")),
+        )
     elif layout == "tp":
         parallelize_module(net, init_device_mesh("cpu", (world,)), plan)
         data, part = 1, 0
@@ -122,8 +128,9 @@ def with_torch(which: str, layout: str, rule: str = "orscale_lm", hidden: int = 
 
 
 def with_accelerate(which: str, layout: str) -> Weights:
-    """accelerate's `prepare`, which wraps the model after the optimizer was built and, under FSDP2, puts other
-    parameters into its groups. accelerate offers FSDP2 on accelerators only: its state is told so here."""
+    """accelerate's `prepare`, which wraps the model after the optimizer was built and, under FSDP2,
+    puts other parameters into its groups. accelerate offers FSDP2 on accelerators only: its state
+    is told so here."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -179,8 +186,8 @@ def with_fabric(which: str, layout: str) -> Weights:
 
 
 def with_trainer(which: str, folder: str) -> Weights:
-    """The Trainer of transformers with its own loop, scheduler and checkpoints, one process: half of the steps, then a
-    second Trainer resumes from the checkpoint."""
+    """The Trainer of transformers with its own loop, scheduler and checkpoints, one process: half
+    of the steps, then a second Trainer resumes from the checkpoint."""
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -188,7 +195,9 @@ def with_trainer(which: str, folder: str) -> Weights:
         def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
             return {"loss": (super().forward(x) - y).square().mean()}
 
-    data = [dict(zip("xy", pair)) for step in range(STEPS + 1) for pair in zip(*batch_of(step, 1, 0))]
+    data = [
+        dict(zip("xy", pair)) for step in range(STEPS + 1) for pair in zip(*batch_of(step, 1, 0))
+    ]
     for stop in ((STEPS + 1) // 2, STEPS + 1):
         torch.manual_seed(0)
         net = WithLoss()
@@ -224,8 +233,8 @@ def alone_with_a_schedule(which: str) -> Weights:
 
 
 def with_deepspeed(which: str, stage: int, bf16: bool) -> Weights:
-    """DeepSpeed puts flat partitions into the groups of the optimizer that it is given. Returns how far the
-    weights have moved; at stage 3 nothing, because they lie elsewhere between steps."""
+    """DeepSpeed puts flat partitions into the groups of the optimizer that it is given. Returns how
+    far the weights have moved; at stage 3 nothing, because they lie elsewhere between steps."""
     from archscale.parallel.zero import import_deepspeed
 
     deepspeed = import_deepspeed(torch.device("cpu"))

@@ -1,4 +1,5 @@
-"""The generated DeepSpeed configuration, a user's own merged into it, and what is refused in one line."""
+"""The generated DeepSpeed configuration, a user's own merged into it, and what is refused in one
+line."""
 
 import importlib.metadata
 import json
@@ -21,15 +22,29 @@ def merged(tmp_path, theirs) -> dict:
 
 def test_keys_are_added_and_equal_ones_and_auto_pass(tmp_path):
     theirs = {
-        "wall_clock_breakdown": True, "gradient_clipping": "auto", "optimizer": None, "fp16": {"enabled": False},
-        "zero_optimization": {"stage": 2, "reduce_bucket_size": 1000, "overlap_comm": True, "sub_group_size": "auto"},
-        "train_batch_size": "auto", "comms_logger": {"enabled": True},
-    }  # fmt: skip
+        "wall_clock_breakdown": True,
+        "gradient_clipping": "auto",
+        "optimizer": None,
+        "fp16": {"enabled": False},
+        "zero_optimization": {
+            "stage": 2,
+            "reduce_bucket_size": 1000,
+            "overlap_comm": True,
+            "sub_group_size": "auto",
+        },
+        "train_batch_size": "auto",
+        "comms_logger": {"enabled": True},
+    }
     found = merged(tmp_path, theirs)
-    zero_optimization = OWN["zero_optimization"] | {"reduce_bucket_size": 1000, "overlap_comm": True}
+    zero_optimization = OWN["zero_optimization"] | {
+        "reduce_bucket_size": 1000,
+        "overlap_comm": True,
+    }
     assert found == OWN | {
-        "wall_clock_breakdown": True, "comms_logger": {"enabled": True}, "zero_optimization": zero_optimization
-    }  # fmt: skip
+        "wall_clock_breakdown": True,
+        "comms_logger": {"enabled": True},
+        "zero_optimization": zero_optimization,
+    }
     assert merge(OWN, None) == OWN
 
 
@@ -44,9 +59,15 @@ def test_keys_are_added_and_equal_ones_and_auto_pass(tmp_path):
         ({"zero_optimization": {"sub_group_size": 10}}, "sub_group_size"),
         ({"zero_optimization": {"round_robin_gradients": True}}, "round_robin_gradients"),
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param"),
-        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, "parallel.offload_optimizer"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            "parallel.offload_optimizer",
+        ),
         ({"optimizer": {"type": "Adam"}}, "optimizer .*: set the optimizer section"),
-        ({"scheduler": {"type": "WarmupLR"}, "gradient_clipping": 1.0}, "schedule section.*and 1 more problem"),
+        (
+            {"scheduler": {"type": "WarmupLR"}, "gradient_clipping": 1.0},
+            "schedule section.*and 1 more problem",
+        ),
         ("[1]", "holds no JSON object"),
         ("{", "is not JSON"),
     ],
@@ -63,10 +84,14 @@ def test_a_missing_file_is_one_line(tmp_path):
         merge(OWN, tmp_path / "nowhere.json")
 
 
-@pytest.mark.parametrize("version", ["0.18.9", "0.19.0", "0.19.7", "0.19.9", "0.20.0", "1.0", "0.20.1+cu12"])
+@pytest.mark.parametrize(
+    "version", ["0.18.9", "0.19.0", "0.19.7", "0.19.9", "0.20.0", "1.0", "0.20.1+cu12"]
+)
 def test_another_version_is_refused(monkeypatch, version):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    with pytest.raises(ConfigError, match=rf"deepspeed {version.split('+')[0]}.* is installed.*parallel.engine"):
+    with pytest.raises(
+        ConfigError, match=rf"deepspeed {version.split('+')[0]}.* is installed.*parallel.engine"
+    ):
         zero.check_deepspeed()
 
 
@@ -81,14 +106,19 @@ def test_a_missing_deepspeed_is_one_line(monkeypatch):
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    with pytest.raises(ConfigError, match=r"deepspeed is not installed \(parallel.engine\): pip install"):
+    with pytest.raises(
+        ConfigError, match=r"deepspeed is not installed \(parallel.engine\): pip install"
+    ):
         zero.check_deepspeed()
 
 
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"engine": "deepspeed", "expert": 2, "shard": 2}, "experts cannot be spread .*parallel.expert"),
+        (
+            {"engine": "deepspeed", "expert": 2, "shard": 2},
+            "experts cannot be spread .*parallel.expert",
+        ),
         ({"engine": "deepspeed", "replicate": 2}, "parallel.replicate"),
         ({"engine": "deepspeed", "reshard_after_forward": False}, "parallel.reshard_after_forward"),
         ({"engine": "deepspeed", "offload_optimizer": True}, "parallel.offload_optimizer.*2 or 3"),

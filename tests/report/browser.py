@@ -15,9 +15,16 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "headless_shell")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update",
-    "--disable-sync", "--no-first-run", "--hide-scrollbars", "--remote-debugging-pipe",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--remote-debugging-pipe",
+)
 
 
 def find_browser() -> str | None:
@@ -35,19 +42,27 @@ class Browser:
         self.requests: list[str] = []
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
-        high = [os.dup(theirs_in), os.dup(theirs_out)]  # clear of 3 and 4, which the shell takes from them
+        high = [
+            os.dup(theirs_in),
+            os.dup(theirs_out),
+        ]  # clear of 3 and 4, which the shell takes from them
 
         command = f'exec "$0" "$@" 3<&{high[0]} 4>&{high[1]}'
         with open(folder / "chromium.log", "wb") as log:
             self.process = subprocess.Popen(
                 ["bash", "-c", command, binary, *FLAGS, f"--user-data-dir={folder / 'profile'}"],
-                pass_fds=high, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-            )  # fmt: skip
+                pass_fds=high,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
         for fd in (theirs_in, theirs_out, *high):
             os.close(fd)
         self._session: str | None = None
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
 
@@ -76,7 +91,9 @@ class Browser:
         params = answer.get("params", {})
         match answer.get("method"):
             case "Runtime.consoleAPICalled":
-                self.messages.append(str([arg.get("value", arg.get("description")) for arg in params["args"]]))
+                self.messages.append(
+                    str([arg.get("value", arg.get("description")) for arg in params["args"]])
+                )
             case "Runtime.exceptionThrown":
                 self.messages.append(json.dumps(params["exceptionDetails"])[:500])
             case "Log.entryAdded":
@@ -87,14 +104,28 @@ class Browser:
                 self._loaded = True
         return answer
 
-    def open(self, path: Path, *, width: int = 1280, height: int = 900, media: str = "screen", scheme: str = "light",
-             script: bool = True) -> None:  # fmt: skip
+    def open(
+        self,
+        path: Path,
+        *,
+        width: int = 1280,
+        height: int = 900,
+        media: str = "screen",
+        scheme: str = "light",
+        script: bool = True,
+    ) -> None:
         """Shows a file once it has loaded."""
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
         )
         self.call(
-            "Emulation.setEmulatedMedia", media=media, features=[{"name": "prefers-color-scheme", "value": scheme}]
+            "Emulation.setEmulatedMedia",
+            media=media,
+            features=[{"name": "prefers-color-scheme", "value": scheme}],
         )
         self.call("Emulation.setScriptExecutionDisabled", value=not script)
         self._loaded = False
@@ -104,7 +135,9 @@ class Browser:
 
     def evaluate(self, expression: str) -> Any:
         """Value of an expression in the page, awaited if it is a promise."""
-        found = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        found = self.call(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in found, found["exceptionDetails"]
         return found["result"].get("value")
 
@@ -113,7 +146,8 @@ class Browser:
         return int(self.call("Page.getLayoutMetrics")["cssContentSize"]["height"])
 
     def screenshot(self, top: int = 0, height: int | None = None) -> bytes:
-        """A PNG of the page from `top` on; of more than 16,384 pixels of height Chromium draws nothing."""
+        """A PNG of the page from `top` on; of more than 16,384 pixels of height Chromium draws
+        nothing."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {
             "x": 0,
@@ -122,14 +156,18 @@ class Browser:
             "height": min(height or 1 << 30, size["height"] - top),
             "scale": 1,
         }
-        shot = self.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
+        shot = self.call(
+            "Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True
+        )
         return base64.b64decode(shot["data"])
 
     def pdf(self, path: Path) -> None:
         """As it prints, with the style sheet of print."""
         self.call("Emulation.setEmulatedMedia", media="")
         path.write_bytes(
-            base64.b64decode(self.call("Page.printToPDF", printBackground=False, preferCSSPageSize=True)["data"])
+            base64.b64decode(
+                self.call("Page.printToPDF", printBackground=False, preferCSSPageSize=True)["data"]
+            )
         )
 
     def move(self, x: float, y: float) -> None:

@@ -1,4 +1,5 @@
-"""The report in a real browser: no errors, ink in every figure, on a phone, in the dark, on paper, without JavaScript."""
+"""The report in a real browser: no errors, ink in every figure, on a phone, in the dark, on paper,
+without JavaScript."""
 
 import base64
 import copy
@@ -11,26 +12,36 @@ from archscale.report.run import write_report
 from tests.report.browser import Browser, find_browser
 from tests.report.made import PLAN, make_run, metrics
 
-pytestmark = pytest.mark.skipif(find_browser() is None, reason="no Chromium on this machine (apt-get install chromium)")
+pytestmark = pytest.mark.skipif(
+    find_browser() is None, reason="no Chromium on this machine (apt-get install chromium)"
+)
 
 STEPS = 900  # enough for curves with a running mean
-# For each figure's plot: how many pixels of a screenshot have a color, which grid, frame and background have not.
+# For each figure's plot: how many pixels of a screenshot have a color, which grid, frame and
+# background have not.
 INK = """(async (png, top) => {
   const image = new Image(); image.src = 'data:image/png;base64,' + png; await image.decode();
-  const canvas = document.createElement('canvas'), g = canvas.getContext('2d', {willReadFrequently: true});
+  const canvas = document.createElement('canvas');
+  const g = canvas.getContext('2d', {willReadFrequently: true});
   canvas.width = image.width; canvas.height = image.height; g.drawImage(image, 0, 0);
   return [...document.querySelectorAll('figure')].map(figure => {
     const box = figure.querySelector('svg').getBoundingClientRect();
     const d = g.getImageData(box.x + scrollX, box.y + scrollY - top, box.width, box.height).data;
     let count = 0;
-    for (let i = 0; i < d.length; i += 4) count += Math.max(d[i], d[i+1], d[i+2]) - Math.min(d[i], d[i+1], d[i+2]) > 40;
+    for (let i = 0; i < d.length; i += 4) {
+      const rgb = d.slice(i, i + 3);
+      count += Math.max(...rgb) - Math.min(...rgb) > 40;
+    }
     return [figure.dataset.key, count, box.width, box.height];
   });
 })('%s', %d)"""
 SLICE = 8000  # pixels of a page that one screenshot takes
-LABELS = """[...document.querySelectorAll('.xs span, .line ~ .xs span, .ys span')].filter(s => !s.closest('.map .ys'))
+LABELS = """[...document.querySelectorAll('.xs span, .line ~ .xs span, .ys span')]
+  .filter(s => !s.closest('.map .ys'))
   .map(s => [s.textContent, parseFloat(s.style.left || s.style.top), s.className])"""
-CENTER = """(key => { const svg = document.querySelector(`figure[data-key="${key}"] svg`); svg.scrollIntoView({block: 'center'});
+CENTER = """(key => {
+  const svg = document.querySelector(`figure[data-key="${key}"] svg`);
+  svg.scrollIntoView({block: 'center'});
   const box = svg.getBoundingClientRect(); return [box.x, box.y, box.width, box.height]; })('%s')"""
 
 
@@ -52,7 +63,9 @@ def two(tmp_path_factory, lines):
         line["tokens"] *= 4
     other[40] |= {"event": "update skipped", "grad_norm": None}
     second = make_run(
-        folder / "b", other, copy.deepcopy(PLAN) | {"name": "a_run_with_a_name_that_is_long_enough_to_wrap"}
+        folder / "b",
+        other,
+        copy.deepcopy(PLAN) | {"name": "a_run_with_a_name_that_is_long_enough_to_wrap"},
     )
     return write_report([make_run(folder / "a", lines), second])
 
@@ -65,10 +78,15 @@ def browser(tmp_path_factory):
 
 
 def assert_ink(browser, figures):
-    shots = [base64.b64encode(browser.screenshot(top, SLICE)).decode() for top in range(0, browser.height(), SLICE)]
+    shots = [
+        base64.b64encode(browser.screenshot(top, SLICE)).decode()
+        for top in range(0, browser.height(), SLICE)
+    ]
     browser.call("Emulation.setScriptExecutionDisabled", value=False)
     seen = [browser.evaluate(INK % (png, number * SLICE)) for number, png in enumerate(shots)]
-    found = [[key, sum(one[n][1] for one in seen), *size] for n, (key, _, *size) in enumerate(seen[0])]
+    found = [
+        [key, sum(one[n][1] for one in seen), *size] for n, (key, _, *size) in enumerate(seen[0])
+    ]
     assert len(found) == figures
     assert [row for row in found if row[1] < 60 or row[2] < 120 or row[3] < 40] == []
 
@@ -98,7 +116,9 @@ def test_every_figure_has_ink(browser, request, which, how):
     background = browser.evaluate("getComputedStyle(document.body).backgroundColor")
     dark = how.get("scheme") == "dark" and how.get("media") != "print"
     assert background == ("rgb(18, 22, 27)" if dark else "rgb(255, 255, 255)")
-    shown = browser.evaluate("getComputedStyle(document.getElementById('controls')).display != 'none'")
+    shown = browser.evaluate(
+        "getComputedStyle(document.getElementById('controls')).display != 'none'"
+    )
     assert shown == ("media" not in how and how.get("script", True))
 
 
@@ -123,7 +143,9 @@ def test_the_switches_redraw_and_bring_everything_back(browser, two):
     assert switch("y", "linear") != before
     after = switch("y", "auto")
     assert [(text, side) for text, _, side in after] == [(text, side) for text, _, side in before]
-    assert [place for _, place, _ in after] == pytest.approx([place for _, place, _ in before], abs=0.1)
+    assert [place for _, place, _ in after] == pytest.approx(
+        [place for _, place, _ in before], abs=0.1
+    )
     assert browser.evaluate(paths) == drawn
     assert browser.messages == []
 
@@ -138,9 +160,13 @@ def test_the_read_out_says_what_was_measured(browser, page, lines, x, y):
     text = browser.evaluate("document.getElementById('tip').innerText")
     step = int(re.search(r"step (\d+)", text).group(1))
     assert abs(step - 0.41 * STEPS) < 4
-    assert float(re.search(r"training ([\d.]+)", text).group(1)) == pytest.approx(lines[step - 1]["loss"], rel=1e-3)
+    assert float(re.search(r"training ([\d.]+)", text).group(1)) == pytest.approx(
+        lines[step - 1]["loss"], rel=1e-3
+    )
 
-    assert float(re.search(r"mean around it ([\d.]+)", text).group(1)) == pytest.approx(2.5 + 8 * step**-0.3, abs=0.1)
+    assert float(re.search(r"mean around it ([\d.]+)", text).group(1)) == pytest.approx(
+        2.5 + 8 * step**-0.3, abs=0.1
+    )
 
     left, top, width, height = browser.evaluate(CENTER % "stability/*/attention_z")
     browser.move(left + 0.7 * width, top + 0.5 * height)  # the second of three layers
@@ -166,5 +192,7 @@ def test_no_browser_is_left_behind(tmp_path):
     browser = Browser(tmp_path)
     browser.close()
     assert browser.process.poll() is not None
-    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    running = subprocess.run(
+        ["ps", "-eo", "args"], capture_output=True, text=True, check=True
+    ).stdout
     assert str(tmp_path) not in running

@@ -39,15 +39,23 @@ def test_bad_input_is_one_line(tmp_path, kind):
         target.mkdir()
     if kind == "foreign":
         (target / "notes.md").write_text("nothing of ours")
-    pattern = {"missing": "no such", "empty": "empty", "foreign": "not a run", "unwritable": "cannot write.*--out"}[
-        kind
-    ]
+    pattern = {
+        "missing": "no such",
+        "empty": "empty",
+        "foreign": "not a run",
+        "unwritable": "cannot write.*--out",
+    }[kind]
     refused(launch(["report", str(target), *more], check=False), pattern)
 
 
 def test_it_needs_no_torch(tmp_path):
     """A report is made wherever a run lies: no CUDA context, no long start."""
     run = make_run(tmp_path / "run", metrics(3, layers=1))
-    code = "import sys, pathlib, archscale.report.run as r; r.write_report([pathlib.Path(sys.argv[1])]); print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code, str(run)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    code = (
+        "import sys, pathlib, archscale.report.run as r;"
+        " r.write_report([pathlib.Path(sys.argv[1])]); print('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(run)], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout.strip() == "False", done.stderr

@@ -1,4 +1,5 @@
-"""A report shows every key of metrics.jsonl, stays small, needs no network, and works on a run at any moment."""
+"""A report shows every key of metrics.jsonl, stays small, needs no network, and works on a run at
+any moment."""
 
 import copy
 import json
@@ -28,7 +29,9 @@ class Page(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.figures: list[dict[str, str]] = []
-        self.paths: list[tuple[dict[str, str], dict[str, str]]] = []  # of a chart: attributes of the svg and of a path
+        self.paths: list[
+            tuple[dict[str, str], dict[str, str]]
+        ] = []  # of a chart: attributes of the svg and of a path
         self.addresses: list[str] = []
         self.ids: list[str] = []
         self.text = ""
@@ -41,7 +44,9 @@ class Page(HTMLParser):
         found = {key: value or "" for key, value in attrs}
         assert len(found) == len(attrs), f"an attribute twice in <{tag}>"
         self.addresses += [
-            value for key, value in found.items() if key in ("href", "src", "xlink:href", "action", "srcset")
+            value
+            for key, value in found.items()
+            if key in ("href", "src", "xlink:href", "action", "srcset")
         ]
         self.ids += [found["id"]] if "id" in found else []
         if tag == "figure":
@@ -72,7 +77,11 @@ class Page(HTMLParser):
         keys = set()
         for figure in self.figures:
             for key in figure["data-key"].split():
-                keys |= {key.replace("*", row) for row in figure.get("data-rows", "").split()} if "*" in key else {key}
+                keys |= (
+                    {key.replace("*", row) for row in figure.get("data-rows", "").split()}
+                    if "*" in key
+                    else {key}
+                )
         return keys
 
 
@@ -92,7 +101,9 @@ def curve(page: Page, name: str, number: int = 0) -> list[tuple[float, float]]:
             x, y = (a, b) if n == 0 else (x + a, y + b)
             if n != 1:
                 share = 1 - y / 10_000
-                points.append((x, lo * (hi / lo) ** share if "data-log" in svg else lo + share * (hi - lo)))
+                points.append(
+                    (x, lo * (hi / lo) ** share if "data-log" in svg else lo + share * (hi - lo))
+                )
     return points
 
 
@@ -104,7 +115,12 @@ def test_every_key_is_in_a_figure(tmp_path):
         "group/some_layer/unheard_of": 2.5,
         "lists/of_numbers": [1, 2],
     }
-    lines[40] |= {"surprise": True, "spectrum/gradient/nuclear_norm": 4.0, "note": "a text", "odd/tree": {"a": 1}}
+    lines[40] |= {
+        "surprise": True,
+        "spectrum/gradient/nuclear_norm": 4.0,
+        "note": "a text",
+        "odd/tree": {"a": 1},
+    }
     page, _ = report(tmp_path, lines)
     keys = set().union(*lines) - AXES - {"note", "odd/tree"}
     assert keys - page.keys == set()
@@ -114,7 +130,9 @@ def test_every_key_is_in_a_figure(tmp_path):
 
 
 def test_it_says_nothing_about_what_is_not_there(tmp_path):
-    lines = [{"step": s, "tokens": 10 * s, "time": 1.0 * s, "loss": 3.0 - s / 100} for s in range(1, 50)]
+    lines = [
+        {"step": s, "tokens": 10 * s, "time": 1.0 * s, "loss": 3.0 - s / 100} for s in range(1, 50)
+    ]
     page, _ = report(tmp_path, lines, plan=None)
     assert page.keys == {"loss"}
     for word in ("Spectra", "Experts", "Stability", "Optimizer", "Events", "Validation", "FLOPs"):
@@ -145,7 +163,10 @@ def test_curves_are_what_was_measured(tmp_path):
     assert loss[-1][0] == 2000
     by_step = {line["step"]: line["loss"] for line in lines}
     assert all(abs(by_step[int(step)] - value) < 1e-3 for step, value in loss)
-    assert max(curve(page, "grad_norm"), key=lambda point: point[1]) == (1235, pytest.approx(77, rel=1e-3))
+    assert max(curve(page, "grad_norm"), key=lambda point: point[1]) == (
+        1235,
+        pytest.approx(77, rel=1e-3),
+    )
 
 
 def test_a_value_that_is_missing_breaks_the_curve_and_is_an_event(tmp_path):
@@ -166,10 +187,16 @@ def big_run(layers: int = 24, experts: int = 0, steps: int = 10_000) -> RunRecor
     """10,000 steps with all that 24 layers can write, in noise, which compresses worst."""
     rng = np.random.default_rng(0)
     every, reading = np.arange(1, steps + 1), np.arange(10, steps + 1, 10)
-    run = RunRecord(Path("big"), "big", every, every * 2048.0, every * 1.0, plan=copy.deepcopy(PLAN))
+    run = RunRecord(
+        Path("big"), "big", every, every * 2048.0, every * 1.0, plan=copy.deepcopy(PLAN)
+    )
     sample = metrics(10, layers=layers, experts=experts)[-1]
     for key, value in sample.items():
-        at = every if key in ("loss", "grad_norm", "lr", "tokens_per_second", "step_seconds") else reading
+        at = (
+            every
+            if key in ("loss", "grad_norm", "lr", "tokens_per_second", "step_seconds")
+            else reading
+        )
         shape = (len(at), len(value)) if isinstance(value, list) else len(at)
         if key not in AXES:
             run.series[key] = Series(at, np.exp(rng.standard_normal(shape)))
@@ -190,12 +217,18 @@ def test_so_do_two_of_them_and_one_with_thousands_of_expert_matrices():
     runs = [big_run(), big_run()]
     runs[1].name = "other"
     assert len(render(runs, make_figures(runs)).encode()) < 2e6
-    names = [f"blocks.{layer}.mlp.experts.up.weight[{e}].gate" for layer in range(8) for e in range(64)]
+    names = [
+        f"blocks.{layer}.mlp.experts.up.weight[{e}].gate" for layer in range(8) for e in range(64)
+    ]
     steps, rng = np.arange(10, 1001, 10), np.random.default_rng(0)
-    runs[0].series = {f"optimizer/matrix/{name}/trust_ratio": Series(steps, rng.random(100)) for name in names}
+    runs[0].series = {
+        f"optimizer/matrix/{name}/trust_ratio": Series(steps, rng.random(100)) for name in names
+    }
     page = Page(render(runs[:1], make_figures(runs[:1])))
     [figure] = page.figures
-    assert figure["data-rows"].split() == [f"blocks.{layer}.mlp.experts.up.weight[*].gate" for layer in range(8)]
+    assert figure["data-rows"].split() == [
+        f"blocks.{layer}.mlp.experts.up.weight[*].gate" for layer in range(8)
+    ]
 
 
 def test_a_run_in_progress(tmp_path):
@@ -237,7 +270,11 @@ def test_damaged_lines_are_skipped_and_said(tmp_path, capsys):
     page = Page(write_report([directory]).read_text())
     said = capsys.readouterr().err
     assert len(read_run(directory).steps) == 20
-    for word in ("line 5 is damaged or foreign: skipped", "2 more such lines skipped", "plan.json is not readable"):
+    for word in (
+        "line 5 is damaged or foreign: skipped",
+        "2 more such lines skipped",
+        "plan.json is not readable",
+    ):
         assert word in page.text
         assert f"archscale: warning: {directory}: " in said
         assert word in said
@@ -310,10 +347,19 @@ def test_the_plan_beside_what_was_measured(tmp_path):
 def test_on_a_device_without_a_known_peak_there_is_no_mfu(tmp_path):
     plan = copy.deepcopy(PLAN)
     plan["devices"] = [
-        {"device": "cpu", "count": 1, "peak_flops": None, "mfu": 0.4, "seconds": None, "step_seconds": None}
+        {
+            "device": "cpu",
+            "count": 1,
+            "peak_flops": None,
+            "mfu": 0.4,
+            "seconds": None,
+            "step_seconds": None,
+        }
     ]
     _, html = report(tmp_path, metrics(20, layers=1), plan)
-    assert "MFU n/a n/a the peak of cpu is not known" in re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
+    assert "MFU n/a n/a the peak of cpu is not known" in re.sub(
+        r"\s+", " ", re.sub(r"<[^>]+>", " ", html)
+    )
 
 
 def test_keys_come_apart_and_together():
@@ -325,7 +371,10 @@ def test_keys_come_apart_and_together():
         parse_key("spectrum/gradient/blocks.0.attention.out.weight/sigma_max").element
         == "blocks.0.attention.out.weight"
     )
-    assert family("blocks.3.mlp.experts.up.weight[7].gate") == ("blocks.*.mlp.experts.up.weight[*].gate", (3, 7))
+    assert family("blocks.3.mlp.experts.up.weight[7].gate") == (
+        "blocks.*.mlp.experts.up.weight[*].gate",
+        (3, 7),
+    )
 
 
 def test_the_plan_of_training_has_what_the_report_reads(tmp_path):
@@ -335,13 +384,19 @@ def test_the_plan_of_training_has_what_the_report_reads(tmp_path):
     from archscale.scaling.plan import make_plan
 
     config = Config.from_dict(
-        {"name": "real", "data": {"train": "none"}, "model": {"vocab_size": 512, "depth": 2, "width": 128}}
+        {
+            "name": "real",
+            "data": {"train": "none"},
+            "model": {"vocab_size": 512, "depth": 2, "width": 128},
+        }
     )
     plan = json.loads(json.dumps(make_plan(config, device=DEVICES["h100"]).as_dict()))
 
     def paths(tree, prefix=""):
         return (
-            {prefix} if not isinstance(tree, dict) else {p for k, v in tree.items() for p in paths(v, f"{prefix}.{k}")}
+            {prefix}
+            if not isinstance(tree, dict)
+            else {p for k, v in tree.items() for p in paths(v, f"{prefix}.{k}")}
         )
 
     assert paths(PLAN) - paths(plan) == set()
@@ -371,9 +426,18 @@ def test_a_plan_of_another_version_or_a_foreign_one_is_no_obstacle():
 def test_values_at_the_edge_of_floating_point(tmp_path):
     extremes = [0.0, -0.0, 1e-320, 1e300, -1e300, None, 5e-324, 1.0, 1.0 + 1e-15, 123456789.123]
     lines = [
-        {"step": s, "tokens": s, "time": 1.0, "loss": value, "a": value, "never": None, "tiny": 1 + s * 1e-12,
-         "group/x/m": value, "list": [value, 1.0]}
+        {
+            "step": s,
+            "tokens": s,
+            "time": 1.0,
+            "loss": value,
+            "a": value,
+            "never": None,
+            "tiny": 1 + s * 1e-12,
+            "group/x/m": value,
+            "list": [value, 1.0],
+        }
         for s, value in enumerate(extremes)
-    ]  # fmt: skip
+    ]
     page, _ = report(tmp_path, lines)
     assert {"loss", "a", "never", "tiny", "group/x/m", "list"} <= page.keys

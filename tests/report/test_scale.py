@@ -6,9 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from archscale.report.scale import Scale, bucket_means, columns, compact, knots, merge_rows, number, thin
+from archscale.report.scale import (
+    Scale,
+    bucket_means,
+    columns,
+    compact,
+    knots,
+    merge_rows,
+    number,
+    thin,
+)
 
-VALUES = arrays.arrays(float, st.integers(1, 3000), elements=st.one_of(st.floats(-1e6, 1e6), st.just(float("nan"))))
+VALUES = arrays.arrays(
+    float, st.integers(1, 3000), elements=st.one_of(st.floats(-1e6, 1e6), st.just(float("nan")))
+)
 
 
 @settings(max_examples=60, deadline=None)
@@ -45,7 +56,10 @@ def test_every_bucket_keeps_its_own_extremes():
 
 
 def test_means_of_buckets():
-    steps, values = np.arange(1000), np.where(np.arange(1000) % 7 == 3, np.nan, np.arange(1000) / 10)
+    steps, values = (
+        np.arange(1000),
+        np.where(np.arange(1000) % 7 == 3, np.nan, np.arange(1000) / 10),
+    )
     at, mean = bucket_means(steps, values, 10)
     assert np.allclose(mean, at / 10)
     assert len(at) == 10
@@ -55,11 +69,13 @@ def test_means_of_buckets():
 @given(
     st.integers(1, 6).flatmap(
         lambda rows: arrays.arrays(
-            float, st.tuples(st.just(rows), st.integers(1, 200)), elements=st.one_of(st.floats(-1e3, 1e3), st.just(float("nan")))
+            float,
+            st.tuples(st.just(rows), st.integers(1, 200)),
+            elements=st.one_of(st.floats(-1e3, 1e3), st.just(float("nan"))),
         )
     ),
     st.integers(1, 50),
-)  # fmt: skip
+)
 def test_columns_keep_what_is_farthest_from_the_median(table, count):
     steps = np.arange(10, 10 + 10 * table.shape[1], 10)
     cells = columns(table, steps, count)
@@ -109,7 +125,13 @@ def test_ticks_lie_inside_ascend_and_differ(lo, extent, log, count):
 def test_tick_labels():
     assert [text for _, text in Scale(0, 10_000).ticks(5)] == ["0", "2k", "4k", "6k", "8k", "10k"]
     assert [text for _, text in Scale(2.9, 3.35).ticks(4)] == ["2.9", "3", "3.1", "3.2", "3.3"]
-    assert [text for _, text in Scale(1e-5, 1e-1, True).ticks(5)] == ["1e-5", "1e-4", "0.001", "0.01", "0.1"]
+    assert [text for _, text in Scale(1e-5, 1e-1, True).ticks(5)] == [
+        "1e-5",
+        "1e-4",
+        "0.001",
+        "0.01",
+        "0.1",
+    ]
     assert [text for _, text in Scale(3e17, 9e20, True).ticks(5)] == ["1e18", "1e19", "1e20"]
 
 
@@ -132,7 +154,14 @@ def test_corners_of_a_batch_ramp():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, "–"), (0.0, "0"), (3.6221692, "3.622"), (98.0, "98"), (1234567.8, "1,234,568"), (1.19e-7, "1.190e-7")],
+    [
+        (None, "–"),
+        (0.0, "0"),
+        (3.6221692, "3.622"),
+        (98.0, "98"),
+        (1234567.8, "1,234,568"),
+        (1.19e-7, "1.190e-7"),
+    ],
 )
 def test_numbers_for_people(value, text):
     assert number(value) == text

@@ -27,7 +27,12 @@ RULES = [
 WIDTHS = [32, 64, 128]
 BOWL = {"form": "quadratic_log", "x": LR, "y": "val_loss"}
 DECAYS = {"optimizer.matrix.rule": "'orscale_lm'", "parameterization.kind": "'standard'"}
-FULL = {"zip": RULES, "axes": {"model.width": WIDTHS, LR: RATES}, "derive": {"model.aspect": None}, "seeds": 2}
+FULL = {
+    "zip": RULES,
+    "axes": {"model.width": WIDTHS, LR: RATES},
+    "derive": {"model.aspect": None},
+    "seeds": 2,
+}
 
 
 def diverging(made):
@@ -40,9 +45,14 @@ def diverging(made):
 def full(tmp_path_factory):
     """60 runs of two rules: one failed, two diverged, one has a report of its own."""
     folder = tmp_path_factory.mktemp("sweep")
-    grid = write_grid(folder, **FULL, fit=[{**BOWL, "group": "optimizer.matrix.rule", "against": "model.width"}])
+    grid = write_grid(
+        folder, **FULL, fit=[{**BOWL, "group": "optimizer.matrix.rule", "against": "model.width"}]
+    )
     directory = make_sweep(
-        folder / "s", grid, diverging, failed={"rule-adamw_width32_lr0.005_seed0": "ran out of <memory>"}
+        folder / "s",
+        grid,
+        diverging,
+        failed={"rule-adamw_width32_lr0.005_seed0": "ran out of <memory>"},
     )
     (directory / "rule-muonh_width32_lr0.01_seed0" / "report.html").write_text("")
     write_sweep_report(directory)
@@ -51,7 +61,11 @@ def full(tmp_path_factory):
 
 def analysed(tmp_path, formula=planted, base=BASE, keys=None, **more):
     return analyse(
-        read_sweep(make_sweep(tmp_path / "s", write_grid(tmp_path, base, **(keys or FULL)), formula, **more))
+        read_sweep(
+            make_sweep(
+                tmp_path / "s", write_grid(tmp_path, base, **(keys or FULL)), formula, **more
+            )
+        )
     )
 
 
@@ -60,7 +74,7 @@ def rows(path):
         return list(csv.DictReader(stream))
 
 
-# ------------------------------------------------------------------------------------------------------------- the page
+# --- the page
 
 
 def test_the_page_says_what_came_of_the_runs(full):
@@ -92,7 +106,9 @@ def test_the_page_says_what_came_of_the_runs(full):
 
 def findings(directory):
     html = write_sweep_report(directory).read_text()
-    return re.findall("<li>(.*?)</li>", html.partition('<ul class="findings">')[2].partition("</ul>")[0])
+    return re.findall(
+        "<li>(.*?)</li>", html.partition('<ul class="findings">')[2].partition("</ul>")[0]
+    )
 
 
 def test_what_could_not_be_fitted_is_not_known(tmp_path):
@@ -102,11 +118,15 @@ def test_what_could_not_be_fitted_is_not_known(tmp_path):
         return {**planted(made), "stability/attention_z": 1.0 if made.model.width == 32 else 16.0}
 
     grid = write_grid(tmp_path, axes={"model.width": [32, 64]}, derive={"model.aspect": None})
-    lines = [line for line in findings(make_sweep(tmp_path / "s", grid, formula)) if "FLOPs" in line]
+    lines = [
+        line for line in findings(make_sweep(tmp_path / "s", grid, formula)) if "FLOPs" in line
+    ]
     (line,) = [line for line in lines if "grow" in line]
     assert line.startswith("Whether these grow with FLOPs is not known (2 points")
     assert "Attention Z-value" in line
-    assert {row["growth"] for row in rows(tmp_path / "s" / "report" / "stability.csv")} == {"not known"}
+    assert {row["growth"] for row in rows(tmp_path / "s" / "report" / "stability.csv")} == {
+        "not known"
+    }
 
 
 def test_growth_is_said_where_an_interval_shows_it(tmp_path):
@@ -120,7 +140,9 @@ def test_growth_is_said_where_an_interval_shows_it(tmp_path):
             "optimizer/trust_ratio_mean": noise,
         }
 
-    grid = write_grid(tmp_path, axes={"model.width": [32, 64, 128, 256, 512]}, derive={"model.aspect": None})
+    grid = write_grid(
+        tmp_path, axes={"model.width": [32, 64, 128, 256, 512]}, derive={"model.aspect": None}
+    )
     lines = findings(make_sweep(tmp_path / "s", grid, formula))
     assert "Attention Z-value grows with FLOPs in 1 of 1 groups." in lines
     assert "Does not grow with FLOPs: MLP output RMS." in lines
@@ -139,7 +161,9 @@ def test_figures_are_accessible_and_follow_the_page_s_colors(full):
     assert not re.search(r"#[0-9a-f]{6}", drawn.replace("#000000", "").replace("#b0b0b0", ""))
     ids = re.findall(r' id="([^"]+)"', html)
     assert len(ids) == len(set(ids))
-    assert set(re.findall(r'href="#([^"]+)"', html)) | set(re.findall(r"url\(#([^)]+)\)", html)) <= set(ids)
+    assert set(re.findall(r'href="#([^"]+)"', html)) | set(
+        re.findall(r"url\(#([^)]+)\)", html)
+    ) <= set(ids)
     assert ">0.005<" in drawn  # a tick is not rounded like a coordinate
 
 
@@ -148,7 +172,8 @@ def test_files_and_tables(full):
     figures = {"flops", "bowls", "optimum_width", "drift", "leverage", "stability"}
     assert {f"{name}.{kind}" for name in figures for kind in ("svg", "png")} <= found
     assert found - {f"{name}.{kind}" for name in figures for kind in ("svg", "png")} == {
-        f"{name}.csv" for name in ("optima", "drift", "curves", "leverage", "stability", "indicators", "runs")
+        f"{name}.csv"
+        for name in ("optima", "drift", "curves", "leverage", "stability", "indicators", "runs")
     }
     assert all((full / "report" / name).stat().st_size < 300_000 for name in found)
     for row in rows(full / "report" / "drift.csv"):  # planted: 1/√width
@@ -156,7 +181,9 @@ def test_files_and_tables(full):
         assert abs(float(row["exponent"]) + 0.5) < 0.15
         assert row["expected"] == ("0" if row["group"].startswith("muonh") else "")
         assert row["verdict"] == "below 0"
-    for row in rows(full / "report" / "leverage.csv"):  # AdamW's loss is 1.06 times as high at exponent −0.05
+    for row in rows(
+        full / "report" / "leverage.csv"
+    ):  # AdamW's loss is 1.06 times as high at exponent −0.05
         assert (row["group"], row["over"]) == ("muonh, hyperp", "adamw, standard")
         assert float(row["leverage"]) == pytest.approx(1.06**20, rel=0.15)
     runs = rows(full / "report" / "runs.csv")
@@ -165,15 +192,21 @@ def test_files_and_tables(full):
 
 
 def test_the_same_runs_give_the_same_bytes(full, tmp_path):
-    before = {path.name: path.read_bytes() for path in [full / "report.html", *(full / "report").iterdir()]}
+    before = {
+        path.name: path.read_bytes()
+        for path in [full / "report.html", *(full / "report").iterdir()]
+    }
     write_sweep_report(full)
-    assert before == {path.name: path.read_bytes() for path in [full / "report.html", *(full / "report").iterdir()]}
+    assert before == {
+        path.name: path.read_bytes()
+        for path in [full / "report.html", *(full / "report").iterdir()]
+    }
     there = write_sweep_report(full, tmp_path / "other.html")
     assert {path.name for path in (tmp_path / "other").iterdir()} == before.keys() - {"report.html"}
     assert 'href="other/bowls.svg"' in there.read_text()
 
 
-# --------------------------------------------------------------------------------------------- what a grid varied
+# --- what a grid varied
 
 
 @pytest.mark.parametrize(
@@ -181,14 +214,28 @@ def test_the_same_runs_give_the_same_bytes(full, tmp_path):
     [
         (FULL, (LR, ["optimizer.matrix.rule"], ["model.width"], [])),
         ({"axes": {"training.tokens": [3840, 7680], LR: RATES}}, (LR, [], ["training.tokens"], [])),
-        ({"axes": {"optimizer.weight_decay": [0.01, 0.02, 0.05, 0.1]}, "derive": DECAYS}, ("optimizer.weight_decay", [], [], [])),
-        ({"axes": {"optimizer.weight_decay": [0, 0.1], "optimizer.matrix.nesterov": [True, False]}, "derive": DECAYS},
-         (None, ["optimizer.matrix.nesterov"], [], ["optimizer.weight_decay"])),
-        ({"axes": {"model.moe": [None, {"top_k": 2, "sparsity": 4}], LR: RATES}}, (LR, ["model.moe"], [], [])),
+        (
+            {"axes": {"optimizer.weight_decay": [0.01, 0.02, 0.05, 0.1]}, "derive": DECAYS},
+            ("optimizer.weight_decay", [], [], []),
+        ),
+        (
+            {
+                "axes": {
+                    "optimizer.weight_decay": [0, 0.1],
+                    "optimizer.matrix.nesterov": [True, False],
+                },
+                "derive": DECAYS,
+            },
+            (None, ["optimizer.matrix.nesterov"], [], ["optimizer.weight_decay"]),
+        ),
+        (
+            {"axes": {"model.moe": [None, {"top_k": 2, "sparsity": 4}], LR: RATES}},
+            (LR, ["model.moe"], [], []),
+        ),
         ({"seeds": 3}, (None, [], [], [])),
     ],
     ids=["rules", "tokens", "decay", "no rate", "section", "seeds"],
-)  # fmt: skip
+)
 def test_any_grid_has_a_report(tmp_path, keys, expected):
     directory = make_sweep(tmp_path / "s", write_grid(tmp_path, **keys))
     sweep = read_sweep(directory)
@@ -219,7 +266,10 @@ def test_experts_are_shown_against_their_granularity(tmp_path):
 
 
 def test_keys_that_move_together_count_once(tmp_path):
-    zipped = [{"model.depth": d, "model.width": w, "model.aspect": None} for d, w in ((2, 32), (3, 64), (4, 128))]
+    zipped = [
+        {"model.depth": d, "model.width": w, "model.aspect": None}
+        for d, w in ((2, 32), (3, 64), (4, 128))
+    ]
     found = analysed(tmp_path, keys={"zip": zipped, "axes": {LR: RATES}})
     assert len(found.axes.scale) == 1
     assert len(found.combinations) == 3
@@ -235,12 +285,16 @@ def test_what_the_parameterization_expects_along_tokens(tmp_path, exponent, expe
     assert drift.reference == pytest.approx(expected)
 
 
-# --------------------------------------------------------------------------------------------------------- the bowls
+# --- the bowls
 
 
 def test_seeds_may_be_more_near_the_optimum(tmp_path):
-    keys = {"axes": {"model.width": WIDTHS, LR: RATES}, "seeds": 3, "derive": {"model.aspect": None},
-            "where": f"seed == 0 or {LR} > 0.008 and {LR} < 0.05"}  # fmt: skip
+    keys = {
+        "axes": {"model.width": WIDTHS, LR: RATES},
+        "seeds": 3,
+        "derive": {"model.aspect": None},
+        "where": f"seed == 0 or {LR} > 0.008 and {LR} < 0.05",
+    }
     found = analysed(tmp_path, keys=keys)
     one = found.combinations[0]
     assert [len(values) for values in one.points] == [1, 3, 3, 3, 1]
@@ -252,7 +306,9 @@ def test_seeds_may_be_more_near_the_optimum(tmp_path):
 
 
 def test_an_optimum_at_the_edge_says_so(tmp_path):
-    found = analysed(tmp_path, keys={"axes": {LR: [0.04, 0.08, 0.16, 0.32]}, "seeds": 2})  # the planted one is at 0.028
+    found = analysed(
+        tmp_path, keys={"axes": {LR: [0.04, 0.08, 0.16, 0.32]}, "seeds": 2}
+    )  # the planted one is at 0.028
     [one] = found.combinations
     assert one.edge == "lowest"
     assert one.fit is None
@@ -265,7 +321,10 @@ def test_an_optimum_at_the_edge_says_so(tmp_path):
 
 def test_runs_that_came_apart_do_not_flatten_the_bowls(tmp_path):
     found = analysed(
-        tmp_path, lambda made: planted(made) | ({"val_loss": 90.0} if made.parameterization.base.lr == 0.08 else {})
+        tmp_path,
+        lambda made: (
+            planted(made) | ({"val_loss": 90.0} if made.parameterization.base.lr == 0.08 else {})
+        ),
     )
     panel = next(figure for figure in make_figures(found) if figure.name == "bowls").panels[0]
     assert panel.y_range
@@ -289,19 +348,23 @@ def test_the_grid_s_own_fits_are_taken_where_they_are_of_these_points(tmp_path):
     ours = {one.arm: one.bowl for one in found.combinations if one.row["model.width"] == 64}
     assert ours["muonh, hyperp"] in asked.groups
     assert ours["adamw, standard"] not in asked.groups  # which the grid's fit leaves out
-    assert ours["adamw, standard"].fit.points == 8  # with its settings all the same: 4 rates, 2 seeds
+    assert (
+        ours["adamw, standard"].fit.points == 8
+    )  # with its settings all the same: 4 rates, 2 seeds
     assert {drift.arm: drift.law in asked.laws for drift in found.drifts} == {
         "muonh, hyperp": True,
         "adamw, standard": False,
     }
 
 
-# ------------------------------------------------------------------------------------------------------ not all there
+# --- not all there
 
 
 def test_a_half_finished_sweep(tmp_path):
     grid = write_grid(tmp_path, **FULL, fit=[BOWL])
-    names = list(yaml.safe_load((make_sweep(tmp_path / "all", grid) / "sweep.yaml").read_text())["runs"])
+    names = list(
+        yaml.safe_load((make_sweep(tmp_path / "all", grid) / "sweep.yaml").read_text())["runs"]
+    )
     directory = make_sweep(tmp_path / "s", grid, unfinished=names[:3], missing=names[20:])
     (directory / names[5] / "metrics.jsonl").write_text("no JSON\n")
     with open(directory / "sweep.jsonl", "a") as log:
@@ -309,7 +372,10 @@ def test_a_half_finished_sweep(tmp_path):
     html = write_sweep_report(directory).read_text()
     assert "16 of 60 runs finished; 44 not finished or not started" in html
     assert "44 runs are missing here" in html
-    reasons = {row["run"]: (row["status"], row["reason"]) for row in rows(directory / "report" / "runs.csv")}
+    reasons = {
+        row["run"]: (row["status"], row["reason"])
+        for row in rows(directory / "report" / "runs.csv")
+    }
     assert reasons[names[0]] == ("not finished", "unfinished: step 10 of 20")
     assert reasons[names[30]] == ("not finished", "was not started")
     assert "not a flat JSON object" in reasons[names[5]][1]
@@ -319,7 +385,10 @@ def test_a_half_finished_sweep(tmp_path):
 def test_a_failure_that_was_made_good_is_none(tmp_path):
     directory = make_sweep(tmp_path / "s", write_grid(tmp_path, axes={LR: RATES}))
     log = directory / "sweep.jsonl"
-    log.write_text('{"event": "failed", "run": "lr0.01", "reason": "killed", "again": false}\n' + log.read_text())
+    log.write_text(
+        '{"event": "failed", "run": "lr0.01", "reason": "killed", "again": false}\n'
+        + log.read_text()
+    )
     assert read_sweep(directory).failed == {}
     with open(log, "a") as stream:
         stream.write('{"event": "failed", "run": "lr0.02", "reason": "killed", "again": true}\n')
@@ -329,12 +398,18 @@ def test_a_failure_that_was_made_good_is_none(tmp_path):
     assert read_sweep(directory).failed == {}
     assert "lr0.02" in read_sweep(directory).table.rows
     (directory / "lr0.02" / "metrics.jsonl").unlink()
-    assert dict(read_sweep(directory).table.left_out) == {"lr0.02": "killed"} == read_sweep(directory).failed
+    assert (
+        dict(read_sweep(directory).table.left_out)
+        == {"lr0.02": "killed"}
+        == read_sweep(directory).failed
+    )
 
 
 def test_nothing_finished_yet(tmp_path):
     grid = write_grid(tmp_path, **FULL, fit=[BOWL])
-    names = list(yaml.safe_load((make_sweep(tmp_path / "all", grid) / "sweep.yaml").read_text())["runs"])
+    names = list(
+        yaml.safe_load((make_sweep(tmp_path / "all", grid) / "sweep.yaml").read_text())["runs"]
+    )
     html = write_sweep_report(make_sweep(tmp_path / "s", grid, missing=names)).read_text()
     assert "0 of 60 runs finished" in html
     assert "no run has finished" in html
@@ -356,7 +431,7 @@ def test_damaged_files(tmp_path):
             read_sweep(directory)
 
 
-# --------------------------------------------------------------------------------------------------- the command line
+# --- the command line
 
 
 def test_the_command(tmp_path):
@@ -369,6 +444,8 @@ def test_the_command(tmp_path):
     for others in ([directory, run], [run, directory]):
         refused(launch(["report", *map(str, others)], check=False), "a sweep is not compared")
     refused(
-        launch(["report", str(directory), "--out", str(tmp_path / "no" / "page.html")], check=False),
+        launch(
+            ["report", str(directory), "--out", str(tmp_path / "no" / "page.html")], check=False
+        ),
         "cannot write.*--out",
     )

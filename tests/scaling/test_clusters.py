@@ -1,4 +1,5 @@
-"""Settings of clusters, and the files that a sweep writes for Kubernetes and SkyPilot; nothing here is started."""
+"""Settings of clusters, and the files that a sweep writes for Kubernetes and SkyPilot; nothing here
+is started."""
 
 import json
 import re
@@ -25,7 +26,10 @@ from tests.commands import launch
 from tests.train.test_sweep import BOWL, LR, bowl, grid, pretend, pretend_run
 from tests.train.tiny import tiny_data
 
-SKY = {"sweep_dir": "/shared/s", "mounts": {"/shared": {"source": "s3://bucket", "mode": "MOUNT_CACHED"}}}
+SKY = {
+    "sweep_dir": "/shared/s",
+    "mounts": {"/shared": {"source": "s3://bucket", "mode": "MOUNT_CACHED"}},
+}
 PODS = {"image": "registry/archscale:1", "claim": "shared"}
 
 
@@ -34,7 +38,7 @@ def data(tmp_path_factory):
     return tiny_data(tmp_path_factory.mktemp("data"))
 
 
-# ------------------------------------------------------------------------------------------------------------ settings
+# --- settings
 
 
 @pytest.mark.parametrize(
@@ -43,20 +47,47 @@ def data(tmp_path_factory):
         ({"slurm": {}}, r"hours"),
         ({"slurm": {"hours": 1, "gpu": 1}}, r'unknown key "?gpu"? \(slurm.gpu in '),
         ({"slurm": {"hours": 0}}, r"hours.*above 0"),
-        ({"slurm": {"hours": 1, "extra": {"output": "x"}}}, r"sbatch's output is not for a grid to set .slurm.extra.output"),
-        ({"slurm": {"hours": 1, "nodes": 2}}, r"1 process of a run do not divide among 2 nodes .*slurm.nodes"),
-        ({"slurm": {"hours": 1, "gpus_per_node": 4}, "processes": 8}, r"8 processes on a machine need as many GPUs, it has 4"),
+        (
+            {"slurm": {"hours": 1, "extra": {"output": "x"}}},
+            r"sbatch's output is not for a grid to set .slurm.extra.output",
+        ),
+        (
+            {"slurm": {"hours": 1, "nodes": 2}},
+            r"1 process of a run do not divide among 2 nodes .*slurm.nodes",
+        ),
+        (
+            {"slurm": {"hours": 1, "gpus_per_node": 4}, "processes": 8},
+            r"8 processes on a machine need as many GPUs, it has 4",
+        ),
         ({"kubernetes": {"image": "a"}}, r"claim"),
-        ({"kubernetes": {**PODS, "gpus": 1}, "processes": 2}, r"2 processes .* it has 1 \(kubernetes.gpus"),
-        ({"kubernetes": {**PODS, "mount": "work"}}, r"work is not an absolute path \(kubernetes.mount"),
-        ({"kubernetes": {**PODS, "pod": {"volumes": []}}}, r"the Job sets volumes itself \(kubernetes.pod.volumes"),
-        ({"skypilot": {**SKY, "sweep_dir": "/home/s"}}, r"/home/s is not below any of /shared.*skypilot.sweep_dir"),
-        ({"skypilot": {**SKY, "mounts": {"/shared": "s3://bucket"}}}, r"files in /shared could not be .*skypilot.mounts./shared"),
+        (
+            {"kubernetes": {**PODS, "gpus": 1}, "processes": 2},
+            r"2 processes .* it has 1 \(kubernetes.gpus",
+        ),
+        (
+            {"kubernetes": {**PODS, "mount": "work"}},
+            r"work is not an absolute path \(kubernetes.mount",
+        ),
+        (
+            {"kubernetes": {**PODS, "pod": {"volumes": []}}},
+            r"the Job sets volumes itself \(kubernetes.pod.volumes",
+        ),
+        (
+            {"skypilot": {**SKY, "sweep_dir": "/home/s"}},
+            r"/home/s is not below any of /shared.*skypilot.sweep_dir",
+        ),
+        (
+            {"skypilot": {**SKY, "mounts": {"/shared": "s3://bucket"}}},
+            r"files in /shared could not be .*skypilot.mounts./shared",
+        ),
         ({"skypilot": {**SKY, "accelerators": "8 H100"}}, r"8 H100 is no accelerator"),
-        ({"skypilot": {**SKY, "accelerators": "L4"}, "processes": 2}, r"2 processes .* it has 1 \(skypilot.accelerators"),
+        (
+            {"skypilot": {**SKY, "accelerators": "L4"}, "processes": 2},
+            r"2 processes .* it has 1 \(skypilot.accelerators",
+        ),
     ],
     ids=lambda value: None if isinstance(value, str) else json.dumps(value)[:60],
-)  # fmt: skip
+)
 def test_settings_that_cannot_work_are_one_line(tmp_path, data, keys, pattern):
     path = grid(tmp_path, data, seeds=1, **keys)
     with pytest.raises(ConfigError, match=pattern) as caught:
@@ -75,7 +106,11 @@ def test_settings_that_cannot_work_are_one_line(tmp_path, data, keys, pattern):
         (How(jobs=2), {"index": 0}, "it trains one run, here and once .*--index"),
         (How(retries=0), {"collect_only": True}, "it trains nothing .*--collect"),
         (How(), {"index": 0, "dry_run": True}, "--index"),
-        (How(), {"index": 2}, r"there is no run 2: the 2 runs of .* count from 0 \(--index\): give at most 1"),
+        (
+            How(),
+            {"index": 2},
+            r"there is no run 2: the 2 runs of .* count from 0 \(--index\): give at most 1",
+        ),
     ],
     ids=lambda value: value.launcher if isinstance(value, How) else None,
 )
@@ -91,16 +126,30 @@ def test_the_examples_of_a_missing_section_work(tmp_path, data):
         with pytest.raises(ConfigError) as caught:
             sweep(path, how=How(launcher), dry_run=True)
         [example] = re.findall("`([^`]*: {.*})`", caught.value.remedy)
-        sweep(grid(tmp_path, data, seeds=1, **yaml.safe_load(example)), how=How(launcher), dry_run=True)
+        sweep(
+            grid(tmp_path, data, seeds=1, **yaml.safe_load(example)),
+            how=How(launcher),
+            dry_run=True,
+        )
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# --- files
 
 
 def test_kubernetes_gets_an_indexed_job(tmp_path, data, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pods = {**PODS, "gpus": 2, "cpus": 0.5, "memory_gb": 1.5, "namespace": "research", "env": {"A": "1"}, "pod": {"nodeSelector": {"gpu": "h200"}}}  # fmt: skip
-    path = grid(tmp_path, data, axes={LR: [0.002, 0.01, 0.02]}, processes=2, kubernetes=pods).relative_to(tmp_path)
+    pods = {
+        **PODS,
+        "gpus": 2,
+        "cpus": 0.5,
+        "memory_gb": 1.5,
+        "namespace": "research",
+        "env": {"A": "1"},
+        "pod": {"nodeSelector": {"gpu": "h200"}},
+    }
+    path = grid(
+        tmp_path, data, axes={LR: [0.002, 0.01, 0.02]}, processes=2, kubernetes=pods
+    ).relative_to(tmp_path)
     sweep(path, ["eval.batches=1"], how=How("kubernetes", jobs=2, retries=5))
     out = capsys.readouterr().out
     assert "nothing is started yet: kubectl apply -f runs/g/kubernetes.yaml" in out
@@ -108,23 +157,45 @@ def test_kubernetes_gets_an_indexed_job(tmp_path, data, capsys, monkeypatch):
     assert (job["apiVersion"], job["kind"]) == ("batch/v1", "Job")
     assert job["metadata"]["namespace"] == "research"
     spec = job["spec"]
-    assert {key: spec[key] for key in ("completionMode", "completions", "parallelism", "backoffLimitPerIndex")} == {
-        "completionMode": "Indexed", "completions": 3, "parallelism": 2, "backoffLimitPerIndex": 5,
-    }  # fmt: skip
+    assert {
+        key: spec[key]
+        for key in ("completionMode", "completions", "parallelism", "backoffLimitPerIndex")
+    } == {
+        "completionMode": "Indexed",
+        "completions": 3,
+        "parallelism": 2,
+        "backoffLimitPerIndex": 5,
+    }
     assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]  # of every refusal
     pod = spec["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # backoffLimitPerIndex and podFailurePolicy demand it
     assert pod["nodeSelector"] == {"gpu": "h200"}
     [container] = pod["containers"]
     assert container["command"] == [
-        "archscale", "sweep", "g.yaml", "--set", "eval.batches=1", "--sweep-dir", "runs/g", "--index", "$(JOB_COMPLETION_INDEX)",
-    ]  # fmt: skip
-    assert container["resources"]["limits"] == {"cpu": "0.5", "memory": "1536Mi", "nvidia.com/gpu": "2"}
-    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        "archscale",
+        "sweep",
+        "g.yaml",
+        "--set",
+        "eval.batches=1",
+        "--sweep-dir",
+        "runs/g",
+        "--index",
+        "$(JOB_COMPLETION_INDEX)",
+    ]
+    assert container["resources"]["limits"] == {
+        "cpu": "0.5",
+        "memory": "1536Mi",
+        "nvidia.com/gpu": "2",
+    }
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
     assert {"name": "shared", "persistentVolumeClaim": {"claimName": "shared"}} in pod["volumes"]
     assert [mount["mountPath"] for mount in container["volumeMounts"]] == ["/shared", "/dev/shm"]
     assert container["env"] == [{"name": "A", "value": "1"}]
-    with pytest.raises(ConfigError, match=r"sweep directory is /elsewhere in the pods, .*kubernetes.mount"):
+    with pytest.raises(
+        ConfigError, match=r"sweep directory is /elsewhere in the pods, .*kubernetes.mount"
+    ):
         write_kubernetes(Path("/elsewhere"), KubernetesConfig(**PODS), "g", [], 1, None, 0, 1)
 
 
@@ -141,7 +212,10 @@ def test_names_for_kubernetes():
     assert made[0] == "lr"
     assert made[2] == "lr-width"
     assert len(set(made)) == len(names)
-    assert all(re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", name) and len(name) <= LONGEST_NAME for name in made)
+    assert all(
+        re.fullmatch("[a-z]([a-z0-9-]*[a-z0-9])?", name) and len(name) <= LONGEST_NAME
+        for name in made
+    )
 
 
 def test_skypilot_gets_a_task_and_a_script_for_what_is_left(tmp_path, data, capsys, monkeypatch):
@@ -153,18 +227,22 @@ def test_skypilot_gets_a_task_and_a_script_for_what_is_left(tmp_path, data, caps
         "setup": ["bash launch/install.sh"],
         "command": ".venv/bin/archscale",
     }
-    path = grid(tmp_path, data, axes={LR: [0.002, 0.01]}, processes=2, skypilot=sky).relative_to(tmp_path)
+    path = grid(tmp_path, data, axes={LR: [0.002, 0.01]}, processes=2, skypilot=sky).relative_to(
+        tmp_path
+    )
     pretend(path, tmp_path / "runs/g", bowl)
     (tmp_path / "runs/g/lr0.01/metrics.jsonl").unlink()
     sweep(path, how=How("skypilot", retries=1))
     assert "nothing is started yet: bash runs/g/skypilot.sh" in capsys.readouterr().out
     task = yaml.safe_load((tmp_path / "runs/g/skypilot.yaml").read_text())
     assert task["resources"] == {
-        "accelerators": "H100:2", "use_spot": True,
+        "accelerators": "H100:2",
+        "use_spot": True,
         "job_recovery": {"strategy": "EAGER_NEXT_REGION", "max_restarts_on_errors": 1},
-    }  # fmt: skip
+    }
     assert (
-        task["run"].splitlines()[1] == ".venv/bin/archscale sweep g.yaml --sweep-dir /shared/s --index $ARCHSCALE_RUN"
+        task["run"].splitlines()[1]
+        == ".venv/bin/archscale sweep g.yaml --sweep-dir /shared/s --index $ARCHSCALE_RUN"
     )
     assert task["envs"] == {"ARCHSCALE_RUN": "0"}
     assert task["file_mounts"] == SKY["mounts"]
@@ -172,10 +250,17 @@ def test_skypilot_gets_a_task_and_a_script_for_what_is_left(tmp_path, data, caps
     (tmp_path / "sky").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "sky").chmod(0o755)
     script = ["bash", "runs/g/skypilot.sh"]
-    done = subprocess.run(script, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, capture_output=True, text=True, timeout=20)
-    assert done.stdout == "jobs launch --yes --detach-run --name g-1 --env ARCHSCALE_RUN=1 runs/g/skypilot.yaml\n", (
-        done.stderr
-    )  # lr0.002 is finished
+    done = subprocess.run(
+        script,
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=20,
+    )
+    assert (
+        done.stdout
+        == "jobs launch --yes --detach-run --name g-1 --env ARCHSCALE_RUN=1 runs/g/skypilot.yaml\n"
+    ), done.stderr  # lr0.002 is finished
 
 
 def test_a_task_on_cpus():
@@ -186,13 +271,19 @@ def test_a_task_on_cpus():
     assert "setup" not in task
 
 
-# ----------------------------------------------------------------------------------------------------- one run, by index
+# --- one run, by index
 
 
 @pytest.mark.parametrize("tokens", ["3072", "'auto'"])
 def test_the_run_that_finishes_last_tabulates_all(tmp_path, data, monkeypatch, capsys, tokens):
     """Training is pretended: what is tested is which run, and what happens then."""
-    path = grid(tmp_path, data, axes={LR: [0.002, 0.005, 0.01, 0.02]}, fit=[BOWL], derive={"training.tokens": tokens})
+    path = grid(
+        tmp_path,
+        data,
+        axes={LR: [0.002, 0.005, 0.01, 0.02]},
+        fit=[BOWL],
+        derive={"training.tokens": tokens},
+    )
     pretend(path, tmp_path / "other", bowl)
     seen = []
 
@@ -225,7 +316,8 @@ def test_collecting_trains_nothing(tmp_path, data, capsys):
 
 
 def test_a_second_stage_on_clusters_that_are_not_watched(tmp_path, data, monkeypatch, capsys):
-    """Files say that more follows; the last run of the first stage does too; then the second stage has indices of its own."""
+    """Files say that more follows; the last run of the first stage does too; then the second stage
+    has indices of its own."""
     pods = {"image": "a", "claim": "c", "mount": str(tmp_path)}
     path = grid(
         tmp_path,
@@ -237,7 +329,9 @@ def test_a_second_stage_on_clusters_that_are_not_watched(tmp_path, data, monkeyp
     )
     sweep(path, sweep_dir=tmp_path / "s", how=How("kubernetes"))
     assert "1 more runs follow from `refine`" in capsys.readouterr().out
-    with pytest.raises(ConfigError, match="there is no run 3: the 3 runs of .*; 1 more of `refine` once"):
+    with pytest.raises(
+        ConfigError, match="there is no run 3: the 3 runs of .*; 1 more of `refine` once"
+    ):
         sweep(path, sweep_dir=tmp_path / "s", index=3)
     seen = []
 
@@ -265,13 +359,16 @@ def test_one_run_by_its_index(tmp_path, data):
     assert (tmp_path / "s/logs/seed7.log").read_text() in done.stdout
     assert [run.finished for run in plan_runs(read_grid(path), tmp_path / "s")] == [False, True]
     (tmp_path / "s/seed0").write_text("a file where the run directory should be")
-    done = launch(["sweep", str(path), "--index", "0", "--sweep-dir", "s"], cwd=tmp_path, check=False)
+    done = launch(
+        ["sweep", str(path), "--index", "0", "--sweep-dir", "s"], cwd=tmp_path, check=False
+    )
     assert done.returncode == 2  # the exit status by which Kubernetes does not try it again
     assert "archscale: run seed0 failed: cannot write the run directory" in done.stderr
 
 
 def test_a_time_limit_without_a_checkpoint_ends_the_run(tmp_path, monkeypatch):
-    """What would be requeued for ever is told instead; a preemption early in its time is none of that."""
+    """What would be requeued for ever is told instead; a preemption early in its time is none of
+    that."""
     import submitit
 
     from archscale.scaling.slurm_task import Task
@@ -279,12 +376,21 @@ def test_a_time_limit_without_a_checkpoint_ends_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(submitit, "JobEnvironment", lambda: type("Here", (), {"job_id": "7_0"}))
     run = tmp_path / "run"
     (run / "checkpoints" / "step_00000005").mkdir(parents=True)
-    task = Task(Job("a", ("train", "c.yaml", "--run-dir", str(run)), tmp_path / "a.log"), 1, tmp_path, 1, True, 3600.0)
+    task = Task(
+        Job("a", ("train", "c.yaml", "--run-dir", str(run)), tmp_path / "a.log"),
+        1,
+        tmp_path,
+        1,
+        True,
+        3600.0,
+    )
     for age, step, ends in ((3500, 5, True), (3500, 4, False), (60, 5, False)):
         word = {"what": "started", "time": time.time() - age, "step": step}
         (tmp_path / "7_0.jsonl").write_text(json.dumps(word) + "\n")
         if not ends:
             assert task.checkpoint().function is task
             continue
-        with pytest.raises(RuntimeError, match="no checkpoint in 1 h: raise slurm.hours, or lower checkpoint.every"):
+        with pytest.raises(
+            RuntimeError, match="no checkpoint in 1 h: raise slurm.hours, or lower checkpoint.every"
+        ):
             task.checkpoint()

@@ -1,4 +1,5 @@
-"""Fits: parity with closed forms, recovery of known laws, coverage of the stated intervals, refusals."""
+"""Fits: parity with closed forms, recovery of known laws, coverage of the stated intervals,
+refusals."""
 
 import numpy as np
 import pytest
@@ -24,7 +25,14 @@ TRUTH = {
     "power": {"coefficient": 30.0, "exponent": -0.05},
     "power_irreducible": {"irreducible": 1.7, "coefficient": 1.1e3, "exponent": -0.16},
     "quadratic_log": {"optimum": 0.012, "minimum": 2.4, "curvature": 0.03},
-    "chinchilla": {"E": 1.69, "A": 406.4, "alpha": 0.34, "B": 410.7, "beta": 0.28, "N_exponent": 0.28 / 0.62},
+    "chinchilla": {
+        "E": 1.69,
+        "A": 406.4,
+        "alpha": 0.34,
+        "B": 410.7,
+        "beta": 0.28,
+        "N_exponent": 0.28 / 0.62,
+    },
 }
 LAW = {
     "power": lambda x: 30 * x[0] ** -0.05,
@@ -47,7 +55,9 @@ def draw(form: str, generator, space: str | None = None) -> np.ndarray:
     return y * np.exp(error) if (space or LAWS[form].space) == "log" else y + error
 
 
-@pytest.mark.parametrize(("space", "exponent", "within"), [("linear", -0.320, 0.001), ("log", -0.3155, 0.00005)])
+@pytest.mark.parametrize(
+    ("space", "exponent", "within"), [("linear", -0.320, 0.001), ("log", -0.3155, 0.00005)]
+)
 def test_the_published_exponent(space, exponent, within):
     found = fit("power", TOKENS, BEST_LR, Settings(space=space)).estimates["exponent"]
     assert found.value == pytest.approx(exponent, abs=within)
@@ -67,7 +77,8 @@ def test_a_law_without_errors_is_recovered(form):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("loss", ["squares", "huber"])
 def test_units_do_not_matter(form, loss):
-    """x in other units moves coefficients and optimum only; y in other units multiplies what is in units of y."""
+    """x in other units moves coefficients and optimum only; y in other units multiplies what is in
+    units of y."""
     y = draw(form, np.random.default_rng(0))
     settings = Settings(replicates=99, loss=loss)
     before, after = fit(form, GRID[form], y, settings), fit(form, GRID[form] * 1e3, y * 7, settings)
@@ -78,7 +89,9 @@ def test_units_do_not_matter(form, loss):
     of_x["coefficient"] = 7 * 1e3 ** -b.get("exponent", 0)
     of_x["A"], of_x["B"] = 7 * 1e3 ** b.get("alpha", 0), 7 * 1e3 ** b.get("beta", 0)
     tolerance = 2e-3 if loss == "huber" else 1e-5  # δ follows the residuals' median to a thousandth
-    assert a == pytest.approx({name: value * of_x.get(name, 1.0) for name, value in b.items()}, rel=tolerance)
+    assert a == pytest.approx(
+        {name: value * of_x.get(name, 1.0) for name, value in b.items()}, rel=tolerance
+    )
     for name in ("exponent", "alpha", "beta"):
         if name in b:
             widths = [f.estimates[name].high - f.estimates[name].low for f in (before, after)]
@@ -90,21 +103,32 @@ def test_a_power_law_in_log_space_is_the_regression_line_with_students_interval(
     u, z = np.log(x), np.log(y)
     slope, level = np.polyfit(u, z, 1)
     found = fit("power", x, y, Settings(replicates=20000))
-    assert values(found) == pytest.approx({"coefficient": np.exp(level), "exponent": slope}, rel=1e-9)
+    assert values(found) == pytest.approx(
+        {"coefficient": np.exp(level), "exponent": slope}, rel=1e-9
+    )
     residuals = z - level - slope * u
     error = np.sqrt((residuals**2).sum() / 10 / ((u - u.mean()) ** 2).sum())
-    assert found.estimates["exponent"].low == pytest.approx(slope - 2.2281 * error, abs=0.05 * error)  # t, 10 d.o.f.
-    assert found.estimates["exponent"].high == pytest.approx(slope + 2.2281 * error, abs=0.05 * error)
+    assert found.estimates["exponent"].low == pytest.approx(
+        slope - 2.2281 * error, abs=0.05 * error
+    )  # t, 10 d.o.f.
+    assert found.estimates["exponent"].high == pytest.approx(
+        slope + 2.2281 * error, abs=0.05 * error
+    )
     assert found.scale == pytest.approx(np.sqrt((residuals**2).sum() / 10), rel=1e-9)
     leverage = 1 / 12 + (u - u.mean()) ** 2 / ((u - u.mean()) ** 2).sum()
-    assert found.leave_one_out == pytest.approx(np.sqrt(((residuals / (1 - leverage)) ** 2).mean()), rel=1e-6)
+    assert found.leave_one_out == pytest.approx(
+        np.sqrt(((residuals / (1 - leverage)) ** 2).mean()), rel=1e-6
+    )
     line = np.polyfit(u[:9], z[:9], 1)
-    assert found.extrapolation == pytest.approx(np.sqrt(((z - np.polyval(line, u))[9:] ** 2).mean()), rel=1e-6)
+    assert found.extrapolation == pytest.approx(
+        np.sqrt(((z - np.polyval(line, u))[9:] ** 2).mean()), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize("form", [*FORMS, "joint"])
 def test_derivatives(form):
-    """Against central differences; a wrong one would only slow the fit down, and spoil the standard errors."""
+    """Against central differences; a wrong one would only slow the fit down, and spoil the standard
+    errors."""
     generator = np.random.default_rng(13)
     law = joint_quadratic(np.zeros(8)) if form == "joint" else LAWS[form]
     u = generator.normal(0, 1, (law.columns, 9))
@@ -131,12 +155,21 @@ def test_no_other_parameters_fit_better(form):
     found = fit(form, GRID[form], y)
     best = found.sample.theta[:1]
     generator = np.random.default_rng(0)
-    near = best + generator.normal(0, 1, (500, best.shape[1])) * np.sqrt(np.diag(found.sample.covariance[0])) * 0.3
+    near = (
+        best
+        + generator.normal(0, 1, (500, best.shape[1]))
+        * np.sqrt(np.diag(found.sample.covariance[0]))
+        * 0.3
+    )
     far = found.law.starts(found.centred(GRID[form]), y)
     for theta in (near, far):
         with np.errstate(all="ignore"):
-            squares = ((np.log(y) - np.log(found.law.predict(theta, found.centred(GRID[form]))[0])) ** 2).sum(1)
-        assert not (squares < ((np.log(y) - np.log(found.predict(GRID[form]))) ** 2).sum() * (1 - 1e-9)).any()
+            squares = (
+                (np.log(y) - np.log(found.law.predict(theta, found.centred(GRID[form]))[0])) ** 2
+            ).sum(1)
+        assert not (
+            squares < ((np.log(y) - np.log(found.predict(GRID[form]))) ** 2).sum() * (1 - 1e-9)
+        ).any()
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -148,19 +181,24 @@ def test_huber_is_least_squares_until_an_outlier_comes(form):
     spoilt = y.copy()
     spoilt[4] *= 1 + 10 * NOISE[form]
     robust, fooled = (
-        fit(form, GRID[form], spoilt, Settings(replicates=99, loss=loss)) for loss in ("huber", "squares")
+        fit(form, GRID[form], spoilt, Settings(replicates=99, loss=loss))
+        for loss in ("huber", "squares")
     )
     truth = LAW[form](GRID[form])
     off = [np.abs(f.predict(GRID[form]) - truth).max() for f in (robust, fooled)]
     assert off[0] < 0.5 * off[1]
 
 
-def covered(form: str, draws: int, loss: str = "squares", space: str | None = None, replicates: int = 99) -> dict:
+def covered(
+    form: str, draws: int, loss: str = "squares", space: str | None = None, replicates: int = 99
+) -> dict:
     """Share of draws whose 95 % intervals hold the truth."""
     generator, hits = np.random.default_rng(5), dict.fromkeys(TRUTH[form], 0)
     for seed in range(draws):
         y = draw(form, generator, space)
-        found = fit(form, GRID[form], y, Settings(space=space, loss=loss, replicates=replicates, seed=seed))
+        found = fit(
+            form, GRID[form], y, Settings(space=space, loss=loss, replicates=replicates, seed=seed)
+        )
         for name, true in TRUTH[form].items():
             hits[name] += found.estimates[name].low <= true <= found.estimates[name].high
     return {name: hit / draws for name, hit in hits.items()}
@@ -183,7 +221,8 @@ def test_intervals_cover_long(form, loss, space):
 
 
 def test_the_optimum_of_a_shallow_bowl_is_covered_too():
-    """Noise as large as the curvature: where the optimum's own standard error would claim too much."""
+    """Noise as large as the curvature: where the optimum's own standard error would claim too
+    much."""
     x, generator, hits = GRID["quadratic_log"][0], np.random.default_rng(6), []
     for seed in range(400):
         try:
@@ -200,7 +239,7 @@ def test_the_optimum_of_a_shallow_bowl_is_covered_too():
     assert 0.92 <= np.mean(hits) <= 0.98
 
 
-# ------------------------------------------------------------------------------------------------ the law of the optima
+# --- the law of the optima
 
 
 def bowls(noise: float, generator, scatter: float = 0.0):
@@ -222,11 +261,14 @@ def test_the_second_stage_is_the_power_law_of_the_optima(space):
     _, fits, tokens = bowls(0.01, np.random.default_rng(7))
     best = [f.estimates["optimum"].value for f in fits]
     found = optimum_law(fits, tokens, Settings(space=space), "w", ("tokens", "lr"))
-    assert values(found) == pytest.approx(values(fit("power", tokens, best, Settings(space=space))), rel=1e-6)
+    assert values(found) == pytest.approx(
+        values(fit("power", tokens, best, Settings(space=space))), rel=1e-6
+    )
 
 
 def test_the_second_stage_carries_the_errors_of_the_first():
-    """Errors that leave the optima exactly on the law: a fit of the optima alone would claim to be certain."""
+    """Errors that leave the optima exactly on the law: a fit of the optima alone would claim to be
+    certain."""
     grid = np.geomspace(0.25, 4, 7)
     basis = np.vander(np.log(grid), 3)
     error = np.random.default_rng(8).normal(0, 1, 7)
@@ -236,8 +278,12 @@ def test_the_second_stage_carries_the_errors_of_the_first():
         fits = []
         for number, t in enumerate(tokens):
             loss = 2.4 + 0.05 * np.log(grid * 0.9) ** 2 + size * error
-            fits.append(fit("quadratic_log", grid * 0.9 * 20 * t**-0.32, loss, Settings(seed=(0, number))))
-        alone = fit("power", tokens, [f.estimates["optimum"].value for f in fits]).estimates["exponent"]
+            fits.append(
+                fit("quadratic_log", grid * 0.9 * 20 * t**-0.32, loss, Settings(seed=(0, number)))
+            )
+        alone = fit("power", tokens, [f.estimates["optimum"].value for f in fits]).estimates[
+            "exponent"
+        ]
         found = optimum_law(fits, tokens, Settings(), "w", ("tokens", "lr")).estimates["exponent"]
         assert found.value == pytest.approx(-0.32, abs=1e-9)
         assert alone.high - alone.low < 1e-6
@@ -282,10 +328,16 @@ def test_the_joint_fit_agrees_with_two_stages_and_is_narrower():
     assert values(exact) == pytest.approx({"coefficient": 20, "exponent": -0.32}, rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------------- leverage
+# --- leverage
 
 
-def curves(generator, noise: float = 0.002, gain: float = 1.5, form: str = "power_irreducible", seed: int = 0):
+def curves(
+    generator,
+    noise: float = 0.002,
+    gain: float = 1.5,
+    form: str = "power_irreducible",
+    seed: int = 0,
+):
     """Curves of A and B: B needs `gain` times the FLOPs everywhere."""
     x, found = np.geomspace(1e18, 6e21, 12), []
     for number, factor in enumerate((gain, 1.0)):
@@ -300,7 +352,9 @@ def test_leverage_of_a_shifted_curve_is_the_shift(form):
     points = leverage(a, b, [], ("a", "b"), "w")
     assert [p.ratio.value for p in points] == pytest.approx([1.5] * 5, rel=1e-6)
     assert (points[0].x, points[-1].x) == pytest.approx((1e18, 6e21))
-    assert [p.extrapolated for p in points] == [()] * 4 + [("b",)]  # at the far end B lies beyond its points
+    assert [p.extrapolated for p in points] == [()] * 4 + [
+        ("b",)
+    ]  # at the far end B lies beyond its points
     a, b = curves(np.random.default_rng(11))
     for there, back in ((a, b), (b, a)):
         (point,) = leverage(there, back, [1e20], ("a", "b"), "w")
@@ -311,7 +365,10 @@ def test_leverage_of_a_shifted_curve_is_the_shift(form):
 
 def test_leverage_over_a_curve_that_ends_above():
     x = np.geomspace(1e18, 1e22, 8)
-    a, b = (fit("power_irreducible", x, E + 1.1e3 * x**-0.16, Settings(replicates=99)) for E in (1.0, 2.0))
+    a, b = (
+        fit("power_irreducible", x, E + 1.1e3 * x**-0.16, Settings(replicates=99))
+        for E in (1.0, 2.0)
+    )
     low, high = leverage(a, b, [1e19, 1e22], ("a", "b"), "w")
     assert np.isfinite(low.ratio.value)
     assert high.ratio.value == np.inf
@@ -324,7 +381,10 @@ def test_intervals_of_leverage_and_prediction_cover():
         a, b = curves(generator, seed=seed)
         (point,) = leverage(a, b, [6e21], ("a", "b"), "w")
         (loss,) = b.predict_interval([1e23])
-        hits += [point.ratio.low <= 1.5 <= point.ratio.high, loss.low <= LAW["power_irreducible"]([1e23]) <= loss.high]
+        hits += [
+            point.ratio.low <= 1.5 <= point.ratio.high,
+            loss.low <= LAW["power_irreducible"]([1e23]) <= loss.high,
+        ]
     assert (hits / 400 >= 0.92).all(), hits / 400
     assert (hits / 400 <= 0.98).all(), hits / 400
 
@@ -340,35 +400,88 @@ def test_leverage_refusals():
     with pytest.raises(DataError, match="quadratic_log is no curve"):
         leverage(
             falling,
-            fit("quadratic_log", GRID["quadratic_log"], LAW["quadratic_log"](GRID["quadratic_log"])),
+            fit(
+                "quadratic_log", GRID["quadratic_log"], LAW["quadratic_log"](GRID["quadratic_log"])
+            ),
             [],
             ("a", "b"),
             "w",
         )
 
 
-# -------------------------------------------------------------------------------------------------------------- refusals
+# --- refusals
 
 
 @pytest.mark.parametrize(
     ("form", "x", "y", "settings", "message"),
     [
-        ("power", [1, 2], [1, 2], {}, r"^2 points are too few for power, which needs 3 at 2 different ones"),
+        (
+            "power",
+            [1, 2],
+            [1, 2],
+            {},
+            r"^2 points are too few for power, which needs 3 at 2 different ones",
+        ),
         ("power_irreducible", [1, 2, 3], [3, 2, 1.5], {}, r"which needs 4"),
         ("quadratic_log", [1, 2, 3, 4, 5], [3, 2, 1, 2, 3.1], {"loss": "huber"}, r"which needs 6"),
-        ("chinchilla", [N[:5], D[:5]], N[:5], {}, r"^5 points are too few for chinchilla, which needs 6"),
+        (
+            "chinchilla",
+            [N[:5], D[:5]],
+            N[:5],
+            {},
+            r"^5 points are too few for chinchilla, which needs 6",
+        ),
         ("power", [2, 2, 2, 2], [1, 2, 3, 4], {}, r"^4 points at 1 different x are too few"),
-        ("power", [1, 2, 3], [1, 0, 3], {}, r"^power takes the logarithm of y, and 1 of its values are not above 0, such as 0 "),
+        (
+            "power",
+            [1, 2, 3],
+            [1, 0, 3],
+            {},
+            r"^power takes the logarithm of y, and 1 of its values are not above 0, such as 0 ",
+        ),
         ("quadratic_log", [-1, 2, 3, 4], [3, 2, 1, 2], {}, r"the logarithm of x.*-1"),
         ("quadratic_log", [1, 2, 4, 8], [0, -1, -1, 0], {"space": "log"}, r"the logarithm of y"),
-        ("chinchilla", [N, 20 * N * (1 + 1e-3 * np.sin(D))], N, {}, r"^x and y move together|^N and D move together"),
-        ("chinchilla", [N, np.where(D > 5e9, 1e9, 2e9)], N, {}, r"needs 3 different values of D, there are 2"),
-        ("quadratic_log", [1, 2, 4, 8], [1, 2, 2, 1], {}, r"^the bowl of y opens downwards.*\(here\): add runs on both sides"),
-        ("quadratic_log", [1, 2, 4, 8], [9, 6, 3.5, 1.5], {}, r"^the optimal x .* lies above the grid, which spans 1 to 8 \(here\): add runs with a higher x"),
+        (
+            "chinchilla",
+            [N, 20 * N * (1 + 1e-3 * np.sin(D))],
+            N,
+            {},
+            r"^x and y move together|^N and D move together",
+        ),
+        (
+            "chinchilla",
+            [N, np.where(D > 5e9, 1e9, 2e9)],
+            N,
+            {},
+            r"needs 3 different values of D, there are 2",
+        ),
+        (
+            "quadratic_log",
+            [1, 2, 4, 8],
+            [1, 2, 2, 1],
+            {},
+            r"^the bowl of y opens downwards.*\(here\): add runs on both sides",
+        ),
+        (
+            "quadratic_log",
+            [1, 2, 4, 8],
+            [9, 6, 3.5, 1.5],
+            {},
+            (
+                r"^the optimal x .* lies above the grid, which spans 1 to 8 \(here\): add runs with"
+                r" a higher x"
+            ),
+        ),
         ("quadratic_log", [1, 2, 4, 8], [1.5, 3.5, 6, 9], {}, r"lies below the grid.*lower x"),
-        ("power_irreducible", [1, 2, 4, 8, 16, 32], [6, 5, 4, 3, 2, 1], {}, r"does not settle.*fewer parameters"),
+        (
+            "power_irreducible",
+            [1, 2, 4, 8, 16, 32],
+            [6, 5, 4, 3, 2, 1],
+            {},
+            r"does not settle.*fewer parameters",
+        ),
     ],
-)  # fmt: skip
+)
 def test_refusals(form, x, y, settings, message):
     names = ("N", "D", "y") if form == "chinchilla" else ("x", "y")
     with pytest.raises(DataError, match=message):

@@ -1,4 +1,5 @@
-"""The plan: figures that agree with what runs, every problem at once, every config of the repository."""
+"""The plan: figures that agree with what runs, every problem at once, every config of the
+repository."""
 
 import json
 import re
@@ -17,7 +18,9 @@ from archscale.train.preflight import plan_config, refuse
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
-CONFIGS = [path for path in CONFIGS if path.parts[1] not in ("sweeps", "studies")]  # not runs, tested on their own
+CONFIGS = [
+    path for path in CONFIGS if path.parts[1] not in ("sweeps", "studies")
+]  # not runs, tested on their own
 H100 = DEVICES["h100"]
 
 
@@ -46,7 +49,10 @@ def test_every_config_of_the_repository_can_be_planned(path):
     plan = make_plan(loaded, world_size=ranks, device=None if small else H100)
     assert not plan.problems, whats(plan)
     text = render(plan.as_dict())
-    assert all(title in text for title in ("\nmodel", "\nparameterization", "\ntraining", "\nmemory", "\ndisk"))
+    assert all(
+        title in text
+        for title in ("\nmodel", "\nparameterization", "\ntraining", "\nmemory", "\ndisk")
+    )
     assert not re.search(r"\bnan\b|\bNone\b", text)
     json.dumps(plan.as_dict())
 
@@ -68,7 +74,10 @@ def test_published_families_have_their_published_budgets(family, depth, tokens):
 @pytest.mark.parametrize("depth", [16, 20, 24])
 def test_larger_members_follow_the_published_formula(depth):
     w, V = 128 * depth, 32000
-    count = lambda d, w: 12 * w * w * d + 2 * w * V + 2 * w * d * (2 * d) * 128 + 2 * w * d * 4 * 128  # noqa: E731
+
+    def count(d, w):
+        return 12 * w * w * d + 2 * w * V + 2 * w * d * (2 * d) * 128 + 2 * w * d * 4 * 128
+
     for family in ("dense", "moe"):
         found = make_plan(load_config(ROOT / f"configs/hyperp/{family}_d{depth}.yaml")).figures
         assert found["model"]["published_parameters"] == count(depth, w)
@@ -82,7 +91,13 @@ def test_every_problem_at_once():
             parallel={"expert": 2},
             parameterization={
                 "kind": "hyperp",
-                "base": {"depth": 2, "width": 64, "lr": 0.01, "tokens": 10**6, "batch_tokens": 1024},
+                "base": {
+                    "depth": 2,
+                    "width": 64,
+                    "lr": 0.01,
+                    "tokens": 10**6,
+                    "batch_tokens": 1024,
+                },
             },
             optimizer={"matrix": {"rule": "muon"}, "element": {"kind": "lion"}},
             training={"micro_batch": 3},
@@ -90,8 +105,11 @@ def test_every_problem_at_once():
         world_size=2,
     )
     assert [p.where for p in plan.problems] == [
-        "optimizer.matrix.rule", "optimizer.element.kind", "parallel.expert", "training.micro_batch",
-    ]  # fmt: skip
+        "optimizer.matrix.rule",
+        "optimizer.element.kind",
+        "parallel.expert",
+        "training.micro_batch",
+    ]
     with pytest.raises(ConfigError, match=r"\(and 3 more problems: `archscale plan` lists them\)$"):
         refuse(plan)
     assert [p["where"] for p in plan.as_dict()["problems"]] == [p.where for p in plan.problems]
@@ -108,10 +126,15 @@ def test_what_does_not_fit_is_refused_with_a_remedy_that_helps():
     assert problem.where == "training.micro_batch"
     assert problem.remedy == "set training.micro_batch: 1, or training.activation_checkpoint: block"
     less = make_plan(config(training={"micro_batch": 1}), device=tiny).figures["memory"]["peak"]
-    least = make_plan(config(training={"activation_checkpoint": "block"}), device=tiny).figures["memory"]["peak"]
+    least = make_plan(config(training={"activation_checkpoint": "block"}), device=tiny).figures[
+        "memory"
+    ]["peak"]
     assert max(less, least) < peak
-    assert not make_plan(config(**eager), device=Device("big", 1e12, peak + RESERVED, "made up")).problems
-    # A compiled model keeps less: refused only when what it holds beside the activations is too much already.
+    assert not make_plan(
+        config(**eager), device=Device("big", 1e12, peak + RESERVED, "made up")
+    ).problems
+    # A compiled model keeps less: refused only when what it holds beside the activations is too
+    # much already.
     compiled = make_plan(config(), device=tiny)
     assert (compiled.problems, [a.what for a in compiled.advice]) == (
         [],
@@ -121,19 +144,42 @@ def test_what_does_not_fit_is_refused_with_a_remedy_that_helps():
 
 
 def test_figures_worked_by_hand():
-    """Depth 1, width 4, one head of 4, relu² of 4, context 8, vocabulary 10, tied, no norms of q and k, no gate; one step."""
+    """Depth 1, width 4, one head of 4, relu² of 4, context 8, vocabulary 10, tied, no norms of q
+    and k, no gate; one step."""
     c = config(
-        model={"depth": 1, "width": 4, "head_dim": 4, "mlp": "relu2", "mlp_ratio": 1, "context": 8, "vocab_size": 10,
-               "tied_embeddings": True, "qk_norm": False, "gated_attention": False},
+        model={
+            "depth": 1,
+            "width": 4,
+            "head_dim": 4,
+            "mlp": "relu2",
+            "mlp_ratio": 1,
+            "context": 8,
+            "vocab_size": 10,
+            "tied_embeddings": True,
+            "qk_norm": False,
+            "gated_attention": False,
+        },
         optimizer={"matrix": {"rule": "muonh", "momentum_dtype": "bfloat16"}},
-        training={"tokens": 64, "batch_tokens": 16, "micro_batch": 1, "precision": "fp32", "activation_checkpoint": "block"},
+        training={
+            "tokens": 64,
+            "batch_tokens": 16,
+            "micro_batch": 1,
+            "precision": "fp32",
+            "activation_checkpoint": "block",
+        },
         checkpoint={"keep": 2},
-    )  # fmt: skip
+    )
     f = make_plan(c, device=Device("x", 1e6, None, "made up"), mfu=0.5).figures
     # Six matrices of 4 × 4 (q, k, v, out, up, down), the embedding of 10 × 4, three norms of 4.
     assert f["model"]["parameters"] == {
-        "total": 148, "active": 148, "embedding": 40, "head": 0, "matrix": 96, "vector": 12, "router": 0
-    }  # fmt: skip
+        "total": 148,
+        "active": 148,
+        "embedding": 40,
+        "head": 0,
+        "matrix": 96,
+        "vector": 12,
+        "router": 0,
+    }
     # Twice each matrix element; scores and values 4 · 4 · (mean of 4.5 visible keys); head 2 · 40.
     forward = {"projections": 128.0, "mlp": 64.0, "attention": 72.0, "head": 80.0}
     assert f["flops"]["forward_per_token"] == forward
@@ -168,11 +214,20 @@ def test_communication_sets_a_bandwidth():
 @pytest.mark.parametrize(
     ("name", "known"),
     [
-        ("h100", "h100"), ("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA A100-SXM4-80GB", "a100"), ("NVIDIA H200", "h200"),
-        ("Tesla K80", None), ("NVIDIA RTX A1000 Laptop GPU", None), ("NVIDIA A100-PCIE-40GB", None), ("NVIDIA H100 PCIe", None),
-        ("NVIDIA H100 NVL", None), ("NVIDIA GH200 480GB", None), ("NVIDIA GB200", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("h100", "h100"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA H200", "h200"),
+        ("Tesla K80", None),
+        ("NVIDIA RTX A1000 Laptop GPU", None),
+        ("NVIDIA A100-PCIE-40GB", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],
-)  # fmt: skip
+)
 def test_a_device_is_known_exactly_or_not_at_all(name, known):
     found = find_device(name)
     assert found == DEVICES[known] if known else (found.peak, found.memory) == (None, None)
@@ -181,19 +236,33 @@ def test_a_device_is_known_exactly_or_not_at_all(name, known):
 def test_an_unknown_device_is_not_guessed():
     plan = make_plan(config(), device=find_device("Tesla K80"))
     assert plan.figures["devices"][0]["seconds"] is None
-    assert "Tesla K80  n/a at 40% of peak n/a, memory n/a (not in the table: a100, h100" in render(plan.as_dict())
+    assert "Tesla K80  n/a at 40% of peak n/a, memory n/a (not in the table: a100, h100" in render(
+        plan.as_dict()
+    )
 
 
 @pytest.mark.parametrize(
     ("expert", "moe", "world", "words"),
     [
-        (3, {"sparsity": 4, "top_k": 3, "shared_expert": False}, 4, "expert 3 does not divide the 4 ranks of a shard group.*set it to 2 or 4"),
-        (4, {"sparsity": 4, "top_k": 4}, 4, "expert 4 does not divide the 15 routed experts.*set it to 1"),
+        (
+            3,
+            {"sparsity": 4, "top_k": 3, "shared_expert": False},
+            4,
+            "expert 3 does not divide the 4 ranks of a shard group.*set it to 2 or 4",
+        ),
+        (
+            4,
+            {"sparsity": 4, "top_k": 4},
+            4,
+            "expert 4 does not divide the 15 routed experts.*set it to 1",
+        ),
         (2, None, 2, "a model without experts has none to spread.*set it to 1"),
     ],
-)  # fmt: skip
+)
 def test_expert_parallelism_that_does_not_fit(expert, moe, world, words):
-    plan = make_plan(config(model={"moe": moe, "mlp_ratio": 3}, parallel={"expert": expert}), world_size=world)
+    plan = make_plan(
+        config(model={"moe": moe, "mlp_ratio": 3}, parallel={"expert": expert}), world_size=world
+    )
     assert re.search(words, whats(plan))
 
 
@@ -201,11 +270,16 @@ def test_unusual_choices_are_advised_against_and_run():
     base = {"depth": 2, "width": 64, "lr": 0.01, "tokens": 10**6, "batch_tokens": 1024}
     plan = make_plan(
         config(
-            model={"moe": {"top_k": 4, "sqrt_gate": False}}, parameterization={"kind": "hyperp", "base": base},
+            model={"moe": {"top_k": 4, "sqrt_gate": False}},
+            parameterization={"kind": "hyperp", "base": base},
             schedule={"warmup_tokens": 1000},
         )
-    )  # fmt: skip
-    assert [a.where for a in plan.advice] == ["model.depth_mup", "model.moe.sqrt_gate", "schedule.warmup_tokens"]
+    )
+    assert [a.where for a in plan.advice] == [
+        "model.depth_mup",
+        "model.moe.sqrt_gate",
+        "schedule.warmup_tokens",
+    ]
 
 
 def test_a_ramp_that_changes_nothing_is_refused():
@@ -216,9 +290,13 @@ def test_a_ramp_that_changes_nothing_is_refused():
 
 def test_no_budget_keeps_no_model_from_being_shown():
     c = config(
-        model={"width": 48, "heads": 5}, training={"tokens": "auto"},
-        parameterization={"kind": "hyperp", "base": {"depth": 2, "width": 64, "lr": 1, "tokens": 9, "batch_tokens": 1024}},
-    )  # fmt: skip
+        model={"width": 48, "heads": 5},
+        training={"tokens": "auto"},
+        parameterization={
+            "kind": "hyperp",
+            "base": {"depth": 2, "width": 64, "lr": 1, "tokens": 9, "batch_tokens": 1024},
+        },
+    )
     plan = make_plan(c)
     assert [p.where for p in plan.problems] == ["parameterization.base.heads"]
     assert set(plan.figures) == {"model"}
@@ -240,7 +318,9 @@ def test_vocabulary_advice():
 
 
 def test_a_constant_gate_is_advised_against():
-    assert [a.remedy for a in make_plan(config(model={"moe": {"top_k": 2}})).advice] == ["set it to at least 3"]
+    assert [a.remedy for a in make_plan(config(model={"moe": {"top_k": 2}})).advice] == [
+        "set it to at least 3"
+    ]
     for moe in ({"top_k": 4}, {"top_k": 2, "shared_expert": False}):
         assert not make_plan(config(model={"moe": moe})).advice
 
@@ -265,5 +345,7 @@ def test_tables_agree_with_the_optimizer():
 def test_initialization_of_the_plan_is_the_models():
     from archscale.model.transformer import EMBEDDING_STD, HEAD_STD
 
-    assert INITIALIZATION["embedding"] == f"N(0, {EMBEDDING_STD:g})".replace("0.0001", "1e-4").replace("1e-04", "1e-4")
+    assert INITIALIZATION["embedding"] == f"N(0, {EMBEDDING_STD:g})".replace(
+        "0.0001", "1e-4"
+    ).replace("1e-04", "1e-4")
     assert INITIALIZATION["head"] == INITIALIZATION["tied"] == f"N(0, {HEAD_STD:g})"

@@ -1,6 +1,8 @@
-"""Sweeps on a real Slurm of two nodes on this machine: the same results, nothing lost and nothing submitted twice.
+"""Sweeps on a real Slurm of two nodes on this machine: the same results, nothing lost and nothing
+submitted twice.
 
-Most tests submit a line of Python instead of a training run: what is tested is who knows what of whom.
+Most tests submit a line of Python instead of a training run: what is tested is who knows what of
+whom.
 """
 
 import json
@@ -38,12 +40,17 @@ def cluster_env(tmp_path_factory):
 
 @pytest.fixture
 def slurm(cluster_env, monkeypatch, tmp_path):
-    """Commands of Slurm in this process and in those that it starts; ends the jobs that a test has left."""
+    """Commands of Slurm in this process and in those that it starts; ends the jobs that a test has
+    left."""
     for key, value in cluster_env.items():
         monkeypatch.setenv(key, value)
-    for key in [key for key in os.environ if key.startswith(("SLURM_", "SUBMITIT_")) and key != "SLURM_CONF"]:
+    for key in [
+        key for key in os.environ if key.startswith(("SLURM_", "SUBMITIT_")) and key != "SLURM_CONF"
+    ]:
         monkeypatch.delenv(key)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    )
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.chdir(tmp_path)  # where the tasks start
@@ -66,32 +73,48 @@ def queue():
 
 def count(path, then=""):
     """Python that counts its starts in a file as `n`."""
-    return f"import os, time, pathlib; p = pathlib.Path({str(path)!r}); n = len(p.read_text()) if p.exists() else 0; p.write_text('x' * (n + 1)); {then}"
+    return (
+        f"import os, time, pathlib; p = pathlib.Path({str(path)!r}); n = len(p.read_text()) if"
+        f" p.exists() else 0; p.write_text('x' * (n + 1)); {then}"
+    )
 
 
-# ----------------------------------------------------------------------------------------------------------- tasks
+# --- tasks
 
 
 def test_a_crash_is_submitted_again_a_refusal_is_not_and_others_go_on(slurm, tmp_path):
     refused = "import sys; print('archscale: no (a): b'); sys.exit(2)"
     codes = {
-        "twice": count(tmp_path / "n", "os.kill(os.getpid(), 9) if n < 1 else None"), "refused": refused,
-        "crash": "print('last words'); 1 / 0", "good": "pass",
-    }  # fmt: skip
+        "twice": count(tmp_path / "n", "os.kill(os.getpid(), 9) if n < 1 else None"),
+        "refused": refused,
+        "crash": "print('last words'); 1 / 0",
+        "good": "pass",
+    }
     one = Sweep(tmp_path / "s", codes, retries=1)
-    assert one.go() == {"refused": "no (a): b", "crash": "exit status 1: ZeroDivisionError: division by zero"}
+    assert one.go() == {
+        "refused": "no (a): b",
+        "crash": "exit status 1: ZeroDivisionError: division by zero",
+    }
     assert sorted(one.told("submitted")) == [
-        ("crash", 1), ("crash", 2), ("good", 1), ("refused", 1), ("twice", 1), ("twice", 2),
-    ]  # fmt: skip
+        ("crash", 1),
+        ("crash", 2),
+        ("good", 1),
+        ("refused", 1),
+        ("twice", 1),
+        ("twice", 2),
+    ]
     assert sorted(one.told("finished")) == [("good", 1), ("twice", 2)]
     assert (tmp_path / "s/logs/crash.log").read_text().count("last words") == 2
-    # In a job that goes on with the sweep, what failed for good stays failed; a person's command tries it again.
+    # In a job that goes on with the sweep, what failed for good stays failed; a person's command
+    # tries it again.
     tasks = len(queue())
     assert one.go(continued=True) == {
         "refused": "no (a): b",
         "crash": "exit status 1: ZeroDivisionError: division by zero",
     }
-    assert len(queue()) == tasks + 2  # the two that finished are none of a launcher's business: a sweep leaves them out
+    assert (
+        len(queue()) == tasks + 2
+    )  # the two that finished are none of a launcher's business: a sweep leaves them out
     one.jobs = [job for job in one.jobs if job.name == "crash"]
     one.go()
     assert one.told("submitted")[-2:] == [("crash", 1), ("crash", 2)]
@@ -99,8 +122,9 @@ def test_a_crash_is_submitted_again_a_refusal_is_not_and_others_go_on(slurm, tmp
 
 def test_a_requeued_task_goes_on_and_a_cancelled_one_is_not_tried_again(slurm, tmp_path):
     codes = {
-        "requeued": count(tmp_path / "n", "time.sleep(60) if n < 2 else None"), "cancelled": "import time; time.sleep(60)"
-    }  # fmt: skip
+        "requeued": count(tmp_path / "n", "time.sleep(60) if n < 2 else None"),
+        "cancelled": "import time; time.sleep(60)",
+    }
     one, done = Sweep(tmp_path / "s", codes), []
 
     def starts():
@@ -113,7 +137,9 @@ def test_a_requeued_task_goes_on_and_a_cancelled_one_is_not_tried_again(slurm, t
                 tasks[line["run"]] = line["task"]
         if not done and len(started) == 2 and starts() == 1:
             done.append(slurm("scontrol", "requeue", tasks["requeued"]))
-        if len(done) == 1 and len(started) == 3 and starts() == 2:  # submitit's own signal before a time limit
+        if (
+            len(done) == 1 and len(started) == 3 and starts() == 2
+        ):  # submitit's own signal before a time limit
             done.append(slurm("scancel", "--signal=USR2", tasks["requeued"]))
             slurm("scancel", tasks["cancelled"])
         if queue()[tasks["requeued"]][0] == "PENDING":
@@ -127,8 +153,12 @@ def test_a_requeued_task_goes_on_and_a_cancelled_one_is_not_tried_again(slurm, t
 
 
 def test_killed_with_9_it_attaches_to_what_is_queued_and_submits_nothing_twice(slurm, tmp_path):
-    """Killed while one run trains and one waits; then once more just after a submission that it had no time to note."""
-    codes = {name: count(tmp_path / name, f"time.sleep({seconds})") for name, seconds in (("a", 4), ("b", 1), ("c", 0))}
+    """Killed while one run trains and one waits; then once more just after a submission that it had
+    no time to note."""
+    codes = {
+        name: count(tmp_path / name, f"time.sleep({seconds})")
+        for name, seconds in (("a", 4), ("b", 1), ("c", 0))
+    }
     one = Sweep(tmp_path / "s", codes, at_once=1)
     script = f"""
 from pathlib import Path
@@ -143,7 +173,11 @@ one.go()
         process.kill()
         process.wait()
     log = one.folder / "sweep.jsonl"
-    log.write_text("".join(line for line in log.read_text().splitlines(keepends=True) if '"run": "b"' not in line))
+    log.write_text(
+        "".join(
+            line for line in log.read_text().splitlines(keepends=True) if '"run": "b"' not in line
+        )
+    )
     tasks = set(queue())
     assert one.go() == {}
     assert set(queue()) == tasks
@@ -155,21 +189,30 @@ one.go()
 @pytest.mark.slow
 def test_without_waiting_another_job_goes_on(slurm, tmp_path):
     """Here the command that it gives is refused, and its log says so."""
-    one = Sweep(tmp_path / "s", {"a": "import time; time.sleep(2)", "b": "pass"}, follow=["sweep", "nowhere.yaml"])
+    one = Sweep(
+        tmp_path / "s",
+        {"a": "import time; time.sleep(2)", "b": "pass"},
+        follow=["sweep", "nowhere.yaml"],
+    )
     for _ in range(2):  # the second time everything is queued
         with pytest.raises(LeftToSlurm, match="2 runs are in Slurm's queue as s-"):
             one.go()
     names = [
-        name for _, name in queue().values() if name.startswith(one.folder.joinpath("slurm/name").read_text().strip())
+        name
+        for _, name in queue().values()
+        if name.startswith(one.folder.joinpath("slurm/name").read_text().strip())
     ]
     assert sorted(name.endswith("-next") for name in names) == [False, False, True]
     wait(
         lambda: (
-            (one.folder / "logs/sweep.log").exists() and "nowhere.yaml" in (one.folder / "logs/sweep.log").read_text()
+            (one.folder / "logs/sweep.log").exists()
+            and "nowhere.yaml" in (one.folder / "logs/sweep.log").read_text()
         )
     )
     assert all(
-        state == "COMPLETED" for state, name in queue().values() if name == names[0] and not name.endswith("-next")
+        state == "COMPLETED"
+        for state, name in queue().values()
+        if name == names[0] and not name.endswith("-next")
     )
     assert one.go(continued=True) == {}
     assert len(one.told("submitted")) == 2
@@ -178,7 +221,10 @@ def test_without_waiting_another_job_goes_on(slurm, tmp_path):
 def wait(condition, seconds=100.0):
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, (queue(), [path.read_text()[-2000:] for path in Path("s/slurm").glob("*.out")])
+        assert time.monotonic() < end, (
+            queue(),
+            [path.read_text()[-2000:] for path in Path("s/slurm").glob("*.out")],
+        )
         time.sleep(0.05)
 
 
@@ -204,8 +250,9 @@ def test_ends_that_no_sweep_saw_are_told(tmp_path):
     (tmp_path / "slurm/1_1.jsonl").write_text('{"time": 1, "what": "started"}\n')
     found = launcher.unseen(tmp_path, "abcd")
     assert [(event.what, event.job.name, event.attempt, event.task) for event in found] == [
-        ("finished", "a", 2, "1_0"), ("finished", "b", 2, "1_1"),
-    ]  # fmt: skip
+        ("finished", "a", 2, "1_0"),
+        ("finished", "b", 2, "1_1"),
+    ]
     assert found[0].seconds == 8
 
 
@@ -215,7 +262,7 @@ def test_without_slurm_it_is_refused(monkeypatch, tmp_path):
         SlurmLauncher(SETTINGS, tmp_path, "s", None, 0)
 
 
-# -------------------------------------------------------------------------------------------------------- whole sweeps
+# --- whole sweeps
 
 
 @pytest.fixture(scope="module")
@@ -231,32 +278,40 @@ def alone(path, folder):
 
 @pytest.mark.timeout(300)  # five times the import of torch: a minute where cores are busy
 def test_a_sweep_on_slurm_has_the_results_of_this_machine(slurm, tmp_path, data, capsys):
-    keys = {"slurm": {"hours": 0.5, "setup": ["export GREETING=hello"]}, "axes": {LR: [0.002, 0.01]}}
+    keys = {
+        "slurm": {"hours": 0.5, "setup": ["export GREETING=hello"]},
+        "axes": {LR: [0.002, 0.01]},
+    }
     expected = alone(grid(tmp_path, data, **keys), tmp_path / "alone")
     with pytest.raises(ConfigError, match="needs a section `slurm` .*add `slurm: {hours"):
         sweep(grid(tmp_path, data, axes={LR: [0.002]}), sweep_dir=tmp_path / "s", how=How("slurm"))
     keys["axes"] = {LR: [0.002, 0.01, 0.02]}
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "lr0.02").write_text("a file where the run directory should be")
-    with pytest.raises(TrainingError, match=r"1 of 3 runs failed: lr0.02: cannot write the run directory"):
+    with pytest.raises(
+        TrainingError, match=r"1 of 3 runs failed: lr0.02: cannot write the run directory"
+    ):
         sweep(grid(tmp_path, data, **keys), sweep_dir=tmp_path / "s", how=How("slurm"))
     assert (tmp_path / "s" / "results.csv").read_text().splitlines()[:3] == expected.splitlines()
-    assert [len(events(tmp_path / "s", what)) for what in ("submitted", "started", "finished", "failed")] == [
-        3,
-        3,
-        2,
-        1,
-    ]
+    assert [
+        len(events(tmp_path / "s", what)) for what in ("submitted", "started", "finished", "failed")
+    ] == [3, 3, 2, 1]
     out = capsys.readouterr().out
-    assert "a task of a Slurm array each: 1 process on 1 node, 0 GPUs and 1 core a node, requeued after 0.5 h" in out
+    assert (
+        "a task of a Slurm array each: 1 process on 1 node, 0 GPUs and 1 core a node, requeued"
+        " after 0.5 h" in out
+    )
     assert "3/3" not in out
     assert "lr0.02: failed: cannot write" in out
 
 
 def archscale(*words, until=None):
-    """A command in a process that Slurm's tasks do not count as part of; killed with -9 once `until` holds."""
+    """A command in a process that Slurm's tasks do not count as part of; killed with -9 once
+    `until` holds."""
     with open("out", "w") as out:
-        process = subprocess.Popen([sys.executable, "-m", "archscale", *map(str, words)], stdout=out, stderr=out)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "archscale", *map(str, words)], stdout=out, stderr=out
+        )
     try:
         wait(lambda: process.poll() is not None or (until and until()), 300)
         assert until or process.returncode == 0, Path("out").read_text()
@@ -268,12 +323,16 @@ def archscale(*words, until=None):
 
 @pytest.mark.slow
 def test_a_killed_sweep_attaches_and_ends_as_if_left_alone(slurm, tmp_path, data):
-    path = grid(tmp_path, data, steps=24, every=4, axes={LR: [0.002, 0.01, 0.05]}, slurm={"hours": 0.5})
+    path = grid(
+        tmp_path, data, steps=24, every=4, axes={LR: [0.002, 0.01, 0.05]}, slurm={"hours": 0.5}
+    )
     expected = alone(path, tmp_path / "alone")
     killed = tmp_path / "killed"
     words = ["sweep", path, "--launcher", "slurm", "--sweep-dir", killed, "--jobs", "2"]
     archscale(*words, until=lambda: list(killed.glob("lr*/checkpoints/step_*")))
-    archscale(*words, until=lambda: (killed / "sweep.jsonl").read_text().count('"event": "sweep"') == 2)
+    archscale(
+        *words, until=lambda: (killed / "sweep.jsonl").read_text().count('"event": "sweep"') == 2
+    )
     archscale(*words)
     assert (killed / "results.csv").read_text() == expected
     assert sorted(events(killed, "submitted")) == ["lr0.002", "lr0.01", "lr0.05"]
@@ -289,9 +348,11 @@ def test_a_killed_sweep_attaches_and_ends_as_if_left_alone(slurm, tmp_path, data
 
 @pytest.mark.slow
 def test_a_sweep_left_to_slurm_collects_its_results_there(slurm, tmp_path, data):
-    """One run crashes in its first attempt, so that the job that goes on submits it again, and another such job."""
+    """One run crashes in its first attempt, so that the job that goes on submits it again, and
+    another such job."""
     crash = (
-        f'if [ "$SLURM_ARRAY_TASK_ID" = 1 ] && [ ! -e {tmp_path}/crashed ]; then touch {tmp_path}/crashed; exit 7; fi'
+        f'if [ "$SLURM_ARRAY_TASK_ID" = 1 ] && [ ! -e {tmp_path}/crashed ]; then touch'
+        f" {tmp_path}/crashed; exit 7; fi"
     )
     path = grid(tmp_path, data, axes={LR: [0.002, 0.01]}, slurm={"hours": 0.5, "setup": [crash]})
     expected = alone(path, tmp_path / "alone")

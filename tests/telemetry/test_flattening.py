@@ -44,7 +44,11 @@ def measured(problem, G, tolerance=1e-5):
     found = {}
     for name, D in directions(G, SCHEMES).items():
         bound = guaranteed([G], [D], problem.lipschitz)
-        found[name] = edge(lambda lr: problem.loss(E - lr * D) - base, bound / 7, tolerance), bound  # noqa: B023
+
+        def change(lr, D=D):
+            return problem.loss(E - lr * D) - base
+
+        found[name] = edge(change, bound / 7, tolerance), bound
     return found
 
 
@@ -52,7 +56,8 @@ def measured(problem, G, tolerance=1e-5):
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
 def test_the_edges_of_the_theorem(L, exponent, shape):
-    """Where the curvature is L in every direction: (2/L) σ̄ for exact Muon, 2/L for gradient descent, (2/L) σ_max for G / σ_max."""
+    """Where the curvature is L in every direction: (2/L) σ̄ for exact Muon, 2/L for gradient
+    descent, (2/L) σ_max for G / σ_max."""
     m, n = shape
     problem = LeastSquares(L * torch.eye(n, dtype=torch.float64), torch.eye(m, dtype=torch.float64))
     values = power_spectrum(12, exponent, 3.0)
@@ -78,7 +83,9 @@ def test_below_the_guarantee_every_step_decreases_an_uneven_loss(seed):
     problem = LeastSquares(2 * covariance(16, 30, draw), covariance(10, 20, draw))
     H = torch.kron(problem.A, problem.B)
     assert problem.lipschitz == pytest.approx(float(torch.linalg.eigvalsh(H)[-1]))
-    for name, (got, bound) in measured(problem, planted(power_spectrum(10, 1.0, 1.0), 10, 16, draw)).items():
+    for name, (got, bound) in measured(
+        problem, planted(power_spectrum(10, 1.0, 1.0), 10, 16, draw)
+    ).items():
         assert got >= bound * (1 - 1e-4), name
 
 
@@ -87,7 +94,9 @@ def test_least_squares_is_the_kronecker_product():
     problem = LeastSquares(covariance(5, 7, draw), covariance(3, 4, draw))
     E = torch.randn(3, 5, generator=draw, dtype=torch.float64)
     flat = E.mT.flatten()  # column by column: vec(B E A) = (A ⊗ B) vec(E)
-    assert problem.loss(E) == pytest.approx(0.5 * float(flat @ torch.kron(problem.A, problem.B) @ flat))
+    assert problem.loss(E) == pytest.approx(
+        0.5 * float(flat @ torch.kron(problem.A, problem.B) @ flat)
+    )
     X = E.clone().requires_grad_()
     [auto] = torch.autograd.grad(0.5 * (X * (problem.B @ X @ problem.A)).sum(), X)
     torch.testing.assert_close(problem.gradient(E), auto)
@@ -117,15 +126,19 @@ def test_edges_that_do_not_exist_and_losses_that_are_not_finite():
     assert edge(lambda lr: lr, 1.0) == 0
     assert edge(lambda lr: -lr if lr < 3 else math.nan, 1.0, 1e-6) == pytest.approx(3, rel=1e-6)
     # the first of two intervals: from well below it, not from the second
-    assert edge(lambda lr: (lr - 1) if lr < 2 else -1.0 if lr < 4 else 1.0, 0.01, 1e-6, 1.2) == pytest.approx(
-        1, rel=1e-6
-    )
+    assert edge(
+        lambda lr: (lr - 1) if lr < 2 else -1.0 if lr < 4 else 1.0, 0.01, 1e-6, 1.2
+    ) == pytest.approx(1, rel=1e-6)
 
 
 def test_the_largest_curvature_is_found_and_may_be_negative():
     draw = generator()
     X = torch.randn(40, 40, generator=draw, dtype=torch.float64)
-    for H in (X + X.mT, -(X @ X.mT), torch.diag(torch.tensor([3.0, 3.0, -7.0, 0.0], dtype=torch.float64))):
+    for H in (
+        X + X.mT,
+        -(X @ X.mT),
+        torch.diag(torch.tensor([3.0, 3.0, -7.0, 0.0], dtype=torch.float64)),
+    ):
         expected = float(torch.linalg.eigvalsh(H).abs().max())
         assert largest_curvature(lambda v: H @ v, len(H), 40) == pytest.approx(expected, rel=1e-9)  # noqa: B023
     few = [largest_curvature(lambda v: (X + X.mT) @ v, 40, k) for k in (2, 6, 12)]
@@ -157,7 +170,8 @@ def test_the_residual_of_five_iterations():
 
 
 def test_conditioning_against_the_dense_matrices():
-    """All three spectra, from kron(A, B), and from the preconditioner as it multiplies a vectorised gradient."""
+    """All three spectra, from kron(A, B), and from the preconditioner as it multiplies a vectorised
+    gradient."""
     draw = generator()
     m, n, k = 4, 6, 9
     A, B = covariance(n, 50, draw), covariance(m, 20, draw)
@@ -174,7 +188,9 @@ def test_conditioning_against_the_dense_matrices():
     for name, preconditioner in P.items():
         values = torch.linalg.eigvals(preconditioner @ H).real.sort().values
         assert found[name].condition == pytest.approx(float(values[-1] / values[0]), rel=1e-6), name
-        assert found[name].effective == pytest.approx(float(values[-1] / values.mean()), rel=1e-6), name
+        assert found[name].effective == pytest.approx(
+            float(values[-1] / values.mean()), rel=1e-6
+        ), name
     values = torch.linalg.eigvalsh(C).sqrt()
     assert found["spread"].condition == pytest.approx(float(values[-1] / values[0]), rel=1e-6)
 
@@ -188,14 +204,17 @@ def test_both_preconditioners_give_muons_direction():
 
 
 def test_gaussian_errors_remove_the_condition_of_the_outputs():
-    """E[G Gᵀ] = tr(A²) B² then, so the left preconditioner turns κ(A) κ(B) into κ(A), and the gain is the spread."""
+    """E[G Gᵀ] = tr(A²) B² then, so the left preconditioner turns κ(A) κ(B) into κ(A), and the gain
+    is the spread."""
     draw = generator()
     A, B = covariance(32, 10, draw), covariance(4, 100, draw)
     G = B @ torch.randn(4000, 4, 32, generator=draw, dtype=torch.float64) @ A
     found = preconditioned(A, B, G)
     assert found["before"].condition == pytest.approx(1000, rel=1e-6)
     assert found["left"].condition == pytest.approx(10, rel=0.1)
-    assert found["before"].condition / found["left"].condition == pytest.approx(found["spread"].condition, rel=0.1)
+    assert found["before"].condition / found["left"].condition == pytest.approx(
+        found["spread"].condition, rel=0.1
+    )
 
 
 def test_damping_is_relative_and_ratios_stay_finite():
@@ -207,7 +226,8 @@ def test_damping_is_relative_and_ratios_stay_finite():
 
 
 def test_gradient_descent_diverges_beyond_two_over_l_and_muon_stays_bounded():
-    """The loss scaled by 10: σ̄ = 10, L = 10. At η = 1 gradient descent is five times over its edge, Muon at half of its own."""
+    """The loss scaled by 10: σ̄ = 10, L = 10. At η = 1 gradient descent is five times over its
+    edge, Muon at half of its own."""
     eye = torch.eye(6, dtype=torch.float64)
     E = planted(power_spectrum(6, 1.0, 1.0), 6, 6, generator())
     plain, scaled = LeastSquares(eye, eye), LeastSquares(10 * eye, eye)
@@ -218,7 +238,9 @@ def test_gradient_descent_diverges_beyond_two_over_l_and_muon_stays_bounded():
     assert len(muon) == 201
     assert max(muon) == muon[0]
     same = descend(plain, E, SCHEMES["muon_exact"], 1.0, 200)
-    assert [10 * loss for loss in same] == pytest.approx(muon)  # Muon's step does not know the scale
+    assert [10 * loss for loss in same] == pytest.approx(
+        muon
+    )  # Muon's step does not know the scale
 
 
 def test_first_at_most():

@@ -10,7 +10,9 @@ from archscale.telemetry.guard import MIN_HISTORY, Guard
 
 
 def guard(mode: str = "act", **options) -> Guard:
-    return Guard(mode, **{"window": 32, "spike": 8.0, "max_skips": 3, "max_fallbacks": 2, **options})
+    return Guard(
+        mode, **{"window": 32, "spike": 8.0, "max_skips": 3, "max_fallbacks": 2, **options}
+    )
 
 
 def step(loss: float, norm: float = 1.0) -> dict:
@@ -20,7 +22,12 @@ def step(loss: float, norm: float = 1.0) -> dict:
 def trained(mode: str = "act", steps: int = 40, seed: int = 0, **options) -> Guard:
     made, generator = guard(mode, **options), random.Random(seed)
     for i in range(steps):
-        assert made.judge(step(5 - 0.02 * i + generator.gauss(0, 0.05), math.exp(generator.gauss(0, 0.2)))) is None
+        assert (
+            made.judge(
+                step(5 - 0.02 * i + generator.gauss(0, 0.05), math.exp(generator.gauss(0, 0.2)))
+            )
+            is None
+        )
     return made
 
 
@@ -48,7 +55,8 @@ def test_a_spike_is_found_once_there_is_something_to_compare_with():
 
 
 def test_a_bad_step_does_not_join_the_window_of_one_who_acts():
-    """Otherwise the second of two spikes would look ordinary; who only warns must live with what was applied."""
+    """Otherwise the second of two spikes would look ordinary; who only warns must live with what
+    was applied."""
     acting, warning = trained("act"), trained("warn")
     for made in (acting, warning):
         for _ in range(30):

@@ -18,7 +18,8 @@ def planted(values: torch.Tensor, m: int, n: int, seed: int = 0) -> torch.Tensor
     """(m, n) with these singular values, float64."""
     generator = torch.Generator().manual_seed(seed)
     U, V = (
-        torch.linalg.qr(torch.randn(size, len(values), generator=generator, dtype=torch.float64)).Q for size in (m, n)
+        torch.linalg.qr(torch.randn(size, len(values), generator=generator, dtype=torch.float64)).Q
+        for size in (m, n)
     )
     return U * values @ V.mT
 
@@ -37,7 +38,9 @@ SPECTRA = {
 def test_a_planted_spectrum_is_found(name, shape, exact):
     """Exactly, and as large matrices are measured."""
     values = SPECTRA[name]
-    M = torch.stack([planted(values, *shape, seed) * scale for seed, scale in ((0, 1.0), (1, 1e-5))])
+    M = torch.stack(
+        [planted(values, *shape, seed) * scale for seed, scale in ((0, 1.0), (1, 1e-5))]
+    )
     found = spectrum(M, exact)
     scale = torch.tensor([1.0, 1e-5], dtype=torch.float64)
     tolerance = {"rtol": 1e-4 if exact > 1 else 2e-3, "atol": 0.0, "check_dtype": False}
@@ -45,7 +48,9 @@ def test_a_planted_spectrum_is_found(name, shape, exact):
     torch.testing.assert_close(found["sigma_mean"], values.mean() * scale, **tolerance)
     rank = (values.sum() ** 2 / values.square().sum()).expand(2)
     torch.testing.assert_close(found["effective_rank"], rank, **tolerance)
-    torch.testing.assert_close(found["flattening_gain"], (values.max() / values.mean()).expand(2), **tolerance)
+    torch.testing.assert_close(
+        found["flattening_gain"], (values.max() / values.mean()).expand(2), **tolerance
+    )
 
 
 def test_randomized_and_exact_agree_on_noise():
@@ -74,13 +79,16 @@ def test_zero_and_broken_matrices(exact):
 def test_the_nuclear_norm_at_the_cost_of_an_inner_product():
     M = torch.randn(2, 48, 96, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     nuclear = singular_values(M).sum(-1)
-    torch.testing.assert_close(nuclear_norm_estimate(M, orthogonalize(M, "exact", torch.float64)), nuclear)
+    torch.testing.assert_close(
+        nuclear_norm_estimate(M, orthogonalize(M, "exact", torch.float64)), nuclear
+    )
     five = nuclear_norm_estimate(M, orthogonalize(M, dtype=torch.float32).double())
     torch.testing.assert_close(five, nuclear, rtol=0.025, atol=0)
 
 
 def test_heterogeneity_gains_what_steps_of_their_own_would():
-    """Against the best common and the best own step sizes of Σ η a − (L/2) η² q, found by search."""
+    """Against the best common and the best own step sizes of Σ η a − (L/2) η² q, found by
+    search."""
     a, q = torch.tensor([3.0, 0.5, 8.0]), torch.tensor([4.0, 2.0, 16.0])
     steps = torch.linspace(0, 3, 30001)
     gains = steps[:, None] * a - steps[:, None] ** 2 * q / 2

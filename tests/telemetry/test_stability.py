@@ -1,4 +1,5 @@
-"""Stability indicators against a float64 recomputation from activations, on any layout, without a trace in the trajectory."""
+"""Stability indicators against a float64 recomputation from activations, on any layout, without a
+trace in the trajectory."""
 
 import math
 
@@ -20,8 +21,19 @@ from archscale.telemetry.stability import (
 )
 from tests.train.tiny import LAYOUTS, config, run, tiny_data
 
-CUDA = (pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"))
-SHAPE = {"depth": 3, "width": 48, "head_dim": 8, "heads": 6, "kv_heads": 2, "context": 24, "vocab_size": 60}
+CUDA = (
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+)
+SHAPE = {
+    "depth": 3,
+    "width": 48,
+    "head_dim": 8,
+    "heads": 6,
+    "kv_heads": 2,
+    "context": 24,
+    "vocab_size": 60,
+}
 MODELS: dict[str, dict] = {
     "dense": {"depth_mup": True},
     "experts": {"moe": {"sparsity": 3, "top_k": 3}, "depth_mup": True},
@@ -30,7 +42,9 @@ MODELS: dict[str, dict] = {
 }
 
 
-def definition(model: Transformer, tokens: torch.Tensor, model_config: ModelConfig, eos: int | None) -> dict:
+def definition(
+    model: Transformer, tokens: torch.Tensor, model_config: ModelConfig, eos: int | None
+) -> dict:
     """Of every layer, in float64, with whole attention matrices."""
     seen: dict[str, list] = {name: [] for name in INDICATORS}
     mask = attention_mask(tokens, model_config.window, eos, torch.float64)
@@ -56,7 +70,9 @@ def definition(model: Transformer, tokens: torch.Tensor, model_config: ModelConf
 
     for block in model.blocks:
         block.attention.register_forward_hook(attention)
-        block.mlp.register_forward_hook(lambda m, i, o: branch(o[0] if isinstance(m, MoE) else o, "mlp"))
+        block.mlp.register_forward_hook(
+            lambda m, i, o: branch(o[0] if isinstance(m, MoE) else o, "mlp")
+        )
         if isinstance(block.mlp, MoE):
             block.mlp.router.register_forward_hook(
                 lambda m, i, o: seen["router_z"].append(o.logsumexp(-1).square().mean())
@@ -69,11 +85,15 @@ def definition(model: Transformer, tokens: torch.Tensor, model_config: ModelConf
 def test_every_indicator_equals_its_definition(name):
     model_config, eos = ModelConfig(**SHAPE | MODELS[name]), 0 if name == "documents" else None
     tokens = torch.randint(0, 60, (4, 24), generator=torch.Generator().manual_seed(0))
-    fast, slow = (Transformer(model_config, dtype, eos_id=eos) for dtype in (torch.float32, torch.float64))
+    fast, slow = (
+        Transformer(model_config, dtype, eos_id=eos) for dtype in (torch.float32, torch.float64)
+    )
     for model in (fast, slow.double()):
         initialize(model, 0)
         with torch.no_grad():
-            for parameter in model.parameters():  # a few features far from the rest, so that there are outliers
+            for (
+                parameter
+            ) in model.parameters():  # a few features far from the rest, so that there are outliers
                 if parameter.ndim == 2 and len(parameter) == 48:
                     parameter[7] *= 40
     expected = definition(slow, tokens, model_config, eos)
@@ -87,7 +107,11 @@ def test_every_indicator_equals_its_definition(name):
             found = metrics[f"stability/layer_{i:02d}/{key}"].double()
             torch.testing.assert_close(found, value, **close)
     assert expected["mlp_outlier_pct"].min() > 0.5
-    assert ("router_z" in expected) == (name == "experts") == bool(metrics["stability/router_z"].isfinite())
+    assert (
+        ("router_z" in expected)
+        == (name == "experts")
+        == bool(metrics["stability/router_z"].isfinite())
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -103,7 +127,9 @@ def test_the_kernels_log_sum_exp_is_the_chunked_one(monkeypatch, device, masked,
     )  # several chunks, the last short
     expected = chunked_log_sum_exp(q.double(), k.double().repeat_interleave(3, 1), 0.4, mask)
     tolerance = 1e-5 if dtype == torch.float32 else 5e-4
-    torch.testing.assert_close(log_sum_exp(q, k, 0.4, mask), expected.float(), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(
+        log_sum_exp(q, k, 0.4, mask), expected.float(), rtol=tolerance, atol=tolerance
+    )
 
 
 @pytest.fixture(scope="module")
@@ -133,14 +159,17 @@ def alone(data, tmp_path_factory):
 VARIANTS: dict[str, dict] = {
     "accumulation": {"training": {"micro_batch": 4}},
     "recomputation": {"training": {"micro_batch": 24, "activation_checkpoint": "block"}},
-    **{name: {"world": LAYOUTS[name][0], **LAYOUTS[name][1]} for name in ("ddp2", "fsdp2", "hsdp4")},
+    **{
+        name: {"world": LAYOUTS[name][0], **LAYOUTS[name][1]} for name in ("ddp2", "fsdp2", "hsdp4")
+    },
     "ep2": {"world": 2, "parallel": {"expert": 2}},
 }
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_metrics_are_global(pool, data, alone, tmp_path, variant):
-    """Over micro-batches and ranks, with the loads of experts, trust ratios and spectra of every matrix."""
+    """Over micro-batches and ranks, with the loads of experts, trust ratios and spectra of every
+    matrix."""
     sections = {**EVERY, **VARIANTS[variant]}
     world = sections.pop("world", 1)
     if world == 1:
@@ -160,8 +189,16 @@ def test_what_a_reading_holds(alone):
     stability += [f"stability/layer_{i:02d}/{name}" for i in range(2) for name in INDICATORS]
     for line in alone:
         assert set(stability) <= line.keys()
-        assert {"optimizer/orthogonality_residual", "spectrum/sigma_mean", "spectrum/effective_rank"} <= line.keys()
-        assert ("spectrum/sigma_max" in line) == ("spectrum/gradient/sigma_max" in line) == (line["step"] % 3 == 0)
+        assert {
+            "optimizer/orthogonality_residual",
+            "spectrum/sigma_mean",
+            "spectrum/effective_rank",
+        } <= line.keys()
+        assert (
+            ("spectrum/sigma_max" in line)
+            == ("spectrum/gradient/sigma_max" in line)
+            == (line["step"] % 3 == 0)
+        )
         if "spectrum/gradient/heterogeneity_gain" in line:
             assert 1 < line["spectrum/gradient/heterogeneity_gain"] < 100
             assert line["spectrum/gradient/nuclear_norm"] > line["grad_norm"]
@@ -186,7 +223,11 @@ def test_a_look_changes_nothing(pool, data, tmp_path, variant):
     world = sections.pop("world", 1)
     curves = []
     for telemetry in (EVERY["telemetry"], {"every": 100, "per_layer": False}):
-        options = {**sections, "telemetry": telemetry, "parameterization": EVERY["parameterization"]}
+        options = {
+            **sections,
+            "telemetry": telemetry,
+            "parameterization": EVERY["parameterization"],
+        }
         folder = str(tmp_path / str(telemetry["every"]))
         if world == 1:
             curves.append(lines(data, folder, **options))
@@ -195,7 +236,10 @@ def test_a_look_changes_nothing(pool, data, tmp_path, variant):
     watched, plain = curves
     for key in ("loss", "grad_norm"):
         assert [line[key] for line in watched] == [line[key] for line in plain]
-    assert ("stability/attention_z" in watched[0], "stability/attention_z" in plain[0]) == (True, False)
+    assert ("stability/attention_z" in watched[0], "stability/attention_z" in plain[0]) == (
+        True,
+        False,
+    )
 
 
 def test_a_model_without_experts_has_no_router(data, tmp_path):

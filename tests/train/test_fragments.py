@@ -31,7 +31,8 @@ def values(name: str) -> torch.Tensor:
 
 
 def cut(name: str, world: int, me: int) -> Fragment:
-    """The `me`-th of `world` parts, cut without regard to rows; later parts are the longer ones, the first may be empty."""
+    """The `me`-th of `world` parts, cut without regard to rows; later parts are the longer ones,
+    the first may be empty."""
     flat = values(name)
     ends = [len(flat) * (i * i) // (world * world) for i in range(world + 1)]
     return Fragment(SHAPES[name], ends[me], flat[ends[me] : ends[me + 1]].clone())

@@ -1,4 +1,5 @@
-"""F12, F19, F20: what goes wrong on one rank is everybody's business, and what goes wrong elsewhere nobody's."""
+"""F12, F19, F20: what goes wrong on one rank is everybody's business, and what goes wrong elsewhere
+nobody's."""
 
 import json
 import sys
@@ -27,9 +28,11 @@ def data(tmp_path_factory):
     return tiny_data(tmp_path_factory.mktemp("data"))
 
 
-def poisoned(data: str, folder: str, when: list[int], sections: dict, rule: str = "orscale_lm") -> tuple[list, list]:
-    """A run whose gradient is NaN on the last rank in those of its optimizer steps, counted over fall-backs; its lines, and
-    all weights and state (with a checksum of bits) after every step."""
+def poisoned(
+    data: str, folder: str, when: list[int], sections: dict, rule: str = "orscale_lm"
+) -> tuple[list, list]:
+    """A run whose gradient is NaN on the last rank in those of its optimizer steps, counted over
+    fall-backs; its lines, and all weights and state (with a checksum of bits) after every step."""
     original, taken, states = native.clip_gradients, [0], []
 
     def clip(grads, max_norm, group):
@@ -69,15 +72,20 @@ def test_a_bad_step_is_skipped_on_all_ranks_with_state_untouched(pool, data, tmp
 
 
 def test_too_many_skips_fall_back_to_a_checkpoint(pool, data, tmp_path):
-    """Steps 6, 7, 8 are bad: the third skip in a row goes back to before them, and from there all is well."""
+    """Steps 6, 7, 8 are bad: the third skip in a row goes back to before them, and from there all
+    is well."""
     sections = {**ACT, "checkpoint": {"every": 2, "keep": 9}}
     clean = run(config(data, "orscale_lm", 8, **sections), str(tmp_path / "clean"))
     for lines, _ in pool(2).run(poisoned, data, str(tmp_path / "r"), [6, 7, 8], sections):
         assert [line["step"] for line in lines] == list(range(1, 9))
-        told = "skipped steps 6 to 8 and fell back to the checkpoint of step 4 (non-finite grad_norm)"
+        told = (
+            "skipped steps 6 to 8 and fell back to the checkpoint of step 4 (non-finite grad_norm)"
+        )
         assert told in lines[4]["event"]
         assert sum("event" in line for line in lines) == 1
-        np.testing.assert_allclose([line["loss"] for line in lines], [line["loss"] for line in clean], rtol=1e-5)
+        np.testing.assert_allclose(
+            [line["loss"] for line in lines], [line["loss"] for line in clean], rtol=1e-5
+        )
 
 
 def test_fall_backs_are_bounded_and_the_end_has_a_cause(pool, data, tmp_path):
@@ -85,15 +93,27 @@ def test_fall_backs_are_bounded_and_the_end_has_a_cause(pool, data, tmp_path):
     with pytest.raises(WorkerError) as caught:
         pool(2).run(poisoned, data, str(tmp_path / "r"), list(range(6, 100)), sections)
     assert caught.value.type_name == "TrainingError"
-    assert "3 steps in a row were skipped at step 5" in str(caught.value)  # after going back to 4 and to 2
+    assert "3 steps in a row were skipped at step 5" in str(
+        caught.value
+    )  # after going back to 4 and to 2
     assert "2 fall-backs did not help" in str(caught.value)
-    told = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in told] == [1, 2, 3, 4, 5]  # all skips of the last attempt are there
+    told = [
+        json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [line["step"] for line in told] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+    ]  # all skips of the last attempt are there
     assert [line.get("event", "")[:7] for line in told] == [""] * 2 + ["skipped"] * 3
     sections = {"telemetry": {**ACT["telemetry"], "every": 10}}
     with pytest.raises(TrainingError, match="there is no older checkpoint"):
         poisoned(data, str(tmp_path / "none"), list(range(3, 100)), sections)
-    told = [json.loads(line) for line in (tmp_path / "none" / "metrics.jsonl").read_text().splitlines()]
+    told = [
+        json.loads(line) for line in (tmp_path / "none" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [("event" in line) for line in told] == [False] * 2 + [True] * 3
 
 
@@ -121,9 +141,16 @@ def test_a_crash_after_a_fall_back_resumes_on_the_curve(data, tmp_path):
 
 def test_a_guard_that_acts_may_not_be_changed_on_the_way(data, tmp_path):
     run(config(data, "orscale_lm", 4, **ACT), str(tmp_path))
-    with pytest.raises(ConfigError, match=r"telemetry.guard.spike is 3.0, the checkpoint's run has 12.0"):
+    with pytest.raises(
+        ConfigError, match=r"telemetry.guard.spike is 3.0, the checkpoint's run has 12.0"
+    ):
         run(
-            config(data, "orscale_lm", 4, telemetry={"guard": {**ACT["telemetry"]["guard"], "spike": 3.0}}),
+            config(
+                data,
+                "orscale_lm",
+                4,
+                telemetry={"guard": {**ACT["telemetry"]["guard"], "spike": 3.0}},
+            ),
             str(tmp_path),
         )
 
@@ -133,7 +160,9 @@ def test_a_resumed_guard_judges_as_before(data, tmp_path):
     sections = {**ACT, "checkpoint": {"every": 4}}
     run(config(data, "orscale_lm", 8, **sections), str(tmp_path))
     state = json.loads((tmp_path / "checkpoints" / "step_00000004" / "state.json").read_text())
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert state["guard"]["history"]["loss"] == pytest.approx(losses[:4], rel=1e-6)
 
 
@@ -150,7 +179,7 @@ def test_warning_changes_nothing_but_says_so(data, tmp_path):
     assert curves[0][:4] == curves[2][:4]
 
 
-# --------------------------------------------------------------------------------------------------- tracking service
+# --- tracking service
 
 
 def fake_wandb(behaviour: str) -> types.ModuleType:
@@ -189,7 +218,10 @@ def test_a_service_that_is_down_costs_a_warning(monkeypatch, capfd, data, tmp_pa
     monkeypatch.setattr("archscale.telemetry.tracking.PATIENCE", 0.5)
     monkeypatch.setattr(BestEffort.__init__, "__defaults__", (10_000, 0.5))
     plain = run(config(data, steps=6), str(tmp_path / "plain"))
-    lines = run(config(data, steps=6, telemetry={"every": 2, "wandb": {"mode": "auto"}}), str(tmp_path / "r"))
+    lines = run(
+        config(data, steps=6, telemetry={"every": 2, "wandb": {"mode": "auto"}}),
+        str(tmp_path / "r"),
+    )
     assert [line["loss"] for line in lines] == [line["loss"] for line in plain]
     errors = capfd.readouterr().err
     if behaviour == "works":
@@ -239,7 +271,7 @@ def test_a_key_is_found(monkeypatch, tmp_path):
     assert has_wandb_key()
 
 
-# --------------------------------------------------------------------------------------------------------- stragglers
+# --- stragglers
 
 
 def slow_run(data: str, folder: str) -> list[dict]:
@@ -263,7 +295,10 @@ def test_the_rank_that_arrives_last_is_named(pool, data, tmp_path):
         for line in (lines[1], lines[3]):
             assert line["straggler/rank"] == 1
             assert 0.05 < line["straggler/wait_seconds"] < 1
-    assert "straggler/rank" not in run(config(data, steps=2, telemetry={"every": 1}), str(tmp_path / "one"))[0]
+    assert (
+        "straggler/rank"
+        not in run(config(data, steps=2, telemetry={"every": 1}), str(tmp_path / "one"))[0]
+    )
 
 
 STUCK = """
@@ -283,7 +318,9 @@ distributed.all_reduce(torch.ones(1))
 
 def test_a_stuck_rank_ends_all_with_their_stacks(tmp_path):
     (tmp_path / "stuck.py").write_text(STUCK)
-    result = start([str(tmp_path)], processes=2, module="stuck", cwd=tmp_path).wait(timeout=60, check=False)
+    result = start([str(tmp_path)], processes=2, module="stuck", cwd=tmp_path).wait(
+        timeout=60, check=False
+    )
     assert result.returncode != 0
     assert "stuck_here" in (tmp_path / "stacks_rank_1.txt").read_text()
     assert "all_reduce" in (tmp_path / "stacks_rank_0.txt").read_text()

@@ -1,4 +1,5 @@
-"""Experts in training: one trajectory on any layout, exact balance over the whole step, no count twice."""
+"""Experts in training: one trajectory on any layout, exact balance over the whole step, no count
+twice."""
 
 import math
 
@@ -45,9 +46,11 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def watched(data: str, folder: str, steps: int, /, moe: dict = MOE, rule: str = "muonh", **sections) -> dict:
-    """Metrics of a run by name, the experts' loads (steps, L, E) that they came from, and the smallest gap of this process's
-    routing in each step."""
+def watched(
+    data: str, folder: str, steps: int, /, moe: dict = MOE, rule: str = "muonh", **sections
+) -> dict:
+    """Metrics of a run by name, the experts' loads (steps, L, E) that they came from, and the
+    smallest gap of this process's routing in each step."""
     original, loads, gaps = balance_module.load_metrics, [], []
     with smallest_gaps() as gap:
 
@@ -64,31 +67,40 @@ def watched(data: str, folder: str, steps: int, /, moe: dict = MOE, rule: str = 
         finally:
             balance_module.load_metrics = original
     keys = ("loss", "aux_loss", "moe/max_violation", "moe/load_entropy")
-    return {**{key: np.array([line[key] for line in lines]) for key in keys}, "load": np.array(loads), "gap": gaps}
+    return {
+        **{key: np.array([line[key] for line in lines]) for key in keys},
+        "load": np.array(loads),
+        "gap": gaps,
+    }
 
 
-# ---------------------------------------------------------------------------------------------------- one trajectory
+# --- one trajectory
 
-# A token whose last chosen and first rejected logit nearly tie is routed by rounding, and one such flip moves the loss by
-# 1e-5 to 1e-4. Orthogonalization amplifies rounding in proportion to the learning rate: at 1e-3 every second run of 50
-# steps has a flip, at this rate one in sixteen. Which runs have one is the processor's choice; see `assert_same`.
+# A token whose last chosen and first rejected logit nearly tie is routed by rounding, and one such
+# flip moves the loss by 1e-5 to 1e-4. Orthogonalization amplifies rounding in proportion to the
+# learning rate: at 1e-3 every second run of 50 steps has a flip, at this rate one in sixteen. Which
+# runs have one is the processor's choice; see `assert_same`.
 SLOW = {"parameterization": {"base": {"lr": 4e-4}}}
 
 
 @pytest.fixture(scope="module")
 def alone(data, tmp_path_factory):
     """One process, one micro-batch."""
-    return watched(data, str(tmp_path_factory.mktemp("alone")), STEPS, training={"micro_batch": 24}, **SLOW)
+    return watched(
+        data, str(tmp_path_factory.mktemp("alone")), STEPS, training={"micro_batch": 24}, **SLOW
+    )
 
 
-# Difference of two logits that rounding can turn over, a step. Random changes of all weights by 1e-7 at the start, which is what
-# other layouts' sums do, move router logits by 2e-6 · (1 + step) (measured over 45 steps), a difference of two by twice that.
+# Difference of two logits that rounding can turn over, a step. Random changes of all weights by
+# 1e-7 at the start, which is what other layouts' sums do, move router logits by 2e-6 · (1 + step)
+# (measured over 45 steps), a difference of two by twice that.
 TIE = 1e-5
 
 
 def assert_same(curve: dict, expected: dict) -> None:
-    """Equal loads and losses up to a step at which `expected`, of one process, routed a token by less than TIE a step; from there
-    on at most two assignments in a hundred elsewhere, and losses within what such flips do."""
+    """Equal loads and losses up to a step at which `expected`, of one process, routed a token by
+    less than TIE a step; from there on at most two assignments in a hundred elsewhere, and losses
+    within what such flips do."""
     moved = np.abs(curve["load"] - expected["load"]).sum((1, 2))
     flip = int(np.argmax(moved > 0)) if moved.any() else len(moved)
     assert flip == len(moved) or expected["gap"][flip] < TIE * (1 + flip)
@@ -120,7 +132,9 @@ def test_one_trajectory(pool, data, alone, tmp_path, layout, accumulation):
 
 OPTIONS: dict[str, dict] = {
     "sequence": {"moe": {**MOE, "balance": "sequence"}},
-    "no shared expert, plain gate": {"moe": {"sparsity": 2, "top_k": 4, "shared_expert": False, "sqrt_gate": False}},
+    "no shared expert, plain gate": {
+        "moe": {"sparsity": 2, "top_k": 4, "shared_expert": False, "sqrt_gate": False}
+    },
     "relu2": {"model": {"mlp": "relu2"}},
     "recompute": {"training": {"activation_checkpoint": "block"}},
     "no balance": {"moe": {**MOE, "balance_weight": 0.0}},
@@ -143,7 +157,9 @@ def test_options_on_two_ranks_with_accumulation(pool, data, tmp_path, option):
         if option == "uneven" and expert == 2:
             continue
         layout = {**training, "parallel": {**parallel, "expert": expert}}
-        for curve in pool(2).run(watched, data, str(tmp_path / f"{expert}"), 5, **sections, **layout):
+        for curve in pool(2).run(
+            watched, data, str(tmp_path / f"{expert}"), 5, **sections, **layout
+        ):
             assert_same(curve, expected)
     assert (expected["aux_loss"] > 0).all() == (option != "no balance")
 
@@ -160,8 +176,9 @@ def test_four_ranks(pool, data, tmp_path, layout):
 
 
 def test_bf16_layouts_route_alike(pool, data, tmp_path):
-    """The same weights in the same rounding, so no token of the first step goes elsewhere; a router that rounds in one
-    layout only sends 12 there with this seed. (Two are allowed to kernels that sum differently.)"""
+    """The same weights in the same rounding, so no token of the first step goes elsewhere; a router
+    that rounds in one layout only sends 12 there with this seed. (Two are allowed to kernels that
+    sum differently.)"""
     bf16 = {"training": {"precision": "bf16", "micro_batch": 12}, "seed": 1}
     expected = watched(data, str(tmp_path / "one"), 5, **bf16)
     for layout in ("ddp2", "fsdp2", "ep2"):
@@ -191,10 +208,14 @@ def test_compiled_blocks(pool, data, tmp_path, layout):
 
 
 def straight_and_resumed(data: str, folder: str, moe: dict, expert: int = 1) -> list[list[float]]:
-    made = config(data, "muonh", 6, model={"moe": moe}, checkpoint={"every": 3}, parallel={"expert": expert})
+    made = config(
+        data, "muonh", 6, model={"moe": moe}, checkpoint={"every": 3}, parallel={"expert": expert}
+    )
     crash_after(made, folder + "/crashed", 4)
     runs = run(made, folder + "/straight"), run(made, folder + "/crashed")
-    return [[line[key] for line in lines for key in ("loss", "aux_loss", "grad_norm")] for lines in runs]
+    return [
+        [line[key] for line in lines for key in ("loss", "aux_loss", "grad_norm")] for lines in runs
+    ]
 
 
 def test_a_crash_changes_nothing(pool, data, tmp_path):
@@ -213,24 +234,31 @@ def test_checkpoints_reshard_between_expert_parallel_degrees(pool, data, tmp_pat
     sections = {"model": {"moe": MOE}, "checkpoint": {"every": 2}, **SLOW}
     expected = run(config(data, "orscale_lm", 10, **sections), str(tmp_path / "alone"))
     folder = str(tmp_path / "moving")
-    pool(2).run(crash_after, config(data, "orscale_lm", 10, parallel={"expert": 2}, **sections), folder, 2)
+    pool(2).run(
+        crash_after, config(data, "orscale_lm", 10, parallel={"expert": 2}, **sections), folder, 2
+    )
     crash_after(config(data, "orscale_lm", 10, **sections), folder, 2)
     for expert in (2, 4):
         made = config(data, "orscale_lm", 10, parallel={"expert": expert}, **sections)
         pool(4).run(crash_after, made, folder, 2)
     for lines in pool(2).run(run, config(data, "orscale_lm", 10, **sections), folder):
         for key in ("loss", "aux_loss", "grad_norm"):
-            np.testing.assert_allclose([line[key] for line in lines], [line[key] for line in expected], rtol=1e-5)
+            np.testing.assert_allclose(
+                [line[key] for line in lines], [line[key] for line in expected], rtol=1e-5
+            )
 
 
 def test_a_trained_model_generates(data, tmp_path):
     run(config(data, "muonh", 2, model={"moe": MOE}), str(tmp_path))
-    dump_config(resolve(config(data, "muonh", 2, model={"moe": MOE, "vocab_size": 300})), tmp_path / "config.yaml")
+    dump_config(
+        resolve(config(data, "muonh", 2, model={"moe": MOE, "vocab_size": 300})),
+        tmp_path / "config.yaml",
+    )
     text = generate(tmp_path, "abcd", max_tokens=5, temperature=0.0, top_k=None, seed=0)
     assert text.startswith("abcd")
 
 
-# ------------------------------------------------------------------------------------------------------------- counts
+# --- counts
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])
@@ -239,17 +267,23 @@ def test_every_assignment_is_counted_once(data, tmp_path, micro_batch, recompute
     """F7: Σ counts = tokens · k in every layer and step; accumulation 1 and 4."""
     training = {"micro_batch": micro_batch, "activation_checkpoint": recompute}
     for balance in ("global", "sequence"):
-        found = watched(data, str(tmp_path / balance), 3, moe={**MOE, "balance": balance}, training=training)
+        found = watched(
+            data, str(tmp_path / balance), 3, moe={**MOE, "balance": balance}, training=training
+        )
         assert found["load"].shape == (3, 2, 8)
         assert (found["load"].sum(-1) == 2 * TOKENS).all()
         f = found["load"] / found["load"].sum(-1, keepdims=True)
-        np.testing.assert_allclose(found["moe/max_violation"], (f.max(-1) * 8 - 1).mean(-1), rtol=1e-5)
         np.testing.assert_allclose(
-            found["moe/load_entropy"], -(f * np.log(np.where(f > 0, f, 1))).sum(-1).mean(-1), rtol=1e-5
+            found["moe/max_violation"], (f.max(-1) * 8 - 1).mean(-1), rtol=1e-5
+        )
+        np.testing.assert_allclose(
+            found["moe/load_entropy"],
+            -(f * np.log(np.where(f > 0, f, 1))).sum(-1).mean(-1),
+            rtol=1e-5,
         )
 
 
-# ------------------------------------------------------------------------------------------------------- balance loss
+# --- balance loss
 
 SHAPE = {"depth": 2, "width": 32, "head_dim": 8, "context": 8, "vocab_size": 40}
 GLOBAL_BATCH = torch.randint(0, 40, (8, 8), generator=torch.Generator().manual_seed(3))
@@ -258,14 +292,21 @@ GLOBAL_BATCH = torch.randint(0, 40, (8, 8), generator=torch.Generator().manual_s
 def balance_gradients(
     balance: str, accumulation: int, shard: int, recompute: bool = False, expert: int = 1
 ) -> tuple[float, dict]:
-    """Balance loss of `GLOBAL_BATCH` over all ranks, and the whole gradients of it alone, by parameter."""
+    """Balance loss of `GLOBAL_BATCH` over all ranks, and the whole gradients of it alone, by
+    parameter."""
     moe = MoEConfig(**MOE, balance=balance, balance_weight=0.1)
     model = ModelConfig(**SHAPE, mlp_ratio=3, moe=moe)
     engine = NativeEngine(
-        lambda: Transformer(model, recompute=recompute), lambda module: initialize(module, 0),
-        device=torch.device("cpu"), replicate=world_size() // shard, shard=shard, reshard=True, dtype=torch.float32,
-        compile=False, expert=expert,
-    )  # fmt: skip
+        lambda: Transformer(model, recompute=recompute),
+        lambda module: initialize(module, 0),
+        device=torch.device("cpu"),
+        replicate=world_size() // shard,
+        shard=shard,
+        reshard=True,
+        dtype=torch.float32,
+        compile=False,
+        expert=expert,
+    )
     mine = GLOBAL_BATCH.chunk(world_size())[rank()].chunk(accumulation)
     step = StepBalance(moe, torch.tensor(float(GLOBAL_BATCH.numel())))
     step.count(engine, mine[1:])
@@ -293,14 +334,20 @@ def definition(balance: str) -> tuple[float, dict]:
             f = torch.nn.functional.one_hot(scope.topk(2).indices, 8).float().mean((0, 1))
             total = total + 0.1 * 8 * (f * scope.softmax(-1).mean(0)).sum() / len(scopes)
     total.backward()
-    return total.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return total.item(), {
+        name: p.grad for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("balance", ["global", "sequence"])
 def test_balance_loss_and_its_gradient_know_no_ranks_and_no_micro_batches(pool, balance):
     """F6: processes × accumulation ∈ {1, 2}², DDP and FSDP2, recomputation."""
     value, expected = definition(balance)
-    found = [balance_gradients(balance, 1, 1), balance_gradients(balance, 2, 1), balance_gradients(balance, 2, 1, True)]
+    found = [
+        balance_gradients(balance, 1, 1),
+        balance_gradients(balance, 2, 1),
+        balance_gradients(balance, 2, 1, True),
+    ]
     for accumulation in (1, 2):
         for shard in (1, 2):
             found += pool(2).run(balance_gradients, balance, accumulation, shard)

@@ -13,8 +13,9 @@ from archscale.parallel import native
 from tests.train.tiny import LAYOUTS, RULES, config, losses, run, tiny_data
 
 STEPS = 50
-# Rounding is amplified by orthogonalization and by steps. Weights perturbed by 1e-6, ten times what another order of float32
-# sums does, move the losses of these 50 steps by up to 4e-5; stand-ins for other processors (tests/README.md) by 2.5e-6.
+# Rounding is amplified by orthogonalization and by steps. Weights perturbed by 1e-6, ten times what
+# another order of float32 sums does, move the losses of these 50 steps by up to 4e-5; stand-ins for
+# other processors (tests/README.md) by 2.5e-6.
 TOLERANCE = 1e-5
 
 
@@ -46,7 +47,11 @@ def furthest(a: list[float], b: list[float]) -> float:
     ("layout", "rule"),
     [("fsdp2", rule) for rule in RULES]
     + [("ddp2", "orscale_lm"), ("ddp2", "adamw"), ("fsdp3", "orscale_lm"), ("hsdp4", "muonh")]
-    + [pytest.param("ddp2", rule, marks=pytest.mark.slow) for rule in RULES if rule not in ("orscale_lm", "adamw")],
+    + [
+        pytest.param("ddp2", rule, marks=pytest.mark.slow)
+        for rule in RULES
+        if rule not in ("orscale_lm", "adamw")
+    ],
 )
 def test_every_rule_on_every_layout(pool, data, alone, tmp_path, rule, layout):
     world, sections = LAYOUTS[layout]
@@ -63,7 +68,9 @@ def test_accumulation_changes_nothing(pool, data, alone, tmp_path, micro_batch):
     for layout in ("ddp2", "fsdp2"):
         world, sections = LAYOUTS[layout]
         folder = str(tmp_path / layout)
-        curves = pool(world).run(losses, data, folder, "orscale_lm", STEPS, **sections, training=training)
+        curves = pool(world).run(
+            losses, data, folder, "orscale_lm", STEPS, **sections, training=training
+        )
         assert max(furthest(curve, alone("orscale_lm")) for curve in curves) < TOLERANCE
 
 
@@ -74,14 +81,18 @@ OPTIONS = {
     "documents": {"data": {"document_mask": True}},
     "window": {"model": {"window": 5}},
     "per head": {"optimizer": {"matrix": {"rule": "orscale_lm", "per_head": True}}},
-    "bfloat16 momentum": {"optimizer": {"matrix": {"rule": "orscale_lm", "momentum_dtype": "bfloat16"}}},
+    "bfloat16 momentum": {
+        "optimizer": {"matrix": {"rule": "orscale_lm", "momentum_dtype": "bfloat16"}}
+    },
     "relu2, depth-mup": {"model": {"mlp": "relu2", "depth_mup": True}},
 }
 
 
 # Each option on one of the two layouts; on the other one it is a slow test. Resharding is FSDP2's.
 CASES = [
-    pytest.param(layout, option, marks=() if layout == ("ddp2", "fsdp2")[number % 2] else pytest.mark.slow)
+    pytest.param(
+        layout, option, marks=() if layout == ("ddp2", "fsdp2")[number % 2] else pytest.mark.slow
+    )
     for number, option in enumerate(OPTIONS, start=1)
     for layout in ("ddp2", "fsdp2")
     if (layout, option) != ("ddp2", "no reshard")
@@ -128,7 +139,9 @@ def test_bf16_curves_agree_statistically(pool, data, tmp_path):
     expected = losses(data, str(tmp_path / "one"), "orscale_lm", 10, training=bf16)
     for layout in ("ddp2", "fsdp2"):
         world, sections = LAYOUTS[layout]
-        for curve in pool(world).run(losses, data, str(tmp_path / layout), "orscale_lm", 10, **sections, training=bf16):
+        for curve in pool(world).run(
+            losses, data, str(tmp_path / layout), "orscale_lm", 10, **sections, training=bf16
+        ):
             np.testing.assert_allclose(curve, expected, rtol=5e-3)
 
 
@@ -151,7 +164,10 @@ def nan_run(data: str, folder: str) -> list[dict]:
 
 
 def test_a_nan_gradient_does_not_reach_the_weights(pool, data, tmp_path):
-    curves = [nan_run(data, str(tmp_path / "one")), *pool(2).run(nan_run, data, str(tmp_path / "two"))]
+    curves = [
+        nan_run(data, str(tmp_path / "one")),
+        *pool(2).run(nan_run, data, str(tmp_path / "two")),
+    ]
     for lines in curves:
         assert lines[2]["grad_norm"] is None
         assert lines[2]["event"] == "non-finite grad_norm"
@@ -187,6 +203,7 @@ def test_the_manifest_is_the_golden_one(data, tmp_path):
     run(config(data, "orscale_lm", 1, model={"tied_embeddings": False}), str(tmp_path / "r"))
     rows = json.loads((tmp_path / "r" / "manifest.json").read_text())
     found = "".join(
-        f"{r['parameter']}  {r['role']}  {r['rule']}  {' '.join(r['matrices'])}".rstrip() + "\n" for r in rows
+        f"{r['parameter']}  {r['role']}  {r['rule']}  {' '.join(r['matrices'])}".rstrip() + "\n"
+        for r in rows
     )
     assert found == (Path(__file__).parent / "manifest.golden").read_text()

@@ -19,7 +19,9 @@ def data(tmp_path_factory):
     return tiny_data(tmp_path_factory.mktemp("data"))
 
 
-def straight_and_resumed(data: str, folder: str, rule: str, sections: dict) -> tuple[list[dict], list[dict]]:
+def straight_and_resumed(
+    data: str, folder: str, rule: str, sections: dict
+) -> tuple[list[dict], list[dict]]:
     made = config(data, rule, 10, checkpoint={"every": 5}, model={"vocab_size": 317}, **sections)
     straight = run(made, folder + "/straight")
     crash_after(made, folder + "/crashed", 7)
@@ -45,7 +47,9 @@ def test_ten_steps_equal_five_and_a_crash_and_five_bitwise(pool, data, tmp_path,
     assert curve(straight) == curve(resumed)
     for layout in layouts:
         world, sections = LAYOUTS[layout]
-        for straight, resumed in pool(world).run(straight_and_resumed, data, str(tmp_path / layout), rule, sections):
+        for straight, resumed in pool(world).run(
+            straight_and_resumed, data, str(tmp_path / layout), rule, sections
+        ):
             assert curve(straight) == curve(resumed)
 
 
@@ -57,7 +61,9 @@ def test_other_world_sizes_continue_the_same_curve(pool, data, tmp_path):
     pool(2).run(crash_after, made, folder, 4)
     crash_after(made, folder, 4)
     for lines in pool(4).run(run, made, folder):
-        np.testing.assert_allclose([line["loss"] for line in lines], [line["loss"] for line in expected], rtol=1e-5)
+        np.testing.assert_allclose(
+            [line["loss"] for line in lines], [line["loss"] for line in expected], rtol=1e-5
+        )
 
 
 def test_the_command_killed_and_repeated(data, tmp_path):
@@ -72,9 +78,13 @@ def test_the_command_killed_and_repeated(data, tmp_path):
     job.signal(signal.SIGKILL)
     job.kill()
     assert start(command, processes=2).wait().returncode == 0
-    lines = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert [line["step"] for line in lines] == list(range(1, 31))
-    np.testing.assert_allclose([line["loss"] for line in lines], [line["loss"] for line in straight], rtol=1e-5)
+    np.testing.assert_allclose(
+        [line["loss"] for line in lines], [line["loss"] for line in straight], rtol=1e-5
+    )
     again = start(command, processes=2).wait()
     assert "already done" in again.stdout
 
@@ -122,7 +132,9 @@ def test_keep_prunes_by_step(data, tmp_path):
 
 def test_refusals(data, tmp_path):
     run(config(data, steps=4, checkpoint={"every": 2}), str(tmp_path / "r"))
-    with pytest.raises(ConfigError, match=r"seed is 1, the checkpoint's run has 0.*another run with --run-dir"):
+    with pytest.raises(
+        ConfigError, match=r"seed is 1, the checkpoint's run has 0.*another run with --run-dir"
+    ):
         run(config(data, steps=4, seed=1), str(tmp_path / "r"))
     with pytest.raises(CheckpointError, match="the run directory holds a run"):
         run(config(data, steps=4), str(tmp_path / "r"), resume="never")

@@ -1,4 +1,5 @@
-"""`archscale sweep`: planned before it starts, the same results however often it is killed, fits at its end."""
+"""`archscale sweep`: planned before it starts, the same results however often it is killed, fits at
+its end."""
 
 import json
 import math
@@ -36,8 +37,13 @@ def data(tmp_path_factory):
 
 
 def grid(folder, data, steps=8, every=4, **keys):
-    dump_config(config(data, steps=steps, checkpoint={"every": every}, telemetry={"every": 1}), folder / "base.yaml")
-    (folder / "g.yaml").write_text(yaml.safe_dump({"name": "g", "base": "base.yaml", **keys}, sort_keys=False))
+    dump_config(
+        config(data, steps=steps, checkpoint={"every": every}, telemetry={"every": 1}),
+        folder / "base.yaml",
+    )
+    (folder / "g.yaml").write_text(
+        yaml.safe_dump({"name": "g", "base": "base.yaml", **keys}, sort_keys=False)
+    )
     return folder / "g.yaml"
 
 
@@ -52,7 +58,13 @@ def pretend_run(one, loss):
     last.mkdir(parents=True)
     (last / "state.json").write_text("{}")
     dump_config(made, one.directory / "config.yaml")
-    line = {"step": one.steps, "tokens": made.tokens, "loss": 1.0, "val_loss": loss(made), "time": time.time()}
+    line = {
+        "step": one.steps,
+        "tokens": made.tokens,
+        "loss": 1.0,
+        "val_loss": loss(made),
+        "time": time.time(),
+    }
     (one.directory / "metrics.jsonl").write_text(json.dumps(line) + "\n")
 
 
@@ -70,7 +82,7 @@ def bowl(made) -> float:
     return 2.0 + 0.1 * math.log(made.parameterization.base.lr / (0.32 / made.model.width)) ** 2
 
 
-# ------------------------------------------------------------------------------------------------------------ the plan
+# --- the plan
 
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda path: path.stem)
@@ -80,7 +92,11 @@ def test_every_study_can_be_planned(study, tmp_path, monkeypatch, capsys):
     sweep(study, ["model.vocab_size=512"], dry_run=True)
     out = capsys.readouterr().out
     runs = int(out.split(" runs of ")[0].rpartition(" ")[2])
-    rows = [line for line in out.splitlines() if line.rpartition("_seed")[2][:1].isdigit() and line.startswith("  ")]
+    rows = [
+        line
+        for line in out.splitlines()
+        if line.rpartition("_seed")[2][:1].isdigit() and line.startswith("  ")
+    ]
     assert 24 <= runs == len(rows)
     assert "FLOPs" in out
     content = yaml.safe_load(study.read_text())
@@ -110,7 +126,11 @@ def test_studies_at_published_size_can_be_planned(study, tmp_path, monkeypatch, 
 
 
 def test_runs_that_do_not_fit_the_clusters_device_are_refused(tmp_path, capsys):
-    overrides = ["training.micro_batch=64", "training.activation_checkpoint=none", "training.compile=false"]
+    overrides = [
+        "training.micro_batch=64",
+        "training.activation_checkpoint=none",
+        "training.compile=false",
+    ]
     grid = yaml.safe_load((PUBLISHED[0].parent / "lr_tokens.yaml").read_text())
     grid["axes"] = {"parameterization.base.lr": [0.01]}
     grid["refine"], grid["fit"], grid["processes"], grid["slurm"]["nodes"] = None, [], 8, 1
@@ -140,11 +160,15 @@ def test_a_dry_run_without_data_and_vocabulary(tmp_path, data):
 
 def test_a_config_that_cannot_be_planned_is_named_by_its_values(tmp_path, data):
     path = grid(tmp_path, data, axes={"training.micro_batch": [4, 5, 7]})
-    with pytest.raises(ConfigError, match=r"(?s)training.micro_batch 5 in .*and 1 more problem") as caught:
+    with pytest.raises(
+        ConfigError, match=r"(?s)training.micro_batch 5 in .*and 1 more problem"
+    ) as caught:
         sweep(path, dry_run=True)
     assert "\n" not in str(caught.value)
     path = grid(tmp_path, data, axes={"parameterization.kind": ["standard", "mup++"]})
-    with pytest.raises(ConfigError, match=r"mup\+\+ does not know how muonh .*parameterization.kind mup\+\+ in"):
+    with pytest.raises(
+        ConfigError, match=r"mup\+\+ does not know how muonh .*parameterization.kind mup\+\+ in"
+    ):
         sweep(path, dry_run=True)
 
 
@@ -156,10 +180,14 @@ def test_room_for_runs_at_once(tmp_path, data, monkeypatch):
     assert len(slots(plans, 3, None, cpu, [], cores=8).variables) == 2
     assert len(slots(plans, 1, None, cpu, [], cores=64).variables) == 12  # no more than runs
     assert len(slots(plans, 1, None, small, [], cores=8).variables) == 2  # 0.4 GB each
-    assert {one["OMP_NUM_THREADS"] for one in slots(plans, 1, None, cpu, [], cores=8).variables} == {"1"}
+    assert {
+        one["OMP_NUM_THREADS"] for one in slots(plans, 1, None, cpu, [], cores=8).variables
+    } == {"1"}
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert slots(plans, 1, None, cpu, [], cores=8).variables == [{"OMP_NUM_THREADS": "4"}] * 2
-    with pytest.raises(ConfigError, match=r"5 runs of .* do not fit into 1 GB \(--jobs\): set it to 2"):
+    with pytest.raises(
+        ConfigError, match=r"5 runs of .* do not fit into 1 GB \(--jobs\): set it to 2"
+    ):
         slots(plans, 1, 5, small, [], cores=8)
     gpu = Device("h200", 1e15, 141 * 10**9, "")
     names = ["4", "5", "6", "7"]
@@ -179,15 +207,19 @@ def test_room_for_runs_at_once(tmp_path, data, monkeypatch):
         slots(plans, 1, 5, Device("tiny", 1e15, 2 * 10**9 + 1_500_000, ""), names)
 
 
-# ------------------------------------------------------------------------------------------------- results and fits
+# --- results and fits
 
 
 def test_results_and_fits_of_finished_runs(tmp_path, data, capsys):
-    """Nothing is trained: every run is there. The planted optimum, 0.32 / width, comes back, and its law."""
+    """Nothing is trained: every run is there. The planted optimum, 0.32 / width, comes back, and
+    its law."""
     path = grid(
-        tmp_path, data, axes={"model.width": [16, 32, 64], LR: [0.002, 0.005, 0.01, 0.02, 0.05]}, derive={"model.aspect": None},
+        tmp_path,
+        data,
+        axes={"model.width": [16, 32, 64], LR: [0.002, 0.005, 0.01, 0.02, 0.05]},
+        derive={"model.aspect": None},
         fit=[{**BOWL, "group": "model.width"}, {**BOWL, "against": "model.width"}],
-    )  # fmt: skip
+    )
     directory = tmp_path / "s"
     pretend(path, directory, bowl)
     sweep(path, sweep_dir=directory)
@@ -200,11 +232,13 @@ def test_results_and_fits_of_finished_runs(tmp_path, data, capsys):
     assert "time" not in table.columns
     assert {"model.width", LR, "val_loss", "tokens", "parameters", "flops"} <= table.columns.keys()
     by_width, law = json.loads((directory / "fits.json").read_text())
-    assert [round(g["parameters"]["optimum"]["value"] * g["group"]["model.width"], 6) for g in by_width["groups"]] == [
-        0.32
-    ] * 3
+    assert [
+        round(g["parameters"]["optimum"]["value"] * g["group"]["model.width"], 6)
+        for g in by_width["groups"]
+    ] == [0.32] * 3
     exponent = law["optimum"]["groups"][0]["parameters"]["exponent"]
-    # No interval: the residuals of planted points are rounding, of which some processors leave too little for one.
+    # No interval: the residuals of planted points are rounding, of which some processors leave too
+    # little for one.
     assert abs(exponent["value"] + 1) < 1e-6
     assert "optimum" in out
     assert "[" in out
@@ -213,17 +247,25 @@ def test_results_and_fits_of_finished_runs(tmp_path, data, capsys):
     # `archscale fit` makes the same of both.
     for source in (directory, directory / "results.csv"):
         again = fit_table(read_table([source]), "quadratic_log", [LR], "val_loss", ["model.width"])
-        assert [g.fit.estimates["optimum"].value for g in again.groups] == pytest.approx([0.02, 0.01, 0.005])
+        assert [g.fit.estimates["optimum"].value for g in again.groups] == pytest.approx(
+            [0.02, 0.01, 0.005]
+        )
     shown = yaml.safe_load((directory / "sweep.yaml").read_text())
     assert shown["runs"]["width16_lr0.002"] == {"model.width": 16, LR: 0.002, "model.aspect": None}
 
 
 def test_more_seeds_around_the_optimum(tmp_path, data, capsys, monkeypatch):
-    """One seed everywhere, then two more at the three best rates; one run of the first stage and one of the second fail."""
+    """One seed everywhere, then two more at the three best rates; one run of the first stage and
+    one of the second fail."""
     path = grid(
-        tmp_path, data, axes={"model.width": [16, 32], LR: [0.002, 0.005, 0.01, 0.02, 0.05, 0.1]}, derive={"model.aspect": None},
-        seeds=1, refine={"x": LR, "seeds": 3}, fit=[{**BOWL, "group": "model.width", "nearest": 3}],
-    )  # fmt: skip
+        tmp_path,
+        data,
+        axes={"model.width": [16, 32], LR: [0.002, 0.005, 0.01, 0.02, 0.05, 0.1]},
+        derive={"model.aspect": None},
+        seeds=1,
+        refine={"x": LR, "seeds": 3},
+        fit=[{**BOWL, "group": "model.width", "nearest": 3}],
+    )
     directory, fail, asked = tmp_path / "s", {"width16_lr0.002_seed0", "width32_lr0.01_seed2"}, []
     at_once: list[int] = []
     monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4))
@@ -240,19 +282,32 @@ def test_more_seeds_around_the_optimum(tmp_path, data, capsys, monkeypatch):
 
     monkeypatch.setattr("archscale.train.sweep_clusters.run_local", train)
     sweep(path, sweep_dir=directory, dry_run=True)
-    assert "then seeds 1, 2 at the 3 best parameterization.base.lr by val_loss: 12 more runs" in capsys.readouterr().out
-    with pytest.raises(TrainingError, match=r"2 of 24 runs failed: width16_lr0.002_seed0: broke.*width32_lr0.01_seed2"):
+    assert (
+        "then seeds 1, 2 at the 3 best parameterization.base.lr by val_loss: 12 more runs"
+        in capsys.readouterr().out
+    )
+    with pytest.raises(
+        TrainingError,
+        match=r"2 of 24 runs failed: width16_lr0.002_seed0: broke.*width32_lr0.01_seed2",
+    ):
         sweep(path, sweep_dir=directory)
     first, second = asked
     assert len(first) == 12
-    near = {16: ("0.01", "0.02", "0.05"), 32: ("0.005", "0.01", "0.02")}  # the best are 0.02 and 0.01
-    assert set(second) == {f"width{w}_lr{lr}_seed{s}" for w in near for lr in near[w] for s in (1, 2)}
+    near = {
+        16: ("0.01", "0.02", "0.05"),
+        32: ("0.005", "0.01", "0.02"),
+    }  # the best are 0.02 and 0.01
+    assert set(second) == {
+        f"width{w}_lr{lr}_seed{s}" for w in near for lr in near[w] for s in (1, 2)
+    }
     out = capsys.readouterr().out
     assert "24 runs of" in out
     assert "11 of them finished" in out
     [fit] = json.loads((directory / "fits.json").read_text())
     assert [group["points"] for group in fit["groups"]] == [9, 8]
-    assert [group["parameters"]["optimum"]["value"] for group in fit["groups"]] == pytest.approx([0.02, 0.01])
+    assert [group["parameters"]["optimum"]["value"] for group in fit["groups"]] == pytest.approx(
+        [0.02, 0.01]
+    )
     # Mended and started again, only those two are trained; then the dry run shows both stages.
     fail.clear()
     sweep(path, sweep_dir=directory)
@@ -268,11 +323,15 @@ def test_more_seeds_around_the_optimum(tmp_path, data, capsys, monkeypatch):
 def test_refine_by_what_no_run_has(tmp_path, data):
     keys = {"axes": {LR: [0.002, 0.005, 0.01]}, "seeds": 1}
     path = grid(tmp_path, data, **keys, refine={"x": LR, "seeds": 2, "y": "val_los"})
-    with pytest.raises(ConfigError, match=r"no run has val_los \(refine.y in .*\): give one of step, tokens"):
+    with pytest.raises(
+        ConfigError, match=r"no run has val_los \(refine.y in .*\): give one of step, tokens"
+    ):
         sweep(path, dry_run=True)
     path = grid(tmp_path, data, **keys, refine={"x": LR, "seeds": 2, "y": "moe/none"})
     pretend(path, tmp_path / "s", bowl)
-    with pytest.raises(ConfigError, match=r"no run has moe/none \(refine.y in .*\): give a column of results.csv"):
+    with pytest.raises(
+        ConfigError, match=r"no run has moe/none \(refine.y in .*\): give a column of results.csv"
+    ):
         sweep(path, sweep_dir=tmp_path / "s")
 
 
@@ -290,7 +349,11 @@ def test_a_report_that_cannot_be_drawn_costs_no_results(tmp_path, data, capsys, 
 
 def test_losses_that_are_not_finite_are_excluded_and_named(tmp_path, data, capsys):
     path = grid(tmp_path, data, axes={LR: [0.002, 0.005, 0.01, 0.02, 0.05, 0.1]}, fit=[BOWL])
-    pretend(path, tmp_path / "s", lambda made: None if made.parameterization.base.lr > 0.09 else bowl(made))
+    pretend(
+        path,
+        tmp_path / "s",
+        lambda made: None if made.parameterization.base.lr > 0.09 else bowl(made),
+    )
     sweep(path, sweep_dir=tmp_path / "s")
     assert "lr0.1: val_loss is not finite" in capsys.readouterr().out
     [fit] = json.loads((tmp_path / "s" / "fits.json").read_text())
@@ -300,10 +363,16 @@ def test_losses_that_are_not_finite_are_excluded_and_named(tmp_path, data, capsy
 
 def test_too_few_points_are_left_for_a_fit(tmp_path, data):
     path = grid(tmp_path, data, axes={LR: [0.002, 0.005, 0.01, 0.02]}, fit=[BOWL])
-    pretend(path, tmp_path / "s", lambda made: None if made.parameterization.base.lr > 0.01 else bowl(made))
+    pretend(
+        path,
+        tmp_path / "s",
+        lambda made: None if made.parameterization.base.lr > 0.01 else bowl(made),
+    )
     with pytest.raises(DataError, match="3 points are too few for quadratic_log, which needs 4"):
         sweep(path, sweep_dir=tmp_path / "s")
-    assert json.loads((tmp_path / "s" / "fits.json").read_text())[0]["refused"]["what"].startswith("3 points")
+    assert json.loads((tmp_path / "s" / "fits.json").read_text())[0]["refused"]["what"].startswith(
+        "3 points"
+    )
 
 
 def test_a_directory_with_another_run_is_refused(tmp_path, data):
@@ -311,7 +380,8 @@ def test_a_directory_with_another_run_is_refused(tmp_path, data):
     pretend(path, tmp_path / "s", bowl)
     before = {p: p.read_bytes() for p in (tmp_path / "s").rglob("*") if p.is_file()}
     with pytest.raises(
-        ConfigError, match=r"training.tokens is 3840, the run in .*has 3072.*seed 0 in .*and 1 more problem"
+        ConfigError,
+        match=r"training.tokens is 3840, the run in .*has 3072.*seed 0 in .*and 1 more problem",
     ):
         sweep(grid(tmp_path, data, steps=10, seeds=2), sweep_dir=tmp_path / "s")
     assert before == {p: p.read_bytes() for p in (tmp_path / "s").rglob("*") if p.is_file()}
@@ -338,15 +408,24 @@ def test_the_last_line_is_the_last_whole_one(tmp_path):
     assert last_line(tmp_path / "nowhere") == {}
 
 
-# --------------------------------------------------------------------------------------------------- the command line
+# --- the command line
 
 
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        (["--launcher", "cloud"], "'cloud' is not one of 'local', 'slurm', 'kubernetes', 'skypilot'.*sweep --help"),
+        (
+            ["--launcher", "cloud"],
+            "'cloud' is not one of 'local', 'slurm', 'kubernetes', 'skypilot'.*sweep --help",
+        ),
         (["--jobs", "0"], "jobs.*sweep --help"),
-        ([], r"unknown key \"model.widht\" \(axes.model.widht in .*g.yaml\): did you mean model.width\?"),
+        (
+            [],
+            (
+                r"unknown key \"model.widht\" \(axes.model.widht in .*g.yaml\): did you mean"
+                r" model.width\?"
+            ),
+        ),
     ],
     ids=["launcher", "jobs", "key"],
 )
@@ -362,7 +441,8 @@ def events(directory, what):
 
 
 def kill_sweep(command, folder, until):
-    """Starts a sweep and kills its process, and only it, with -9 once `until` holds; waits for its runs to be gone."""
+    """Starts a sweep and kills its process, and only it, with -9 once `until` holds; waits for its
+    runs to be gone."""
     job = start(command, cwd=folder)
     try:
         while not until():
@@ -402,18 +482,33 @@ def test_killed_with_9_and_started_again(tmp_path, data):
     assert events(killed, "finished").count("lr0.01") == 1
     assert events(killed, "started").count("lr0.01") == 2
     assert events(killed, "started").count("lr0.02") == 1  # refused, so not tried again
-    assert (killed / "results.csv").read_text().splitlines()[:3] == (alone / "results.csv").read_text().splitlines()
-    assert (killed / "results.csv").read_text().splitlines()[3].startswith("lr0.02,failed: cannot write")
+    assert (killed / "results.csv").read_text().splitlines()[:3] == (
+        alone / "results.csv"
+    ).read_text().splitlines()
+    assert (
+        (killed / "results.csv")
+        .read_text()
+        .splitlines()[3]
+        .startswith("lr0.02,failed: cannot write")
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "seeds", "kills"), [(1, 3, (3, 11, 19)), (2, 1, (1, 3, 5))])
 def test_a_sweep_killed_three_times_ends_as_if_left_alone(tmp_path, data, processes, seeds, kills):
-    """F1 for a whole sweep: 24 runs, and 8 of two processes each; killed with -9 after so many finished runs."""
+    """F1 for a whole sweep: 24 runs, and 8 of two processes each; killed with -9 after so many
+    finished runs."""
     path = grid(
-        tmp_path, data, steps=24, every=4, axes={"model.width": [16, 24], LR: [0.002, 0.01, 0.05, 0.2]}, seeds=seeds,
-        derive={"model.aspect": None}, processes=processes, fit=[{**BOWL, "group": "model.width"}],
-    )  # fmt: skip
+        tmp_path,
+        data,
+        steps=24,
+        every=4,
+        axes={"model.width": [16, 24], LR: [0.002, 0.01, 0.05, 0.2]},
+        seeds=seeds,
+        derive={"model.aspect": None},
+        processes=processes,
+        fit=[{**BOWL, "group": "model.width"}],
+    )
     alone, killed = tmp_path / "alone", tmp_path / "killed"
     command = ["sweep", str(path), "--jobs", str(2 // processes), "--sweep-dir"]
     first = launch([*command, str(alone)], timeout=800, check=False, cwd=tmp_path)
@@ -431,10 +526,21 @@ def test_a_sweep_killed_three_times_ends_as_if_left_alone(tmp_path, data, proces
     assert (killed / "results.csv").read_text() == (alone / "results.csv").read_text()
     assert len((alone / "results.csv").read_text().splitlines()) == 8 * seeds + 1
     assert json.loads((killed / "fits.json").read_text())[0]["groups"] == [
-        {**group, "refused": group["refused"] and {**group["refused"], "where": group["refused"]["where"].replace("alone", "killed")}}
+        {
+            **group,
+            "refused": (
+                group["refused"]
+                and {
+                    **group["refused"],
+                    "where": group["refused"]["where"].replace("alone", "killed"),
+                }
+            ),
+        }
         for group in json.loads((alone / "fits.json").read_text())[0]["groups"]
-    ]  # fmt: skip
+    ]
     assert (
         len(events(killed, "finished")) == len(set(events(killed, "finished"))) == 8 * seeds
     )  # none was trained twice
-    assert max(events(killed, "started").count(name) for name in set(events(killed, "started"))) >= 2
+    assert (
+        max(events(killed, "started").count(name) for name in set(events(killed, "started"))) >= 2
+    )

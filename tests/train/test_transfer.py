@@ -37,19 +37,24 @@ def curve(lines: list[dict]) -> np.ndarray:
 
 
 def assert_same(found: np.ndarray, expected: np.ndarray) -> None:
-    # Weights perturbed by 1e-6, ten times what another order of float32 sums does, move these losses by 7e-7.
+    # Weights perturbed by 1e-6, ten times what another order of float32 sums does, move these
+    # losses by 7e-7.
     np.testing.assert_allclose(found[:, 0], expected[:, 0], rtol=5e-6)
     assert np.array_equal(found[:, 1:], expected[:, 1:])
 
 
 def test_hyperp_and_a_growing_batch_on_any_ranks_and_after_a_crash(pool, data, tmp_path):
-    """12 sequences a step until 96 are seen, then 24; the crash falls into the ramp, the resumption after it.
+    """12 sequences a step until 96 are seen, then 24; the crash falls into the ramp, the resumption
+    after it.
 
-    Tied, unlike HyperP, because a perturbation by 1e-6 moves the untied model's losses by 5e-4 (see `tiny.config`).
+    Tied, unlike HyperP, because a perturbation by 1e-6 moves the untied model's losses by 5e-4 (see
+    `tiny.config`).
     """
     made = growing(data, model={"tied_embeddings": True, "depth_mup": True})
     alone = curve(run(made, str(tmp_path / "alone")))
-    assert alone[:, 2].tolist() == [12 * 16 * min(n, 8) + 24 * 16 * max(0, n - 8) for n in range(1, 17)]
+    assert alone[:, 2].tolist() == [
+        12 * 16 * min(n, 8) + 24 * 16 * max(0, n - 8) for n in range(1, 17)
+    ]
     for lines in pool(2).run(run, made, str(tmp_path / "fsdp")):
         assert_same(curve(lines), alone)
     folder = str(tmp_path / "moving")
@@ -76,11 +81,23 @@ def test_the_head_is_on_the_sphere(data, tmp_path):
 
 
 def test_auto_budget_and_plan_of_a_run(data, tmp_path):
-    made = growing(data, training={"tokens": "auto", "batch_tokens": "auto", "micro_batch": 6, "precision": "fp32", "compile": False},
-                   schedule={})  # fmt: skip
+    made = growing(
+        data,
+        training={
+            "tokens": "auto",
+            "batch_tokens": "auto",
+            "micro_batch": 6,
+            "precision": "fp32",
+            "compile": False,
+        },
+        schedule={},
+    )
     summary = train(made, tmp_path / "run")
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
-    assert (plan["training"]["steps"], plan["training"]["trained_tokens"]) == (summary["steps"], summary["tokens"])
+    assert (plan["training"]["steps"], plan["training"]["trained_tokens"]) == (
+        summary["steps"],
+        summary["tokens"],
+    )
     assert plan["training"]["batch_tokens"] == 768
     assert plan["problems"] == []
     config_yaml = (tmp_path / "run" / "config.yaml").read_text()
@@ -90,11 +107,29 @@ def test_auto_budget_and_plan_of_a_run(data, tmp_path):
 
 def test_training_refuses_what_the_plan_refuses(data, tmp_path):
     with pytest.raises(ConfigError, match="hyperp does not know how moonlight transfers"):
-        train(config(data, "moonlight", 10, parameterization={"kind": "hyperp", "base": BASE}), tmp_path / "run")
-    with pytest.raises(ConfigError, match=r"asynchronous checkpointing is not available yet .*\(and 1 more problem"):
-        train(config(data, "muonh", 10, checkpoint={"async": True}, training={
-            "tokens": 3840, "batch_tokens": 384, "micro_batch": 7, "precision": "fp32", "compile": False,
-        }), tmp_path / "run")  # fmt: skip
+        train(
+            config(data, "moonlight", 10, parameterization={"kind": "hyperp", "base": BASE}),
+            tmp_path / "run",
+        )
+    with pytest.raises(
+        ConfigError, match=r"asynchronous checkpointing is not available yet .*\(and 1 more problem"
+    ):
+        train(
+            config(
+                data,
+                "muonh",
+                10,
+                checkpoint={"async": True},
+                training={
+                    "tokens": 3840,
+                    "batch_tokens": 384,
+                    "micro_batch": 7,
+                    "precision": "fp32",
+                    "compile": False,
+                },
+            ),
+            tmp_path / "run",
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -104,7 +139,11 @@ def test_mup_scales_the_logits(data):
     for width in (24, 12):
         base = {**BASE, "width": width}
         made = config(
-            data, "adamw", 10, parameterization={"kind": "mup++", "base": base}, optimizer={"matrix": {"rule": "adamw"}}
+            data,
+            "adamw",
+            10,
+            parameterization={"kind": "mup++", "base": base},
+            optimizer={"matrix": {"rule": "adamw"}},
         )
         model = build_model(resolve(made.with_vocab(300)), 0)
         initialize(model, seed=0)
@@ -114,10 +153,13 @@ def test_mup_scales_the_logits(data):
 
 def test_every_role_decays_as_the_transfer_says(data):
     made = config(
-        data, "orscale_lm", 10, model={"tied_embeddings": False},
+        data,
+        "orscale_lm",
+        10,
+        model={"tied_embeddings": False},
         parameterization={"kind": "mup++", "base": {**BASE, "depth": 4}},
         optimizer={"matrix": {"rule": "orscale_lm"}, "weight_decay": 0.1},
-    )  # fmt: skip
+    )
     made = resolve(made.with_vocab(300))
     model = build_model(made, 0)
     initialize(model, seed=0)

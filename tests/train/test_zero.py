@@ -1,4 +1,5 @@
-"""DeepSpeed ZeRO 1, 2, 3 against one process: the same losses, the same checkpoints (invariant 1, F3, F4, F15)."""
+"""DeepSpeed ZeRO 1, 2, 3 against one process: the same losses, the same checkpoints (invariant 1,
+F3, F4, F15)."""
 
 import importlib.util
 import itertools
@@ -30,7 +31,8 @@ from tests.train.test_moe import TIE
 from tests.train.tiny import config, crash_after, losses, run, tiny_data
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (the extra `deepspeed`)"
+    importlib.util.find_spec("deepspeed") is None,
+    reason="DeepSpeed is not installed (the extra `deepspeed`)",
 )
 STEPS = 50
 TOLERANCE = 1e-5
@@ -60,8 +62,11 @@ def stage_of(stage: int | None, **more) -> dict:
     return {"parallel": {"engine": "deepspeed", "zero_stage": stage, **more}} if stage else {}
 
 
-def curves(data: str, folder: str, rule: str, sections: dict, steps: int = STEPS) -> dict[str, list]:
-    """Metrics by name; with experts also the smallest gap of this process's routing in each step."""
+def curves(
+    data: str, folder: str, rule: str, sections: dict, steps: int = STEPS
+) -> dict[str, list]:
+    """Metrics by name; with experts also the smallest gap of this process's routing in each
+    step."""
     with smallest_gaps() as gap:
         gaps, step = [], trainer.train_step
 
@@ -82,13 +87,15 @@ def curves(data: str, folder: str, rule: str, sections: dict, steps: int = STEPS
 
 
 def furthest(found: dict[str, list], expected: dict[str, list]) -> float:
-    """Largest relative difference of the losses, up to a near tie of routing after which the experts' loads differ (see
-    `test_moe.assert_same`)."""
+    """Largest relative difference of the losses, up to a near tie of routing after which the
+    experts' loads differ (see `test_moe.assert_same`)."""
     assert found.keys() == expected.keys()
     a, b = (np.array([*curve["loss"], *curve["val"]]) for curve in (found, expected))
     end = len(a)
     if "moe/max_violation" in found:
-        same = np.isclose(found["moe/load_entropy"], expected["moe/load_entropy"], rtol=1e-6, atol=0)
+        same = np.isclose(
+            found["moe/load_entropy"], expected["moe/load_entropy"], rtol=1e-6, atol=0
+        )
         if not same.all():
             end = int(np.argmin(same))
             assert expected["gap"][end] < TIE * (1 + end)
@@ -105,17 +112,20 @@ def alone(data, tmp_path_factory):
         if (rule, model) not in found:
             threads = torch.get_num_threads()
             torch.set_num_threads(1)
-            found[rule, model] = curves(data, str(tmp_path_factory.mktemp("alone")), rule, MODELS[model])
+            found[rule, model] = curves(
+                data, str(tmp_path_factory.mktemp("alone")), rule, MODELS[model]
+            )
             torch.set_num_threads(threads)
         return found[rule, model]
 
     return get
 
 
-# ---------------------------------------------------------------------------------------------------- one trajectory
+# --- one trajectory
 
 CASES = list(itertools.product(LAYOUTS, (1, 4), MODELS, RULES))
-PAIRWISE = [  # each stage with either model and accumulation, rules in turn; FSDP2 is in other tests
+# each stage with either model and accumulation, rules in turn; FSDP2 is in other tests
+PAIRWISE = [
     ("zero1", 1, "dense", "orscale_lm"),
     ("zero1", 4, "experts", "muonh"),
     ("zero2", 4, "experts", "orscale_lm"),
@@ -131,7 +141,9 @@ PAIRWISE = [  # each stage with either model and accumulation, rules in turn; FS
     ("layout", "accumulation", "model", "rule"),
     [pytest.param(*case, marks=[] if case in PAIRWISE else pytest.mark.slow) for case in CASES],
 )
-def test_the_losses_are_those_of_one_process(pool, data, alone, tmp_path, layout, accumulation, model, rule):
+def test_the_losses_are_those_of_one_process(
+    pool, data, alone, tmp_path, layout, accumulation, model, rule
+):
     """F4: also 1 and 4 micro-batches."""
     world, stage = LAYOUTS[layout]
     training = {"training": {"micro_batch": 24 // world // accumulation}}
@@ -141,16 +153,28 @@ def test_the_losses_are_those_of_one_process(pool, data, alone, tmp_path, layout
 
 
 OPTIONS = {
-    "recomputed, untied": {"training": {"activation_checkpoint": "block"}, "model": {"tied_embeddings": False}},
-    "recomputed experts": {"training": {"activation_checkpoint": "block", "micro_batch": 3}, "model": {"moe": MOE}},
+    "recomputed, untied": {
+        "training": {"activation_checkpoint": "block"},
+        "model": {"tied_embeddings": False},
+    },
+    "recomputed experts": {
+        "training": {"activation_checkpoint": "block", "micro_batch": 3},
+        "model": {"moe": MOE},
+    },
     "masks, heads": {
-        "data": {"document_mask": True}, "model": {"window": 5},
-        "optimizer": {"matrix": {"rule": "orscale_lm", "per_head": True, "momentum_dtype": "bfloat16"}},
+        "data": {"document_mask": True},
+        "model": {"window": 5},
+        "optimizer": {
+            "matrix": {"rule": "orscale_lm", "per_head": True, "momentum_dtype": "bfloat16"}
+        },
     },
     "no clipping": {"optimizer": {"matrix": {"rule": "orscale_lm"}, "grad_clip": None}},
-    "growing batch": {"schedule": {"batch_ramp_tokens": 1536, "batch_ramp_stages": 2}, "training": {"micro_batch": 2}},
+    "growing batch": {
+        "schedule": {"batch_ramp_tokens": 1536, "batch_ramp_stages": 2},
+        "training": {"micro_batch": 2},
+    },
     "adamw": {"optimizer": {"matrix": {"rule": "adamw"}}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("option", OPTIONS)
@@ -158,7 +182,12 @@ def test_options(pool, data, tmp_path, option):
     expected = losses(data, str(tmp_path / "one"), "orscale_lm", 8, **OPTIONS[option])
     stage = 2 + list(OPTIONS).index(option) % 2
     for curve in pool(2).run(
-        losses, data, str(tmp_path / "two"), "orscale_lm", 8, **merge(OPTIONS[option], stage_of(stage))
+        losses,
+        data,
+        str(tmp_path / "two"),
+        "orscale_lm",
+        8,
+        **merge(OPTIONS[option], stage_of(stage)),
     ):
         np.testing.assert_allclose(curve, expected, rtol=1e-5)
 
@@ -170,7 +199,9 @@ def test_offloaded_state_trains_alike(pool, data, tmp_path, precision):
     expected = losses(data, str(tmp_path / "one"), "orscale_lm", 8, training=training)
     for stage in (2, 3):
         sections = merge({"training": training}, stage_of(stage, offload_optimizer=True))
-        for curve in pool(2).run(losses, data, str(tmp_path / str(stage)), "orscale_lm", 8, **sections):
+        for curve in pool(2).run(
+            losses, data, str(tmp_path / str(stage)), "orscale_lm", 8, **sections
+        ):
             np.testing.assert_allclose(curve, expected, rtol=1e-5 if precision == "fp32" else 5e-3)
 
 
@@ -179,7 +210,9 @@ def test_bf16_curves_agree_statistically(pool, data, tmp_path):
     expected = losses(data, str(tmp_path / "one"), "orscale_lm", 10, **bf16)
     for stage in (1, 2, 3):
         sections = merge(bf16, stage_of(stage))
-        for curve in pool(2).run(losses, data, str(tmp_path / str(stage)), "orscale_lm", 10, **sections):
+        for curve in pool(2).run(
+            losses, data, str(tmp_path / str(stage)), "orscale_lm", 10, **sections
+        ):
             np.testing.assert_allclose(curve, expected, rtol=5e-3)
 
 
@@ -187,12 +220,21 @@ def test_a_users_json_is_merged(pool, data, tmp_path):
     """Buckets so small that a gradient is reduced in several."""
     file = tmp_path / "ds.json"
     file.write_text(
-        json.dumps({"zero_optimization": {"reduce_bucket_size": 500, "stage3_param_persistence_threshold": 0}})
+        json.dumps(
+            {
+                "zero_optimization": {
+                    "reduce_bucket_size": 500,
+                    "stage3_param_persistence_threshold": 0,
+                }
+            }
+        )
     )
     expected = losses(data, str(tmp_path / "one"), "orscale_lm", 5)
     for stage in (1, 2, 3):
         sections = stage_of(stage, deepspeed=str(file))
-        for curve in pool(2).run(losses, data, str(tmp_path / str(stage)), "orscale_lm", 5, **sections):
+        for curve in pool(2).run(
+            losses, data, str(tmp_path / str(stage)), "orscale_lm", 5, **sections
+        ):
             np.testing.assert_allclose(curve, expected, rtol=1e-5)
 
 
@@ -221,26 +263,32 @@ def test_what_deepspeed_refuses_of_a_users_json_is_one_line(pool, data, tmp_path
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(content))
     with pytest.raises(WorkerError) as caught:
-        pool(2).run(curves, data, str(tmp_path / "r"), "orscale_lm", stage_of(stage, deepspeed=str(file)), 2)
+        pool(2).run(
+            curves, data, str(tmp_path / "r"), "orscale_lm", stage_of(stage, deepspeed=str(file)), 2
+        )
     assert caught.value.type_name == "ConfigError"
     assert "(parallel.deepspeed): " in str(caught.value)
 
 
-# ------------------------------------------------------------------------------------------- fragments, roles, updates
+# --- fragments, roles, updates
 
 
 def build(data: str, stage: int | None, rule: str = "orscale_lm") -> trainer.Run:
     made = config(data, rule, 8, **stage_of(stage))
     split = TokenSplit(made.data.train, "train", made.model.context)
     made = resolve(made.with_vocab(split.vocab_size))
-    return trainer.Run(made, Path("unused"), split, None, torch.device("cpu"), shard=made.shard_size(world_size()))
+    return trainer.Run(
+        made, Path("unused"), split, None, torch.device("cpu"), shard=made.shard_size(world_size())
+    )
 
 
 def layout(data: str, stage: int) -> list[dict[str, tuple]]:
     """(shape, lo, hi) of every rank's fragments, and what the optimizer was told."""
     made = build(data, stage)
     weights = made.engine.weights()
-    return gather_objects({name: (w.shape, w.lo, w.lo + len(w.data)) for name, w in weights.items()})
+    return gather_objects(
+        {name: (w.shape, w.lo, w.lo + len(w.data)) for name, w in weights.items()}
+    )
 
 
 @pytest.mark.parametrize(("world", "stage"), [(2, 1), (2, 2), (2, 3), (3, 3)])
@@ -258,7 +306,10 @@ def test_partitions_cover_every_parameter_and_cut_matrices(pool, data, world, st
 
 
 def count_orthogonalizations(data: str, folder: str, stage: int) -> int:
-    original, counted = test_parity.losses, lambda *args, **kwargs: losses(*args, **merge(kwargs, stage_of(stage)))
+    original, counted = (
+        test_parity.losses,
+        lambda *args, **kwargs: losses(*args, **merge(kwargs, stage_of(stage))),
+    )
     test_parity.losses = counted
     try:
         return test_parity.count_orthogonalizations(data, folder)
@@ -280,7 +331,8 @@ def test_every_parameter_keeps_its_role(pool, data, tmp_path, stage):
     pool(2).run(losses, data, str(tmp_path), "orscale_lm", 1, **sections)
     rows = json.loads((tmp_path / "manifest.json").read_text())
     found = "".join(
-        f"{r['parameter']}  {r['role']}  {r['rule']}  {' '.join(r['matrices'])}".rstrip() + "\n" for r in rows
+        f"{r['parameter']}  {r['role']}  {r['rule']}  {' '.join(r['matrices'])}".rstrip() + "\n"
+        for r in rows
     )
     assert found == (Path(__file__).parent / "manifest.golden").read_text()
 
@@ -298,7 +350,13 @@ def nan_run(data: str, folder: str, stage: int, precision: str) -> list[dict]:
     zero.clip_gradients = poisoned
     try:
         return run(
-            config(data, "orscale_lm", 8, **merge({"training": {"precision": precision}}, stage_of(stage))), folder
+            config(
+                data,
+                "orscale_lm",
+                8,
+                **merge({"training": {"precision": precision}}, stage_of(stage)),
+            ),
+            folder,
         )
     finally:
         zero.clip_gradients = original
@@ -310,12 +368,25 @@ def deep_nan_run(data: str, folder: str, stage: int, precision: str) -> list[dic
 
     def poisoned(self, objective):
         taken[0] += 1
-        original(self, objective * float("nan") if taken[0] == 3 * 2 and rank() == world_size() - 1 else objective)
+        original(
+            self,
+            (
+                objective * float("nan")
+                if taken[0] == 3 * 2 and rank() == world_size() - 1
+                else objective
+            ),
+        )
 
     zero.ZeroEngine.backward = poisoned
     try:
         return run(
-            config(data, "orscale_lm", 8, **merge({"training": {"precision": precision}}, stage_of(stage))), folder
+            config(
+                data,
+                "orscale_lm",
+                8,
+                **merge({"training": {"precision": precision}}, stage_of(stage)),
+            ),
+            folder,
         )
     finally:
         zero.ZeroEngine.backward = original
@@ -327,19 +398,26 @@ def test_a_nan_gradient_does_not_reach_the_weights(pool, data, tmp_path, precisi
         folder = tmp_path / f"{stage}{poison.__name__}"
         for lines in pool(2).run(poison, data, str(folder), stage, precision):
             assert lines[2]["event"] == "non-finite grad_norm"
-            assert [line["grad_norm"] is None for line in lines] == [line["step"] == 3 for line in lines]
+            assert [line["grad_norm"] is None for line in lines] == [
+                line["step"] == 3 for line in lines
+            ]
             assert all(line["loss"] is not None for line in lines)
             assert lines[-1]["loss"] < lines[0]["loss"]
 
 
 def guarded_run(data: str, folder: str, stage: int) -> tuple[list[dict], list[float]]:
-    """Step 3's loss is NaN on the last rank, under a guard that acts; its lines, and a checksum of bits after every step."""
+    """Step 3's loss is NaN on the last rank, under a guard that acts; its lines, and a checksum of
+    bits after every step."""
     original, sums = zero.ZeroEngine.update, []
 
     def watched(self, optimizer, *args):
         norm = original(self, optimizer, *args)
         content = [w.data for w in self.weights().values()]
-        content += [getattr(v, "data", v) for state in optimizer.fragments().values() for v in state.values()]
+        content += [
+            getattr(v, "data", v)
+            for state in optimizer.fragments().values()
+            for v in state.values()
+        ]
         sums.append(sum(t.double().sum().item() for t in content))
         return norm
 
@@ -347,7 +425,14 @@ def guarded_run(data: str, folder: str, stage: int) -> tuple[list[dict], list[fl
 
     def poisoned(self, objective):
         taken[0] += 1
-        backward(self, objective * float("nan") if taken[0] == 3 * 2 and rank() == world_size() - 1 else objective)
+        backward(
+            self,
+            (
+                objective * float("nan")
+                if taken[0] == 3 * 2 and rank() == world_size() - 1
+                else objective
+            ),
+        )
 
     zero.ZeroEngine.update, zero.ZeroEngine.backward = watched, poisoned
     try:
@@ -357,7 +442,9 @@ def guarded_run(data: str, folder: str, stage: int) -> tuple[list[dict], list[fl
         zero.ZeroEngine.update, zero.ZeroEngine.backward = original, backward
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_a_guarded_step_leaves_the_state_untouched(pool, data, tmp_path, stage):
     """F12."""
     for lines, sums in pool(2).run(guarded_run, data, str(tmp_path), stage):
@@ -365,14 +452,16 @@ def test_a_guarded_step_leaves_the_state_untouched(pool, data, tmp_path, stage):
         assert [a == b for a, b in itertools.pairwise(sums)] == [False, True, False, False]
 
 
-# ----------------------------------------------------------------------------------------------------- checkpoints
+# --- checkpoints
 
 
 @pytest.mark.parametrize("rule", ["orscale_lm", pytest.param("muonh", marks=pytest.mark.slow)])
 def test_a_run_moves_between_engines(pool, data, tmp_path, rule):
     """F15: ZeRO-3 on 2 → one native process → ZeRO-1 on 3 → FSDP2 on 2 → ZeRO-2 on 2."""
     every = {"checkpoint": {"every": 3}, "training": {"micro_batch": 4}}
-    made = {stage: config(data, rule, 15, **merge(every, stage_of(stage))) for stage in (None, 1, 2, 3)}
+    made = {
+        stage: config(data, rule, 15, **merge(every, stage_of(stage))) for stage in (None, 1, 2, 3)
+    }
     expected = run(made[None], str(tmp_path / "alone"))
     folder = str(tmp_path / "moving")
     pool(2).run(crash_after, made[3], folder, 3)
@@ -381,14 +470,22 @@ def test_a_run_moves_between_engines(pool, data, tmp_path, rule):
     pool(2).run(crash_after, made[None], folder, 3)
     for lines in pool(2).run(run, made[2], folder):
         assert [line["step"] for line in lines] == list(range(1, 16))
-        np.testing.assert_allclose([line["loss"] for line in lines], [line["loss"] for line in expected], rtol=1e-5)
+        np.testing.assert_allclose(
+            [line["loss"] for line in lines], [line["loss"] for line in expected], rtol=1e-5
+        )
 
 
 def resave(data: str, stage: int | None, rule: str, source: str, target: str) -> None:
     made = build(data, stage, rule)
     state = load_checkpoint(step_directory(Path(source), 2), made.engine.weights(), made.optimizer)
     made.engine.weights_changed()
-    save_checkpoint(Path(target), made.engine.weights(), made.optimizer, {"step": 2, "config": state["config"]}, keep=1)
+    save_checkpoint(
+        Path(target),
+        made.engine.weights(),
+        made.optimizer,
+        {"step": 2, "config": state["config"]},
+        keep=1,
+    )
 
 
 def content(folder: Path) -> dict[str, torch.Tensor]:
@@ -432,7 +529,7 @@ def straight_and_resumed(data: str, folder: str, stage: int) -> tuple[list, list
     ]
 
 
-# ------------------------------------------------------------------------------------------------------- commands
+# --- commands
 
 
 @pytest.fixture
@@ -442,11 +539,14 @@ def yaml(data, tmp_path):
 
 
 def losses_of(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def started_by(command: list, folder: Path, cwd: Path) -> list[float]:
-    """Losses of `train` under another launcher, which is a script beside this Python or a module of it."""
+    """Losses of `train` under another launcher, which is a script beside this Python or a module of
+    it."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     own = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES | MASTER_VARIABLES}
     modules = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -465,7 +565,10 @@ def started_by(command: list, folder: Path, cwd: Path) -> list[float]:
 
 @pytest.mark.parametrize(
     "launcher",
-    [pytest.param(name, marks=pytest.mark.slow) for name in ("hostfile", "no hostfile", "deepspeed", "accelerate")],
+    [
+        pytest.param(name, marks=pytest.mark.slow)
+        for name in ("hostfile", "no hostfile", "deepspeed", "accelerate")
+    ],
 )
 def test_other_launchers_start_it(yaml, data, tmp_path, launcher):
     expected = losses(data, str(tmp_path / "alone"), "orscale_lm", 3)[:3]
@@ -473,22 +576,47 @@ def test_other_launchers_start_it(yaml, data, tmp_path, launcher):
     script = ["env", f"MASTER_PORT={port}", "bash", ROOT / "launch" / "deepspeed.sh", yaml]
     hosts = tmp_path / "hosts"
     hosts.write_text("# two processes here\nlocalhost slots=2\n")
-    accelerate = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no"]
+    accelerate = [
+        "--multi_gpu",
+        "--num_processes=2",
+        "--num_machines=1",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+    ]
     commands: dict[str, list] = {
         "hostfile": ["env", f"HOSTFILE={hosts}", "NODE_RANK=0", "MASTER_ADDR=127.0.0.1", *script],
         "no hostfile": ["env", "NPROC_PER_NODE=2", *script],
-        "deepspeed": ["deepspeed", "--num_gpus=2", f"--master_port={port}", "--module", *train],  # with --local_rank
-        "accelerate": ["accelerate", "launch", *accelerate, f"--main_process_port={port}", "--module", *train],
+        "deepspeed": [
+            "deepspeed",
+            "--num_gpus=2",
+            f"--master_port={port}",
+            "--module",
+            *train,
+        ],  # with --local_rank
+        "accelerate": [
+            "accelerate",
+            "launch",
+            *accelerate,
+            f"--main_process_port={port}",
+            "--module",
+            *train,
+        ],
     }
     if launcher == "accelerate" and importlib.util.find_spec("accelerate") is None:
         pytest.skip("accelerate is not installed")
-    np.testing.assert_allclose(started_by(commands[launcher], tmp_path / "r", tmp_path), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        started_by(commands[launcher], tmp_path / "r", tmp_path), expected, rtol=1e-5
+    )
 
 
 def test_torchrun_and_a_single_process_start_it(yaml, data, tmp_path):
     expected = losses(data, str(tmp_path / "alone"), "orscale_lm", 3)[:3]
     for processes in (1, 2):
-        launch(["train", yaml, "--run-dir", tmp_path / str(processes)], processes=processes, cwd=tmp_path)
+        launch(
+            ["train", yaml, "--run-dir", tmp_path / str(processes)],
+            processes=processes,
+            cwd=tmp_path,
+        )
         np.testing.assert_allclose(losses_of(tmp_path / str(processes)), expected, rtol=1e-5)
 
 
@@ -496,7 +624,9 @@ def test_the_wrong_version_ends_in_one_line(yaml, tmp_path):
     """Before any process group starts, once for all ranks."""
     distribution = tmp_path / "other" / "deepspeed-0.15.0.dist-info"
     distribution.mkdir(parents=True)
-    (distribution / "METADATA").write_text("Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.15.0\n")
+    (distribution / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.15.0\n"
+    )
     path = {"PYTHONPATH": os.pathsep.join([str(tmp_path / "other"), str(ROOT)])}
     done = launch(["train", yaml], processes=2, env=path, check=False, cwd=tmp_path)
     lines = [line for line in done.stderr.splitlines() if line.startswith("archscale:")]
@@ -505,7 +635,9 @@ def test_the_wrong_version_ends_in_one_line(yaml, tmp_path):
     assert "deepspeed 0.15.0 is installed" in lines[0]
 
 
-@pytest.mark.parametrize(("hosts", "message"), [(None, "is no file"), ("node-a\n", "names no host")])
+@pytest.mark.parametrize(
+    ("hosts", "message"), [(None, "is no file"), ("node-a\n", "names no host")]
+)
 def test_a_wrong_hostfile_is_one_line(yaml, tmp_path, hosts, message):
     if hosts:
         (tmp_path / "hosts").write_text(hosts)
@@ -514,7 +646,9 @@ def test_a_wrong_hostfile_is_one_line(yaml, tmp_path, hosts, message):
         "HOSTFILE": str(tmp_path / "hosts"),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=30, check=False
+    )
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1

@@ -43,35 +43,61 @@ def tiny_data(folder: Path) -> str:
 def config(data: str, /, rule: str = "muonh", steps: int = 10, **sections) -> Config:
     """24 sequences of 16 tokens a step: divisible by 1, 2, 3 and 4 processes.
 
-    Tied, because the untied embedding of standard deviation 1e-4 gives early gradients so ill-conditioned that their
-    orthogonalization amplifies float32 rounding, on one process as on many (up to 2e-5 over 50 steps instead of 3e-7).
+    Tied, because the untied embedding of standard deviation 1e-4 gives early gradients so
+    ill-conditioned that their orthogonalization amplifies float32 rounding, on one process as on
+    many (up to 2e-5 over 50 steps instead of 3e-7).
     """
     base = {
         "name": "tiny",
-        "model": {"depth": 2, "width": 24, "head_dim": 8, "kv_heads": 1, "context": 16, "tied_embeddings": True},
+        "model": {
+            "depth": 2,
+            "width": 24,
+            "head_dim": 8,
+            "kv_heads": 1,
+            "context": 16,
+            "tied_embeddings": True,
+        },
         "parameterization": {"base": {"lr": 0.003}},
-        "optimizer": {"matrix": {"rule": rule}, "weight_decay": 0.0 if rule in ("muonh", "orscale_lm_sphere") else 0.1},
+        "optimizer": {
+            "matrix": {"rule": rule},
+            "weight_decay": 0.0 if rule in ("muonh", "orscale_lm_sphere") else 0.1,
+        },
         "data": {"train": data, "val": data},
-        "training": {"tokens": steps * 24 * 16, "batch_tokens": 24 * 16, "micro_batch": 6, "precision": "fp32", "compile": False},
+        "training": {
+            "tokens": steps * 24 * 16,
+            "batch_tokens": 24 * 16,
+            "micro_batch": 6,
+            "precision": "fp32",
+            "compile": False,
+        },
         "checkpoint": {"every": 1000},
         "eval": {"every": 1000, "batches": 2},
         "telemetry": {"every": 5},
-    }  # fmt: skip
+    }
     for section, values in sections.items():
         base[section] = {**base.get(section, {}), **values} if isinstance(values, dict) else values
     return Config.from_dict(base)
 
 
 def run(config: Config, run_dir: str, resume: str = "auto") -> list[dict]:
-    """Train in this process, in the process group it is in; returns the metrics lines (on every rank)."""
+    """Train in this process, in the process group it is in; returns the metrics lines (on every
+    rank)."""
     data = TokenSplit(config.data.train, "train", config.model.context)
-    validation = TokenSplit(config.data.val, "validation", config.model.context) if config.data.val else None
+    validation = (
+        TokenSplit(config.data.val, "validation", config.model.context) if config.data.val else None
+    )
     world = world_size()
     run = trainer.Run(
-        resolve(config.with_vocab(data.vocab_size)), Path(run_dir), data, validation, torch.device("cpu"),
+        resolve(config.with_vocab(data.vocab_size)),
+        Path(run_dir),
+        data,
+        validation,
+        torch.device("cpu"),
         shard=config.shard_size(world),
-    )  # fmt: skip
-    source = on_rank_zero(lambda: trainer.choose_checkpoint(run.config, data, Path(run_dir), resume))
+    )
+    source = on_rank_zero(
+        lambda: trainer.choose_checkpoint(run.config, data, Path(run_dir), resume)
+    )
     run.go(source)
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 

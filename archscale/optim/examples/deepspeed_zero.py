@@ -61,11 +61,7 @@ def main() -> None:
         group["fragments"] = [(tuple(p.shape), lo) for p, (*_, lo) in zip(whole, pieces)]
         stand_in.fragments += [(fragment, start) for fragment, start, _ in pieces]
     stand_in.real = MatrixOptimizer(
-        groups,
-        lr=0.05,
-        rule="orscale",
-        weight_decay=5e-4,
-        compute_dtype=torch.float32,
+        groups, lr=0.05, rule="orscale", weight_decay=5e-4, compute_dtype=torch.float32
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(stand_in.real, T_max=56)
     for images, labels in batches(epochs=4, rank=dist.get_rank(), ranks=dist.get_world_size()):

@@ -25,11 +25,7 @@ def main() -> None:
     fully_shard(model, mesh=mesh)
     groups = matrix_groups(model, head=model.head, element={"lr": 3e-3})
     optimizer = MatrixOptimizer(
-        groups,
-        lr=0.05,
-        rule="orscale",
-        weight_decay=5e-4,
-        compute_dtype=torch.float32,
+        groups, lr=0.05, rule="orscale", weight_decay=5e-4, compute_dtype=torch.float32
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=56)
     for images, labels in batches(epochs=4, rank=rank, ranks=ranks):

@@ -25,11 +25,7 @@ def train(rule: str, seed: int = 0, epochs: int = 8) -> tuple[ConvNet, float]:
     lr = LEARNING_RATE.get(rule, 3e-3)
     # On a CPU without bfloat16 units float32 is faster; the default suits a GPU.
     optimizer = MatrixOptimizer(
-        groups,
-        lr=lr,
-        rule=rule,
-        weight_decay=5e-4,
-        compute_dtype=torch.float32,
+        groups, lr=lr, rule=rule, weight_decay=5e-4, compute_dtype=torch.float32
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=14 * epochs)
     for images, labels in batches(epochs):

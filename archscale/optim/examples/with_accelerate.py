@@ -20,11 +20,7 @@ def train(accelerator: Accelerator) -> str:
     model = ConvNet()
     groups = matrix_groups(model, head=model.head, element={"lr": 3e-3})
     optimizer = MatrixOptimizer(
-        groups,
-        lr=0.05,
-        rule="orscale",
-        weight_decay=5e-4,
-        compute_dtype=torch.float32,
+        groups, lr=0.05, rule="orscale", weight_decay=5e-4, compute_dtype=torch.float32
     )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=56)
     model, optimizer = accelerator.prepare(model, optimizer)
