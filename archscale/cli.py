@@ -33,7 +33,7 @@ Overrides = Annotated[
 ]
 
 
-# Names of `archscale.scaling.laws.LAWS` and of the settings of fits, here so that --help needs no
+# Names of `archscale.fit.laws.LAWS` and of the settings of fits, here so that --help needs no
 # numpy; a test compares them.
 Form = StrEnum("Form", ["power", "power_irreducible", "quadratic_log", "chinchilla"])
 Space = StrEnum("Space", ["log", "linear"])
@@ -102,6 +102,8 @@ def train(
 
     summary = run(resolved, run_dir or Path("runs") / resolved.name, resume)
     if int(os.environ.get("RANK", "0")) == 0:
+        if not summary["already_done"]:
+            _report_of_run(Path(summary["run_dir"]))
         losses = "".join(
             f", {key} {summary[key]:.4f}"
             for key in ("loss", "val_loss", "val_bits_per_byte")
@@ -115,6 +117,16 @@ def train(
             f" tokens{losses}"
         )
         print(f"metrics {summary['run_dir']}/metrics.jsonl, checkpoint {summary['checkpoint']}")
+
+
+def _report_of_run(run_dir: Path) -> None:
+    """report.html; a run that has trained is not lost to a figure that cannot be drawn."""
+    from archscale.sweep.pages import write_report
+
+    try:
+        write_report([run_dir])
+    except Exception as error:
+        print(f"archscale: warning: no report: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 @app.command()
@@ -159,9 +171,9 @@ def plan(
     import json as encoder
 
     from archscale.config import load_config
-    from archscale.scaling.devices import find_device
-    from archscale.scaling.plan_text import render
-    from archscale.train.preflight import plan_config
+    from archscale.plan.devices import find_device
+    from archscale.plan.preflight import plan_config
+    from archscale.plan.text import render
 
     if device is None and (peak or memory):
         raise ArchscaleError(
@@ -235,8 +247,8 @@ def sweep(
 
     Example: archscale sweep configs/sweeps/lr_tokens.yaml --dry-run
     """
-    from archscale.train.sweep import How
-    from archscale.train.sweep import sweep as run
+    from archscale.sweep.run import How
+    from archscale.sweep.run import sweep as run
 
     how = How(launcher.value, jobs, retries, wait, continued)
     run(
@@ -321,26 +333,28 @@ def fit(
     """
     import json as encoder
 
-    from archscale.scaling.fit import Settings
-    from archscale.scaling.fit_table import fit_table
-    from archscale.scaling.fit_text import render
-    from archscale.scaling.table import read_table
+    from archscale.fit.fit import Settings
+    from archscale.fit.groups import FitRequest, fit_table
+    from archscale.fit.text import render
+    from archscale.sweep.table import read_table
 
     settings = Settings(
         space and space.value, loss.value, delta, replicates, confidence, seed, nearest
     )
     found = fit_table(
         read_table(targets),
-        form.value,
-        x,
-        y,
-        group or [],
-        against=against,
-        joint=joint,
-        over=leverage,
-        at=at or [],
-        block=block,
-        settings=settings,
+        FitRequest(
+            form.value,
+            x,
+            y,
+            group or [],
+            against=against,
+            joint=joint,
+            over=leverage,
+            at=at or [],
+            block=block,
+            settings=settings,
+        ),
     )
     print(encoder.dumps(found.as_dict(), indent=1) if json else render(found))
     if refusal := found.refusal:
@@ -395,7 +409,7 @@ def report(
 
     Example: archscale report runs/quickstart
     """
-    from archscale.report.run import write_report
+    from archscale.sweep.pages import write_report
 
     path = write_report([run] if other is None else [run, other], out)
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
@@ -474,7 +488,7 @@ def doctor() -> None:
 
     Example: archscale doctor
     """
-    from archscale.train.doctor import examine
+    from archscale.bench.doctor import examine
 
     _print_table(examine())
 

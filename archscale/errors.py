@@ -1,7 +1,11 @@
 """Errors a user can cause. Each ends in one line on stderr and exit status 2 (see
 `archscale.cli.main`)."""
 
+import difflib
 import errno
+import json
+from collections.abc import Sequence
+from typing import Any
 
 
 class ArchscaleError(Exception):
@@ -89,3 +93,18 @@ def explain_os_error(error: OSError, otherwise: str, *, vanished: bool = False) 
     if number == errno.EIO:
         return cause, f"check the device of that file system, or {otherwise}"
     return cause, otherwise
+
+
+def show(value: Any) -> str:
+    """A value as it could stand in the YAML, at most 60 characters."""
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def nearest(word: Any, choices: Sequence[str]) -> str | None:
+    matches = difflib.get_close_matches(str(word), choices, n=1)
+    return matches[0] if matches else None
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())

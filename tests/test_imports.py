@@ -1,8 +1,9 @@
-"""Imports run one way, and `torch.distributed` is spoken in few places."""
+"""Imports run one way, without a circle, and `torch.distributed` is spoken in few places."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,40 +14,34 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "archscale"
 
-LAYERS = [
-    {
-        "errors",
-        "batch",
-        "config",
-        "config_io",
-        "config_model",
-        "config_sections",
-        "config_synonyms",
-        "distributed",
-    },
-    {"model", "optim", "data", "parallel", "telemetry"},
-    {"scaling", "export"},
-    {"train", "report", "bench", "study"},
-    {"cli", "__main__"},
+# From the ground up. CONTRIBUTING.md draws the same floors.
+FLOORS = [
+    ["errors", "files", "rules", "distributed"],
+    ["config"],
+    ["data", "model", "optim", "parallel", "telemetry"],
+    ["plan", "fit", "checkpoint"],
+    ["train", "report"],
+    ["sweep"],
+    ["study", "bench"],
+    ["cli", "__main__"],
 ]
-LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-STRANGERS = {1, 2}  # layers whose packages do not import each other
-ONLY = {  # all that these import of the layers below or beside them
-    "optim": {"archscale.optim", "archscale.distributed", "archscale.errors"},
-    "scaling": {
-        "archscale.scaling",
-        "archscale.model.counting",
-        "archscale.model.memory",
-        *(f"archscale.{name}" for name in LAYERS[0]),
-    },
-    "export": {"archscale.export", "archscale.model", *(f"archscale.{name}" for name in LAYERS[0])},
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+CONNECTED = {0, len(FLOORS) - 1}  # floors whose rooms may import each other
+ONLY = {  # all of archscale that these import
+    "optim": {"optim", "distributed", "errors", "rules"},
+    "fit": {"fit", "errors"},
+    "report": {"report", "errors", "files", "fit", "plan.text", "__version__"},
+    "model": {"model", "config", "distributed"},
+    "telemetry": {"telemetry", "errors", "files"},
 }
+WITHOUT_TORCH = ["rules", "errors", "files", "config", "fit", "plan", "report", "cli"]
 SPEAKERS = {  # who may use torch.distributed
     "archscale.distributed",
     "archscale.parallel",
     "archscale.optim.engine",
     "archscale.optim.examples",
     "archscale.model.expert_parallel",
+    "archscale.checkpoint",
     "archscale.train",
 }
 
@@ -105,8 +100,8 @@ def check_source(module: str, source: str, is_package: bool = False) -> list[str
         lines |= set(distributed_attributes(tree))
         problems += [f"{module}:{line} uses torch.distributed" for line in sorted(lines)]
     own = module.split(".")[1] if "." in module else None
-    if own is not None and own not in LAYER:
-        return [*problems, f"{module}: archscale.{own} has no layer in tests/test_imports.py"]
+    if own is not None and own not in FLOOR:
+        return [*problems, f"{module}: archscale.{own} has no floor in tests/test_imports.py"]
     for line, name in found:
         if not within(name, "archscale"):
             continue
@@ -119,16 +114,16 @@ def check_source(module: str, source: str, is_package: bool = False) -> list[str
 
 
 def _import_problem(own: str | None, other: str, name: str) -> str | None:
-    if other not in LAYER:
-        return "no such package in the layers"
+    if other not in FLOOR:
+        return "no such room in the floors"
     if own is None:
         return "archscale/__init__.py imports nothing of archscale"
-    if own in ONLY and not any(within(name, allowed) for allowed in ONLY[own]):
+    if own in ONLY and not any(within(name, f"archscale.{allowed}") for allowed in ONLY[own]):
         return f"{own} imports only {', '.join(sorted(ONLY[own]))}"
-    if LAYER[other] > LAYER[own]:
+    if FLOOR[other] > FLOOR[own]:
         return "upwards"
-    if own != other and LAYER[own] == LAYER[other] and LAYER[own] in STRANGERS:
-        return "packages of this layer do not import each other"
+    if own != other and FLOOR[own] == FLOOR[other] and FLOOR[own] not in CONNECTED:
+        return "rooms of this floor do not import each other"
     return None
 
 
@@ -146,25 +141,79 @@ def test_imports_run_one_way():
     assert not problems, "\n".join(problems)
 
 
+def test_no_file_reaches_itself():
+    """Circles, imports for types alone included: each file could be read after those below it."""
+    names = {module_name(path): path for path in FILES}
+    below: dict[str, set[str]] = {}
+    for module, path in names.items():
+        tree = ast.parse(path.read_text())
+        targets = (name for _, name in imports(module, path.name == "__init__.py", tree))
+        # `from package import name` reaches the package's face, or the module of that name.
+        below[module] = {
+            target
+            for name in targets
+            if (target := name if name in names else name.rpartition(".")[0]) in names
+        } - {module}
+    assert circles(below) == []
+
+
+def circles(below: dict[str, set[str]]) -> list[list[str]]:
+    """A closed way for each file from which one is found; depth first."""
+    done: set[str] = set()
+    closed: list[list[str]] = []
+
+    def visit(module: str, way: list[str]) -> None:
+        if module in way:
+            closed.append([*way[way.index(module) :], module])
+        elif module not in done:
+            for other in sorted(below[module]):
+                visit(other, [*way, module])
+            done.add(module)
+
+    for module in sorted(below):
+        visit(module, [])
+    return closed
+
+
+def test_a_circle_is_seen():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c", "a"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_the_drawing_in_contributing_is_the_floors():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^    floor +(\d+) +(.+)$", text, flags=re.MULTILINE)
+    drawn = {int(number): names.split() for number, names in rows}
+    assert drawn == {
+        number: [name for name in names if name != "__main__"]
+        for number, names in enumerate(FLOORS)
+    }
+
+
 @pytest.mark.parametrize(
     ("module", "source"),
     [
         ("archscale.errors", "import archscale.model"),
-        ("archscale.config", "def f():\n    from archscale import train"),
+        ("archscale.config.schema", "def f():\n    from archscale import train"),
         ("archscale.model.moe", "from archscale.optim import MatrixOptimizer"),
         ("archscale.model.moe", "from ..parallel.mesh import build_mesh"),
         ("archscale.model.moe", "if TYPE_CHECKING:\n    from archscale.data import shards"),
+        ("archscale.model.moe", "from archscale.plan.counting import parameters"),
         ("archscale.data.loader", "from .. import telemetry"),
         (
             "archscale.data.loader",
             "import importlib\nimportlib.import_module('archscale.train.step')",
         ),
         ("archscale.optim.roles", "from archscale.config import Config"),
-        ("archscale.scaling.plan", "from archscale.model import Transformer"),
-        ("archscale.scaling.plan", "import archscale.model.transformer"),
-        ("archscale.scaling.plan", "from archscale.export import huggingface"),
-        ("archscale.export.huggingface", "from archscale.optim.rules import Rule"),
-        ("archscale.export.huggingface", "from archscale.scaling import plan"),
+        ("archscale.fit.groups", "from archscale.config import Config"),
+        ("archscale.fit.groups", "from archscale.files import write_atomically"),
+        ("archscale.plan.plan", "from archscale.fit import laws"),
+        ("archscale.plan.plan", "import archscale.train.build"),
+        ("archscale.report.run", "from archscale.sweep.record import read_sweep"),
+        ("archscale.report.run", "from archscale.train import trainer"),
+        ("archscale.report.run", "from archscale.plan.plan import make_plan"),
+        ("archscale.train.trainer", "from archscale.report.run import write_run_page"),
+        ("archscale.study.run", "from archscale.bench import timing"),
         ("archscale.train.step", "from archscale.cli import main"),
         ("archscale.train.step", "from archscale.unheard import of"),
         ("archscale.unheard", "import math"),
@@ -175,7 +224,7 @@ def test_imports_run_one_way():
         ("archscale.model.loss", "from torch import distributed as dist"),
         ("archscale.model.loss", "import torch\ndef f(): return torch.distributed.get_rank()"),
         ("archscale.model.loss", "import torch as t\ntorch = 1\nt.distributed.barrier()"),
-        ("archscale.optim.exchange", "import torch.distributed as dist"),
+        ("archscale.optim.shards", "import torch.distributed as dist"),
     ],
 )
 def test_a_violation_is_caught(module, source):
@@ -192,7 +241,7 @@ def test_a_violation_is_caught(module, source):
         ),
         (
             "archscale.train.step",
-            "import torch.distributed as dist\nfrom archscale.report import run",
+            "import torch.distributed as dist\nfrom archscale.plan import plan",
             False,
         ),
         (
@@ -200,15 +249,19 @@ def test_a_violation_is_caught(module, source):
             "from torch import distributed\nfrom archscale.distributed import rank",
             False,
         ),
-        ("archscale.optim", "from .engine import MatrixOptimizer\nfrom . import rules", True),
+        (
+            "archscale.optim",
+            "from .engine import MatrixOptimizer\nfrom archscale import rules",
+            True,
+        ),
         (
             "archscale.model.moe",
             "from .loss import z_loss\nfrom ..config import ModelConfig",
             False,
         ),
-        ("archscale.scaling.plan", "from archscale.model.counting import flops", False),
-        ("archscale.scaling.plan", "from archscale.model import counting", False),
-        ("archscale.export.huggingface", "from archscale.model import Transformer", False),
+        ("archscale.plan.plan", "from archscale.data.shards import read_manifest", False),
+        ("archscale.report.run", "from archscale.plan.text import size", False),
+        ("archscale.sweep.run", "from archscale.report.records import SweepRecord", False),
         ("archscale.cli", "from archscale.train.trainer import train", False),
         (
             "archscale.model.loss",
@@ -219,6 +272,17 @@ def test_a_violation_is_caught(module, source):
 )
 def test_what_is_allowed(module, source, is_package):
     assert check_source(module, source, is_package) == []
+
+
+@pytest.mark.parametrize("room", WITHOUT_TORCH)
+def test_rooms_that_need_no_torch(room):
+    """Their files import it inside functions at most: a plan, a fit and a page start at once."""
+    modules = [name for name in map(module_name, FILES) if within(name, f"archscale.{room}")]
+    code = f"import sys, {', '.join(modules)}; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout.strip(), done.returncode) == ("False", 0), done.stderr
 
 
 @pytest.mark.skipif(not (PACKAGE / "cli.py").exists(), reason="no archscale/cli.py yet")

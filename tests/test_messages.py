@@ -14,9 +14,9 @@ import yaml
 from torch.distributed.checkpoint.api import CheckpointException
 
 from archscale import __version__, cli
+from archscale.checkpoint import saving as checkpoint
 from archscale.data.shards import MANIFEST
 from archscale.errors import CheckpointError, explain_os_error
-from archscale.train import checkpoint
 from tests.train.tiny import config, tiny_data
 
 ROOT = Path(__file__).parents[1]
@@ -197,7 +197,7 @@ def test_a_failure_that_nothing_foresees_is_one_line(run, tmp_path, monkeypatch)
     def fail(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("archscale.scaling.fit_text.render", fail)
+    monkeypatch.setattr("archscale.fit.text.render", fail)
     (tmp_path / "t.csv").write_text("x,y\n1,1\n2,2.1\n4,3.9\n8,8.2\n16,15\n")
     command = [
         "fit",

@@ -30,15 +30,15 @@ from archscale.bench.timing import machine, matmul_rate, paired_ratio, spread, s
 from archscale.config import Config
 from archscale.distributed import Fragment
 from archscale.model import initialize
-from archscale.model.counting import parameters, training_flops
 from archscale.optim import MatrixOptimizer
 from archscale.optim.roles import assign_roles
 from archscale.parallel.native import NativeEngine
-from archscale.scaling.plan import make_plan
-from archscale.scaling.transfer import transfer_of
+from archscale.plan.counting import parameters, training_flops
+from archscale.plan.plan import make_plan
+from archscale.plan.preflight import plan_config, refuse
+from archscale.plan.transfer import transfer_of
 from archscale.train.balance import StepBalance
 from archscale.train.build import DTYPES, build_model, build_optimizer
-from archscale.train.preflight import plan_config, refuse
 from archscale.train.readings import Readings
 from archscale.train.step import train_step
 

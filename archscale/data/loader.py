@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from archscale.batch import BatchSchedule
+from archscale.config.batch import BatchSchedule
 from archscale.data.sampler import rank_numbers, sample_index
 from archscale.data.shards import TokenSplit
 from archscale.errors import DataError

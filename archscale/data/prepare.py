@@ -30,12 +30,11 @@ from archscale.data.shards import (
     TokenizerEntry,
     open_shard,
     read_manifest,
-    sync_directory,
     verify_shard,
-    write_atomically,
 )
 from archscale.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from archscale.errors import DataError, explain_os_error
+from archscale.files import sync, write_atomically
 
 SHARD_TOKENS = 100_000_000  # per file: 200 MB of uint16
 _BATCH_CHARS = 4_000_000  # text encoded at a time
@@ -247,7 +246,7 @@ def prepare(
         with _partial(output) as partial:
             manifest = _build(recipe, origin, partial, shard_tokens, say)
             os.replace(partial, output)
-        sync_directory(output.parent)
+        sync(output.parent)
     except OSError as error:
         where = Path(error.filename or output)
         if where.is_relative_to(_partial_of(output)) or output.is_relative_to(where):

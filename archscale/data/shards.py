@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from archscale.data.missing import how_to_make
 from archscale.errors import DataError, explain_os_error
+from archscale.files import sync
 
 MAGIC = b"ARCHTOK1"
 SHARD_VERSION = 1
@@ -83,26 +84,6 @@ def _pack(header: ShardHeader) -> bytes:
     return fields + hashlib.sha256(fields).digest()
 
 
-def sync_directory(path: str | Path) -> None:
-    """Makes a rename inside `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file holds either what it held before or all of `content`, whenever the machine stops."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_directory(path.parent)
-
-
 class ShardWriter:
     """Streams token ids into one shard. The file gets its name only when it is complete and on
     disk.
@@ -153,7 +134,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         os.replace(self._temporary, self.path)
-        sync_directory(self.path.parent)
+        sync(self.path.parent)
         return header
 
     def abort(self) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from archscale.model.attention import Attention, attention_mask, rope_table
-from archscale.model.counting import experts
 from archscale.model.layers import Embedding, FeedForward, Probe, RMSNorm
 from archscale.model.loss import cross_entropy_sum
 from archscale.model.moe import MoE, Routing
@@ -51,7 +50,7 @@ class Block(nn.Module):
                 config.width,
                 config.mlp_hidden // config.moe.top_k,
                 config.mlp,
-                *experts(config),
+                *config.expert_counts,
                 shared=config.moe.shared_expert,
                 sqrt_gate=config.moe.sqrt_gate,
                 logit_scale=router_logit_scale,

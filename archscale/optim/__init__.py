@@ -6,6 +6,6 @@ from archscale.optim import MatrixOptimizer, matrix_groups, orthogonalize
 from archscale.optim.engine import MatrixOptimizer
 from archscale.optim.groups import ParameterGroups, matrix_groups
 from archscale.optim.orthogonalize import orthogonalize
-from archscale.optim.rules import RULES, Rule
+from archscale.rules import RULES, Rule
 
 __all__ = ["RULES", "MatrixOptimizer", "ParameterGroups", "Rule", "matrix_groups", "orthogonalize"]

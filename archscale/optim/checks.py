@@ -12,8 +12,8 @@ from torch import Tensor
 
 from archscale.distributed import local_pieces, local_tensor
 from archscale.optim.orthogonalize import SCHEMES
-from archscale.optim.rules import Rule, check_clip, get_rule
 from archscale.optim.shards import VIEWS
+from archscale.rules import Rule, check_clip, get_rule
 
 REPLACED = (
     "whatever put others in their place (DeepSpeed does, with flat partitions) has to keep each"

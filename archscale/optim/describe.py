@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from archscale.distributed import Fragment, local_tensor
-from archscale.optim.exchange import Block
+from archscale.optim.coefficients import Step
+from archscale.optim.exchange import Block, Watch
 from archscale.optim.layout import PER_MATRIX, Group, Layout, StepPlan
-from archscale.optim.rules import Step
-
-if TYPE_CHECKING:
-    from archscale.optim.engine import MatrixOptimizer
 
 
 class Described:
@@ -113,16 +110,14 @@ class Described:
 
 
 def measure_gradients(
-    optimizer: MatrixOptimizer, plan: StepPlan, grads: dict[int, Tensor]
-) -> dict[str, Tensor]:
-    """The optimizer's watch on whole gradients, by `gradient_<key>` for each matrix: one more
-    exchange, of gradients.
+    watch: Watch, layout: Layout, plan: StepPlan, grads: dict[int, Tensor]
+) -> Tensor:
+    """What `watch` sees of the whole gradients that this rank owns, (watch.gradients, views), 0
+    elsewhere: one more exchange, of gradients.
 
     Args:
         grads: flat local gradients by parameter; left as they are.
     """
-    watch, layout = optimizer.watch, optimizer._synchronize()
-    assert watch is not None
     measured = torch.zeros(
         len(watch.gradients), len(layout.views), device=layout.device, dtype=layout.dtype
     )
@@ -142,6 +137,4 @@ def measure_gradients(
         }  # what the exchange brings back; nobody reads it
         if params:
             exchange.run(read, returned, measure, wire)
-    return {
-        f"gradient_{key}": row for key, row in zip(watch.gradients, optimizer._all_reduce(measured))
-    }
+    return measured

@@ -38,6 +38,7 @@ from archscale.optim.checks import (
     in_group,
     named,
 )
+from archscale.optim.coefficients import InnerProducts, step_coefficients
 from archscale.optim.describe import Described, measure_gradients
 from archscale.optim.elementwise import adam_direction_, lion_direction_, momentum_direction_
 from archscale.optim.exchange import Block, Watch, dot
@@ -51,7 +52,7 @@ from archscale.optim.layout import (
     describe_parameters,
 )
 from archscale.optim.orthogonalize import orthogonalize_
-from archscale.optim.rules import InnerProducts, Rule, get_rule, step_coefficients
+from archscale.rules import Rule, get_rule
 
 W, Q, P, MOMENTUM, WATCH = range(
     5
@@ -538,9 +539,10 @@ class MatrixOptimizer(Described, torch.optim.Optimizer):
             dtype=layout.dtype,
         )
         sums, holders = reduced[:count].view(rows, -1), reduced[count:]
-        gradients = (
-            measure_gradients(self, plan, grads) if self.watch and self.watch.gradients else {}
-        )
+        gradients: dict[str, Tensor] = {}
+        if self.watch and self.watch.gradients:
+            measured = self._all_reduce(measure_gradients(self.watch, layout, plan, grads))
+            gradients = {f"gradient_{key}": row for key, row in zip(self.watch.gradients, measured)}
         self._elementwise_directions(grads, absent)
         self._whole_matrix_directions(plan, grads, absent, sums)
         for run in plan.runs:

@@ -20,8 +20,8 @@ from archscale.optim.checks import (
     in_group,
 )
 from archscale.optim.exchange import Exchange, Run
-from archscale.optim.rules import Rule
 from archscale.optim.shards import MatrixView, matrix_views, plan_exchange
+from archscale.rules import Rule
 
 MAX_PLANS = 8  # sets of parameters with gradients for which a plan is kept
 BUFFERS = {  # of a parameter's state, by the rule's direction

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from archscale.optim.orthogonalize import COEFFICIENTS, NORMALIZATION
-from archscale.optim.rules import Rule
+from archscale.rules import Rule
 
 
 def orthogonalize(M: Tensor, scheme: str) -> Tensor:

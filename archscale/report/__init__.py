@@ -1,1 +1,1 @@
-"""One self-contained HTML file about a run: `archscale.report.run.write_report`."""
+"""One self-contained HTML file about a run: `archscale.report.run.write_run_page`."""

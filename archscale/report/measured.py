@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from archscale.plan.text import duration, size
 from archscale.report.read import RunRecord, is_number, lookup
 from archscale.report.scale import compact, number
-from archscale.scaling.plan_text import duration, size
 
 SHAPE = (
     ("depth", "depth"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from archscale.errors import ArchscaleError, DataError, explain_os_error
+from archscale.files import CHECKPOINTS, CONFIG, ENVIRONMENT, MANIFEST, METRICS, PLAN
 
 _REMEDY = "name a directory, such as runs/<name>, that train or sweep has filled"
 _AXES = ("step", "tokens", "time")
@@ -83,8 +84,8 @@ def read_run(directory: Path) -> RunRecord:
     """
     if not directory.is_dir():
         raise DataError("no such directory", str(directory), _REMEDY)
-    metrics = directory / "metrics.jsonl"
-    if not metrics.is_file() and not (directory / "plan.json").is_file():
+    metrics = directory / METRICS
+    if not metrics.is_file() and not (directory / PLAN).is_file():
         runs = sorted(path.parent.name for path in directory.glob("*/metrics.jsonl"))
         inside = f"it holds runs, name one or two of them: {', '.join(runs[:3])}" + (
             " …" if len(runs) > 3 else ""
@@ -96,12 +97,12 @@ def read_run(directory: Path) -> RunRecord:
     run = RunRecord(
         directory, directory.resolve().name, np.zeros(0, dtype=int), np.zeros(0), np.zeros(0)
     )
-    plan = _read_json(run, "plan.json", dict)
+    plan = _read_json(run, PLAN, dict)
     run.plan = plan
-    run.environment = _read_json(run, "environment.json", dict)
-    run.manifest = _read_json(run, "manifest.json", list)
-    if (directory / "config.yaml").is_file():
-        run.config = (directory / "config.yaml").read_text(errors="replace")
+    run.environment = _read_json(run, ENVIRONMENT, dict)
+    run.manifest = _read_json(run, MANIFEST, list)
+    if (directory / CONFIG).is_file():
+        run.config = (directory / CONFIG).read_text(errors="replace")
     run.name = str(run.plan.get("name") or run.name)
     try:
         lines = metrics.read_bytes().splitlines() if metrics.is_file() else []
@@ -111,7 +112,7 @@ def read_run(directory: Path) -> RunRecord:
     _parse(run, lines)
     if any(line.strip() for line in lines) and not len(run.steps):
         raise DataError("no line is a JSON object with step and tokens", str(metrics), _REMEDY)
-    run.checkpoint = _newest_checkpoint(directory / "checkpoints")
+    run.checkpoint = _newest_checkpoint(directory / CHECKPOINTS)
     return run
 
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from archscale.fit.fit import Estimate
+from archscale.fit.table import Cell
 from archscale.report.indicators import parse_key
 from archscale.report.plot import INK, MARKERS, MOST_CURVES, Curve, Panel, intervals
+from archscale.report.records import Analysis, Combination, Drift, curve_names, name_of, value_of
 from archscale.report.scale import number
-from archscale.report.sweep_axes import name_of, value_of
-from archscale.report.sweep_fits import Analysis, Combination, Drift, curve_names
-from archscale.scaling.fit import Estimate
-from archscale.scaling.table import Cell
 
 MOST_PANELS = 24  # of a figure; more go into a second one
 FAR = 8.0  # frame of a bowl: so many times as high as the median of its points above the lowest

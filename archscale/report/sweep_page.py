@@ -14,16 +14,15 @@ from typing import Any
 from urllib.parse import quote
 
 from archscale import __version__
+from archscale.files import REPORT
+from archscale.fit.text import render as fits_as_text
 from archscale.report.indicators import parse_key
 from archscale.report.page import definitions, section
 from archscale.report.plot import inline
+from archscale.report.records import Analysis, SweepRecord, label_in, name_of
 from archscale.report.scale import compact, number
-from archscale.report.sweep_axes import name_of
 from archscale.report.sweep_figures import FigureOf, end_text, with_ends
-from archscale.report.sweep_fits import Analysis
-from archscale.report.sweep_read import SweepRecord, describe
 from archscale.report.sweep_tables import Row, growth, verdict
-from archscale.scaling.fit_text import render as fits_as_text
 
 Drawn = list[tuple[FigureOf, list[str]]]  # each with the SVG text of its panels
 SECTIONS = {
@@ -140,7 +139,6 @@ def _head(sweep: SweepRecord, found: Analysis) -> str:
 
 
 def _told(found: Analysis, row: Mapping[str, Any]) -> str:
-    from archscale.report.sweep_fits import label_in
 
     return label_in(found.axes, row, found.axes.numbers)
 
@@ -355,7 +353,7 @@ def _fits(sweep: SweepRecord, found: Analysis) -> str:
         if fit.fits is None:
             parts.append(
                 f"<h3>{escape(what)}</h3><p>refused:"
-                f" {escape(describe(fit.refusal) if fit.refusal else '')}</p>"
+                f" {escape(str(fit.refusal) if fit.refusal else '')}</p>"
             )
         else:
             shown = replace(
@@ -417,7 +415,7 @@ def _runs(sweep: SweepRecord, rows: Sequence[Row], page: Path, folder: str) -> s
     body = []
     for row in rows:
         name = str(row["run"])
-        report = sweep.directory / name / "report.html"
+        report = sweep.directory / name / REPORT
         label = escape(name)
         if report.is_file():
             label = f'<a href="{quote(os.path.relpath(report, page.parent))}">{label}</a>'

@@ -8,11 +8,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from archscale.report.sweep_axes import name_of
-from archscale.report.sweep_fits import Analysis, curve_names
-from archscale.report.sweep_read import SweepRecord
-from archscale.scaling.fit import Estimate
-from archscale.scaling.fit_table import Group, TableFits
+from archscale.fit.fit import Estimate
+from archscale.fit.groups import Group, TableFits
+from archscale.report.records import Analysis, SweepRecord, curve_names, name_of
 
 Row = dict[str, Any]
 LEAST_GROWTH = 1.02  # factor over the range of FLOPs

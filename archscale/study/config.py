@@ -14,7 +14,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError
 
 from archscale.config import Config, ModelConfig, Section
-from archscale.config_io import (
+from archscale.config.explain import explain
+from archscale.config.layers import merge, read_layers
+from archscale.config.sections import MatrixRule
+from archscale.config.values import (
     BelowOne,
     Count,
     CountOrZero,
@@ -22,14 +25,8 @@ from archscale.config_io import (
     Positive,
     PositiveShare,
     Text,
-    explain,
-    merge,
-    nearest,
-    read_layers,
-    show,
 )
-from archscale.config_sections import MatrixRule
-from archscale.errors import ConfigError
+from archscale.errors import ConfigError, nearest, show
 
 Seeds = Annotated[list[CountOrZero], Field(min_length=1)]
 Positives = Annotated[list[Positive], Field(min_length=1)]

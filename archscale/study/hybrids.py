@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from archscale.files import MANIFEST, METRICS
 from archscale.optim import RULES
 from archscale.study.config import Arm, HybridStudy
 from archscale.study.output import Panel, Results, Row, Series, mean_and_spread
@@ -27,9 +28,7 @@ def run_hybrids(study: HybridStudy, out: Path, say: Callable[[str], None]) -> Re
             directory = out / "runs" / f"{arm.label}_seed{seed}"
             say(f"{arm.label}: {arm.rule}, η = {arm.lr:g}, λ = {arm.weight_decay:g}, seed {seed}")
             train(study.config(arm, seed), directory)
-            lines = [
-                json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()
-            ]
+            lines = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
             shapes = read_shapes(directory)
             readings = [line for line in lines if any(key.startswith(MATRIX) for key in line)]
             trained.setdefault(arm.label, []).append(readings)
@@ -53,7 +52,7 @@ def run_hybrids(study: HybridStudy, out: Path, say: Callable[[str], None]) -> Re
 def read_shapes(directory: Path) -> dict[str, tuple[int, int]]:
     """Rows and columns of every matrix of a run."""
     found = {}
-    for row in json.loads((directory / "manifest.json").read_text()):
+    for row in json.loads((directory / MANIFEST).read_text()):
         for text in row["matrices"]:
             name, shape = text.rsplit(" ", 1)
             m, n = shape.split("x")

@@ -18,6 +18,7 @@ import torch
 
 import archscale
 from archscale.errors import ConfigError, explain_os_error
+from archscale.files import write_atomically
 
 Row = dict[str, Any]
 
@@ -91,8 +92,8 @@ def write(results: Results, directory: Path) -> None:
         },
         "tables": _plain(results.tables),
     }
-    (directory / "results.json").write_text(
-        json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(
+        directory / "results.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     )
     for name, rows in results.tables.items():
         with open(directory / f"{name}.csv", "w", newline="") as file:
@@ -102,9 +103,9 @@ def write(results: Results, directory: Path) -> None:
     drawings = {}
     for name, (caption, panels) in results.figures.items():
         drawing = draw(panels)
-        (directory / f"{name}.svg").write_text(drawing)
+        write_atomically(directory / f"{name}.svg", drawing)
         drawings[caption] = drawing[drawing.index("<svg") :]
-    (directory / "summary.html").write_text(_page(results, drawings))
+    write_atomically(directory / "summary.html", _page(results, drawings))
 
 
 def draw(panels: Sequence[Panel]) -> str:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from archscale.config_io import write_yaml
+from archscale.config.layers import write_yaml
 from archscale.study.config import HybridStudy, SpectralStudy, load_study
 from archscale.study.gates import run_gates
 from archscale.study.hybrids import run_hybrids

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
+
+from archscale.files import write_atomically
 
 
 class MetricsFile:
@@ -27,9 +28,7 @@ class MetricsFile:
                 for line in path.read_text().splitlines(keepends=True)
                 if _step(line, resume_step) <= resume_step
             ]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(kept))
-            os.replace(temporary, path)
+            write_atomically(path, "".join(kept))
         self._file = path.open("a")
 
     def write(self, step: int, tokens: int, **values: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from archscale.errors import ConfigError
+from archscale.files import write_atomically
 
 WAITING = 10_000  # lines at most
 PATIENCE = 30.0  # seconds that the end of a run waits for what is left
@@ -123,7 +124,7 @@ def wandb_tracker(
     mode = ("online" if has_wandb_key() else "offline") if mode == "auto" else mode
     identity = run_dir / "wandb_id"
     if not identity.exists():
-        identity.write_text(uuid.uuid4().hex[:12])
+        write_atomically(identity, uuid.uuid4().hex[:12])
     options: dict[str, Any] = {
         "project": project,
         "name": name,

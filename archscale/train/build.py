@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from archscale.config import Config
-from archscale.model import Transformer, counting, initialize
+from archscale.model import Transformer, initialize
 from archscale.optim import MatrixOptimizer
 from archscale.optim.roles import ParameterRole, parameter_groups
 from archscale.parallel.deepspeed_json import merge, settings
 from archscale.parallel.engine import Engine
 from archscale.parallel.native import NativeEngine
 from archscale.parallel.zero import ZeroEngine, check_deepspeed
-from archscale.scaling.transfer import RoleSettings, transfer_of
+from archscale.plan import counting
+from archscale.plan.transfer import RoleSettings, transfer_of
 
 DTYPES = {
     "float32": torch.float32,
@@ -157,3 +160,8 @@ def manifest(roles: list[ParameterRole], optimizer: MatrixOptimizer) -> list[dic
         }
         for row in roles
     ]
+
+
+def cpp_compiler() -> str | None:
+    """Path of the C++ compiler that torch.compile would use on a CPU."""
+    return shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")

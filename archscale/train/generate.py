@@ -6,13 +6,15 @@ from pathlib import Path
 
 import torch
 
+from archscale.checkpoint.directory import checkpoint_steps, step_directory
+from archscale.checkpoint.saving import load_checkpoint
 from archscale.config import Config, load_config
 from archscale.data.tokenizer import Tokenizer, load_tokenizer
 from archscale.distributed import fragment
 from archscale.errors import CheckpointError
+from archscale.files import CHECKPOINTS, CONFIG
 from archscale.model import Transformer
 from archscale.train.build import build_model
-from archscale.train.checkpoint import checkpoint_steps, load_checkpoint, step_directory
 
 
 def load_run(run_dir: Path) -> tuple[Config, Transformer, Tokenizer]:
@@ -22,18 +24,18 @@ def load_run(run_dir: Path) -> tuple[Config, Transformer, Tokenizer]:
         CheckpointError: not a run directory, or one without a checkpoint.
         DataError: the run's data directory, which holds its tokenizer, is gone.
     """
-    steps = checkpoint_steps(run_dir / "checkpoints")
-    if not (run_dir / "config.yaml").is_file() or not steps:
+    steps = checkpoint_steps(run_dir / CHECKPOINTS)
+    if not (run_dir / CONFIG).is_file() or not steps:
         raise CheckpointError(
             "no run with a checkpoint",
             str(run_dir),
             "name a run directory, such as runs/<name>, that train has filled",
         )
-    config = load_config(run_dir / "config.yaml")
+    config = load_config(run_dir / CONFIG)
     tokenizer = load_tokenizer(config.data.train)
     model = build_model(config, tokenizer.eos_id)
     weights = {name: fragment(parameter) for name, parameter in model.named_parameters()}
-    load_checkpoint(step_directory(run_dir / "checkpoints", steps[-1]), weights)
+    load_checkpoint(step_directory(run_dir / CHECKPOINTS, steps[-1]), weights)
     return config, model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 

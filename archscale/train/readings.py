@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archscale.batch import BatchSchedule
 from archscale.config import Config
+from archscale.config.batch import BatchSchedule
 from archscale.distributed import from_rank_zero
-from archscale.model.counting import training_flops
 from archscale.model.moe import load_share
 from archscale.optim import MatrixOptimizer
 from archscale.optim.orthogonalize import orthogonality_residual
+from archscale.plan.counting import training_flops
 from archscale.telemetry.guard import Guard
 from archscale.telemetry.spectrum import heterogeneity_gain, nuclear_norm_estimate
 from archscale.telemetry.spectrum import spectrum as spectrum_of

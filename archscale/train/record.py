@@ -10,6 +10,7 @@ from typing import Any
 
 from archscale import distributed
 from archscale.config import Config
+from archscale.files import METRICS
 from archscale.telemetry.sinks import MetricsFile
 from archscale.telemetry.tracking import wandb_tracker
 from archscale.train.progress import Progress
@@ -27,8 +28,8 @@ class Recorder:
         self._event = ""
         if self._here:
             self._path, self._metrics = (
-                run_dir / "metrics.jsonl",
-                MetricsFile(run_dir / "metrics.jsonl", step),
+                run_dir / METRICS,
+                MetricsFile(run_dir / METRICS, step),
             )
             self._progress = Progress(config.steps, step, config.name)
             of = config.telemetry.wandb

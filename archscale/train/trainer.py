@@ -9,10 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,30 +17,43 @@ import torch
 
 import archscale
 from archscale import distributed
+from archscale.checkpoint.directory import (
+    discard_after,
+    newest_valid,
+    step_directory,
+)
+from archscale.checkpoint.history import choose_checkpoint, identity
+from archscale.checkpoint.saving import load_checkpoint, save_checkpoint
 from archscale.config import Config, dump_config
 from archscale.data.loader import Loader, validation_batches
 from archscale.data.shards import TokenSplit
-from archscale.errors import CheckpointError, ConfigError, TrainingError, explain_os_error
+from archscale.errors import ConfigError, TrainingError
+from archscale.files import (
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    MANIFEST,
+    METRICS,
+    PLAN,
+    write_atomically,
+)
 from archscale.optim.roles import assign_roles
 from archscale.optim.schedule import lr_multiplier
-from archscale.scaling.plan import make_plan
-from archscale.scaling.plan_text import counting_pass_share
-from archscale.scaling.transfer import transfer_of
+from archscale.plan.devices import this_device
+from archscale.plan.plan import make_plan
+from archscale.plan.preflight import refuse
+from archscale.plan.text import counting_pass_share
+from archscale.plan.transfer import transfer_of
 from archscale.telemetry.guard import Guard
 from archscale.telemetry.tracking import check_wandb
-from archscale.train.build import build_engine, build_optimizer, check_engine, manifest
-from archscale.train.checkpoint import (
-    checkpoint_steps,
-    discard_after,
-    load_checkpoint,
-    newest_valid,
-    read_state,
-    save_checkpoint,
-    step_directory,
+from archscale.train.build import (
+    build_engine,
+    build_optimizer,
+    check_engine,
+    cpp_compiler,
+    manifest,
 )
-from archscale.train.doctor import cpp_compiler
 from archscale.train.evaluate import evaluate
-from archscale.train.preflight import refuse, this_device
 from archscale.train.readings import FallBack, Judgement, Readings
 from archscale.train.record import Recorder
 from archscale.train.step import train_step
@@ -147,8 +157,6 @@ class Run:
                     step = self._train(step, recorder, watchdog)
                 except FallBack as cause:
                     step = self._fall_back(cause, recorder)
-        if distributed.rank() == 0:
-            self._report()
         return self._summary(step, started)
 
     def _train(self, step: int, recorder: Recorder, watchdog: Watchdog) -> int:
@@ -229,14 +237,14 @@ class Run:
         state["guard"] = self.guard and self.guard.state()
         keep = self.config.checkpoint.keep
         save_checkpoint(
-            self.run_dir / "checkpoints", self.engine.weights(), self.optimizer, state, keep
+            self.run_dir / CHECKPOINTS, self.engine.weights(), self.optimizer, state, keep
         )
 
     def _fall_back(self, cause: FallBack, recorder: Recorder) -> int:
         """To the newest checkpoint from before the bad steps, or from before the last fall-back if
         no good step has followed it; returns its step."""
         assert self.guard is not None
-        directory = self.run_dir / "checkpoints"
+        directory = self.run_dir / CHECKPOINTS
         first = cause.step - self.guard.skipped + 1
         before = self._fallen if self._fallen is not None and first == self._fallen + 1 else first
         source = distributed.on_rank_zero(lambda: newest_valid(directory, recorder.event, before))
@@ -310,19 +318,17 @@ class Run:
     def _describe(self) -> None:
         """What a run directory says of the run before its first step."""
         config = self.config
-        dump_config(config, self.run_dir / "config.yaml")
+        dump_config(config, self.run_dir / CONFIG)
         plan = make_plan(
             config,
             world_size=distributed.world_size(),
             device=this_device(),
             data_tokens=self.data.num_tokens,
         )
-        (self.run_dir / "plan.json").write_text(json.dumps(plan.as_dict(), indent=1))
-        (self.run_dir / "environment.json").write_text(
-            json.dumps(environment(self.device), indent=1)
-        )
-        (self.run_dir / "manifest.json").write_text(
-            json.dumps(manifest(self.roles, self.optimizer), indent=1)
+        write_atomically(self.run_dir / PLAN, json.dumps(plan.as_dict(), indent=1))
+        write_atomically(self.run_dir / ENVIRONMENT, json.dumps(environment(self.device), indent=1))
+        write_atomically(
+            self.run_dir / MANIFEST, json.dumps(manifest(self.roles, self.optimizer), indent=1)
         )
         count = sum(math.prod(row.shape) for row in self.roles)
         matrices = sum(1 for row in self.roles if row.role == "matrix")
@@ -339,17 +345,6 @@ class Run:
                 f" {share:.1%} to the work"
             )
 
-    def _report(self) -> None:
-        """report.html; a run that has trained is not lost to a figure that cannot be drawn."""
-        from archscale.report.run import write_report
-
-        try:
-            write_report([self.run_dir])
-        except Exception as error:
-            print(
-                f"archscale: warning: no report: {type(error).__name__}: {error}", file=sys.stderr
-            )
-
     def _summary(self, step: int, started: float, already_done: bool = False) -> dict[str, Any]:
         summary: dict[str, Any] = {
             "steps": step,
@@ -357,9 +352,9 @@ class Run:
             "seconds": time.monotonic() - started,
             "already_done": already_done,
             "run_dir": str(self.run_dir),
-            "checkpoint": str(step_directory(self.run_dir / "checkpoints", step)),
+            "checkpoint": str(step_directory(self.run_dir / CHECKPOINTS, step)),
         }
-        metrics = self.run_dir / "metrics.jsonl"
+        metrics = self.run_dir / METRICS
         if metrics.exists():
             last = [json.loads(line) for line in metrics.read_text().splitlines()[-1:]]
             summary |= {
@@ -395,100 +390,6 @@ def environment(device: torch.device) -> dict[str, Any]:
         "world_size": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-# May differ between a checkpoint and the run that resumes it: they do not change the trajectory.
-FREE_KEYS = (
-    "name",
-    "parallel",
-    "telemetry",
-    "eval",
-    "checkpoint",
-    "training.micro_batch",
-    "training.compile",
-    "training.activation_checkpoint",
-    "data.train",
-    "data.val",
-)
-
-
-def other_trajectory(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """Dotted keys of two resolved configs that differ and make them runs of different trajectories,
-    in order."""
-    mode = "telemetry.guard.mode"
-    acts = "act" in (before.get(mode), now.get(mode))  # then the guard decides over updates
-    for key in sorted(before.keys() | now.keys()):
-        free = any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
-        if before.get(key) != now.get(key) and (
-            not free or (acts and key.startswith("telemetry.guard."))
-        ):
-            yield key
-
-
-def choose_checkpoint(config: Config, data: TokenSplit, run_dir: Path, resume: str) -> Path | None:
-    """The checkpoint to continue from, if any, after checking that it belongs to this trajectory
-    and that the run directory can be written.
-
-    Raises:
-        ConfigError: a key that would change the trajectory, or a run directory that cannot be
-            written.
-        CheckpointError: `resume` names no checkpoint, or is `never` where there is a run.
-    """
-    checkpoints = run_dir / "checkpoints"
-    if resume == "never" and (
-        checkpoint_steps(checkpoints) or (run_dir / "metrics.jsonl").exists()
-    ):
-        remedy = "give another --run-dir, or drop --resume never"
-        raise CheckpointError("the run directory holds a run", str(run_dir), remedy)
-    if resume in ("auto", "never"):
-        source = newest_valid(
-            checkpoints, lambda text: print(f"archscale: warning: {text}", file=sys.stderr)
-        )
-    else:
-        source = Path(resume)
-    if source is not None:
-        saved = read_state(source)
-        before, now = (
-            # Through the present schema: keys that are newer than the checkpoint have their
-            # defaults.
-            _flat({**Config.from_dict(saved["config"]).resolved(), "data_set": saved["data"]}),
-            _flat({**config.resolved(), "data_set": identity(data)}),
-        )
-        for key in other_trajectory(before, now):
-            raise ConfigError(
-                f"{key} is {now.get(key)}, the checkpoint's run has {before.get(key)}",
-                str(source),
-                "restore the value, or start another run with --run-dir",
-            )
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir):
-            pass
-    except OSError as error:
-        cause, remedy = explain_os_error(error, "give another with --run-dir")
-        raise ConfigError(
-            f"cannot write the run directory: {cause}", str(run_dir), remedy
-        ) from error
-    return source
-
-
-def identity(data: TokenSplit) -> dict[str, Any]:
-    """What makes a data set the same one, wherever it lies."""
-    return {
-        "tokenizer": data.fingerprint,
-        "tokens": data.num_tokens,
-        "origin": data.manifest.origin,
-    }
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        key: value
-        for name, child in tree.items()
-        for key, value in _flat(child, f"{prefix}.{name}" if prefix else name).items()
     }
 
 

@@ -15,8 +15,8 @@ from archscale.data.shards import (
     ShardWriter,
     SplitEntry,
     TokenizerEntry,
-    write_atomically,
 )
+from archscale.files import write_atomically
 
 FINGERPRINT = hashlib.sha256(b"a tokenizer").hexdigest()
 VOCAB = 500

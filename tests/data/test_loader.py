@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archscale.batch import BatchSchedule
+from archscale.config.batch import BatchSchedule
 from archscale.data.loader import IGNORE, Loader, validation_batches
 from archscale.data.sampler import sample_index
 from archscale.data.shards import TokenSplit

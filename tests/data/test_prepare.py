@@ -177,7 +177,7 @@ def test_a_foreign_output_is_not_touched(work: Path) -> None:
     assert (work / "data/tiny" / "thesis.tex").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("stage", ["write_atomically", "ShardWriter", "sync_directory"])
+@pytest.mark.parametrize("stage", ["write_atomically", "ShardWriter", "sync"])
 def test_a_failure_leaves_no_output(
     work: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -188,9 +188,9 @@ def test_a_failure_leaves_no_output(
         patch.setattr(module, stage, fail)
         with pytest.raises(DataError, match="No space left on device"):
             prepare("recipe.yaml")
-    if stage != "sync_directory":  # after the rename, only its durability was in doubt
+    if stage != "sync":  # after the rename, only its durability was in doubt
         assert os.listdir("data") == []
-    assert prepare("recipe.yaml")["already_there"] == (stage == "sync_directory")
+    assert prepare("recipe.yaml")["already_there"] == (stage == "sync")
     assert verify("data/tiny") == []
 
 

@@ -13,10 +13,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from archscale.config import ModelConfig
 from archscale.model import Transformer, initialize, moe
-from archscale.model.counting import forward_flops, parameters, training_flops, weights
 from archscale.model.moe import MoE, balance_loss, choose, load_metrics, load_share
 from archscale.optim import MatrixOptimizer
 from archscale.optim.roles import assign_roles, parameter_groups
+from archscale.plan.counting import forward_flops, parameters, training_flops, weights
 
 SMALL = {"depth": 2, "width": 64, "head_dim": 16, "kv_heads": 2, "context": 32, "vocab_size": 96}
 SHAPE = {"width": 16, "hidden": 8, "kind": "swiglu", "experts": 7, "active": 3}

@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 
-from archscale.config_model import ModelConfig, MoEConfig
+from archscale.config.model import ModelConfig, MoEConfig
 from archscale.model import Transformer
 from archscale.optim import MatrixOptimizer, matrix_groups
 from archscale.optim.roles import assign_roles, parameter_groups

@@ -14,10 +14,10 @@ from typing import Any
 import yaml
 
 from archscale.config import Config, dump_config
-from archscale.config_io import write_yaml
-from archscale.model.counting import training_flops
-from archscale.scaling.grid import read_grid
-from archscale.scaling.transfer import resolve
+from archscale.config.layers import write_yaml
+from archscale.plan.counting import training_flops
+from archscale.plan.transfer import resolve
+from archscale.sweep.grid import read_grid
 
 LR = "parameterization.base.lr"
 BASE = {

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from archscale.report.run import write_report
+from archscale.sweep.pages import write_report
 from tests.report.browser import Browser, find_browser
 from tests.report.made import PLAN, make_run, metrics
 

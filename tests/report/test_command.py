@@ -52,7 +52,7 @@ def test_it_needs_no_torch(tmp_path):
     """A report is made wherever a run lies: no CUDA context, no long start."""
     run = make_run(tmp_path / "run", metrics(3, layers=1))
     code = (
-        "import sys, pathlib, archscale.report.run as r;"
+        "import sys, pathlib, archscale.sweep.pages as r;"
         " r.write_report([pathlib.Path(sys.argv[1])]); print('torch' in sys.modules)"
     )
     done = subprocess.run(

@@ -15,7 +15,7 @@ from archscale.report.figures import make_figures
 from archscale.report.indicators import family, parse_key
 from archscale.report.page import render
 from archscale.report.read import RunRecord, Series, read_run, read_runs
-from archscale.report.run import write_report
+from archscale.sweep.pages import write_report
 from tests.report.made import PLAN, make_run, metrics
 
 VOID = {"meta", "link", "input", "br", "image", "path"}
@@ -380,8 +380,8 @@ def test_keys_come_apart_and_together():
 def test_the_plan_of_training_has_what_the_report_reads(tmp_path):
     """The report's own sample plan would hide a key that plan.json no longer has."""
     from archscale.config import Config
-    from archscale.scaling.devices import DEVICES
-    from archscale.scaling.plan import make_plan
+    from archscale.plan.devices import DEVICES
+    from archscale.plan.plan import make_plan
 
     config = Config.from_dict(
         {

@@ -8,12 +8,12 @@ import pytest
 import yaml
 
 from archscale.errors import DataError
-from archscale.model.counting import training_flops
-from archscale.report.sweep import write_sweep_report
-from archscale.report.sweep_axes import find_axes
+from archscale.plan.counting import training_flops
 from archscale.report.sweep_figures import make_figures
-from archscale.report.sweep_fits import analyse
-from archscale.report.sweep_read import read_sweep
+from archscale.sweep.analysis import analyse
+from archscale.sweep.axes import find_axes
+from archscale.sweep.pages import write_sweep_report
+from archscale.sweep.record import read_sweep
 from tests.commands import launch
 from tests.report.made import make_run, metrics
 from tests.report.made_sweep import BASE, LR, make_sweep, planted, write_grid

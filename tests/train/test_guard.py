@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from archscale.checkpoint.directory import checkpoint_steps
 from archscale.distributed import local_tensor, rank, world_size
 from archscale.errors import ConfigError, TrainingError
 from archscale.parallel import native
 from archscale.telemetry.tracking import BestEffort, has_wandb_key, wandb_tracker
 from archscale.train import trainer
-from archscale.train.checkpoint import checkpoint_steps
 from archscale.train.watchdog import Watchdog
 from tests.pool import WorkerError, start
 from tests.train.tiny import config, run, tiny_data

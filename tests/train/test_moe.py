@@ -12,7 +12,7 @@ from archscale.distributed import all_reduce, rank, world_size
 from archscale.model import Transformer, initialize
 from archscale.model.transformer import Block
 from archscale.parallel.native import NativeEngine
-from archscale.scaling.transfer import resolve
+from archscale.plan.transfer import resolve
 from archscale.train import balance as balance_module
 from archscale.train.balance import StepBalance
 from archscale.train.generate import generate

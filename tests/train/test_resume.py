@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from archscale.checkpoint.directory import checkpoint_steps, step_directory
+from archscale.checkpoint.saving import load_checkpoint
 from archscale.config import dump_config
 from archscale.errors import CheckpointError, ConfigError
-from archscale.train.checkpoint import checkpoint_steps, load_checkpoint, step_directory
 from tests.pool import start
 from tests.train.tiny import LAYOUTS, config, crash_after, run, tiny_data
 

@@ -10,7 +10,7 @@ from archscale.config import Config
 from archscale.errors import ConfigError
 from archscale.model import initialize
 from archscale.optim.roles import assign_roles
-from archscale.scaling.transfer import resolve, transfer_of
+from archscale.plan.transfer import resolve, transfer_of
 from archscale.train.build import build_model, build_optimizer
 from archscale.train.trainer import train
 from tests.train.tiny import config, crash_after, run, tiny_data

@@ -15,13 +15,14 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from archscale.checkpoint.directory import step_directory
+from archscale.checkpoint.saving import load_checkpoint, save_checkpoint
 from archscale.config import dump_config
 from archscale.data.shards import TokenSplit
 from archscale.distributed import gather_objects, rank, world_size
 from archscale.parallel import zero
-from archscale.scaling.transfer import resolve
+from archscale.plan.transfer import resolve
 from archscale.train import trainer
-from archscale.train.checkpoint import load_checkpoint, save_checkpoint, step_directory
 from tests.commands import MASTER_VARIABLES, RANK_VARIABLES, ROOT, Launched, launch
 from tests.pool import WorkerError
 from tests.pool import _free_port as free_port

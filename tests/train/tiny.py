@@ -10,7 +10,7 @@ from archscale.config import Config
 from archscale.data.prepare import prepare
 from archscale.data.shards import TokenSplit
 from archscale.distributed import on_rank_zero, rank, world_size
-from archscale.scaling.transfer import resolve
+from archscale.plan.transfer import resolve
 from archscale.train import trainer
 
 RULES = ["muon", "moonlight", "orscale", "orscale_lm", "muonh", "orscale_lm_sphere", "adamw"]

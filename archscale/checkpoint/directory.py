@@ -1,0 +1,99 @@
+"""The folder of a run's checkpoints: which there are, whether they are whole, and what they say.
+
+A checkpoint is the directory `step_00001000`: it is written under a temporary name and renamed once
+every rank has finished, so a directory with that name is whole. `state.json` in it has the step,
+the config and data that it belongs to, and the size of every file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from archscale.errors import CheckpointError, explain_os_error
+
+FORMAT = 2
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """Steps of the complete checkpoints under `directory`, ascending by step, never by clock."""
+    found = directory.glob("step_*") if directory.is_dir() else ()
+    return sorted(
+        int(d.name[5:]) for d in found if d.name[5:].isdigit() and (d / "state.json").is_file()
+    )
+
+
+def newest_valid(
+    directory: Path, warn: Callable[[str], None], before: int | None = None
+) -> Path | None:
+    """The newest checkpoint (of a step below `before`) whose files are all there in their full
+    size; `warn` hears of the ones passed over."""
+    for step in reversed(checkpoint_steps(directory)):
+        if before is not None and step >= before:
+            continue
+        path = step_directory(directory, step)
+        problem = damage(path)
+        if problem is None:
+            return path
+        warn(f"checkpoint {path} is damaged ({problem}): trying an older one")
+    return None
+
+
+def discard_after(directory: Path, step: int) -> None:
+    """Delete the checkpoints of later steps."""
+    for later in checkpoint_steps(directory):
+        if later > step:
+            discard(step_directory(directory, later))
+
+
+def damage(path: Path) -> str | None:
+    """What is missing from or cut short in a checkpoint; None when it is whole."""
+    try:
+        files = read_state(path)["files"]
+    except (CheckpointError, KeyError) as error:
+        return str(error)
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size:
+            return (
+                f"{name} is {file.stat().st_size if file.is_file() else 0} bytes long instead of"
+                f" {size}"
+            )
+    return None
+
+
+def step_directory(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:08d}"
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint."""
+    try:
+        state = json.loads((path / "state.json").read_text())
+    except PermissionError as error:
+        cause, remedy = explain_os_error(error, "name another checkpoint")
+        raise CheckpointError(f"cannot read state.json: {cause}", str(path), remedy) from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            "not a complete checkpoint", str(path), "name a directory step_… that holds state.json"
+        ) from error
+    if state.get("format") != FORMAT:
+        raise CheckpointError(
+            f"format {state.get('format')}, not {FORMAT}",
+            str(path),
+            "load it with the version that wrote it",
+        )
+    return state
+
+
+def discard(path: Path) -> None:
+    """Delete a checkpoint; a crash half-way leaves a hidden directory, never half a checkpoint."""
+    if path.exists():
+        hidden = path.with_name(f".{path.name}.deleted")
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.replace(path, hidden)
+        shutil.rmtree(hidden, ignore_errors=True)

@@ -1,0 +1,106 @@
+"""Which checkpoint a run continues from, and whether it belongs to this run's trajectory."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from archscale.checkpoint.directory import checkpoint_steps, newest_valid, read_state
+from archscale.config import Config
+from archscale.data.shards import TokenSplit
+from archscale.errors import CheckpointError, ConfigError, explain_os_error
+from archscale.files import CHECKPOINTS, METRICS
+
+# May differ between a checkpoint and the run that resumes it: they do not change the trajectory.
+FREE_KEYS = (
+    "name",
+    "parallel",
+    "telemetry",
+    "eval",
+    "checkpoint",
+    "training.micro_batch",
+    "training.compile",
+    "training.activation_checkpoint",
+    "data.train",
+    "data.val",
+)
+
+
+def other_trajectory(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Dotted keys of two resolved configs that differ and make them runs of different trajectories,
+    in order."""
+    mode = "telemetry.guard.mode"
+    acts = "act" in (before.get(mode), now.get(mode))  # then the guard decides over updates
+    for key in sorted(before.keys() | now.keys()):
+        free = any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
+        if before.get(key) != now.get(key) and (
+            not free or (acts and key.startswith("telemetry.guard."))
+        ):
+            yield key
+
+
+def choose_checkpoint(config: Config, data: TokenSplit, run_dir: Path, resume: str) -> Path | None:
+    """The checkpoint to continue from, if any, after checking that it belongs to this trajectory
+    and that the run directory can be written.
+
+    Raises:
+        ConfigError: a key that would change the trajectory, or a run directory that cannot be
+            written.
+        CheckpointError: `resume` names no checkpoint, or is `never` where there is a run.
+    """
+    checkpoints = run_dir / CHECKPOINTS
+    if resume == "never" and (checkpoint_steps(checkpoints) or (run_dir / METRICS).exists()):
+        remedy = "give another --run-dir, or drop --resume never"
+        raise CheckpointError("the run directory holds a run", str(run_dir), remedy)
+    if resume in ("auto", "never"):
+        source = newest_valid(
+            checkpoints, lambda text: print(f"archscale: warning: {text}", file=sys.stderr)
+        )
+    else:
+        source = Path(resume)
+    if source is not None:
+        saved = read_state(source)
+        before, now = (
+            # Through the present schema: keys that are newer than the checkpoint have their
+            # defaults.
+            _flat({**Config.from_dict(saved["config"]).resolved(), "data_set": saved["data"]}),
+            _flat({**config.resolved(), "data_set": identity(data)}),
+        )
+        for key in other_trajectory(before, now):
+            raise ConfigError(
+                f"{key} is {now.get(key)}, the checkpoint's run has {before.get(key)}",
+                str(source),
+                "restore the value, or start another run with --run-dir",
+            )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        cause, remedy = explain_os_error(error, "give another with --run-dir")
+        raise ConfigError(
+            f"cannot write the run directory: {cause}", str(run_dir), remedy
+        ) from error
+    return source
+
+
+def identity(data: TokenSplit) -> dict[str, Any]:
+    """What makes a data set the same one, wherever it lies."""
+    return {
+        "tokenizer": data.fingerprint,
+        "tokens": data.num_tokens,
+        "origin": data.manifest.origin,
+    }
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {
+        key: value
+        for name, child in tree.items()
+        for key, value in _flat(child, f"{prefix}.{name}" if prefix else name).items()
+    }

@@ -1,0 +1,50 @@
+"""What a run is: the YAML schema, its layers, and the numbers that follow."""
+
+from archscale.config.model import BaseConfig, ModelConfig, MoEConfig, ParameterizationConfig
+from archscale.config.schema import NOT_YET, Config, NotYet, dump_config, load_config
+from archscale.config.sections import (
+    MATRIX_RULES,
+    SPHERE_RULES,
+    CheckpointConfig,
+    DataConfig,
+    ElementOptimizerConfig,
+    EvalConfig,
+    MatrixOptimizerConfig,
+    MatrixRule,
+    MixtureEntry,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    Section,
+    TelemetryConfig,
+    TrainingConfig,
+    WandbConfig,
+)
+
+__all__ = [
+    "MATRIX_RULES",
+    "NOT_YET",
+    "SPHERE_RULES",
+    "BaseConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "ElementOptimizerConfig",
+    "EvalConfig",
+    "MatrixOptimizerConfig",
+    "MatrixRule",
+    "MixtureEntry",
+    "MoEConfig",
+    "ModelConfig",
+    "NotYet",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "ParameterizationConfig",
+    "ScheduleConfig",
+    "Section",
+    "TelemetryConfig",
+    "TrainingConfig",
+    "WandbConfig",
+    "dump_config",
+    "load_config",
+]

@@ -1,0 +1,347 @@
+"""The sections of the YAML schema: every key, its unit, its default, and what may stand in it.
+
+Those of the model are in `archscale.config.model`; the whole is `archscale.config.Config`.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
+from pydantic_core import PydanticCustomError
+
+from archscale.config.explain import PROBLEMS
+from archscale.config.values import (
+    BelowOne,
+    BelowOnePair,
+    Bounds,
+    Count,
+    CountOrAuto,
+    CountOrZero,
+    NonNegative,
+    Positive,
+    PositiveShare,
+    Share,
+    Text,
+)
+from archscale.errors import ConfigError
+
+MatrixRule = Literal[
+    "muon",
+    "muon_spectral",
+    "moonlight",
+    "orscale",
+    "orscale_lm",
+    "muonh",
+    "orscale_lm_sphere",
+    "hybrid_shape",
+    "hybrid_momentum",
+    "hybrid_decoupled",
+    "adamh",
+    "adamw",
+    "lion",
+    "sgd",
+    "lamb",
+]
+MATRIX_RULES: tuple[str, ...] = get_args(MatrixRule)
+SPHERE_RULES = (
+    "muonh",
+    "orscale_lm_sphere",
+    "adamh",
+)  # rules that hold every matrix at its initial norm
+PLAIN_RULES = (
+    "muon",
+    "muon_spectral",
+    "moonlight",
+    "adamw",
+    "lion",
+    "sgd",
+)  # without a trust ratio
+Dtype = Literal["auto", "float32", "bfloat16"]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, no unknown keys, and its own cross-field checks."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def problems(self) -> Iterator[ConfigError]:
+        """What is wrong between the keys of this section; `where` is the dotted key alone."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems = list(self.problems())
+        if problems:
+            text = "; ".join(str(problem) for problem in problems)
+            raise PydanticCustomError(PROBLEMS, "{text}", {"text": text, "problems": problems})
+        return self
+
+
+class MatrixOptimizerConfig(Section):
+    """The optimizer of matrices: projections, experts, router."""
+
+    rule: MatrixRule = "muonh"
+    """Update rule, one of MATRIX_RULES."""
+    momentum: BelowOne = 0.95
+    """Momentum decay per step."""
+    nesterov: StrictBool = True
+    """Orthogonalize the momentum's look-ahead instead of the momentum."""
+    orthogonalizer: Literal["polar_express", "quintic", "quintic_tuned", "exact"] = "polar_express"
+    """Scheme of the orthogonalization; exact is a float64 SVD."""
+    per_head: StrictBool = False
+    """Orthogonalize attention projections head by head."""
+    clip: Bounds | None = None
+    """[least, greatest] trust ratio; null: the rule's own bounds."""
+    compute_dtype: Dtype = "auto"
+    """Orthogonalization arithmetic; auto: float32 under training.precision fp32, otherwise
+    bfloat16."""
+    wire_dtype: Dtype = "auto"
+    """What ranks exchange; auto as for compute_dtype."""
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Storage of the momentum."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        if self.clip and self.rule in PLAIN_RULES:
+            yield ConfigError(
+                f"{self.rule} has no trust ratio to clip", "optimizer.matrix.clip", "set it to null"
+            )
+        if self.clip and self.clip[0] > self.clip[1]:
+            low, high = self.clip
+            yield ConfigError(
+                f"the lower bound {low} is above the upper bound {high}",
+                "optimizer.matrix.clip",
+                f"write [{high}, {low}]",
+            )
+
+
+class ElementOptimizerConfig(Section):
+    """The optimizer of what is not a matrix: embedding, norms, biases, and the head."""
+
+    kind: Literal["adamw", "lion", "sgd", "lamb"] = "adamw"
+    """Elementwise update rule."""
+    betas: BelowOnePair = (0.9, 0.95)
+    """Decay per step of the first and the second moment."""
+    eps: Positive = 1e-8
+    """Added to the root of the second moment."""
+    lr_ratio: Positive = 1.0
+    """Learning rate relative to that of the matrices."""
+
+
+class OptimizerConfig(Section):
+    """Both optimizers, weight decay and gradient clipping."""
+
+    matrix: MatrixOptimizerConfig = MatrixOptimizerConfig()
+    """Matrices."""
+    element: ElementOptimizerConfig = ElementOptimizerConfig()
+    """Everything else."""
+    weight_decay: NonNegative = 0.0
+    """Decay per step and unit of learning rate; coupled or decoupled as the rule says."""
+    grad_clip: Positive | None = 1.0
+    """Greatest global gradient norm; null: no clipping."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        if self.weight_decay > 0 and self.matrix.rule in SPHERE_RULES:
+            yield ConfigError(
+                f"weight decay {self.weight_decay} does nothing under {self.matrix.rule}: norms are"
+                " fixed",
+                "optimizer.weight_decay",
+                "set it to 0, or choose a rule without the sphere, such as orscale_lm",
+            )
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the run, as a share of its peak."""
+
+    kind: Literal["linear", "cosine", "wsd", "constant"] = "linear"
+    """Decay to final_ratio: linear, cosine, warmup-stable-decay, or none."""
+    warmup_tokens: CountOrZero = 0
+    """Linear warm-up in tokens; 0: none."""
+    final_ratio: Share = 0.1
+    """Learning rate at the end, relative to its peak."""
+    decay_ratio: PositiveShare = 2 / 7
+    """Share of the tokens over which wsd decays, at the end; other kinds do not use it."""
+    batch_ramp_tokens: CountOrZero = 0
+    """Tokens over which the batch grows to its full size; 0: it has that size from the start."""
+    batch_ramp_stages: Count = 4
+    """Batch sizes of the ramp: batch / stages, 2 batch / stages, …, batch."""
+
+
+class MixtureEntry(Section):
+    """One source of a data mixture."""
+
+    path: Text
+    """Directory of token shards."""
+    weight: Positive
+    """Share of the tokens, relative to the other entries."""
+
+
+class DataConfig(Section):
+    """Directories of token shards from `archscale data prepare`, relative to the working
+    directory."""
+
+    train: Text
+    """Directory whose training split is read."""
+    val: Text | None = None
+    """Directory whose validation split is read; null: no evaluation, whatever `eval` says."""
+    mixture: Annotated[list[MixtureEntry], Field(min_length=1)] | None = None
+    """Several training sources by weight; null: `train` alone."""
+    document_mask: StrictBool = False
+    """Attention does not cross document boundaries."""
+
+
+class TrainingConfig(Section):
+    """Length, batch and numerics of the run."""
+
+    tokens: CountOrAuto = "auto"
+    """Training tokens; auto: by the parameterization."""
+    batch_tokens: CountOrAuto = "auto"
+    """Tokens per step over all ranks, a multiple of model.context; auto: by the
+    parameterization."""
+    micro_batch: Count = 8
+    """Sequences per device and forward pass; accumulation makes up the rest of the batch."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Arithmetic of forward and backward; fp32 makes the optimizer's auto dtypes float32."""
+    compile: StrictBool = True
+    """Compile the model."""
+    activation_checkpoint: Literal["none", "block"] = "none"
+    """What the backward pass recomputes: nothing, or each block."""
+
+
+class ParallelConfig(Section):
+    """How ranks share the work: world size = replicate × shard."""
+
+    engine: Literal["native", "deepspeed"] = "native"
+    """native: DDP, FSDP2 or HSDP by the sizes below; deepspeed: ZeRO."""
+    replicate: Count = 1
+    """Replica groups: ranks over which parameters are copied."""
+    shard: CountOrAuto = "auto"
+    """Ranks over which parameters are sharded; 1 is DDP; auto: world size / replicate."""
+    reshard_after_forward: StrictBool = True
+    """Free gathered parameters after the forward pass and gather again; false: more memory, less
+    traffic."""
+    expert: Count = 1
+    """Ranks over which experts are spread; divides shard."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """ZeRO stage of the deepspeed engine; the native engine takes the default only."""
+    offload_optimizer: StrictBool = False
+    """Float32 weights and optimizer state in host memory, and the update there; deepspeed engine,
+    zero_stage 2 or 3."""
+    deepspeed: Text | None = None
+    """DeepSpeed JSON whose keys are added to the generated ones; null: none. Keys that the config
+    decides are refused."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        if self.engine == "native" and self.zero_stage != 1:
+            yield ConfigError(
+                f"zero_stage {self.zero_stage} means nothing to the native engine",
+                "parallel.zero_stage",
+                "remove it; parallel.shard is what shards parameters",
+            )
+        if self.engine == "native":
+            for key in ("offload_optimizer", "deepspeed"):
+                if value := getattr(self, key):
+                    yield ConfigError(
+                        f"{key} {value} means nothing to the native engine",
+                        f"parallel.{key}",
+                        "remove it, or set parallel.engine: deepspeed",
+                    )
+        else:
+            yield from self._zero_problems()
+        if self.shard != "auto" and self.shard % self.expert:
+            yield ConfigError(
+                f"expert {self.expert} does not divide shard {self.shard}",
+                "parallel.expert",
+                "set it to a divisor of parallel.shard",
+            )
+
+    def _zero_problems(self) -> Iterator[ConfigError]:
+        if self.expert > 1:
+            yield ConfigError(
+                f"experts cannot be spread over {self.expert} ranks by the deepspeed engine",
+                "parallel.expert",
+                "set it to 1, or parallel.engine: native",
+            )
+        if self.replicate > 1:
+            yield ConfigError(
+                f"the deepspeed engine shards over all ranks, not over 1/{self.replicate} of them",
+                "parallel.replicate",
+                "set it to 1, or parallel.engine: native",
+            )
+        if not self.reshard_after_forward:
+            yield ConfigError(
+                "reshard_after_forward false means nothing to the deepspeed engine",
+                "parallel.reshard_after_forward",
+                "remove it; zero_stage 2 gathers no parameters",
+            )
+        if self.offload_optimizer and self.zero_stage == 1:
+            yield ConfigError(
+                "zero_stage 1 keeps its optimizer state on the device",
+                "parallel.offload_optimizer",
+                "set parallel.zero_stage: 2 or 3",
+            )
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and how many stay."""
+
+    every: Count = 1000
+    """Optimizer steps between checkpoints."""
+    keep: Count = 3
+    """Newest checkpoints that stay."""
+    async_: StrictBool = Field(default=False, alias="async")
+    """Write while training goes on. In Python `async_`, because `async` is a keyword."""
+
+
+class WandbConfig(Section):
+    """Weights & Biases."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "disabled"
+    """auto: online where a key is configured, otherwise offline."""
+    project: Text = "archscale"
+    """Project that runs are filed under."""
+
+
+class GuardConfig(Section):
+    """What happens when a step is not finite or spikes."""
+
+    mode: Literal["off", "warn", "act"] = "warn"
+    """warn: an event in the metrics; act: also skip the step, then fall back, then stop (waits for
+    the device every step)."""
+    window: Annotated[int, Field(ge=16)] = 64
+    """Steps that loss and gradient norm are compared with."""
+    spike: Positive = 12.0
+    """Robust standard deviations above the window's median from which on they are a spike."""
+    max_skips: CountOrZero = 5
+    """Steps in a row that act may skip before it falls back to an older checkpoint."""
+    max_fallbacks: CountOrZero = 2
+    """Returns to older checkpoints before act stops the run."""
+
+
+class TelemetryConfig(Section):
+    """What is measured while training."""
+
+    every: Count = 10
+    """Optimizer steps between readings of the device; every step has its line, the last of a
+    reading also what was looked into: `stability/*`, `optimizer/*`, `spectrum/*`."""
+    per_layer: StrictBool = True
+    """Stability indicators and expert loads of each layer, trust ratios and spectra of each matrix,
+    beside their means."""
+    spectrum_every: CountOrZero = 0
+    """Optimizer steps between singular value decompositions of gradients and momenta, at readings;
+    0: never."""
+    stuck_after: Annotated[NonNegative, Field(le=1e7)] = 900.0
+    """Seconds without a finished step, evaluation or checkpoint after which every rank writes its
+    stacks and ends; 0: never."""
+    guard: GuardConfig = GuardConfig()
+    """Steps that go wrong."""
+    wandb: WandbConfig = WandbConfig()
+    """Weights & Biases."""
+
+
+class EvalConfig(Section):
+    """Validation during training; without data.val there is none."""
+
+    every: Count = 1000
+    """Optimizer steps between evaluations."""
+    batches: Count = 50
+    """Batches per evaluation."""

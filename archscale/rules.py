@@ -1,0 +1,139 @@
+"""The one update rule (OrScale, HyperP): every matrix optimizer is a row of the table `RULES`.
+
+For a weight W (m, n) with direction Q (U Vᵀ of the momentum, or an elementwise direction), learning
+rate η and decay λ:
+
+    D = λ_c W + s Q                            the direction that is really subtracted
+    r = ‖W‖ / (c ‖D‖ + ε),  r̂ = clip(r)        trust ratio (r̂ = 1 where the rule has none)
+    W ← (1 − η λ_d) W − η r̂ D                  λ_c coupled decay, λ_d decoupled decay
+    W ← R W / ‖W‖                              only on the sphere
+
+Since D is a combination of W and Q, three inner products decide the step: see
+`archscale.optim.coefficients`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+Direction = Literal["orthogonal", "adam", "lion", "momentum"]
+
+SHAPE_FACTORS = {
+    "one": lambda m, n: 1.0,
+    "jordan": lambda m, n: math.sqrt(max(1.0, m / n)),
+    "spectral": lambda m, n: math.sqrt(m / n),
+    "moonlight": lambda m, n: 0.2 * math.sqrt(max(m, n)),  # RMS of the step matches AdamW's
+}
+
+
+def check_clip(clip: tuple[float, float] | None) -> None:
+    if clip is not None and not 0 <= clip[0] <= clip[1]:
+        raise ValueError(
+            f"clip bounds {tuple(clip)} are crossed or negative; give (r_min, r_max) with 0 <="
+            " r_min <= r_max"
+        )
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One optimizer. A new one is a new `Rule`, added to `RULES` or passed to
+    `MatrixOptimizer(rule=...)`.
+
+    Attributes:
+        name: what the manifest and the state dict call it.
+        direction: where Q comes from: `orthogonal` (whole matrix), or elementwise `adam`, `lion`,
+            `momentum`.
+        shape: key of `SHAPE_FACTORS`; s = SHAPE_FACTORS[shape](m, n).
+        ratio: what the trust ratio divides by: `update` ‖D‖, `direction` ‖Q‖, `momentum` ‖M̂‖, or
+            None (r̂ = 1).
+        calibrated: c is set once, at the first non-zero direction, so that the first ratio is 1;
+            otherwise c = 1.
+        decay: `decoupled` (outside D), `coupled` (inside D) or `none`.
+        clip: bounds (r_min, r_max) of the trust ratio, or None.
+        sphere: retract to the initial norm R after every step.
+    """
+
+    name: str
+    direction: Direction = "orthogonal"
+    shape: str = "one"
+    ratio: Literal["update", "direction", "momentum"] | None = None
+    calibrated: bool = False
+    decay: Literal["decoupled", "coupled", "none"] = "decoupled"
+    clip: tuple[float, float] | None = None
+    sphere: bool = False
+
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPE_FACTORS:
+            raise ValueError(
+                f"rule {self.name!r}: unknown shape factor {self.shape!r}; one of"
+                f" {', '.join(SHAPE_FACTORS)}"
+            )
+        check_clip(self.clip)
+        if self.ratio is None and (self.calibrated or self.clip):
+            raise ValueError(
+                f"rule {self.name!r}: calibration and clip need a trust ratio; set ratio or drop"
+                " them"
+            )
+        if self.ratio == "momentum" and self.direction != "orthogonal":
+            raise ValueError(f"rule {self.name!r}: ratio 'momentum' needs direction 'orthogonal'")
+
+    @property
+    def needs_norms(self) -> bool:
+        """Whether the step depends on inner products over the whole matrix."""
+        return self.ratio is not None or self.sphere
+
+    def shape_factor(self, m: int, n: int) -> float:
+        return SHAPE_FACTORS[self.shape](m, n)
+
+
+_TABLE = (
+    Rule("muon", shape="jordan"),
+    Rule("muon_spectral", shape="spectral"),
+    Rule("moonlight", shape="moonlight"),
+    Rule("orscale", ratio="update", decay="coupled", clip=(0.5, 1.5)),
+    Rule(
+        "orscale_lm",
+        shape="moonlight",
+        ratio="update",
+        calibrated=True,
+        decay="coupled",
+        clip=(0.1, 5.0),
+    ),
+    Rule("muonh", ratio="update", decay="none", sphere=True),
+    Rule(
+        "orscale_lm_sphere",
+        shape="moonlight",
+        ratio="update",
+        calibrated=True,
+        decay="none",
+        clip=(0.1, 5.0),
+        sphere=True,
+    ),
+    # The three hybrids that fail, kept because the ablation is part of the result (OrScale, section
+    # on hybrids).
+    Rule("hybrid_shape", ratio="direction", clip=(0.5, 1.5)),
+    Rule("hybrid_momentum", ratio="momentum", clip=(0.5, 1.5)),
+    Rule(
+        "hybrid_decoupled", shape="moonlight", ratio="direction", calibrated=True, clip=(0.1, 5.0)
+    ),
+    # Elementwise directions. adamh is muonh with Adam's direction: HyperP's output head.
+    Rule("adamh", direction="adam", ratio="update", decay="none", sphere=True),
+    Rule("adamw", direction="adam"),
+    Rule("lion", direction="lion"),
+    Rule("sgd", direction="momentum"),
+    Rule("lamb", direction="adam", ratio="update", decay="coupled", clip=(0.0, 10.0)),
+)
+RULES: dict[str, Rule] = {rule.name: rule for rule in _TABLE}
+
+
+def get_rule(rule: str | Rule) -> Rule:
+    """The named preset, or the rule itself. ValueError names the known ones."""
+    if isinstance(rule, Rule):
+        return rule
+    if rule not in RULES:
+        raise ValueError(
+            f"unknown rule {rule!r}; known: {', '.join(RULES)} (or pass an archscale.optim.Rule)"
+        )
+    return RULES[rule]

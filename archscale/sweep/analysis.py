@@ -1,0 +1,286 @@
+"""What the runs of a sweep say together: each combination's bowl, how optima move, curves over
+FLOPs, leverage, growth of indicators.
+
+All statistics are those of `archscale.scaling`; this chooses what to fit.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from archscale.errors import ArchscaleError
+from archscale.fit.fit import Settings, lowest
+from archscale.fit.groups import FitRequest, Group, TableFits, fit_table
+from archscale.fit.leverage import leverage
+from archscale.fit.table import Cell, Table
+from archscale.plan.transfer import TOKEN_EXPONENTS
+from archscale.report.records import (
+    LR,
+    Analysis,
+    Axes,
+    Combination,
+    Drift,
+    Key,
+    SweepRecord,
+    curve_names,
+    label_in,
+    value_of,
+)
+from archscale.sweep.axes import find_axes
+from archscale.sweep.results import make_fits
+
+INDICATORS = re.compile(
+    r"(stability|moe)/(?!layer_)[^/]+|optimizer/(clip_fraction|trust_ratio_mean|relative_update_mean|weight_norm_drift|orthogonality_residual)"
+)
+
+
+def analyse(sweep: SweepRecord) -> Analysis:
+    """Everything that the finished runs allow; what they do not is left out, or there with the
+    reason."""
+    axes = find_axes(sweep)
+    found = Analysis(axes, [], [], make_fits(sweep.table, sweep.fits))
+    if axes.y is None:
+        return found
+    _combine(found, sweep.table)
+    if axes.tuned and found.combinations:
+        _bowls(found, sweep.table)
+    best = Table.from_rows(
+        [one.row | {"loss at the best": one.loss} for one in found.combinations],
+        [
+            ", ".join([one.arm, *(value_of(key, one.row.get(key)) for key in axes.numbers)])
+            for one in found.combinations
+        ],
+        sweep.table.source,
+    )
+    if axes.scale and "flops" in best.columns:
+        found.curves = _try(
+            found,
+            lambda: fit_table(
+                best, FitRequest("power", ["flops"], "loss at the best", _curve_keys(axes))
+            ),
+        )
+        _leverage(found)
+    _indicators(found, best)
+    return found
+
+
+def _curve_keys(axes: Axes) -> list[str]:
+    return [*axes.arms, *axes.others]
+
+
+def _try(found: Analysis, make):  # type: ignore[no-untyped-def]
+    """None with a note where it is refused."""
+    try:
+        return make()
+    except ArchscaleError as error:
+        found.notes.append(str(error))
+        return None
+
+
+def _finite(value: Cell) -> float | None:
+    return value if isinstance(value, float) and math.isfinite(value) else None
+
+
+def _combine(found: Analysis, table: Table) -> None:
+    axes = found.axes
+    y = table.columns[str(axes.y)]
+    groups: dict[Key, list[int]] = {}
+    for row, name in enumerate(table.rows):
+        if _finite(y[row]) is None:
+            found.diverged.append(
+                (name, f"{axes.y} is {'missing' if y[row] is None else 'not finite'}")
+            )
+        else:
+            groups.setdefault(tuple(table.columns[key][row] for key in axes.cell), []).append(row)
+
+    def order(key: Key) -> list[tuple[int, float, str]]:
+        return [
+            (0, value, "") if isinstance(value, float) else (1, 0.0, str(value)) for value in key
+        ]
+
+    arms = len(axes.arms)
+    first = {
+        key[:arms]: number for number, key in reversed(list(enumerate(groups)))
+    }  # arms as the grid lists them
+    for key in sorted(groups, key=lambda key: (first[key[:arms]], order(key[arms:]))):
+        by_x: dict[float, list[int]] = {}
+        for row in groups[key]:
+            x = _finite(table.columns[axes.tuned][row]) if axes.tuned else math.nan
+            by_x.setdefault(math.nan if x is None else x, []).append(row)
+        xs = sorted(by_x)
+        points = [np.array([_finite(y[row]) for row in by_x[x]], dtype=float) for x in xs]
+        best = lowest(points)
+        mean = _mean_row(table, by_x[xs[best]])
+        found.combinations.append(
+            Combination(key, axes.arm(mean), mean, np.array(xs), points, best)
+        )
+
+
+def _mean_row(table: Table, rows: Sequence[int]) -> dict[str, Cell]:
+    """Means of numbers over seeds, the first of all else."""
+    out: dict[str, Cell] = {}
+    for name, column in table.columns.items():
+        values = [value for row in rows if (value := _finite(column[row])) is not None]
+        out[name] = (
+            (values[0] if len(set(values)) == 1 else sum(values) / len(values))
+            if values
+            else column[rows[0]]
+        )
+    return out
+
+
+def _bowls(found: Analysis, table: Table) -> None:
+    """A bowl for each combination and, for each numeric key, the law of their optima.
+
+    The grid's own fits where they are of these points, so that page and command say the same; fits
+    with their settings for all others.
+    """
+    axes = found.axes
+    asked = [
+        fit for fit in found.fits if fit.asked.form == "quadratic_log" and _is_bowl(fit.fits, axes)
+    ]
+    settings = asked[0].asked.settings if asked else Settings()
+    block = next((fit.fits.block for fit in asked[:1] if fit.fits), None)
+    known: set[tuple[str, Key]] = set()
+    alongs: list[str | None] = [*axes.numbers] or [None]
+    own = [
+        _try(
+            found,
+            lambda along=along: fit_table(  # type: ignore[misc]
+                table,
+                FitRequest(
+                    "quadratic_log",
+                    [str(axes.tuned)],
+                    str(axes.y),
+                    [key for key in axes.cell if key != along],
+                    against=along,
+                    block=block,
+                    settings=settings,
+                ),
+            ),
+        )
+        for along in alongs
+    ]
+    for fits in [*(fit.fits for fit in asked), *own]:
+        if fits is None:
+            continue
+        members: dict[Key, list[Combination]] = {}
+        for group in fits.groups:
+            told = dict(zip([*fits.group, *([fits.against] if fits.against else [])], group.key))
+            ones = [
+                one
+                for one in found.combinations
+                if one.has(group) and all(one.row.get(k) == v for k, v in told.items())
+            ]
+            if len(ones) != 1:
+                continue  # it mixes combinations
+            [one] = ones
+            one.bowl = one.bowl or group
+            members.setdefault(group.key[:-1], []).append(one)
+        for law in fits.laws:
+            _add_drift(found, fits, law, members.get(law.key, []), known)
+    found.drifts.sort(
+        key=lambda drift: (axes.numbers.index(drift.along), found.arms.index(drift.arm))
+    )
+
+
+def _is_bowl(fits: TableFits | None, axes: Axes) -> bool:
+    return fits is not None and (fits.form, fits.x, fits.y) == (
+        "quadratic_log",
+        [axes.tuned],
+        axes.y,
+    )
+
+
+def _add_drift(
+    found: Analysis,
+    fits: TableFits,
+    law: Group,
+    members: Sequence[Combination],
+    known: set[tuple[str, Key]],
+) -> None:
+    """`law` as a drift, if its combinations differ in nothing else and no earlier one is of
+    them."""
+    axes, along = found.axes, fits.against
+    if along not in axes.numbers or not members:
+        return
+    columns = [key for key in axes.cell if key != along]
+    keys = {tuple(one.row[key] for key in columns) for one in members}
+    if len(keys) != 1 or (along, *keys) in known:
+        return
+    [key] = keys
+    known.add((along, key))
+    row = members[0].row
+    label = label_in(axes, row, [key for key in axes.numbers if key != along])
+    reference = _reference(along, row) if axes.tuned == LR else None
+    found.drifts.append(Drift(along, columns, key, members[0].arm, label, law, reference))
+
+
+def _reference(along: str, row: Mapping[str, Cell]) -> float | None:
+    """The exponent of base.lr that `archscale.plan.transfer` expects along a key: 0 for what it
+    transfers itself."""
+    kind = str(row.get("parameterization.kind"))
+    if kind not in TOKEN_EXPONENTS:
+        return None
+    if along == "training.tokens":
+        applied = _finite(row.get("parameterization.token_exponent"))
+        known = TOKEN_EXPONENTS[kind]
+        return (0.0 if applied is None else applied - known) if known else None
+    transferred = along in ("model.width", "training.batch_tokens")
+    transferred |= along == "model.depth" and row.get("model.depth_mup") == "true"
+    transferred |= (
+        along == "model.moe.top_k" and kind == "hyperp" and row.get("model.moe.sqrt_gate") == "true"
+    )
+    return 0.0 if transferred else None
+
+
+def _leverage(found: Analysis) -> None:
+    """Of every curve over the one that needs most FLOPs in the middle of their common range."""
+    fits = found.curves
+    groups = [group for group in (fits.groups if fits else []) if group.fit]
+    if len(groups) < 2:
+        return
+    assert fits is not None
+    low = max(float(group.fit.lows[0]) for group in groups if group.fit)
+    high = min(float(group.fit.highs[0]) for group in groups if group.fit)
+    middle = math.sqrt(low * high)
+    base = max(groups, key=lambda group: float(group.fit.predict(middle)[0]) if group.fit else 0.0)
+    names = {group.key: label for _, label, group in curve_names(found, fits)}
+    for group in sorted(groups, key=lambda group: list(names).index(group.key)):
+        if group is base:
+            continue
+        assert group.fit is not None
+        assert base.fit is not None
+        pair = (names[group.key], names[base.key])
+        try:
+            found.leverage.append(
+                (*pair, leverage(group.fit, base.fit, [], pair, "the curves over FLOPs"))
+            )
+        except ArchscaleError as error:
+            found.leverage.append((*pair, str(error)))
+
+
+def _indicators(found: Analysis, best: Table) -> None:
+    axes = found.axes
+    for name, column in best.columns.items():
+        if not INDICATORS.fullmatch(name):
+            continue
+        values = [value for cell in column if (value := _finite(cell)) is not None]
+        if not values:
+            continue
+        if max(values) - min(values) <= 1e-12 * max(map(abs, values)):
+            found.constant[name] = values[0]
+            continue
+        found.indicators.append(name)
+        if axes.scale:
+            try:
+                found.growth[name] = fit_table(
+                    best, FitRequest("power", ["flops"], name, _curve_keys(axes))
+                )
+            except ArchscaleError as error:
+                found.notes.append(str(error))
+                found.unfitted[name] = error.what

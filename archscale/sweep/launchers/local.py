@@ -1,0 +1,229 @@
+"""Running many commands at once on this machine: each in a process of its own, tried again when it
+crashes.
+
+A job that is refused (it ends with an `archscale:` line) would be refused again and is not
+repeated; one that crashes or is killed is, `retries` times, and resumes from its own checkpoints.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+POLL = 0.1  # seconds
+GRACE = 10.0  # seconds between asking a job to end and killing it
+TAIL = 1 << 16  # bytes of a log in which the reason of a failure is looked for
+# What torchrun or Slurm may have set around the sweep, and what would make a run believe that it is
+# part of it.
+FOREIGN = (
+    "RANK",
+    "LOCAL_RANK",
+    "GROUP_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_RUN_ID",
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One `archscale` command.
+
+    Attributes:
+        name: unique.
+        arguments: of archscale.
+        log: its output, appended; also its lock.
+        processes: above 1 under torchrun.
+    """
+
+    name: str
+    arguments: Sequence[str]
+    log: Path
+    processes: int = 1
+
+    def command(self, nodes: int = 1, rendezvous: Sequence[str] = ("--standalone",)) -> list[str]:
+        """Its command line on one of `nodes`, which meet by these options of torchrun; all of its
+        processes end when this one does."""
+        child = ["-m", "archscale.sweep.launchers.child"]
+        archscale = ["-m", "archscale", *self.arguments]
+        if self.processes == 1:
+            return [sys.executable, *child, str(self.log), str(os.getpid()), *archscale]
+        torchrun = [
+            "-m",
+            "torch.distributed.run",
+            *rendezvous,
+            f"--nproc_per_node={self.processes // nodes}",
+        ]
+        ranks = [*torchrun, *child, str(self.log), "0", *archscale]
+        return [sys.executable, *child, "-", str(os.getpid()), *ranks]
+
+
+class Event(NamedTuple):
+    """What happened to a job: `reason` of a failure, whether it is `again` tried; `task` of a
+    cluster that it is."""
+
+    what: Literal["submitted", "attached", "started", "requeued", "finished", "failed"]
+    job: Job
+    attempt: int  # from 1
+    seconds: float = 0.0
+    reason: str = ""
+    again: bool = False
+    task: str = ""
+
+
+Launcher = Callable[[Sequence[Job], Callable[[Event], None], Callable[[], None]], dict[str, str]]
+"""Runs jobs as `run_local` does: jobs, what is told of events, what is called all the time; reasons
+of what failed, by name."""
+
+
+def events_of(path: Path) -> Iterator[dict[str, Any]]:
+    """What sweep.jsonl tells; lines that a crash cut short, and a file that is not there, tell
+    nothing."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if isinstance(event, dict) and isinstance(event.get("event"), str):
+                yield event
+
+
+@dataclass
+class _Running:
+    job: Job
+    attempt: int
+    slot: int
+    offset: int  # of this attempt in the log
+    started: float
+    process: subprocess.Popen[bytes]
+
+
+def run_local(
+    jobs: Sequence[Job],
+    slots: Sequence[Mapping[str, str]],
+    retries: int,
+    tell: Callable[[Event], None],
+    tick: Callable[[], None],
+) -> dict[str, str]:
+    """Runs all jobs, as many at once as there are slots; returns the reason of each that failed for
+    good, by name.
+
+    Args:
+        slots: environment variables of the job that takes it, such as CUDA_VISIBLE_DEVICES.
+        retries: how often a job that crashed is tried again.
+        tell: called for everything that happens.
+        tick: called every `POLL` seconds.
+    """
+    waiting = [(job, 1) for job in jobs]
+    free, running, failed = list(range(len(slots))), list[_Running](), dict[str, str]()
+    try:
+        while waiting or running:
+            while waiting and free:
+                job, attempt = waiting.pop(0)
+                running.append(_start(job, attempt, free[0], slots[free.pop(0)]))
+                tell(Event("started", job, attempt))
+            for one in [one for one in running if one.process.poll() is not None]:
+                running.remove(one)
+                free.append(one.slot)
+                seconds = time.monotonic() - one.started
+                if one.process.returncode == 0:
+                    tell(Event("finished", one.job, one.attempt, seconds))
+                    continue
+                reason, refused = why(one.job.log, one.offset, one.process.returncode)
+                again = not refused and one.attempt <= retries
+                tell(Event("failed", one.job, one.attempt, seconds, reason, again))
+                if again:
+                    waiting.append(
+                        (one.job, one.attempt + 1)
+                    )  # behind the others, who need not wait for it
+                else:
+                    failed[one.job.name] = reason
+            tick()
+            time.sleep(POLL)
+    finally:
+        end([one.process for one in running])
+    return failed
+
+
+def environment(variables: Mapping[str, str]) -> dict[str, str]:
+    """Of a job: this process's, without the traces of a torchrun around it, and `variables`."""
+    return {key: value for key, value in os.environ.items() if key not in FOREIGN} | dict(variables)
+
+
+def threads() -> str:
+    """OMP_NUM_THREADS of a run on CPUs: one unless told, as torchrun does, so that sums are the
+    same wherever it trains."""
+    told = os.environ.get("OMP_NUM_THREADS", "")
+    return told if told.isdigit() and int(told) else "1"
+
+
+def _start(job: Job, attempt: int, slot: int, variables: Mapping[str, str]) -> _Running:
+    env = environment(variables)
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(job.log, "ab") as log:
+        offset = log.tell()
+        process = subprocess.Popen(
+            job.command(),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,  # Ctrl-C reaches the sweep alone, which then ends its jobs
+        )
+    return _Running(job, attempt, slot, offset, time.monotonic(), process)
+
+
+def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ends the processes and all that they have started: SIGTERM, after `GRACE` seconds SIGKILL."""
+    for sig, grace in ((signal.SIGTERM, GRACE), (signal.SIGKILL, GRACE)):
+        left = [process for process in processes if process.poll() is None]
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, sig)
+        limit = time.monotonic() + grace
+        for process in left:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, limit - time.monotonic()))
+
+
+def why(log: Path, offset: int, status: int) -> tuple[str, bool]:
+    """The reason why a job ended with `status`, from what it wrote after `offset`, and whether it
+    was refused."""
+    with open(log, "rb") as stream:
+        stream.seek(max(offset, os.fstat(stream.fileno()).st_size - TAIL))
+        lines = [
+            line.strip()
+            for line in stream.read().decode(errors="replace").splitlines()
+            if line.strip()
+        ]
+    told = [
+        line
+        for line in lines
+        if line.startswith("archscale: ") and not line.startswith("archscale: warning")
+    ]
+    stuck = [
+        line for line in told if "made no progress" in line
+    ]  # the watchdog's: a hang, worth another try
+    if told and not stuck:
+        return told[-1].removeprefix("archscale: "), True
+    if stuck:
+        return stuck[-1].removeprefix("archscale: "), False
+    if status < 0:
+        with contextlib.suppress(ValueError):
+            return f"ended by {signal.Signals(-status).name}", False
+        return f"ended by signal {-status}", False
+    return f"exit status {status}" + (f": {lines[-1][:200]}" if lines else ""), False

@@ -1,0 +1,131 @@
+"""The runs of a grid, each with its plan, its directory and how far it is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from archscale.checkpoint.directory import checkpoint_steps
+from archscale.checkpoint.history import other_trajectory
+from archscale.config import load_config
+from archscale.data.shards import read_manifest
+from archscale.errors import ArchscaleError, ConfigError, DataError
+from archscale.files import CHECKPOINTS, CONFIG, METRICS
+from archscale.fit.groups import text_of
+from archscale.plan.devices import Device
+from archscale.plan.plan import Plan, make_plan
+from archscale.sweep.grid import Grid, GridRun
+from archscale.sweep.table import flat
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """A run of the grid, planned.
+
+    Attributes:
+        grid: its name, values and config.
+        plan: its plan on this machine.
+        directory: of the run.
+        step: of its newest checkpoint.
+    """
+
+    grid: GridRun
+    plan: Plan
+    directory: Path
+    step: int
+
+    @property
+    def name(self) -> str:
+        return self.grid.name
+
+    @property
+    def steps(self) -> int:
+        return self.plan.config.steps
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.steps and (self.directory / METRICS).exists()
+
+
+def run_directories(directory: Path) -> set[str]:
+    """Of the run directories that are there."""
+    return (
+        {path.name for path in directory.iterdir() if path.is_dir()}
+        if directory.is_dir()
+        else set()
+    )
+
+
+def plan_runs(
+    grid: Grid,
+    directory: Path,
+    device: Device | None = None,
+    runs: Sequence[GridRun] | None = None,
+    *,
+    data_needed: bool = True,
+) -> list[SweepRun]:
+    """Runs of the grid, by default `grid.runs()`, each with its plan and how far it is.
+
+    Args:
+        device: that each process trains on, whose memory bounds it; None: not known.
+        data_needed: whether each run's data have to be there.
+
+    Raises:
+        ConfigError: one cannot be planned, or its directory holds another run; the line names its
+            values.
+    """
+    vocabularies: dict[str, int | ArchscaleError] = {}
+    found, problems = [], []
+    for run in grid.runs() if runs is None else runs:
+        config, data = run.config, run.config.data.train
+        for part in filter(None, (data, run.config.data.val)):
+            if part not in vocabularies:
+                vocabularies[part] = _vocabulary(part)
+            if isinstance(error := vocabularies[part], ArchscaleError) and (
+                data_needed or not config.model.vocab_size
+            ):
+                raise error
+        try:
+            if isinstance(vocabulary := vocabularies[data], int):
+                config = config.with_vocab(vocabulary)
+            plan = make_plan(config, world_size=grid.content.processes, device=device)
+            if plan.problems:
+                raise plan.problems[0]
+            planned = SweepRun(run, plan, directory / run.name, newest_step(directory / run.name))
+            _check_same(planned)
+        except ConfigError as error:
+            problems.append(ConfigError(f"{error.what}, {error.where}", run.where, error.remedy))
+            continue
+        found.append(planned)
+    if problems:
+        raise ConfigError.several(problems)
+    return found
+
+
+def _vocabulary(data: str) -> int | ArchscaleError:
+    try:
+        return read_manifest(Path(data)).tokenizer.vocab_size
+    except DataError as error:
+        return error
+
+
+def _check_same(run: SweepRun) -> None:
+    """Refuses a run directory whose run has another config: its results would stand in the wrong
+    row."""
+    path = run.directory / CONFIG
+    if not path.exists():
+        return
+    before, now = (dict(flat(config.resolved())) for config in (load_config(path), run.plan.config))
+    for key in other_trajectory(before, now):
+        raise ConfigError(
+            f"{key} is {text_of(now.get(key))}, the run in {run.directory} has"
+            f" {text_of(before.get(key))}",
+            key,
+            "restore the value, or give another --sweep-dir",
+        )
+
+
+def newest_step(run_dir: Path) -> int:
+    """Step of a run's newest checkpoint; 0 without one."""
+    return (checkpoint_steps(run_dir / CHECKPOINTS) or [0])[-1]

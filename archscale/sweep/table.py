@@ -1,0 +1,129 @@
+"""Rows of runs: directories of runs, beside CSV files, as one table.
+
+A run directory has config.yaml and metrics.jsonl. Its row has the columns
+
+    run                      its path
+    model.width, seed, …     the keys of the config, dotted
+    val_loss, tokens, …      the last value of each metric
+    parameters, active_parameters, published_parameters, flops_per_token, flops, published_flops
+                             from the model's structure (`archscale.plan.counting`); flops of all
+                             tokens trained
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from archscale.config import Config, load_config
+from archscale.errors import ConfigError, DataError
+from archscale.files import CONFIG, METRICS
+from archscale.fit.table import Cell, Table, plain, read_csv
+from archscale.plan import counting
+from archscale.plan.transfer import resolve
+
+
+def read_table(paths: Sequence[str | os.PathLike[str]]) -> Table:
+    """All rows of these files and directories. Rows of CSV files get a column `file` unless they
+    have one.
+
+    Raises:
+        DataError: one of them is missing or cannot be read.
+    """
+    rows: list[dict[str, Cell]] = []
+    names: list[str] = []
+    left_out: list[tuple[str, str]] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = list(_runs(path, left_out))
+            if not found and not left_out:
+                raise DataError(
+                    "there is no run directory in it",
+                    str(path),
+                    "give a directory whose folders hold config.yaml and metrics.jsonl, or a CSV"
+                    " file",
+                )
+        else:
+            found = list(read_csv(path))
+        for name, row in found:
+            names.append(name)
+            rows.append(row)
+    return Table.from_rows(rows, names, " and ".join(map(str, paths)), left_out)
+
+
+def _runs(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, dict[str, Cell]]]:
+    """Every finished run below `folder`, or `folder` itself, in the order of their names."""
+    for path, inner, files in os.walk(folder):
+        inner.sort()
+        if CONFIG not in files:
+            continue
+        run = Path(path)
+        if METRICS not in files:
+            if not inner:  # a config beside folders belongs to the sweep
+                left_out.append((path, "has no metrics.jsonl"))
+            continue
+        inner.clear()  # nothing below a run is a run
+        config = load_config(run / CONFIG)
+        metrics = _last_values(run / METRICS)
+        row: dict[str, Cell] = {"run": path, **dict(flat(config.resolved())), **metrics}
+        row |= _structure(config, metrics.get("tokens"))
+        step = metrics.get("step")
+        try:
+            steps = resolve(config).steps
+        except ConfigError:  # a budget that follows a vocabulary which only the data knows
+            steps = None
+        if not isinstance(step, float):
+            left_out.append((path, "has no metrics yet"))
+        elif steps is not None and step < steps:
+            left_out.append((path, f"unfinished: step {step:.0f} of {steps}"))
+        else:
+            yield path, row
+
+
+def _last_values(path: Path) -> dict[str, Cell]:
+    """The last value of each metric; NaN where it was not finite. A last line cut short by a crash
+    is lost."""
+    found: dict[str, Cell] = {}
+    for count, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        try:
+            values = json.loads(line)
+            found |= {k: math.nan if v is None else plain(v) for k, v in values.items()}
+        except (ValueError, TypeError, AttributeError):
+            if line.endswith("\n"):
+                raise DataError(
+                    "not a flat JSON object",
+                    f"line {count} of {path}",
+                    "correct the line, or name the other runs only",
+                ) from None
+    return found
+
+
+def flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Cell]]:
+    """Dotted keys and values of a config, lists as JSON."""
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, json.dumps(value) if isinstance(value, list) else plain(value)
+
+
+def _structure(config: Config, tokens: Cell) -> dict[str, Cell]:
+    """What follows from the model; nothing while its vocabulary is not known."""
+    model = config.model
+    if model.vocab_size is None:
+        return {}
+    count = counting.parameters(model)
+    useful, published = counting.training_flops(model), counting.published_flops_per_token(model)
+    found: dict[str, Cell] = {
+        "parameters": float(count.total),
+        "active_parameters": float(count.active),
+        "published_parameters": float(counting.published_parameters(model)),
+        "flops_per_token": useful,
+    }
+    if isinstance(tokens, float):
+        found |= {"flops": useful * tokens, "published_flops": float(published) * tokens}
+    return found
