@@ -204,32 +204,17 @@ def parameters(model: ModelConfig) -> Parameters:
 # --- published formulas
 
 
-def published_parameters(
-    model: ModelConfig,
-    *,
-    depth: int | None = None,
-    width: int | None = None,
-    heads: int | None = None,
-    kv_heads: int | None = None,
-    head_dim: int | None = None,
-    vocab_size: int | None = None,
-    mlp: str | None = None,
-    mlp_ratio: float | None = None,
-) -> int:
+def published_parameters(model: ModelConfig) -> int:
     """N of HyperP, from which its token budgets follow: 12 w² d + 2 w V + 2 w d n_head d_head + 2 w
     d n_kv d_head.
 
     12 = 3 matrices × ratio 4 of SwiGLU; here matrices × mlp_ratio. Embedding and head always count,
-    tied or not; norms, gates and the router do not; of experts only the active ones. An argument
-    replaces the model's own value, so that a base model of the same kind can be counted.
+    tied or not; norms, gates and the router do not; of experts only the active ones.
     """
-    d, w = depth or model.depth, width or model.width
-    V = vocab_size or vocabulary(model)
-    attention = ((heads or model.heads) + (kv_heads or model.kv_heads)) * (
-        head_dim or model.head_dim
-    )
-    mlp_per_width = matrices_of_mlp(mlp or model.mlp) * (mlp_ratio or model.mlp_ratio)
-    return round(mlp_per_width * w * w * d) + 2 * w * V + 2 * w * d * attention
+    d, w = model.depth, model.width
+    attention = (model.heads + model.kv_heads) * model.head_dim
+    mlp_per_width = matrices_of_mlp(model.mlp) * model.mlp_ratio
+    return round(mlp_per_width * w * w * d) + 2 * w * vocabulary(model) + 2 * w * d * attention
 
 
 def published_flops_per_token(model: ModelConfig) -> int:

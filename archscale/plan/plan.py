@@ -16,7 +16,7 @@ from archscale.errors import ConfigError
 from archscale.plan import counting
 from archscale.plan import transfer as rules
 from archscale.plan.devices import Device
-from archscale.plan.memory import Memory, checkpoint_bytes, communication, memory
+from archscale.plan.memory import Execution, Memory, checkpoint_bytes, communication, memory
 from archscale.plan.text import size
 
 # Float32 buffers per element that a rule keeps; a test compares them with the optimizer's.
@@ -302,31 +302,28 @@ def _memory(
     state["matrix"] -= 2 * (
         matrix.momentum_dtype == "bfloat16"
     )  # of Adam's two buffers only the first one
-    step: dict[str, Any] = {
-        "precision": config.training.precision,
-        "micro_batch": config.training.micro_batch,
-        "accumulation": accumulation,
-        "engine": parallel.engine,
-        "replicate": parallel.replicate,
-        "shard": shard,
-        "expert": parallel.expert,
-        "zero_stage": parallel.zero_stage,
-        "reshard_after_forward": parallel.reshard_after_forward,
-        "orthogonal": () if matrix.rule in ELEMENTWISE else ("matrix",),
-        "recompute": config.training.activation_checkpoint == "block",
-        "wire_bytes": 4 if config.wire_dtype == "float32" else 2,
-    }
-    need = memory(
-        model,
-        **step,
+    step = Execution(
+        precision=config.training.precision,
+        micro_batch=config.training.micro_batch,
+        accumulation=accumulation,
+        engine=parallel.engine,
+        replicate=parallel.replicate,
+        shard=shard,
+        expert=parallel.expert,
+        zero_stage=parallel.zero_stage,
+        reshard_after_forward=parallel.reshard_after_forward,
+        recompute=config.training.activation_checkpoint == "block",
         document_mask=config.data.document_mask,
-        state_bytes=state,
         offload=parallel.offload_optimizer and not on_host,
+        state_bytes=state,
+        orthogonal=() if matrix.rule in ELEMENTWISE else ("matrix",),
         compute_bytes=4 if config.compute_dtype == "float32" else 2,
+        wire_bytes=4 if config.wire_dtype == "float32" else 2,
     )
+    need = memory(model, step)
     each = checkpoint_bytes(model, state)
     plan.figures["memory"] = {"peak": need.peak, "phases": need.phases, "terms": need.terms}
-    plan.figures["communication"] = communication(model, **step)
+    plan.figures["communication"] = communication(model, step)
     plan.figures["checkpoint"] = {
         "bytes": each,
         "kept": config.checkpoint.keep,

@@ -252,9 +252,8 @@ def budget(model: ModelConfig, parameterization: ParameterizationConfig) -> int:
         )
     heads = base.heads or heads
     kv_heads = base.kv_heads or (heads if model.kv_heads == model.heads else model.kv_heads)
-    n0 = published_parameters(
-        model, depth=base.depth, width=base.width, heads=heads, kv_heads=kv_heads
-    )
+    size = {"depth": base.depth, "width": base.width, "heads": heads, "kv_heads": kv_heads}
+    n0 = published_parameters(model.model_copy(update=size))
     return base.tokens * published_parameters(model) // n0
 
 
