@@ -157,7 +157,7 @@ def _build(label: str, config: Config, device: torch.device) -> Arm:
     config = plan.config
     transfer = transfer_of(config)
     engine = NativeEngine(
-        lambda: build_model(config, 0),
+        lambda: build_model(config, 0, transfer),
         lambda model: initialize(model, config.seed),
         device=device,
         replicate=1,
@@ -181,7 +181,13 @@ def _build(label: str, config: Config, device: torch.device) -> Arm:
             objective = loss / count + StepBalance(model.moe, count).loss(routing)
         engine.backward(objective)
 
-    readings = Readings(config, optimizer)
+    readings = Readings(
+        config.model,
+        config.telemetry,
+        config.batches,
+        config.optimizer.grad_clip,
+        optimizer,
+    )
     clip = config.optimizer.grad_clip
 
     def step(looking: bool) -> None:

@@ -124,17 +124,22 @@ class Config(Section):
                 f"set it to {choice(divisors(self.batch_size), schedule.batch_ramp_stages)}",
             )
         if tokens != "auto":
-            decay = schedule.decay_ratio if schedule.kind == "wsd" else 0.0
-            for key in ("warmup_tokens", "batch_ramp_tokens"):
-                share = decay if key == "warmup_tokens" else 0.0
-                room, given = int(tokens * (1 - share)), getattr(schedule, key)
-                if given > room:
-                    before = "before the wsd decay" if share else "of training.tokens"
-                    yield ConfigError(
-                        f"{key} {given} exceeds the {room} tokens {before}",
-                        f"schedule.{key}",
-                        f"set it to {room} or less",
-                    )
+            yield from self._schedule_problems(tokens)
+
+    def _schedule_problems(self, tokens: int) -> Iterator[ConfigError]:
+        """Parts of the schedule that are longer than a run of `tokens`."""
+        schedule = self.schedule
+        decay = schedule.decay_ratio if schedule.kind == "wsd" else 0.0
+        for key in ("warmup_tokens", "batch_ramp_tokens"):
+            share = decay if key == "warmup_tokens" else 0.0
+            room, given = int(tokens * (1 - share)), getattr(schedule, key)
+            if given > room:
+                before = "before the wsd decay" if share else "of training.tokens"
+                yield ConfigError(
+                    f"{key} {given} exceeds the {room} tokens {before}",
+                    f"schedule.{key}",
+                    f"set it to {room} or less",
+                )
 
     def unavailable(self) -> Iterator[ConfigError]:
         """What the schema has and the code has not: can be planned, is refused by training."""
@@ -275,6 +280,20 @@ class Config(Section):
             "training.batch_tokens",
             f"set training.batch_tokens: {whole}{other}",
         )
+
+    def with_numbers(self, tokens: int, batch_tokens: int) -> Self:
+        """A copy with these in place of `auto`; itself where nothing changes.
+
+        Raises:
+            ConfigError: a schedule that does not fit into so many tokens.
+        """
+        numbers = {"tokens": tokens, "batch_tokens": batch_tokens}
+        training = self.training.model_copy(update=numbers)
+        if training == self.training:
+            return self
+        if problems := list(self._schedule_problems(tokens)):
+            raise ConfigError.several(problems)
+        return self.model_copy(update={"training": training})
 
     def with_vocab(self, size: int) -> Self:
         """A copy whose vocabulary holds `size` tokens. A larger one stays: its rest is padding."""

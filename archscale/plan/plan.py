@@ -18,6 +18,7 @@ from archscale.plan import transfer as rules
 from archscale.plan.devices import Device
 from archscale.plan.memory import Execution, Memory, checkpoint_bytes, communication, memory
 from archscale.plan.text import size
+from archscale.plan.transfer import Transfer
 
 # Float32 buffers per element that a rule keeps; a test compares them with the optimizer's.
 STATE_BUFFERS = {"adamw": 2, "adamh": 2, "lamb": 2}
@@ -37,13 +38,28 @@ INITIALIZATION = {
 
 @dataclass
 class Plan:
-    """What a config amounts to. A section of `figures` is missing where a problem keeps it from
-    being known."""
+    """What a config amounts to on a number of devices.
 
-    config: Config  # resolved as far as possible
+    Attributes:
+        config: resolved as far as possible.
+        world_size: devices, one process each.
+        device: what it will run on, where that is known.
+        shard: ranks over which parameters are sharded; None where a problem keeps it from being
+            known, as with all that follows.
+        transfer: rule, rate and decay of each role.
+        figures: for people and JSON, by section.
+        problems: what training refuses.
+        advice: worth a change, refused by nobody.
+    """
+
+    config: Config
+    world_size: int = 1
+    device: Device | None = None
+    shard: int | None = None
+    transfer: Transfer | None = None
     figures: dict[str, Any] = field(default_factory=dict)
     problems: list[ConfigError] = field(default_factory=list)
-    advice: list[ConfigError] = field(default_factory=list)  # worth a change, refused by nobody
+    advice: list[ConfigError] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -73,10 +89,10 @@ def make_plan(
         data_tokens: tokens of the training split; None where it is not known, as before the data
             set is prepared.
     """
-    plan = Plan(config)
+    plan = Plan(config, world_size, device)
     unknown = list(rules.problems(config.model, config.parameterization, config.optimizer))
     plan.problems += [*config.unavailable(), *unknown]
-    shard = _attempt(plan, lambda: config.shard_size(world_size))
+    plan.shard = shard = _attempt(plan, lambda: config.shard_size(world_size))
     accumulation = _attempt(plan, lambda: config.accumulation(world_size))
     if config.model.vocab_size is None:
         plan.problems.append(
@@ -105,7 +121,7 @@ def make_plan(
     if resolved is None:
         return plan
     plan.config = config = resolved
-    transfer = None if unknown else rules.transfer_of(config)
+    plan.transfer = transfer = None if unknown else rules.transfer_of(config)
     plan.figures["parameterization"] = _parameterization(config, transfer)
     plan.figures["training"] = _training(config, world_size, accumulation)
     plan.figures["data"] = _data(plan, data_tokens)
@@ -182,7 +198,7 @@ def _attempt(plan: Plan, compute: Callable[[], Any]) -> Any:
         return None
 
 
-def _parameterization(config: Config, transfer: rules.Transfer | None) -> dict[str, Any]:
+def _parameterization(config: Config, transfer: Transfer | None) -> dict[str, Any]:
     model, kind = config.model, config.parameterization.kind
     found: dict[str, Any] = {
         "kind": kind,
@@ -285,7 +301,7 @@ def _flops(config: Config, accumulation: int) -> dict[str, Any]:
 
 def _memory(
     plan: Plan,
-    transfer: rules.Transfer,
+    transfer: Transfer,
     world_size: int,
     shard: int,
     accumulation: int,

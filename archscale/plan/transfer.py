@@ -264,14 +264,9 @@ def resolve(config: Config) -> Config:
         ConfigError: as `budget`, or a schedule that does not fit into the budget.
     """
     training = config.training
-    numbers = {"batch_tokens": config.batch_tokens}
-    numbers["tokens"] = (
+    tokens = (
         budget(config.model, config.parameterization)
         if training.tokens == "auto"
         else training.tokens
     )
-    if {key: getattr(training, key) for key in numbers} == numbers:
-        return config
-    return Config.from_dict(
-        {**config.resolved(), "training": {**config.resolved()["training"], **numbers}}
-    )
+    return config.with_numbers(tokens, config.batch_tokens)

@@ -286,29 +286,11 @@ class Grid:
 
     def _check_keys(self) -> None:
         content, path = self.content, self.path
-        named = [("axes", key) for key in content.axes] + [
-            ("derive", key) for key in content.derive
-        ]
+        named = [("axes", key) for key in content.axes]
+        named += [("derive", key) for key in content.derive]
         for number, part in enumerate(content.zip):
             which = f"zip.{number}" if len(content.zip) > 1 else "zip"
-            if not part[0]:
-                raise ConfigError(
-                    "there is nothing in it",
-                    f"{which} in {path}",
-                    "give `key: value` pairs, or remove it",
-                )
-            for point in part[1:]:
-                if point.keys() != part[0].keys():
-                    odd = sorted(point.keys() ^ part[0].keys())[0]
-                    raise ConfigError(
-                        f"{odd} is not in all of its entries",
-                        f"{which} in {path}",
-                        "give it in all",
-                    )
-            if twice := _twice(part):
-                raise ConfigError(
-                    f"{describe(twice)} is there twice", f"{which} in {path}", "remove one of them"
-                )
+            self._check_zip(part, f"{which} in {path}")
             named += [(which, key) for key in part[0]]
         if not content.axes and not content.zip and content.seeds is None:
             raise ConfigError(
@@ -316,28 +298,14 @@ class Grid:
                 str(path),
                 "give `axes:`, `zip:` or `seeds:`, or use archscale train",
             )
-        if content.seeds is not None and len(set(content.seeds)) < len(content.seeds):
-            raise ConfigError("a seed is there twice", f"seeds in {path}", "remove one of them")
         if content.seeds is not None:
+            if len(set(content.seeds)) < len(content.seeds):
+                raise ConfigError("a seed is there twice", f"seeds in {path}", "remove one of them")
             named.append(("seeds", "seed"))
         if content.refine is not None:
             self._check_refine(content.refine)
         for section, key in named:
-            where = f"{section}.{key} in {path}"
-            if key in ("name", "base"):
-                raise ConfigError(
-                    f"a grid cannot set {key}",
-                    where,
-                    "leave it out: runs are named by their values",
-                )
-            if key not in KEYS:
-                keys = sorted(KEYS)
-                close = our_name(key, keys) or next(
-                    (k for k in keys if k.endswith(f".{key}")), None
-                )
-                close = close or nearest(key, keys)
-                remedy = f"did you mean {close}?" if close else "give dotted keys of the config"
-                raise ConfigError(f"unknown key {show(key)}", where, remedy)
+            _check_key(key, f"{section}.{key} in {path}")
         for (_, first), (section, second) in itertools.combinations(named, 2):
             if _overlap(first, second):
                 what = (
@@ -354,6 +322,19 @@ class Grid:
                 )
             if twice := _twice([{key: value} for value in values]):
                 raise ConfigError(f"{show(twice[key])} is there twice", where, "remove one of them")
+
+    def _check_zip(self, part: Sequence[Point], where: str) -> None:
+        """Entries of one `zip` have the same keys, and no two the same values."""
+        if not part[0]:
+            raise ConfigError(
+                "there is nothing in it", where, "give `key: value` pairs, or remove it"
+            )
+        for point in part[1:]:
+            if point.keys() != part[0].keys():
+                odd = sorted(point.keys() ^ part[0].keys())[0]
+                raise ConfigError(f"{odd} is not in all of its entries", where, "give it in all")
+        if twice := _twice(part):
+            raise ConfigError(f"{describe(twice)} is there twice", where, "remove one of them")
 
     def _check_refine(self, refine: RefineConfig) -> None:
         where = f"refine in {self.path}"
@@ -399,6 +380,23 @@ def read_grid(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Gr
     except ValidationError as error:
         raise explain(error, GridConfig, [Layer(str(file), data)]) from None
     return Grid(file, content, overrides)
+
+
+def _check_key(key: str, where: str) -> None:
+    """Refuses what is no key of the config, or none that a grid may set."""
+    if key in ("name", "base"):
+        raise ConfigError(
+            f"a grid cannot set {key}", where, "leave it out: runs are named by their values"
+        )
+    if key not in KEYS:
+        keys = sorted(KEYS)
+        meant = (
+            our_name(key, keys)
+            or next((known for known in keys if known.endswith(f".{key}")), None)
+            or nearest(key, keys)
+        )
+        remedy = f"did you mean {meant}?" if meant else "give dotted keys of the config"
+        raise ConfigError(f"unknown key {show(key)}", where, remedy)
 
 
 def describe(point: Mapping[str, Any]) -> str:

@@ -21,7 +21,7 @@ from archscale.config import dump_config
 from archscale.data.shards import TokenSplit
 from archscale.distributed import gather_objects, rank, world_size
 from archscale.parallel import zero
-from archscale.plan.transfer import resolve
+from archscale.plan.plan import make_plan
 from archscale.train import trainer
 from tests.commands import MASTER_VARIABLES, RANK_VARIABLES, ROOT, Launched, launch
 from tests.pool import WorkerError
@@ -277,10 +277,8 @@ def test_what_deepspeed_refuses_of_a_users_json_is_one_line(pool, data, tmp_path
 def build(data: str, stage: int | None, rule: str = "orscale_lm") -> trainer.Run:
     made = config(data, rule, 8, **stage_of(stage))
     split = TokenSplit(made.data.train, "train", made.model.context)
-    made = resolve(made.with_vocab(split.vocab_size))
-    return trainer.Run(
-        made, Path("unused"), split, None, torch.device("cpu"), shard=made.shard_size(world_size())
-    )
+    plan = make_plan(made.with_vocab(split.vocab_size), world_size=world_size())
+    return trainer.Run(plan, Path("unused"), split, None, torch.device("cpu"))
 
 
 def layout(data: str, stage: int) -> list[dict[str, tuple]]:
