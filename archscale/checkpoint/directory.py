@@ -21,9 +21,11 @@ FORMAT = 2
 
 def checkpoint_steps(directory: Path) -> list[int]:
     """Steps of the complete checkpoints under `directory`, ascending by step, never by clock."""
-    found = directory.glob("step_*") if directory.is_dir() else ()
+    directories = directory.glob("step_*") if directory.is_dir() else ()
     return sorted(
-        int(d.name[5:]) for d in found if d.name[5:].isdigit() and (d / "state.json").is_file()
+        int(d.name[5:])
+        for d in directories
+        if d.name[5:].isdigit() and (d / "state.json").is_file()
     )
 
 

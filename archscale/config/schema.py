@@ -144,12 +144,12 @@ class Config(Section):
     def unavailable(self) -> Iterator[ConfigError]:
         """What the schema has and the code has not: can be planned, is refused by training."""
         values = self.resolved()
-        for key, refused, what, remedy in NOT_YET:
+        for key, refused, feature, remedy in NOT_YET:
             value: Any = values
             for part in key.split("."):
                 value = value[part]
             if refused(value):
-                yield ConfigError(f"{what} is not available yet", key, remedy)
+                yield ConfigError(f"{feature} is not available yet", key, remedy)
 
     # Derived numbers.
 
@@ -220,7 +220,7 @@ class Config(Section):
             )
         moe, expert = self.model.moe, self.parallel.expert
         routed = moe.routed_experts if moe else 0
-        for total, what in (
+        for total, counted in (
             (shard, f"the {shard} ranks of a shard group"),
             (routed, f"the {routed} routed experts"),
         ):
@@ -228,7 +228,7 @@ class Config(Section):
                 works = [divisor for divisor in divisors(math.gcd(shard, routed)) if routed]
                 raise ConfigError(
                     (
-                        f"expert {expert} does not divide {what}"
+                        f"expert {expert} does not divide {counted}"
                         if total
                         else "a model without experts has none to spread"
                     ),
@@ -328,8 +328,8 @@ class Config(Section):
             raise explain(error, cls, layers) from None
 
 
-def nearest_multiple(value: int, of: int) -> int:
-    return max(1, (2 * value + of) // (2 * of)) * of
+def nearest_multiple(value: int, factor: int) -> int:
+    return max(1, (2 * value + factor) // (2 * factor)) * factor
 
 
 def _largest_divisor(value: int, limit: int) -> int:

@@ -75,11 +75,11 @@ class Weight:
             per_head: rows of one attention head, where q, k and v are orthogonalized head by head.
         """
         *_, rows, cols = self.shape
-        found = []
+        groups = []
         for block, size in self.blocks or (("", rows),):
             heads = size // per_head if per_head and block in ("q", "k", "v") else 1
-            found.append((self.copies * self.stack * heads, size // heads, cols))
-        return found
+            groups.append((self.copies * self.stack * heads, size // heads, cols))
+        return groups
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def weights(model: ModelConfig) -> list[Weight]:
     qkv = (("q", query), ("k", key), ("v", key)) + (
         (("gate", model.heads),) if model.gated_attention else ()
     )
-    found = [
+    stored = [
         Weight("embedding.weight", "embedding", "embedding", 1, (V, D)),
         Weight("blocks.*.attention_norm.weight", "norm", "vector", L, (D,)),
         Weight(
@@ -127,24 +127,24 @@ def weights(model: ModelConfig) -> list[Weight]:
         Weight("blocks.*.attention.out.weight", "projections", "matrix", L, (D, query)),
     ]
     if model.qk_norm:
-        found += [
+        stored += [
             Weight(f"blocks.*.attention.{n}_norm.weight", "norm", "vector", L, (K,))
             for n in ("q", "k")
         ]
-    found.append(Weight("blocks.*.mlp_norm.weight", "norm", "vector", L, (D,)))
+    stored.append(Weight("blocks.*.mlp_norm.weight", "norm", "vector", L, (D,)))
     if model.moe is None:
-        found += _feed_forward(model, "mlp", model.mlp_hidden)
+        stored += _feed_forward(model, "mlp", model.mlp_hidden)
     else:
         hidden = model.mlp_hidden // model.moe.top_k
         E, active = model.expert_counts
-        found.append(Weight("blocks.*.mlp.router.weight", "router", "matrix", L, (E, D)))
-        found += _feed_forward(model, "experts", hidden, E, active)
+        stored.append(Weight("blocks.*.mlp.router.weight", "router", "matrix", L, (E, D)))
+        stored += _feed_forward(model, "experts", hidden, E, active)
         if model.moe.shared_expert:
-            found += _feed_forward(model, "shared_expert", hidden)
-    found.append(Weight("head.norm.weight", "norm", "vector", 1, (D,)))
+            stored += _feed_forward(model, "shared_expert", hidden)
+    stored.append(Weight("head.norm.weight", "norm", "vector", 1, (D,)))
     if not model.tied_embeddings:
-        found.append(Weight("head.weight", "head", "head", 1, (V, D)))
-    return found
+        stored.append(Weight("head.weight", "head", "head", 1, (V, D)))
+    return stored
 
 
 def _feed_forward(

@@ -107,12 +107,12 @@ class Execution:
 
     @property
     def element_bytes(self) -> int:
-        """Of an activation."""
+        """Bytes of an element of an activation."""
         return 2 if self.precision == "bf16" else FP32
 
     @property
     def exchanged_bytes(self) -> int:
-        """Of an element that the optimizer sends."""
+        """Bytes of an element that the optimizer sends."""
         return self.wire_bytes or self.element_bytes
 
     @property
@@ -161,7 +161,7 @@ def memory(model: ModelConfig, step: Execution) -> Memory:
     c, state_bytes = step.element_bytes, step.state_bytes
     V, D, L, N = vocabulary(model), model.width, model.depth, micro_batch * model.context
     stored = weights(model)
-    part, whole = ({w.name: of(w) for w in stored} for of in (step.part, step.whole))
+    part, whole = ({w.name: elements(w) for w in stored} for elements in (step.part, step.whole))
     local, block = sum(part.values()), sum(whole[w.name] for w in stored if w.in_blocks) // L
     root, table = sum(whole[w.name] for w in stored if not w.in_blocks), V * D
     zero = engine == "deepspeed"

@@ -200,17 +200,17 @@ def _attempt(plan: Plan, compute: Callable[[], Any]) -> Any:
 
 def _parameterization(config: Config, transfer: Transfer | None) -> dict[str, Any]:
     model, kind = config.model, config.parameterization.kind
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "kind": kind,
         "base": config.parameterization.base.model_dump(),
         "residual_multiplier": 1 / math.sqrt(2 * model.depth) if model.depth_mup else 1.0,
     }
     if transfer:
-        found |= {
+        figures |= {
             "logit_scale": transfer.logit_scale,
             "router_logit_scale": transfer.router_logit_scale,
         }
-        found["roles"] = {
+        figures["roles"] = {
             role: {
                 **asdict(settings),
                 "initialization": INITIALIZATION[
@@ -219,7 +219,7 @@ def _parameterization(config: Config, transfer: Transfer | None) -> dict[str, An
             }
             for role, settings in transfer.roles.items()
         }
-    return found
+    return figures
 
 
 def _training(config: Config, world_size: int, accumulation: int | None) -> dict[str, Any]:
@@ -314,7 +314,9 @@ def _memory(
     """
     config, model = plan.config, plan.config.model
     matrix, parallel = config.optimizer.matrix, config.parallel
-    state = {role: 4 * STATE_BUFFERS.get(of.rule, 1) for role, of in transfer.roles.items()}
+    state = {
+        role: 4 * STATE_BUFFERS.get(settings.rule, 1) for role, settings in transfer.roles.items()
+    }
     state["matrix"] -= 2 * (
         matrix.momentum_dtype == "bfloat16"
     )  # of Adam's two buffers only the first one

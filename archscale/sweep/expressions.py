@@ -81,14 +81,14 @@ class Expression:
             ConfigError: it has none, such as a division by zero.
         """
         try:
-            found = self._evaluate(self._tree, value)
+            result = self._evaluate(self._tree, value)
         except (ArithmeticError, TypeError, ValueError) as error:
             named = ", ".join(f"{name} {show(value(name))}" for name in sorted(self.names))
             what = f"{show(self.text)} has no value{' with ' if named else ''}{named}: {error}"
             raise ConfigError(
                 what, self.where, "correct it, or drop these runs with `where`"
             ) from None
-        return found
+        return result
 
     def _check(self, node: ast.AST, keys: Collection[str]) -> None:
         match node:
@@ -126,8 +126,8 @@ class Expression:
                 self._check(child, keys)
 
     def _refuse(self, node: ast.AST) -> None:
-        what = show(ast.unparse(node)) if isinstance(node, ast.expr) else type(node).__name__
-        raise ConfigError(f"{what} is not allowed in {show(self.text)}", self.where, ALLOWED)
+        text = show(ast.unparse(node)) if isinstance(node, ast.expr) else type(node).__name__
+        raise ConfigError(f"{text} is not allowed in {show(self.text)}", self.where, ALLOWED)
 
     def _evaluate(self, node: ast.AST, value: Callable[[str], Any]) -> Any:
         match node:

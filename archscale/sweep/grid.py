@@ -126,9 +126,9 @@ class Grid:
             return []
         losses: dict[str, dict[Any, list[float]]] = {}  # of each combination, by x
         for run in self.runs():
-            found = losses.setdefault(self._others(run), {}).setdefault(run.values[refine.x], [])
+            measured = losses.setdefault(self._others(run), {}).setdefault(run.values[refine.x], [])
             if math.isfinite(y.get(run.name, math.nan)):
-                found.append(y[run.name])
+                measured.append(y[run.name])
         windows = {}
         for others, by_x in losses.items():
             values = sorted(by_x, key=as_number)
@@ -167,7 +167,7 @@ class Grid:
             raise ConfigError(
                 f"{count:,} combinations are more than {MOST_RUNS:,}", str(self.path), remedy
             )
-        found, problems, causes = [], [], set()
+        runs, problems, causes = [], [], set()
         for combination in itertools.product(*parts):
             point = {key: value for part in combination for key, value in part.items()}
             where = f"{describe(point)} in {self.path}"
@@ -184,16 +184,16 @@ class Grid:
                     raise  # not the fault of one combination: say where it stands
                 continue
             if run is not None:
-                found.append(run)
+                runs.append(run)
         if problems:
             raise ConfigError.several(problems)
-        if not found:
+        if not runs:
             raise ConfigError(
                 f"`where` drops all {count} combinations",
                 f"where in {self.path}",
                 "loosen it, or add values",
             )
-        return found
+        return runs
 
     def _run(self, point: Point, name: str, where: str) -> GridRun | None:
         values = dict(point)
@@ -206,11 +206,11 @@ class Grid:
                 return values[key]
             if not resolved:
                 resolved.append(self._config(values, name).resolved())
-            found: Any = resolved[0]
+            part_value: Any = resolved[0]
             for part in key.split("."):
                 # keys of a section that is null are null
-                found = None if found is None else found[part]
-            return found
+                part_value = None if part_value is None else part_value[part]
+            return part_value
 
         for key, derived in self._derived:
             values[key] = derived(value) if isinstance(derived, Expression) else derived
@@ -232,11 +232,11 @@ class Grid:
     def _name(self, combination: Sequence[Point]) -> str:
         """Such as `width64_lr0.01_seed0`. Of keys that move together as few as tell them apart."""
         zips = self.content.zip
-        told: list[str] = []
+        parts: list[str] = []
         for i, part in enumerate(combination):
             keys = _telling(zips[i]) if i < len(zips) else list(part)
-            told += [f"{self._short(key)}{_value_text(part[key])}" for key in keys]
-        name = "_".join(told) or self.content.name
+            parts += [f"{self._short(key)}{_value_text(part[key])}" for key in keys]
+        name = "_".join(parts) or self.content.name
         exact = json.dumps(combination, sort_keys=True, default=str)
         if len(name) > LONGEST_NAME or any(
             isinstance(v, dict | list) for part in combination for v in part.values()
@@ -266,7 +266,7 @@ class Grid:
             for key, value in pending.items()
         }
         own = set(self.keys) - pending.keys()
-        found: list[tuple[str, Any]] = []
+        ordered: list[tuple[str, Any]] = []
         while pending:
             ready = [key for key in pending if not names[key] & pending.keys()]
             if not ready:
@@ -277,9 +277,9 @@ class Grid:
                     "break the circle",
                 )
             key = next((key for key in ready if names[key] <= own), ready[0])
-            found.append((key, pending.pop(key)))
+            ordered.append((key, pending.pop(key)))
             own.add(key)
-        return found
+        return ordered
 
     def _expression(self, text: str, where: str) -> Expression:
         return Expression(text, f"{where} in {self.path}", KEYS)
@@ -289,9 +289,9 @@ class Grid:
         named = [("axes", key) for key in content.axes]
         named += [("derive", key) for key in content.derive]
         for number, part in enumerate(content.zip):
-            which = f"zip.{number}" if len(content.zip) > 1 else "zip"
-            self._check_zip(part, f"{which} in {path}")
-            named += [(which, key) for key in part[0]]
+            section_name = f"zip.{number}" if len(content.zip) > 1 else "zip"
+            self._check_zip(part, f"{section_name} in {path}")
+            named += [(section_name, key) for key in part[0]]
         if not content.axes and not content.zip and content.seeds is None:
             raise ConfigError(
                 "the grid has no axes",

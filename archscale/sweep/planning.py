@@ -49,7 +49,7 @@ class SweepRun:
 
 
 def run_directories(directory: Path) -> set[str]:
-    """Of the run directories that are there."""
+    """Names of the run directories that are there."""
     return (
         {path.name for path in directory.iterdir() if path.is_dir()}
         if directory.is_dir()
@@ -76,7 +76,7 @@ def plan_runs(
             values.
     """
     vocabularies: dict[str, int | ArchscaleError] = {}
-    found, problems = [], []
+    planned_runs, problems = [], []
     for run in grid.runs() if runs is None else runs:
         config, data = run.config, run.config.data.train
         for part in filter(None, (data, run.config.data.val)):
@@ -97,10 +97,10 @@ def plan_runs(
         except ConfigError as error:
             problems.append(ConfigError(f"{error.what}, {error.where}", run.where, error.remedy))
             continue
-        found.append(planned)
+        planned_runs.append(planned)
     if problems:
         raise ConfigError.several(problems)
-    return found
+    return planned_runs
 
 
 def _vocabulary(data: str) -> int | ArchscaleError:

@@ -110,13 +110,13 @@ def build_optimizer(
     matrix, element = config.optimizer.matrix, config.optimizer.element
     options: dict[str, dict[str, Any]] = {
         role: {
-            "rule": of.rule,
-            "lr": of.lr,
-            "weight_decay": of.weight_decay,
+            "rule": role_settings.rule,
+            "lr": role_settings.lr,
+            "weight_decay": role_settings.weight_decay,
             "betas": element.betas,
             "adam_eps": element.eps,
         }
-        for role, of in settings.items()
+        for role, role_settings in settings.items()
     }
     options["matrix"] |= {
         "momentum": matrix.momentum,

@@ -22,7 +22,7 @@ from archscale.train.balance import StepBalance
 
 
 class Seen(NamedTuple):
-    """Of every layer, over the whole step's batch, on the device.
+    """What a step saw of every layer, over its whole batch, on the device.
 
     Attributes:
         sums: of a probe, (L, 6) as `telemetry.stability` wants them.

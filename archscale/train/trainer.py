@@ -255,7 +255,7 @@ class Run:
         self.guard.fallbacks += 1
         if source is None or self.guard.fallbacks > self.guard.max_fallbacks:
             spent = self.guard.fallbacks > self.guard.max_fallbacks
-            why = (
+            reason = (
                 f"{self.guard.max_fallbacks} fall-backs did not help"
                 if spent
                 else "there is no older checkpoint"
@@ -263,7 +263,7 @@ class Run:
             raise distributed.same_everywhere(
                 TrainingError(
                     f"{self.guard.skipped} steps in a row were skipped at step {cause.step}"
-                    f" ({cause}), and {why}",
+                    f" ({cause}), and {reason}",
                     str(self.run_dir),
                     "lower the learning rate or look at the data of these steps; the checkpoints"
                     " are kept",

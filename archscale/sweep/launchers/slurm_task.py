@@ -131,8 +131,8 @@ class Task:
         import submitit
         from submitit.helpers import DelayedSubmission
 
-        told = words(self.folder / f"{submitit.JobEnvironment().job_id}.jsonl")
-        began = next((word for word in reversed(told) if word["what"] == "started"), None)
+        records = words(self.folder / f"{submitit.JobEnvironment().job_id}.jsonl")
+        began = next((word for word in reversed(records) if word["what"] == "started"), None)
         if (
             began
             and time.time() - began["time"] > self.limit / 2
@@ -201,9 +201,9 @@ def _say(word: Path | None, **line: Any) -> None:
 
 def words(word: Path) -> list[dict[str, Any]]:
     """What a task has left so far."""
-    found = []
+    records = []
     with contextlib.suppress(OSError):
         for line in word.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    return found
+                records.append(json.loads(line))
+    return records
