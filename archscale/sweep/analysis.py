@@ -250,7 +250,7 @@ def _reference(along: str, row: Mapping[str, Cell]) -> float | None:
 
 
 def _leverage(analysis: Analysis) -> None:
-    """Leverage of every curve over the one that needs most FLOPs in the middle of their common range."""
+    """Leverage of every curve over the one that needs most FLOPs in the middle of their range."""
     fits = analysis.curves
     groups = [group for group in (fits.groups if fits else []) if group.fit]
     if len(groups) < 2:
