@@ -63,6 +63,17 @@ def _merged(old: Any, new: Any) -> Any:
     return below | {key: _merged(below.get(key), value) for key, value in new.items()}
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and values; lists and empty mappings are values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
 def write_yaml(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Atomically, with the folders that lead to it."""
     target = Path(path)

@@ -1,5 +1,5 @@
 """Hyperparameter transfer: from the base model's learning rate to every role's at another size
-(REFERENCE 3).
+(HyperP, arXiv 2603.28743; μP).
 
     η(role) = base.lr · lr_ratio · width · depth · tokens · batch
 

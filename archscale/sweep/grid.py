@@ -32,7 +32,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +42,7 @@ from pydantic import ValidationError
 
 from archscale.config import Config
 from archscale.config.explain import all_keys, explain, our_name
-from archscale.config.layers import Layer, read_file, read_layers
+from archscale.config.layers import Layer, flatten, read_file, read_layers
 from archscale.errors import ConfigError, nearest, show
 from archscale.fit.fit import window
 from archscale.sweep.config import MOST_RUNS, GridConfig, RefineConfig
@@ -88,7 +88,7 @@ class Grid:
         self._derived = self._in_order()
         self._where = self._expression(content.where, "where") if content.where else None
         for layer in self._layers[len(self._layers) - len(overrides) :]:
-            key = next(_leaves(layer.data))
+            key = next(iter(flatten(layer.data)))
             if taken := next((k for k in self.keys if _overlap(k, key)), None):
                 raise ConfigError(
                     f"the grid sets {taken}", layer.origin, f"change {taken} in {path}"
@@ -443,12 +443,3 @@ def _value_text(value: Any) -> str:
 
 def _overlap(a: str, b: str) -> bool:
     return a == b or a.startswith(b + ".") or b.startswith(a + ".")
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys of an override, which sets one."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key

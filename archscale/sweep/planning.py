@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from archscale.checkpoint.directory import checkpoint_steps
 from archscale.checkpoint.history import other_trajectory
 from archscale.config import load_config
 from archscale.data.shards import read_manifest
 from archscale.errors import ArchscaleError, ConfigError, DataError
-from archscale.files import CHECKPOINTS, CONFIG, METRICS
+from archscale.files import CONFIG, METRICS, newest_step
 from archscale.fit.groups import text_of
 from archscale.plan.devices import Device
 from archscale.plan.plan import Plan, make_plan
 from archscale.sweep.grid import Grid, GridRun
-from archscale.sweep.table import flat
+from archscale.sweep.table import config_cells
 
 
 @dataclass(frozen=True)
@@ -116,7 +115,7 @@ def _check_same(run: SweepRun) -> None:
     path = run.directory / CONFIG
     if not path.exists():
         return
-    before, now = (dict(flat(config.resolved())) for config in (load_config(path), run.plan.config))
+    before, now = (config_cells(config) for config in (load_config(path), run.plan.config))
     for key in other_trajectory(before, now):
         raise ConfigError(
             f"{key} is {text_of(now.get(key))}, the run in {run.directory} has"
@@ -124,8 +123,3 @@ def _check_same(run: SweepRun) -> None:
             key,
             "restore the value, or give another --sweep-dir",
         )
-
-
-def newest_step(run_dir: Path) -> int:
-    """Step of a run's newest checkpoint; 0 without one."""
-    return (checkpoint_steps(run_dir / CHECKPOINTS) or [0])[-1]

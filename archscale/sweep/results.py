@@ -21,7 +21,7 @@ from archscale.fit.text import render
 from archscale.report.records import GridFit
 from archscale.sweep.expressions import Expression
 from archscale.sweep.grid import Grid
-from archscale.sweep.table import flat, read_table
+from archscale.sweep.table import config_cells, read_table
 
 # Columns that every run has beside its config keys; those with a slash, such as
 # optimizer/clip_fraction, depend on the run.
@@ -80,7 +80,7 @@ def check_fits(grid: Grid, configs: Sequence[Config]) -> None:
         ConfigError: a column that no run will have, arguments that do not go together, or a group
             of too few runs.
     """
-    rows = [dict(flat(config.resolved())) for config in configs]
+    rows = [config_cells(config) for config in configs]
     if (refine := grid.content.refine) and "/" not in refine.y:
         where = f"refine.y in {grid.path}"
         if refine.y not in KNOWN_COLUMNS:
@@ -226,7 +226,7 @@ def write_results(
     The same for the same runs, however often they were interrupted: nothing in it depends on the
     clock.
     """
-    rows = {name: dict(flat(config.resolved())) for name, config in configs.items()}
+    rows = {name: config_cells(config) for name, config in configs.items()}
     all_keys = dict.fromkeys(key for row in rows.values() for key in row)
     differing = [
         key

@@ -29,6 +29,7 @@ import torch
 from archscale.config import Config, dump_config
 from archscale.config.layers import write_yaml
 from archscale.errors import ArchscaleError, ConfigError, TrainingError
+from archscale.files import newest_step
 from archscale.fit.table import number
 from archscale.plan.devices import this_device
 from archscale.sweep.grid import Grid, read_grid
@@ -36,7 +37,7 @@ from archscale.sweep.launchers.choice import GENERATED, How, job_of, train_one
 from archscale.sweep.launchers.local import Event
 from archscale.sweep.launchers.slurm import LeftToSlurm, unseen
 from archscale.sweep.log import line_of, locked, open_log, write
-from archscale.sweep.planning import SweepRun, newest_step, plan_runs, run_directories
+from archscale.sweep.planning import SweepRun, plan_runs, run_directories
 from archscale.sweep.results import (
     check_fits,
     collect,

@@ -15,11 +15,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from archscale.config import Config, load_config
+from archscale.config.layers import flatten
 from archscale.errors import ConfigError, DataError
 from archscale.files import CONFIG, METRICS
 from archscale.fit.table import Cell, Table, plain, read_csv
@@ -69,7 +69,7 @@ def _runs(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, 
         inner.clear()  # nothing below a run is a run
         config = load_config(run / CONFIG)
         metrics = _last_values(run / METRICS)
-        row: dict[str, Cell] = {"run": path, **dict(flat(config.resolved())), **metrics}
+        row: dict[str, Cell] = {"run": path, **config_cells(config), **metrics}
         row |= _structure(config, metrics.get("tokens"))
         step = metrics.get("step")
         try:
@@ -102,13 +102,12 @@ def _last_values(path: Path) -> dict[str, Cell]:
     return last
 
 
-def flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Cell]]:
-    """Dotted keys and values of a config, lists as JSON."""
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, json.dumps(value) if isinstance(value, list) else plain(value)
+def config_cells(config: Config) -> dict[str, Cell]:
+    """The config's dotted keys and values, lists as JSON."""
+    return {
+        key: json.dumps(value) if isinstance(value, list) else plain(value)
+        for key, value in flatten(config.resolved()).items()
+    }
 
 
 def _structure(config: Config, tokens: Cell) -> dict[str, Cell]:

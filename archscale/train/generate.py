@@ -6,13 +6,12 @@ from pathlib import Path
 
 import torch
 
-from archscale.checkpoint.directory import checkpoint_steps, step_directory
 from archscale.checkpoint.saving import load_checkpoint
 from archscale.config import Config, load_config
 from archscale.data.tokenizer import Tokenizer, load_tokenizer
 from archscale.distributed import fragment
 from archscale.errors import CheckpointError
-from archscale.files import CHECKPOINTS, CONFIG
+from archscale.files import CHECKPOINTS, CONFIG, checkpoint_steps, step_directory
 from archscale.model import Transformer
 from archscale.plan.transfer import transfer_of
 from archscale.train.build import build_model

@@ -17,11 +17,7 @@ import torch
 
 import archscale
 from archscale import distributed
-from archscale.checkpoint.directory import (
-    discard_after,
-    newest_valid,
-    step_directory,
-)
+from archscale.checkpoint.directory import discard_after, newest_valid
 from archscale.checkpoint.history import choose_checkpoint, identity
 from archscale.checkpoint.saving import load_checkpoint, save_checkpoint
 from archscale.config import Config, dump_config
@@ -35,6 +31,7 @@ from archscale.files import (
     MANIFEST,
     METRICS,
     PLAN,
+    step_directory,
     write_atomically,
 )
 from archscale.optim.roles import assign_roles

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from archscale.files import CHECKPOINTS
+from archscale.files import newest_step
 from archscale.sweep.launchers.local import Job, environment, threads, why
 
 PATIENCE = 600.0  # seconds that Slurm has to end a task which it has told to
@@ -149,8 +149,7 @@ class Task:
         arguments = list(self.job.arguments)
         if "--run-dir" not in arguments:
             return 0
-        steps = Path(arguments[arguments.index("--run-dir") + 1], CHECKPOINTS).glob("step_*")
-        return max((int(path.name[5:]) for path in steps if path.name[5:].isdigit()), default=0)
+        return newest_step(Path(arguments[arguments.index("--run-dir") + 1]))
 
 
 @dataclass(frozen=True)
