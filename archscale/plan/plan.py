@@ -18,10 +18,8 @@ from archscale.plan import transfer as rules
 from archscale.plan.devices import Device
 from archscale.plan.memory import Memory, checkpoint_bytes, communication, memory
 from archscale.plan.text import size
+from archscale.rules import RULES
 
-# Float32 buffers per element that a rule keeps; a test compares them with the optimizer's.
-STATE_BUFFERS = {"adamw": 2, "adamh": 2, "lamb": 2}
-ELEMENTWISE = ("adamw", "adamh", "lamb", "lion", "sgd")  # rules that orthogonalize nothing
 MANY_PASSES = (
     4  # over the data; up to there repeated text is about as good as new text (arXiv 2305.16264)
 )
@@ -262,7 +260,7 @@ def _flops(config: Config, accumulation: int) -> dict[str, Any]:
             * (accumulation - 1)
             / accumulation
         )
-    elementwise = config.optimizer.matrix.rule in ELEMENTWISE
+    elementwise = RULES[config.optimizer.matrix.rule].elementwise
     optimizer = (
         0
         if elementwise
@@ -298,7 +296,9 @@ def _memory(
     """
     config, model = plan.config, plan.config.model
     matrix, parallel = config.optimizer.matrix, config.parallel
-    state = {role: 4 * STATE_BUFFERS.get(of.rule, 1) for role, of in transfer.roles.items()}
+    state = {
+        role: 4 * RULES[settings.rule].moment_buffers for role, settings in transfer.roles.items()
+    }
     state["matrix"] -= 2 * (
         matrix.momentum_dtype == "bfloat16"
     )  # of Adam's two buffers only the first one
@@ -312,7 +312,7 @@ def _memory(
         "expert": parallel.expert,
         "zero_stage": parallel.zero_stage,
         "reshard_after_forward": parallel.reshard_after_forward,
-        "orthogonal": () if matrix.rule in ELEMENTWISE else ("matrix",),
+        "orthogonal": () if RULES[matrix.rule].elementwise else ("matrix",),
         "recompute": config.training.activation_checkpoint == "block",
         "wire_bytes": 4 if config.wire_dtype == "float32" else 2,
     }
