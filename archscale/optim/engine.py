@@ -15,7 +15,6 @@ owns every matrix and the exchange is a copy.
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,30 +22,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from archscale.distributed import (
-    Fragment,
-    Piece,
-    fill,
-    gather_objects,
-    is_distributed,
-    laid_out_as,
-    local_tensor,
-    portable,
-)
+from archscale.distributed import Fragment, laid_out_as, local_tensor
 from archscale.optim import describe
-from archscale.optim.checks import (
-    check_distinct,
-    check_same_everywhere,
-    check_same_use,
-    check_saved,
-    checked_options,
-    in_group,
-    named,
-)
-from archscale.optim.coefficients import Hyperparameters, InnerProducts, Step, step_coefficients
+from archscale.optim.coefficients import InnerProducts, Step, step_coefficients
+from archscale.optim.contract import LaidOutOptimizer
 from archscale.optim.describe import LastStep, MatrixInfo, Watch, measure_gradients
 from archscale.optim.elementwise import (
     adam_direction_,
@@ -57,22 +38,8 @@ from archscale.optim.elementwise import (
     momentum_direction_,
     update_,
 )
-from archscale.optim.layout import (
-    Group,
-    Layout,
-    ParameterDescription,
-    ParameterSpec,
-    StepPlan,
-    describe_parameters,
-)
+from archscale.optim.layout import Group, Layout, StepPlan
 from archscale.optim.orthogonalize import orthogonalize_
-from archscale.optim.state import (
-    StackedScalars,
-    carry_state,
-    has_content,
-    replacements,
-    weight_norms,
-)
 from archscale.rules import Rule, get_rule
 
 
@@ -120,17 +87,7 @@ class Sums:
         return cls(buffer, products, table[rows - keys :], holders)
 
 
-@dataclass
-class RankReport:
-    """What the ranks tell each other before they plan."""
-
-    error: Exception | None
-    descriptions: list[ParameterDescription]
-    pieces: list[list[Piece]]
-    in_the_way: dict[str, bool]  # by name of a replaced parameter: whether its state says anything
-
-
-class MatrixOptimizer(torch.optim.Optimizer):
+class MatrixOptimizer(LaidOutOptimizer):
     """Every optimizer of `archscale.optim.RULES`, for plain tensors, DDP replicas, FSDP2, HSDP and
     tensor-parallel shards.
 
@@ -187,19 +144,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
         view: str | None = None,
         process_group: Any = None,
     ):
-        self._process_group = process_group
-        self._warned = self._constructed = False
-        self._layout: Layout | None = None
-        self._last: LastStep | None = None
-        self._rules: list[Rule] = []  # by group
-        self._specs: list[list[ParameterSpec]] = []  # by group: what cannot be read off a parameter
-        self.watch: Watch | None = None  # measures whole matrices in every step
         # torch's cyclic schedulers cycle β₁ where the defaults have `betas`, and `momentum` where
         # they have not.
         optional = {"momentum": momentum, "betas": betas}
         cycled = "betas" if get_rule(rule).direction in ("adam", "lion") else "momentum"
         defaults_cycled = {cycled: optional.pop(cycled)}
-        self._more_defaults = optional
         defaults = {
             "lr": lr,
             "rule": rule,
@@ -216,13 +165,18 @@ class MatrixOptimizer(torch.optim.Optimizer):
             "view": view,
             "transposed": False,
         }
-        error: Exception | None = None
-        try:
-            super().__init__(params, defaults)
-        except Exception as caught:  # raised in `_build`, on every rank
-            error = caught
-        self._build(error)
-        self._constructed = True
+        self._forget()
+        super().__init__(params, defaults, optional, process_group)
+
+    def _forget(self) -> None:
+        """What is not copied with an optimizer."""
+        self.watch: Watch | None = None  # measures whole matrices in every step; None: nothing does
+        self._last: LastStep | None = None
+        self._warned = False
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
 
     # --- the step
 
@@ -249,26 +203,20 @@ class MatrixOptimizer(torch.optim.Optimizer):
         return loss
 
     def _step(self, plan: StepPlan) -> None:
-        layout = self._planned
-        shards = Shards(
-            {i: self._flat_weight(i) for i in plan.members},
-            {i: self._flat_gradient(i) for i in plan.members},
-            {i for i in plan.members if layout.params[i].grad is None},
-        )
-        sums = Sums.zeros(layout, len(self.watch.keys) if self.watch else 0)
+        layout, keys = self._planned, self.watch.keys if self.watch else ()
+        shards = self._local_shards(plan.members)
+        sums = Sums.zeros(layout, len(keys))
         watched = self._watch_gradients(plan, shards)
 
         look_aheads = self._directions(shards)
         self._orthogonalize(plan, look_aheads, shards, sums)
         self._add_inner_products(plan, shards, sums)
         layout.all_reduce(sums.buffer)
-        seen = None if sums.holders is None else sums.holders > 0
+        seen = None if sums.holders is None else sums.holders > 0  # by parameter, on any rank
         steps = self._coefficients(plan, sums.products, seen)
         self._update(plan, shards, steps, seen)
 
-        if self.watch:
-            watched |= dict(zip(self.watch.keys, sums.watched))
-        self._last = LastStep(steps, watched)
+        self._last = LastStep(steps, watched | dict(zip(keys, sums.watched)))
 
     def _directions(self, shards: Shards) -> dict[int, Tensor]:
         """Moments, and Q of the elementwise rules; returns M̂ of what is to be orthogonalized.
@@ -353,14 +301,9 @@ class MatrixOptimizer(torch.optim.Optimizer):
             if not group.has_views:
                 continue
             here = None if taking_part is None else taking_part[group.views]
-            options = Hyperparameters(
-                group.options["lr"],
-                group.options["weight_decay"],
-                group.options["clip"] or group.rule.clip,
-                group.options["eps"],
+            step = step_coefficients(
+                group.rule, group.hyperparameters, scalars.of(group), products[group.views], here
             )
-            products_here, matrices = products[group.views], scalars.of(group)
-            step = step_coefficients(group.rule, options, matrices, products_here, here)
             if here is not None:  # ‖W‖ of the others has not been measured
                 before = scalars.weight_norm[group.views]
                 step.weight_norm = torch.where(here, step.weight_norm, before)
@@ -432,6 +375,11 @@ class MatrixOptimizer(torch.optim.Optimizer):
 
     # --- local tensors
 
+    def _local_shards(self, members: Sequence[int]) -> Shards:
+        absent = {i for i in members if self._planned.params[i].grad is None}
+        weights = {i: self._flat_weight(i) for i in members}
+        return Shards(weights, {i: self._flat_gradient(i) for i in members}, absent)
+
     def _moments(self, param: int) -> dict[str, Tensor]:
         """This rank's moments of a parameter, flat."""
         layout = self._planned
@@ -489,217 +437,6 @@ class MatrixOptimizer(torch.optim.Optimizer):
             " after it",
             stacklevel=level,
         )
-
-    # --- torch's contract
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Take one more group; the dict itself is left as it is. After construction all ranks have
-        to call it together."""
-        if not self._constructed:  # the constructor plans once, for all groups
-            self._add_group(param_group)
-            return
-        number = len(self.param_groups)
-        error: Exception | None = None
-        try:
-            self._add_group(param_group)
-        except Exception as caught:  # raised in `_build`, on every rank
-            error = caught
-        try:
-            self._build(error)
-        except Exception:
-            del self.param_groups[number:], self._rules[number:], self._specs[number:]
-            raise
-
-    def _add_group(self, param_group: dict[str, Any]) -> None:
-        number, group = len(self.param_groups), dict(param_group)
-        params = group["params"]
-        if not isinstance(params, set):  # which torch refuses
-            group["params"] = [params] if isinstance(params, Tensor) else list(params)
-            with in_group(number):
-                given = named(group["params"], sum(map(len, self._specs)))
-                members = zip(self.param_groups, self._specs)
-                before = [
-                    (s.name, p) for other, specs in members for p, s in zip(other["params"], specs)
-                ]
-                check_distinct(before + given)
-        for key, value in self._more_defaults.items():
-            group.setdefault(key, value)
-        if "rule" in group and not get_rule(group["rule"]).has_trust_ratio:
-            group.setdefault("clip", None)  # the optimizer's bounds are for rules with a ratio
-        super().add_param_group(group)
-        try:
-            with in_group(number):
-                rule, specs = self._take(group, [name for name, _ in given])
-        except Exception:
-            del self.param_groups[number:]
-            raise
-        self._rules.append(rule)
-        self._specs.append(specs)
-
-    def _take(
-        self, group: dict[str, Any], names: Sequence[str]
-    ) -> tuple[Rule, list[ParameterSpec]]:
-        """Check a new group's options; leaves plain data in it, so that a state dict holds nothing
-        else. Its parameters are checked when they are laid out."""
-        rule = checked_options(group)
-        params = group["params"]
-        blocks = group.pop("blocks", None) or [None] * len(params)
-        fragments = group.pop("fragments", None) or [None] * len(params)
-        specs = []
-        for name, p, block, fragment in zip(names, params, blocks, fragments, strict=True):
-            shape, start = fragment or (p.shape, None)
-            specs.append(ParameterSpec(name, tuple(shape), start, block))
-        return rule, specs
-
-    def __getstate__(self) -> dict[str, Any]:
-        own = {
-            key: self.__dict__[key]
-            for key in ("_rules", "_specs", "_more_defaults", "_process_group")
-        }
-        return super().__getstate__() | own
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self.watch = self._last = None
-        self._warned, self._constructed = False, True
-        self._layout = None  # planned at the first use, which in a process group all ranks share
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> MatrixOptimizer:
-        twin = type(self).__new__(type(self))
-        memo[id(self)] = twin
-        memo[id(self._process_group)] = self._process_group  # a handle, which cannot be copied
-        twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return twin
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        if self._process_group is not None:
-            raise ValueError(
-                "an optimizer with a process_group of its own cannot be pickled: save its"
-                " state_dict(), or copy.deepcopy it"
-            )
-        return super().__reduce_ex__(protocol)
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
-        """Restore momentum, moments, c, R, step and every key of the groups. State keeps the dtypes
-        that it has here, whatever the parameters' dtype; a whole tensor is cut to this rank's
-        shard. Nothing is recomputed.
-
-        Raises:
-            ValueError: a state of another rule or of other shapes, naming the parameter.
-        """
-        state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            result = hook(self, state_dict)
-            state_dict = state_dict if result is None else dict(result)
-        layout = self._synchronize()
-        saved_groups, saved_state = copy.deepcopy(state_dict["param_groups"]), state_dict["state"]
-        if [len(g["params"]) for g in saved_groups] != [
-            len(g["params"]) for g in self.param_groups
-        ]:
-            raise ValueError(
-                "the state dict has other parameter groups: rebuild the optimizer as it was when it"
-                " was saved"
-            )
-        entries: list[Mapping[str, Any]] = []  # by parameter
-        for number, (saved_group, group) in enumerate(zip(saved_groups, layout.groups)):
-            with in_group(number):
-                check_same_use(saved_group, group.options)
-                checked_options(
-                    group.options | {k: v for k, v in saved_group.items() if k != "params"},
-                    group.rule,
-                )
-                entries += [saved_state.get(key, {}) for key in saved_group["params"]]
-        self._scalars.ensure(self.state, [i for i, entry in enumerate(entries) if entry])
-        for i, entry in enumerate(entries):
-            p = layout.params[i]
-            if not entry:  # not saved because it had none: it starts anew
-                self.state.pop(p, None)
-                continue
-            own = self.state[p]
-            check_saved(layout.names[i], entry, own)
-            for key, value in entry.items():
-                fill(own[key], torch.as_tensor(value))
-        for saved_group, group in zip(saved_groups, layout.groups):
-            names = group.options.get("param_names")
-            group.options |= {key: value for key, value in saved_group.items() if key != "params"}
-            if names is not None:
-                group.options["param_names"] = names
-            checked_options(group.options, group.rule)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
-
-    # --- layout
-
-    def _synchronize(self) -> Layout:
-        """Plan anew where the groups hold other parameters than were planned for: torch lets
-        anybody replace them."""
-        if self._layout is None or not self._layout.is_of(self.param_groups):
-            self._build()
-        layout = self._planned
-        for number, (group, options) in enumerate(zip(layout.groups, self.param_groups)):
-            group.options = options
-            if options["rule"] != group.rule.name:
-                raise ValueError(
-                    f"parameter group {number} has been built with rule {group.rule.name!r} and has"
-                    f" {options['rule']!r} now: build a new optimizer for another rule"
-                )
-        return layout
-
-    @property
-    def _planned(self) -> Layout:
-        assert self._layout is not None
-        return self._layout
-
-    @torch.no_grad()
-    def _build(self, error: Exception | None = None) -> None:
-        """Plan for the parameters that the groups hold now, and create their state.
-
-        Args:
-            error: of this rank, on the way here; raised on all of them.
-        """
-        rank = dist.get_rank(self._process_group) if is_distributed() else 0
-        descriptions: list[ParameterDescription] = []
-        pieces: list[list[Piece]] = []
-        in_the_way: dict[str, bool] = {}
-        if error is None:
-            try:
-                descriptions, pieces = describe_parameters(
-                    self.param_groups, self._rules, self._specs
-                )
-                replaced = replacements(self._layout, self._present(), self.state)
-                in_the_way = {r.name: has_content(self.state[r.old]) for r in replaced}
-            except Exception as caught:
-                error = caught
-        everyone = gather_objects(
-            RankReport(portable(error), descriptions, pieces, in_the_way), self._process_group
-        )
-        for report in everyone:
-            # Raised on every rank: one that raised alone would leave the others waiting.
-            if report.error is not None:
-                raise report.error if error is None else error
-        check_same_everywhere([report.descriptions for report in everyone])
-        by_rank = [report.pieces for report in everyone]
-        layout = Layout(
-            self.param_groups, self._rules, self._specs, by_rank, rank, self._process_group
-        )
-        carry_state(
-            replaced, self._layout, layout, self.state, [report.in_the_way for report in everyone]
-        )
-        self._layout = layout
-        for p in layout.params:
-            for key, value in self.state.get(p, {}).items():
-                self.state[p][key] = value.to(layout.device)  # where the model has been moved
-        norms = weight_norms(layout, range(len(layout.params)))
-        self._scalars = StackedScalars(layout, norms)
-        trainable = {*layout.trainable()}
-        members = [i for i, p in enumerate(layout.params) if i in trainable or p in self.state]
-        self._scalars.ensure(self.state, members, norms)
-
-    def _present(self) -> list[tuple[str, Tensor]]:
-        """(name, parameter) of all that the groups hold now."""
-        names = [spec.name for specs in self._specs for spec in specs]
-        return list(zip(names, (p for group in self.param_groups for p in group["params"])))
 
     # --- what it tells of itself. After parameters have been replaced, and on a copy, the first
     # call plans anew, which all ranks do together.

@@ -19,6 +19,7 @@ from archscale.optim.checks import (
     check_unchanged,
     in_group,
 )
+from archscale.optim.coefficients import Hyperparameters
 from archscale.optim.exchange import Exchange, Run
 from archscale.optim.shards import MatrixView, matrix_views, plan_exchange
 from archscale.rules import Rule
@@ -50,6 +51,14 @@ class ParameterSpec:
         if not orthogonal and len(shape) != 2 and view is None:
             shape = (math.prod(shape), 1)
         return matrix_views(self.name, param, shape, self.blocks, view)
+
+
+@dataclass(frozen=True)
+class GroupSpec:
+    """What the optimizer was told of a parameter group, beside its options."""
+
+    rule: Rule
+    parameters: Sequence[ParameterSpec]
 
 
 class MatrixUse(NamedTuple):
@@ -101,6 +110,13 @@ class Group:
         return self.views.start < self.views.stop
 
     @property
+    def hyperparameters(self) -> Hyperparameters:
+        """As they stand now: schedulers change them."""
+        options = self.options
+        clip = options["clip"] or self.rule.clip
+        return Hyperparameters(options["lr"], options["weight_decay"], clip, options["eps"])
+
+    @property
     def use(self) -> MatrixUse:
         compute, wire = self.options["compute_dtype"], self.options["wire_dtype"]
         return MatrixUse(
@@ -119,9 +135,7 @@ class ParameterDescription(NamedTuple):
 
 
 def describe_parameters(
-    param_groups: Sequence[Mapping[str, Any]],
-    rules: Sequence[Rule],
-    specs: Sequence[Sequence[ParameterSpec]],
+    param_groups: Sequence[Mapping[str, Any]], specs: Sequence[GroupSpec]
 ) -> tuple[list[ParameterDescription], list[list[Piece]]]:
     """Every parameter, and the pieces of it that this rank holds.
 
@@ -129,20 +143,19 @@ def describe_parameters(
         ValueError: a parameter that its rule cannot update, or one of another shape than when the
             optimizer was built.
     """
-    check_group_count(
-        [spec.name for group in specs for spec in group], len(specs), len(param_groups)
-    )
+    everything = [spec for group in specs for spec in group.parameters]
+    check_group_count([spec.name for spec in everything], len(specs), len(param_groups))
     descriptions: list[ParameterDescription] = []
     pieces: list[list[Piece]] = []
-    for number, (options, rule, own) in enumerate(zip(param_groups, rules, specs)):
+    for number, (options, own) in enumerate(zip(param_groups, specs)):
         with in_group(number):
-            check_unchanged(own, options["params"])
+            check_unchanged(own.parameters, options["params"])
             keys = ("view", "transposed", "orthogonalizer", "compute_dtype", "wire_dtype")
-            use = (rule.name, *(options[key] for key in keys))
-            for spec, p in zip(own, options["params"]):
+            use = (own.rule.name, *(options[key] for key in keys))
+            for spec, p in zip(own.parameters, options["params"]):
                 fragment = None if spec.start is None else (spec.shape, spec.start)
                 check_parameter(spec.name, p, fragment)
-                if not rule.elementwise:
+                if not own.rule.elementwise:
                     spec.views(0, options["view"], True)  # refuses what is no matrix
                 descriptions.append(
                     ParameterDescription(spec.name, spec.shape, use, spec.blocks, p.requires_grad)
@@ -150,9 +163,7 @@ def describe_parameters(
                 pieces.append(
                     local_pieces(p) if spec.start is None else [Piece(spec.start, p.numel())]
                 )
-    check_one_device(
-        [pair for group, own in zip(param_groups, specs) for pair in zip(own, group["params"])]
-    )
+    check_one_device(list(zip(everything, (p for group in param_groups for p in group["params"]))))
     return descriptions, pieces
 
 
@@ -160,7 +171,7 @@ class Layout:
     """Parameters, matrices and plans.
 
     Args:
-        param_groups, rules, specs: of the optimizer, by group.
+        param_groups, specs: of the optimizer, by group.
         pieces: by rank and parameter.
         rank, process_group: this rank in its group.
 
@@ -177,21 +188,16 @@ class Layout:
     def __init__(
         self,
         param_groups: Sequence[dict[str, Any]],
-        rules: Sequence[Rule],
-        specs: Sequence[Sequence[ParameterSpec]],
+        specs: Sequence[GroupSpec],
         pieces: Sequence[Sequence[Sequence[Piece]]],
         rank: int,
         process_group: Any,
     ):
         self.params: list[Tensor] = [p for group in param_groups for p in group["params"]]
-        self.specs = [spec for group in specs for spec in group]
+        self.specs = [spec for group in specs for spec in group.parameters]
         self.names = [spec.name for spec in self.specs]
-        self.pieces, self.rank, self.world, self._process_group = (
-            pieces,
-            rank,
-            len(pieces),
-            process_group,
-        )
+        self.pieces, self.rank, self.world = pieces, rank, len(pieces)
+        self._process_group = process_group
         self.device = self.params[0].device if self.params else torch.device("cpu")
         self.dtype = (
             torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
@@ -199,8 +205,8 @@ class Layout:
         self.groups: list[Group] = []
         self.group_of: list[Group] = []  # by parameter
         self.views: list[MatrixView] = []
-        for options, rule, own in zip(param_groups, rules, specs):
-            self._add_group(options, rule, own)
+        for options, spec in zip(param_groups, specs):
+            self._add_group(options, spec)
         self.spans: dict[int, slice] = {}
         for v, view in enumerate(self.views):
             self.spans[view.param] = slice(self.spans.get(view.param, slice(v, v)).start, v + 1)
@@ -216,9 +222,8 @@ class Layout:
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._plans: dict[tuple, StepPlan] = {}
 
-    def _add_group(
-        self, options: dict[str, Any], rule: Rule, specs: Sequence[ParameterSpec]
-    ) -> None:
+    def _add_group(self, options: dict[str, Any], group_spec: GroupSpec) -> None:
+        rule, specs = group_spec.rule, group_spec.parameters
         first_param, first_view = len(self.group_of), len(self.views)
         members = list(range(first_param, first_param + len(specs)))
         for param, spec in zip(members, specs) if rule.per_matrix else ():
