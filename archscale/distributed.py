@@ -26,8 +26,8 @@ def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def rank() -> int:
-    return dist.get_rank() if is_distributed() else 0
+def rank(group: Any = None) -> int:
+    return dist.get_rank(group) if is_distributed() else 0
 
 
 def world_size() -> int:

@@ -1,4 +1,5 @@
-"""The one update rule (OrScale, HyperP): every matrix optimizer is a row of the table `RULES`.
+"""The one update rule (OrScale, arXiv 2605.07815; HyperP, arXiv 2603.28743): every matrix optimizer
+is a row of the table `RULES`, and every other list of rules derives from it.
 
 For a weight W (m, n) with direction Q (U Vᵀ of the momentum, or an elementwise direction), learning
 rate η and decay λ:
@@ -20,6 +21,13 @@ from typing import Literal
 
 Direction = Literal["orthogonal", "adam", "lion", "momentum"]
 
+# The moments that each direction keeps, by the names that torch.optim gives them.
+MOMENTS: dict[Direction, tuple[str, ...]] = {
+    "orthogonal": ("momentum",),
+    "momentum": ("momentum",),
+    "lion": ("exp_avg",),
+    "adam": ("exp_avg", "exp_avg_sq"),
+}
 SHAPE_FACTORS = {
     "one": lambda m, n: 1.0,
     "jordan": lambda m, n: math.sqrt(max(1.0, m / n)),
@@ -71,18 +79,43 @@ class Rule:
                 f" {', '.join(SHAPE_FACTORS)}"
             )
         check_clip(self.clip)
-        if self.ratio is None and (self.calibrated or self.clip):
+        if not self.has_trust_ratio and (self.calibrated or self.clip):
             raise ValueError(
                 f"rule {self.name!r}: calibration and clip need a trust ratio; set ratio or drop"
                 " them"
             )
-        if self.ratio == "momentum" and self.direction != "orthogonal":
+        if self.ratio == "momentum" and self.elementwise:
             raise ValueError(f"rule {self.name!r}: ratio 'momentum' needs direction 'orthogonal'")
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether Q needs nothing but the elements of the gradient: nothing is orthogonalized."""
+        return self.direction != "orthogonal"
+
+    @property
+    def moments(self) -> tuple[str, ...]:
+        """Names of the moments in a parameter's state, each of the parameter's shape."""
+        return MOMENTS[self.direction]
+
+    @property
+    def moment_buffers(self) -> int:
+        """Numbers per element that the direction keeps, 4 bytes each in float32."""
+        return len(self.moments)
+
+    @property
+    def has_trust_ratio(self) -> bool:
+        """Whether r̂ scales the step, so that there is something to clip."""
+        return self.ratio is not None
 
     @property
     def needs_norms(self) -> bool:
         """Whether the step depends on inner products over the whole matrix."""
-        return self.ratio is not None or self.sphere
+        return self.has_trust_ratio or self.sphere
+
+    @property
+    def per_matrix(self) -> bool:
+        """Whether the step sees matrices: it orthogonalizes them, or needs their norms."""
+        return not self.elementwise or self.needs_norms
 
     def shape_factor(self, m: int, n: int) -> float:
         return SHAPE_FACTORS[self.shape](m, n)
@@ -111,8 +144,7 @@ _TABLE = (
         clip=(0.1, 5.0),
         sphere=True,
     ),
-    # The three hybrids that fail, kept because the ablation is part of the result (OrScale, section
-    # on hybrids).
+    # The three hybrids that fail, kept because the ablation is part of OrScale's result.
     Rule("hybrid_shape", ratio="direction", clip=(0.5, 1.5)),
     Rule("hybrid_momentum", ratio="momentum", clip=(0.5, 1.5)),
     Rule(

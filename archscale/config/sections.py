@@ -4,7 +4,7 @@ Those of the model are in `archscale.config.model`; the whole is `archscale.conf
 """
 
 from collections.abc import Iterator
-from typing import Annotated, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, model_validator
 from pydantic_core import PydanticCustomError
@@ -24,38 +24,18 @@ from archscale.config.values import (
     Text,
 )
 from archscale.errors import ConfigError
+from archscale.rules import RULES
 
-MatrixRule = Literal[
-    "muon",
-    "muon_spectral",
-    "moonlight",
-    "orscale",
-    "orscale_lm",
-    "muonh",
-    "orscale_lm_sphere",
-    "hybrid_shape",
-    "hybrid_momentum",
-    "hybrid_decoupled",
-    "adamh",
-    "adamw",
-    "lion",
-    "sgd",
-    "lamb",
-]
-MATRIX_RULES: tuple[str, ...] = get_args(MatrixRule)
-SPHERE_RULES = (
-    "muonh",
-    "orscale_lm_sphere",
-    "adamh",
-)  # rules that hold every matrix at its initial norm
-PLAIN_RULES = (
-    "muon",
-    "muon_spectral",
-    "moonlight",
-    "adamw",
-    "lion",
-    "sgd",
-)  # without a trust ratio
+MATRIX_RULES = tuple(RULES)
+SPHERE_RULES = tuple(name for name, rule in RULES.items() if rule.sphere)
+PLAIN_RULES = tuple(name for name, rule in RULES.items() if not rule.has_trust_ratio)
+ELEMENT_RULES = tuple(name for name, rule in RULES.items() if rule.elementwise and not rule.sphere)
+if TYPE_CHECKING:
+    MatrixRule = str
+    ElementRule = str
+else:
+    MatrixRule = Literal[MATRIX_RULES]
+    ElementRule = Literal[ELEMENT_RULES]
 Dtype = Literal["auto", "float32", "bfloat16"]
 
 
@@ -117,7 +97,7 @@ class MatrixOptimizerConfig(Section):
 class ElementOptimizerConfig(Section):
     """The optimizer of what is not a matrix: embedding, norms, biases, and the head."""
 
-    kind: Literal["adamw", "lion", "sgd", "lamb"] = "adamw"
+    kind: ElementRule = "adamw"
     """Elementwise update rule."""
     betas: BelowOnePair = (0.9, 0.95)
     """Decay per step of the first and the second moment."""

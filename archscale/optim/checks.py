@@ -56,7 +56,7 @@ def check_unchanged(specs: Sequence[Any], params: Sequence[Tensor]) -> None:
     """Parameters that stand where others stood when the optimizer was built."""
     for spec, p in zip(specs, params):
         shape = tuple(p.shape)
-        if (spec.start is None and shape != spec.shape) or (spec.start is not None and p.ndim != 1):
+        if spec.start is None and shape != spec.shape:
             raise ValueError(
                 f"parameter {spec.name!r} had shape {spec.shape} when the optimizer was built, and"
                 f" one of shape {shape} has taken its place; {REPLACED}"
@@ -86,16 +86,17 @@ def check_one_device(params: Sequence[tuple[Any, Tensor]]) -> None:
             )
 
 
-def check_same_everywhere(descriptions: Sequence[Sequence[tuple]]) -> None:
-    """What every rank of a process group was given: (name, shape, …) by parameter."""
+def check_same_everywhere(descriptions: Sequence[Sequence[Any]]) -> None:
+    """The `ParameterDescription`s of every rank of a process group, which have to be the same."""
     first = descriptions[0]
     for rank, other in enumerate(descriptions):
         for place in range(max(len(first), len(other))):
-            mine, yours = (d[place] if place < len(d) else None for d in (first, other))
+            mine: Any = first[place] if place < len(first) else None
+            yours: Any = other[place] if place < len(other) else None
             if mine != yours:
                 here, there = (_describe(d) for d in (mine, yours))
                 if here == there:  # they differ in something else
-                    here, there = f"{here}, {mine}", f"{there}, {yours}"
+                    here, there = f"{here}, {tuple(mine)}", f"{there}, {tuple(yours)}"
                 raise ValueError(
                     f"the ranks have different parameters: number {place} is {here} on rank 0,"
                     f" {there} on rank {rank}: build the same model and optimizer, in the same"
@@ -103,12 +104,10 @@ def check_same_everywhere(descriptions: Sequence[Sequence[tuple]]) -> None:
                 )
 
 
-def _describe(parameter: tuple | None) -> str:
-    return (
-        f"{parameter[0]!r} {parameter[1]} under rule {parameter[2][0]!r}"
-        if parameter
-        else "no parameter"
-    )
+def _describe(parameter: Any | None) -> str:
+    if parameter is None:
+        return "no parameter"
+    return f"{parameter.name!r} {parameter.shape} under rule {parameter.use[0]!r}"
 
 
 def check_parameter(
@@ -160,14 +159,7 @@ def checked_options(options: dict[str, Any], rule: Rule | None = None) -> Rule:
         rule: the group's, where `options` has its name only; None: the one in `options`.
     """
     for key in DTYPE_OPTIONS:
-        if isinstance(options[key], torch.dtype):
-            options[key] = str(options[key]).removeprefix("torch.")
-        if options[key] is not None and not isinstance(
-            getattr(torch, str(options[key]), None), torch.dtype
-        ):
-            raise ValueError(
-                f"{key} {options[key]!r} is no dtype of torch: give one such as torch.bfloat16"
-            )
+        options[key] = _dtype_name(key, options[key])
     rule = rule or get_rule(options["rule"])
     options["rule"] = rule.name
     for beta in options["betas"]:
@@ -192,6 +184,15 @@ def checked_options(options: dict[str, Any], rule: Rule | None = None) -> Rule:
             f"weight decay is a no-op on the sphere (rule {rule.name!r}): set weight_decay=0"
         )
     return rule
+
+
+def _dtype_name(key: str, dtype: Any) -> str | None:
+    if dtype is None:
+        return None
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    if not isinstance(getattr(torch, str(name), None), torch.dtype):
+        raise ValueError(f"{key} {name!r} is no dtype of torch: give one such as torch.bfloat16")
+    return name
 
 
 def check_saved(name: str, saved: Mapping[str, Any], own: Mapping[str, Tensor]) -> None:

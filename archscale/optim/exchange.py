@@ -1,17 +1,16 @@
-"""Execute a `shards.ExchangePlan`: momentum shards → whole matrices → orthogonalize → direction
-shards.
+"""Move the bytes of a `shards.ExchangePlan`: shards → whole matrices on their owners → shards.
 
 Per batch two packed all-to-alls. What a rank would send to itself never enters the wire: it is
 written straight into the stage (the owner's flat buffer of whole matrices) and back, so a single
-process exchanges nothing. While one batch is orthogonalized the next one's momentum is already
-travelling; at most two batches are in flight.
+process exchanges nothing. While the owners work on one batch, the next one's shards already travel;
+at most two batches are in flight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,28 +43,94 @@ class Move(NamedTuple):
     there: Block
 
 
+class Stack(NamedTuple):
+    """Whole matrices of one shape, one after another in the stage."""
+
+    offset: int
+    rows: int
+    cols: int
+    views: list[int]
+
+    def of(self, stage: Tensor) -> Tensor:
+        """(k, rows, cols), in the stage's memory."""
+        count = len(self.views)
+        end = self.offset + count * self.rows * self.cols
+        return stage[self.offset : end].view(count, self.rows, self.cols)
+
+
 @dataclass
 class _Route:
-    """One batch as one rank sees it."""
+    """One batch as one rank sees it: what it copies, and elements to and from each rank."""
 
-    stacks: list[tuple[int, int, int, list[int]]] = field(
-        default_factory=list
-    )  # (stage offset, rows, cols, views)
+    stacks: list[Stack] = field(default_factory=list)
     stage: int = 0  # elements of whole matrices owned here
-    stay: list[Move] = field(default_factory=list)  # local, stage: momentum owned where it is held
-    pack: list[Move] = field(default_factory=list)  # local, wire: momentum to other owners
-    assemble: list[Move] = field(default_factory=list)  # stage, wire: momentum from other holders
-    return_stay: list[Move] = field(
-        default_factory=list
-    )  # local, stage: directions held where they are owned
-    scatter: list[Move] = field(default_factory=list)  # stage, wire: directions to other holders
-    unpack: list[Move] = field(default_factory=list)  # local, wire: directions from other owners
-    sends: list[int] = field(default_factory=list)  # elements to each rank on the way in …
+    # The way in: shards that stay here (local, stage), go (local, wire) and come (stage, wire).
+    stay: list[Move] = field(default_factory=list)
+    pack: list[Move] = field(default_factory=list)
+    assemble: list[Move] = field(default_factory=list)
+    sends: list[int] = field(default_factory=list)
     receives: list[int] = field(default_factory=list)
-    returns: list[int] = field(
-        default_factory=list
-    )  # … and on the way back; more than came in, with replicas
+    # The way back, the same three; with replicas more returns than came in.
+    return_stay: list[Move] = field(default_factory=list)
+    scatter: list[Move] = field(default_factory=list)  # (stage, wire)
+    unpack: list[Move] = field(default_factory=list)  # (local, wire)
+    returns: list[int] = field(default_factory=list)
     restores: list[int] = field(default_factory=list)
+
+
+@dataclass
+class _Transfer:
+    """One batch under way."""
+
+    route: _Route
+    shards: Mapping[int, Tensor]
+    returned: Mapping[int, Tensor]
+    dtype: torch.dtype
+    group: Any
+    stage: Tensor | None = None
+    arriving: tuple[Tensor, Any] | None = None  # received, and the work that fills it
+
+    def send(self) -> None:
+        wire = self._buffer(sum(self.route.sends))
+        for param, local, there in self.route.pack:
+            there.of(wire).copy_(local.of(self.shards[param]))
+        self.arriving = all_to_all(wire, self.route.sends, self.route.receives, self.group)
+
+    def receive(self) -> Iterator[tuple[Tensor, list[int]]]:
+        """The stacks of whole matrices that this rank owns, with their numbers."""
+        stage = self.stage = self._buffer(self.route.stage)
+        for param, local, at in self.route.stay:
+            at.of(stage).copy_(local.of(self.shards[param]))
+        wire = self._arrived()
+        for _, at, there in self.route.assemble:
+            at.of(stage).copy_(there.of(wire))
+        for stack in self.route.stacks:
+            yield stack.of(stage), stack.views
+
+    def send_back(self) -> None:
+        assert self.stage is not None
+        stage, self.stage = self.stage, None
+        wire = self._buffer(sum(self.route.returns))
+        for _, at, there in self.route.scatter:
+            there.of(wire).copy_(at.of(stage))
+        self.arriving = all_to_all(wire, self.route.returns, self.route.restores, self.group)
+        for param, local, at in self.route.return_stay:
+            local.of(self.returned[param]).copy_(at.of(stage))
+
+    def receive_back(self) -> None:
+        wire = self._arrived()
+        for param, local, there in self.route.unpack:
+            local.of(self.returned[param]).copy_(there.of(wire))
+
+    def _arrived(self) -> Tensor:
+        assert self.arriving is not None
+        (wire, work), self.arriving = self.arriving, None
+        work.wait()
+        return wire
+
+    def _buffer(self, elements: int) -> Tensor:
+        device = next(iter(self.shards.values())).device
+        return torch.empty(elements, dtype=self.dtype, device=device)
 
 
 @dataclass
@@ -86,37 +151,6 @@ class Run:
     @property
     def views(self) -> slice:
         return slice(self.view, self.view + self.count)
-
-
-Read = Callable[[int, Block, Tensor], None]
-"""Writes what is to be orthogonalized of a block of a parameter's flat local tensor into a tensor
-of its shape."""
-
-
-class Watch(Protocol):
-    """Measures whole matrices on the ranks that own them.
-
-    Attributes:
-        keys: names of what it measures of M̂ and Q.
-        gradients: names of what it measures of gradients, which takes an exchange of its own; none:
-            no exchange.
-    """
-
-    keys: tuple[str, ...]
-    gradients: tuple[str, ...]
-
-    def __call__(self, momentum: Tensor, direction: Tensor) -> Tensor:
-        """Of M̂ and its Q, stacks (k, m, n) in the wire's dtype → (keys, k). Neither may be written
-        to."""
-
-    def of_gradient(self, gradient: Tensor) -> Tensor:
-        """Of a stack (k, m, n) of gradients → (gradients, k)."""
-
-
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row-wise inner products of (count, length), float32 or better."""
-    a, b = (x if x.dtype == torch.float64 else x.float() for x in (a, b))
-    return torch.dot(a[0], b[0])[None] if len(a) == 1 else torch.linalg.vecdot(a, b)
 
 
 class Exchange:
@@ -141,75 +175,34 @@ class Exchange:
         """Matrix elements that this rank sends to others in one run, both ways."""
         return sum(sum(route.sends) + sum(route.returns) for route in self._routes)
 
-    def run(
-        self,
-        read: Read,
-        directions: dict[int, Tensor],
-        orthogonalize_: Callable[[Tensor, list[int]], None],
-        wire_dtype: torch.dtype,
-    ) -> None:
-        """Gather whole matrices with `read`, orthogonalize them, scatter the results into
-        `directions`.
+    def whole_matrices(
+        self, shards: Mapping[int, Tensor], returned: Mapping[int, Tensor], wire_dtype: torch.dtype
+    ) -> Iterator[tuple[Tensor, list[int]]]:
+        """Gather whole matrices, and give each stack (k, m, n) that this rank owns with its k view
+        numbers. What stands in a stack when the next one is asked for goes back to the shards.
+
+        All ranks have to run through it together, also those that own nothing.
 
         Args:
-            directions: flat local tensors by parameter, overwritten. `read` may read from them: a
-                block is read before it is written.
-            orthogonalize_: called on each owned stack (k, m, n) with its k view numbers; overwrites
-                it.
+            shards: flat local tensors by parameter, read.
+            returned: flat local tensors by parameter, overwritten. They may be the same tensors:
+                a shard is read before what comes back for it is written.
             wire_dtype: of the whole matrices and of what travels.
         """
-
-        def send(route: _Route) -> tuple[Tensor, Any]:
-            wire = torch.empty(sum(route.sends), dtype=wire_dtype, device=device)
-            for param, local, at in route.pack:
-                read(param, local, at.of(wire))
-            return all_to_all(wire, route.sends, route.receives, self._group)
-
-        def receive(route: _Route, arriving: tuple[Tensor, Any]) -> Tensor:
-            stage = torch.empty(route.stage, dtype=wire_dtype, device=device)
-            for param, local, at in route.stay:
-                read(param, local, at.of(stage))
-            wire, work = arriving
-            work.wait()
-            for _, at, there in route.assemble:
-                at.of(stage).copy_(there.of(wire))
-            return stage
-
-        def send_back(route: _Route, stage: Tensor) -> tuple[Tensor, Any]:
-            wire = torch.empty(sum(route.returns), dtype=wire_dtype, device=device)
-            for _, at, there in route.scatter:
-                there.of(wire).copy_(at.of(stage))
-            arriving = all_to_all(wire, route.returns, route.restores, self._group)
-            for param, local, at in route.return_stay:
-                local.of(directions[param]).copy_(at.of(stage))
-            return arriving
-
-        def receive_back(route: _Route, arriving: tuple[Tensor, Any]) -> None:
-            wire, work = arriving
-            work.wait()
-            for param, local, there in route.unpack:
-                local.of(directions[param]).copy_(there.of(wire))
-
-        routes = self._routes
-        if not routes:
-            return
-        device = next(iter(directions.values())).device
-        arriving = following = send(routes[0])
-        returning: tuple[Tensor, Any] | None = None
-        for i, route in enumerate(routes):
-            if i + 1 < len(routes):
-                following = send(routes[i + 1])
-            stage = receive(route, arriving)
-            for at, rows, cols, views in route.stacks:
-                orthogonalize_(
-                    stage[at : at + len(views) * rows * cols].view(len(views), rows, cols), views
-                )
-            if returning is not None:
-                receive_back(routes[i - 1], returning)
-            returning = send_back(route, stage)
-            arriving = following
-        if returning is not None:
-            receive_back(routes[-1], returning)
+        transfers = [
+            _Transfer(route, shards, returned, wire_dtype, self._group) for route in self._routes
+        ]
+        for transfer in transfers[:1]:
+            transfer.send()
+        for i, transfer in enumerate(transfers):
+            if i + 1 < len(transfers):
+                transfers[i + 1].send()
+            yield from transfer.receive()
+            if i:
+                transfers[i - 1].receive_back()
+            transfer.send_back()
+        for transfer in transfers[-1:]:
+            transfer.receive_back()
 
     # --- plan
 
@@ -252,8 +245,8 @@ class Exchange:
         for v in batch.views[me]:
             view = plan.views[v]
             if not route.stacks or route.stacks[-1][1:3] != (view.rows, view.cols):
-                route.stacks.append((route.stage, view.rows, view.cols, []))
-            route.stacks[-1][3].append(v)
+                route.stacks.append(Stack(route.stage, view.rows, view.cols, []))
+            route.stacks[-1].views.append(v)
             place[v] = route.stage
             route.stage += view.numel
 

@@ -147,7 +147,7 @@ def symmetric_product(
 
 
 def precision(dtype: torch.dtype) -> str:
-    """Of the products, as `torch.bmm` would take them: tf32 for float32 only where PyTorch's
+    """Precision in which `torch.bmm` would take the products: tf32 for float32 only where PyTorch's
     setting allows it."""
     return (
         "tf32"

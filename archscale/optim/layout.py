@@ -6,12 +6,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from archscale.distributed import Piece, local_pieces
+from archscale.distributed import Piece, all_reduce, local_pieces
 from archscale.optim.checks import (
     check_group_count,
     check_one_device,
@@ -19,17 +19,12 @@ from archscale.optim.checks import (
     check_unchanged,
     in_group,
 )
+from archscale.optim.coefficients import Hyperparameters
 from archscale.optim.exchange import Exchange, Run
 from archscale.optim.shards import MatrixView, matrix_views, plan_exchange
 from archscale.rules import Rule
 
 MAX_PLANS = 8  # sets of parameters with gradients for which a plan is kept
-BUFFERS = {  # of a parameter's state, by the rule's direction
-    "orthogonal": ("momentum",),
-    "momentum": ("momentum",),
-    "lion": ("exp_avg",),
-    "adam": ("exp_avg", "exp_avg_sq"),
-}
 PER_MATRIX = ("calibration", "radius")  # scalars of a parameter's matrices, in its state
 
 
@@ -58,18 +53,43 @@ class ParameterSpec:
         return matrix_views(self.name, param, shape, self.blocks, view)
 
 
+@dataclass(frozen=True)
+class GroupSpec:
+    """What the optimizer was told of a parameter group, beside its options."""
+
+    rule: Rule
+    parameters: Sequence[ParameterSpec]
+
+
+class MatrixUse(NamedTuple):
+    """How the matrices of a group are orthogonalized; those of one use travel together."""
+
+    scheme: str
+    compute_dtype: torch.dtype
+    wire_dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Orthogonalization:
+    """The matrices of one use, and how their shards come together."""
+
+    use: MatrixUse
+    exchange: Exchange
+    views: list[int]  # the optimizer's numbers of the exchange's views
+
+
 @dataclass
 class StepPlan:
     """What a step of some of the parameters exchanges and runs over.
 
     Attributes:
         members: the parameters.
-        exchanges: (exchange, its views, (scheme, compute dtype, wire dtype)).
+        runs: this rank's pieces of their matrices.
         taking_part: by view, (views,) bool on the device; None: all of them.
     """
 
     members: tuple[int, ...]
-    exchanges: list[tuple[Exchange, list[int], tuple]] = field(default_factory=list)
+    orthogonalizations: list[Orthogonalization] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     taking_part: Tensor | None = None
 
@@ -82,54 +102,76 @@ class Group:
     rule: Rule
     params: list[int]  # numbers of its parameters
     views: slice  # of the stacked per-matrix scalars; empty where a step needs no inner products
-    shape_factor: Tensor
-    zero_calibration: Tensor
+    shape_factor: Tensor  # s of each matrix
+    zero_calibration: Tensor  # 0.2 √max(m, n) of each matrix
+
+    @property
+    def has_views(self) -> bool:
+        return self.views.start < self.views.stop
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        """As they stand now: schedulers change them."""
+        options = self.options
+        clip = options["clip"] or self.rule.clip
+        return Hyperparameters(options["lr"], options["weight_decay"], clip, options["eps"])
+
+    @property
+    def use(self) -> MatrixUse:
+        compute, wire = self.options["compute_dtype"], self.options["wire_dtype"]
+        return MatrixUse(
+            self.options["orthogonalizer"], getattr(torch, compute), getattr(torch, wire or compute)
+        )
+
+
+class ParameterDescription(NamedTuple):
+    """What all ranks have to have been given alike of a parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    use: tuple  # rule and what else of its group decides what it is
+    blocks: Sequence[tuple[str, int]] | None
+    trained: bool
 
 
 def describe_parameters(
-    param_groups: Sequence[Mapping[str, Any]],
-    rules: Sequence[Rule],
-    specs: Sequence[Sequence[ParameterSpec]],
-) -> list[tuple]:
-    """List (name, shape, use by its group, blocks, whether it is trained, pieces held here) of
-    every parameter; all but the last are the same on every rank.
+    param_groups: Sequence[Mapping[str, Any]], specs: Sequence[GroupSpec]
+) -> tuple[list[ParameterDescription], list[list[Piece]]]:
+    """Every parameter, and the pieces of it that this rank holds.
 
     Raises:
         ValueError: a parameter that its rule cannot update, or one of another shape than when the
             optimizer was built.
     """
-    check_group_count(
-        [spec.name for group in specs for spec in group], len(specs), len(param_groups)
-    )
-    check_one_device(
-        [pair for group, own in zip(param_groups, specs) for pair in zip(own, group["params"])]
-    )
-    description: list[tuple] = []
-    for number, (options, rule, own) in enumerate(zip(param_groups, rules, specs)):
+    everything = [spec for group in specs for spec in group.parameters]
+    check_group_count([spec.name for spec in everything], len(specs), len(param_groups))
+    descriptions: list[ParameterDescription] = []
+    pieces: list[list[Piece]] = []
+    for number, (options, own) in enumerate(zip(param_groups, specs)):
         with in_group(number):
-            check_unchanged(own, options["params"])
-            use = ("view", "transposed", "orthogonalizer", "compute_dtype", "wire_dtype")
-            for spec, p in zip(own, options["params"]):
-                check_parameter(
-                    spec.name, p, None if spec.start is None else (spec.shape, spec.start)
-                )
-                if rule.direction == "orthogonal":
+            check_unchanged(own.parameters, options["params"])
+            keys = ("view", "transposed", "orthogonalizer", "compute_dtype", "wire_dtype")
+            use = (own.rule.name, *(options[key] for key in keys))
+            for spec, p in zip(own.parameters, options["params"]):
+                fragment = None if spec.start is None else (spec.shape, spec.start)
+                check_parameter(spec.name, p, fragment)
+                if not own.rule.elementwise:
                     spec.views(0, options["view"], True)  # refuses what is no matrix
-                pieces = (
-                    [Piece(spec.start, p.numel())] if spec.start is not None else local_pieces(p)
+                descriptions.append(
+                    ParameterDescription(spec.name, spec.shape, use, spec.blocks, p.requires_grad)
                 )
-                use_of = (rule.name, *(options[key] for key in use))
-                description.append(
-                    (spec.name, spec.shape, use_of, spec.blocks, p.requires_grad, pieces)
+                pieces.append(
+                    local_pieces(p) if spec.start is None else [Piece(spec.start, p.numel())]
                 )
-    return description
+    check_one_device(list(zip(everything, (p for group in param_groups for p in group["params"]))))
+    return descriptions, pieces
 
 
 class Layout:
     """Parameters, matrices and plans.
 
     Args:
-        param_groups, rules, specs: of the optimizer, by group.
+        param_groups, specs: of the optimizer, by group.
         pieces: by rank and parameter.
         rank, process_group: this rank in its group.
 
@@ -139,27 +181,23 @@ class Layout:
         views: matrices that a step treats as a whole.
         spans: by parameter, its part of `views`; none where its step needs no inner products.
         state_keys: by parameter, what its state has.
+        param_of_view: by view, (views,) int64 on the device.
         device, dtype: of the stacked scalars of matrices.
     """
 
     def __init__(
         self,
         param_groups: Sequence[dict[str, Any]],
-        rules: Sequence[Rule],
-        specs: Sequence[Sequence[ParameterSpec]],
+        specs: Sequence[GroupSpec],
         pieces: Sequence[Sequence[Sequence[Piece]]],
         rank: int,
         process_group: Any,
     ):
         self.params: list[Tensor] = [p for group in param_groups for p in group["params"]]
-        self.specs = [spec for group in specs for spec in group]
+        self.specs = [spec for group in specs for spec in group.parameters]
         self.names = [spec.name for spec in self.specs]
-        self.pieces, self.rank, self.world, self._process_group = (
-            pieces,
-            rank,
-            len(pieces),
-            process_group,
-        )
+        self.pieces, self.rank, self.world = pieces, rank, len(pieces)
+        self._process_group = process_group
         self.device = self.params[0].device if self.params else torch.device("cpu")
         self.dtype = (
             torch.float64 if any(p.dtype == torch.float64 for p in self.params) else torch.float32
@@ -167,8 +205,8 @@ class Layout:
         self.groups: list[Group] = []
         self.group_of: list[Group] = []  # by parameter
         self.views: list[MatrixView] = []
-        for options, rule, own in zip(param_groups, rules, specs):
-            self._add_group(options, rule, own)
+        for options, spec in zip(param_groups, specs):
+            self._add_group(options, spec)
         self.spans: dict[int, slice] = {}
         for v, view in enumerate(self.views):
             self.spans[view.param] = slice(self.spans.get(view.param, slice(v, v)).start, v + 1)
@@ -176,7 +214,7 @@ class Layout:
             [view.param for view in self.views], device=self.device, dtype=torch.long
         )
         self.state_keys = [
-            {*BUFFERS[group.rule.direction]}
+            {*group.rule.moments}
             | ({"step"} if group.rule.direction == "adam" else set())
             | ({*PER_MATRIX} if i in self.spans else set())
             for i, group in enumerate(self.group_of)
@@ -184,15 +222,12 @@ class Layout:
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._plans: dict[tuple, StepPlan] = {}
 
-    def _add_group(
-        self, options: dict[str, Any], rule: Rule, specs: Sequence[ParameterSpec]
-    ) -> None:
+    def _add_group(self, options: dict[str, Any], group_spec: GroupSpec) -> None:
+        rule, specs = group_spec.rule, group_spec.parameters
         first_param, first_view = len(self.group_of), len(self.views)
         members = list(range(first_param, first_param + len(specs)))
-        for param, spec in (
-            zip(members, specs) if rule.direction == "orthogonal" or rule.needs_norms else ()
-        ):
-            self.views += spec.views(param, options["view"], rule.direction == "orthogonal")
+        for param, spec in zip(members, specs) if rule.per_matrix else ():
+            self.views += spec.views(param, options["view"], not rule.elementwise)
         views = self.views[first_view:]
         fans = [(v.cols, v.rows) if options["transposed"] else (v.rows, v.cols) for v in views]
         group = Group(
@@ -234,50 +269,46 @@ class Layout:
         return tuple(i for i, p in enumerate(self.params) if p.grad is not None)
 
     def plan(self, members: tuple[int, ...]) -> StepPlan:
-        """What a step of these parameters exchanges and what it runs over."""
-        uses = tuple(
-            tuple(group.options[k] for k in ("orthogonalizer", "compute_dtype", "wire_dtype"))
-            for group in self.groups
-        )
-        key = (members, uses)
-        if key in self._plans:
-            self._plans[key] = self._plans.pop(key)  # the last one used is the last one to go
-            return self._plans[key]
+        """What a step of these parameters exchanges and runs over; kept for the next one."""
+        key = members, tuple(group.use for group in self.groups)
+        plan = self._plans.pop(key, None) or self._make_plan(members)
         if len(self._plans) >= MAX_PLANS:
             self._plans.pop(next(iter(self._plans)))
-        present = set(members)
-        together: dict[
-            tuple | None, list[int]
-        ] = {}  # views that travel together; None: those that do not travel
-        for group, use_of in zip(self.groups, uses):
-            views = [
+        self._plans[key] = plan  # the last one used is the last one to go
+        return plan
+
+    def _make_plan(self, members: tuple[int, ...]) -> StepPlan:
+        plan, present = StepPlan(members), set(members)
+        travelling: dict[MatrixUse, list[int]] = {}  # views by use
+        staying: list[int] = []
+        for group in self.groups:
+            views = staying if group.rule.elementwise else travelling.setdefault(group.use, [])
+            views += [
                 v
                 for v in range(group.views.start, group.views.stop)
                 if self.views[v].param in present
             ]
-            together.setdefault(
-                use_of if group.rule.direction == "orthogonal" else None, []
-            ).extend(views)
-        plan = StepPlan(members)
-        for use, numbers in together.items():
-            exchange_plan = plan_exchange([self.views[v] for v in numbers], self.pieces)
-            if use is None:
-                exchange_plan.batches = []
-            exchange = Exchange(
-                exchange_plan, self.pieces[self.rank], self.rank, self._process_group
-            )
-            plan.runs += exchange.runs(numbers)
-            if use is not None:
-                scheme, compute, wire = use
-                dtypes = getattr(torch, compute), getattr(torch, wire or compute)
-                plan.exchanges.append((exchange, numbers, (scheme, *dtypes)))
+        for use, views in travelling.items():
+            exchange = self._exchange(views)
+            plan.orthogonalizations.append(Orthogonalization(use, exchange, views))
+            plan.runs += exchange.runs(views)
+        plan.runs += self._exchange(staying, batches=False).runs(staying)
         if self.world == 1 and len(present) < len(self.params):
-            taking_part = torch.tensor(
-                [view.param in present for view in self.views], dtype=torch.bool
-            )
-            plan.taking_part = taking_part.to(self.device)
-        self._plans[key] = plan
+            taking_part = [view.param in present for view in self.views]
+            plan.taking_part = torch.tensor(taking_part, dtype=torch.bool).to(self.device)
         return plan
+
+    def _exchange(self, views: Sequence[int], batches: bool = True) -> Exchange:
+        """Args: batches: whether the matrices travel, and are not only cut into pieces."""
+        plan = plan_exchange([self.views[v] for v in views], self.pieces)
+        if not batches:
+            plan.batches = []
+        return Exchange(plan, self.pieces[self.rank], self.rank, self._process_group)
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks, in place; returns the tensor."""
+        alone = self.world == 1 or not tensor.numel()
+        return tensor if alone else all_reduce(tensor, self._process_group)
 
     def scalars(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, device=self.device, dtype=self.dtype)

@@ -3,9 +3,9 @@ only.
 
     X ← M / (f ‖M‖);   five times:  A = X Xᵀ,  X ← a X + (b A + c A²) X
 
-with (a, b, c) and f from the tables below (REFERENCE 2). Tall matrices use XᵀX from the right, the
-same polynomial without a transposed copy. The normalization has no additive ε: Q does not change
-when M is scaled.
+with (a, b, c) and f from the tables below (Newton-Schulz iterations; Polar Express, arXiv
+2505.16932). Tall matrices use XᵀX from the right, the same polynomial without a transposed copy.
+The normalization has no additive ε: Q does not change when M is scaled.
 """
 
 from __future__ import annotations
@@ -34,14 +34,10 @@ COEFFICIENTS = {  # (a, b, c) of X ← a X + (b A + c A²) X, A = X Xᵀ
         (2.8366, -3.0525, 1.2012),
     ],
 }
-# rows from which the Triton kernel takes symmetric products; by count of its tiles, (t + 1) / 2 t
-# of all
-KERNEL = 512
-SPLIT, LEAF = (
-    1024,
-    512,
-)  # rows from which a symmetric product, and a diagonal block of it, is cut in four; measured
-NORMALIZATION = {"polar_express": 1.02, "quintic": 1.0, "quintic_tuned": 1.0}
+KERNEL = 512  # rows from which the Triton kernel takes symmetric products
+# Rows from which a symmetric product, and a diagonal block of it, is cut in four; measured.
+SPLIT, LEAF = 1024, 512
+NORMALIZATION = {"polar_express": 1.02, "quintic": 1.0, "quintic_tuned": 1.0}  # f
 SCHEMES = (*COEFFICIENTS, "exact")
 
 
@@ -232,7 +228,7 @@ def _exact(M: Tensor) -> Tensor:
 
 
 def orthogonality_residual(Q: Tensor) -> Tensor:
-    """‖Q Qᵀ − I‖ / √m of each Q (k, m, n), m its short side; (k,) float32 (REFERENCE 6)."""
+    """‖Q Qᵀ − I‖ / √m of each Q (k, m, n), m its short side; (k,) float32."""
     X = Q.float() if Q.shape[-2] <= Q.shape[-1] else Q.mT.float()
     A = torch.bmm(X, X.mT)
     A.diagonal(dim1=-2, dim2=-1).sub_(1)

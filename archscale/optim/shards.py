@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 from archscale.distributed import Piece
 
-# Of whole matrices that a rank orthogonalizes at a time, or of the directions that it then sends:
-# 64 MiB in bf16.
+# Elements of the whole matrices that a rank orthogonalizes at a time, or of the directions that it
+# then sends: 64 MiB in bf16.
 MAX_BATCH_ELEMENTS = 1 << 25
 VIEWS = ("stack", "flatten")  # what a parameter of more than two dimensions can be
 

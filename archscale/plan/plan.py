@@ -19,10 +19,8 @@ from archscale.plan.devices import Device
 from archscale.plan.memory import Execution, Memory, checkpoint_bytes, communication, memory
 from archscale.plan.text import size
 from archscale.plan.transfer import Transfer
+from archscale.rules import RULES
 
-# Float32 buffers per element that a rule keeps; a test compares them with the optimizer's.
-STATE_BUFFERS = {"adamw": 2, "adamh": 2, "lamb": 2}
-ELEMENTWISE = ("adamw", "adamh", "lamb", "lion", "sgd")  # rules that orthogonalize nothing
 MANY_PASSES = (
     4  # over the data; up to there repeated text is about as good as new text (arXiv 2305.16264)
 )
@@ -278,7 +276,7 @@ def _flops(config: Config, accumulation: int) -> dict[str, Any]:
             * (accumulation - 1)
             / accumulation
         )
-    elementwise = config.optimizer.matrix.rule in ELEMENTWISE
+    elementwise = RULES[config.optimizer.matrix.rule].elementwise
     optimizer = (
         0
         if elementwise
@@ -315,7 +313,7 @@ def _memory(
     config, model = plan.config, plan.config.model
     matrix, parallel = config.optimizer.matrix, config.parallel
     state = {
-        role: 4 * STATE_BUFFERS.get(settings.rule, 1) for role, settings in transfer.roles.items()
+        role: 4 * RULES[settings.rule].moment_buffers for role, settings in transfer.roles.items()
     }
     state["matrix"] -= 2 * (
         matrix.momentum_dtype == "bfloat16"
@@ -334,7 +332,7 @@ def _memory(
         document_mask=config.data.document_mask,
         offload=parallel.offload_optimizer and not on_host,
         state_bytes=state,
-        orthogonal=() if matrix.rule in ELEMENTWISE else ("matrix",),
+        orthogonal=() if RULES[matrix.rule].elementwise else ("matrix",),
         compute_bytes=4 if config.compute_dtype == "float32" else 2,
         wire_bytes=4 if config.wire_dtype == "float32" else 2,
     )

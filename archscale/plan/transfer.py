@@ -28,7 +28,7 @@ from archscale.plan.counting import published_parameters
 
 
 @dataclass(frozen=True)
-class Row:
+class TransferRule:
     """How one matrix rule goes with one parameterization.
 
     Attributes:
@@ -47,17 +47,19 @@ class Row:
     logits: float = 0.0
 
 
-def _mup(width: float, source: str) -> Row:
-    return Row(width, source, decay="matrices by depth")
+def _mup(width: float, source: str) -> TransferRule:
+    return TransferRule(width, source, decay="matrices by depth")
 
 
 # THE table of what goes together; README.md shows it. Rules with Moonlight's factor keep ‖step‖₂ /
 # ‖W‖₂ by √(w0/w).
-TABLE: dict[str, dict[str, Row]] = {
+TABLE: dict[str, dict[str, TransferRule]] = {
     "hyperp": {
-        "muonh": Row(0.0, "HyperP: a relative step", clip=False, head="adamh"),
-        "adamh": Row(0.0, "HyperP: a relative step", clip=False, head="adamh"),
-        "orscale_lm_sphere": Row(-0.5, "MuonH at η/c, 1/c ≈ 0.2 √(3 fan_in)", head="adamh"),
+        "muonh": TransferRule(0.0, "HyperP: a relative step", clip=False, head="adamh"),
+        "adamh": TransferRule(0.0, "HyperP: a relative step", clip=False, head="adamh"),
+        "orscale_lm_sphere": TransferRule(
+            -0.5, "MuonH at η/c, 1/c ≈ 0.2 √(3 fan_in)", head="adamh"
+        ),
     },
     "mup++": {
         "muon": _mup(0.0, "spectral norm of a step"),
@@ -65,7 +67,7 @@ TABLE: dict[str, dict[str, Row]] = {
         "orscale": _mup(0.0, "spectral norm of a step"),
         "moonlight": _mup(-0.5, "spectral norm of a step"),
         "orscale_lm": _mup(-0.5, "spectral norm of a step"),
-        "adamw": Row(-1.0, "μP", decay="matrices", logits=-1.0),
+        "adamw": TransferRule(-1.0, "μP", decay="matrices", logits=-1.0),
     },
 }
 TOKEN_EXPONENTS = {"hyperp": 0.32, "mup++": 0.0}

@@ -46,7 +46,7 @@ def test_state_dict_round_trip(rule):
 
 
 def test_radius_and_calibration_survive_perturbed_weights():
-    """F5: R and c belong to the initialization and are never taken from trained weights again."""
+    """R and c belong to the initialization and are never taken from trained weights again."""
     params = matrices((6, 8))
     first = optimizer(params, "orscale_lm_sphere")
     gradients(params, 0)
@@ -151,7 +151,7 @@ def test_zero_initialized_matrix():
 
 
 def test_blocks_and_experts_are_separate_matrices():
-    """F5: per block and per expert, ‖W‖ = R; a fused projection steps as its blocks would apart."""
+    """Per block and per expert, ‖W‖ = R; a fused projection steps as its blocks would apart."""
     fused = matrices((12, 5))[0]
     parts = [nn.Parameter(fused.detach()[a:b].clone()) for a, b in ((0, 8), (8, 10), (10, 12))]
     one = optimizer([{"params": [fused], "blocks": [[("q", 8), ("k", 2), ("v", 2)]]}], "muonh")

@@ -20,7 +20,7 @@ from archscale.optim.orthogonalize import (
     gram_cost,
 )
 
-# REFERENCE 2: singular values of Q after five iterations, for inputs with σ_i / ‖M‖ ≥ 3e-3.
+# Singular values of Q after five iterations, for inputs with σ_i / ‖M‖ ≥ 3e-3.
 INTERVALS = {
     "polar_express": (0.859, 1.141),
     "quintic": (0.682, 1.202),

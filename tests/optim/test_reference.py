@@ -108,7 +108,7 @@ def test_first_trust_ratio_of_orscale_lm_is_one():
 
 
 def test_orscale_lm_sphere_is_muonh_at_a_rescaled_rate():
-    """r c ‖D‖ = ‖W‖ and λ = 0: the step is η/c ‖W‖ Q/‖Q‖ (REFERENCE 1)."""
+    """r c ‖D‖ = ‖W‖ and λ = 0: the step is η/c ‖W‖ Q/‖Q‖."""
     generator = torch.Generator().manual_seed(0)
     p = torch.nn.Parameter(torch.randn(12, 20, generator=generator, dtype=torch.float64))
     optimizer = MatrixOptimizer(

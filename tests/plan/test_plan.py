@@ -9,12 +9,10 @@ import pytest
 
 from archscale.config import Config, load_config
 from archscale.errors import ConfigError
-from archscale.optim.layout import BUFFERS
 from archscale.plan.devices import DEVICES, RESERVED, Device, find_device
-from archscale.plan.plan import ELEMENTWISE, INITIALIZATION, STATE_BUFFERS, make_plan
+from archscale.plan.plan import INITIALIZATION, make_plan
 from archscale.plan.preflight import plan_config, refuse
 from archscale.plan.text import render
-from archscale.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
@@ -334,12 +332,6 @@ def test_an_unknown_vocabulary_is_taken_from_the_data_or_is_a_problem(tmp_path):
     assert "memory" not in plan.figures
     plan = plan_config(config(data=nowhere))
     assert (plan.problems, plan.advice[0].what) == ([], "no data set")
-
-
-def test_tables_agree_with_the_optimizer():
-    for name, rule in RULES.items():
-        assert STATE_BUFFERS.get(name, 1) == len(BUFFERS[rule.direction])
-        assert (name in ELEMENTWISE) == (rule.direction != "orthogonal")
 
 
 def test_initialization_of_the_plan_is_the_models():
