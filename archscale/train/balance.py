@@ -9,7 +9,8 @@ from torch import Tensor
 
 from archscale.config import MoEConfig
 from archscale.distributed import all_reduce
-from archscale.model.moe import Routing, balance_loss, load_metrics, load_share
+from archscale.model.loss import balance_loss, load_metrics, load_share
+from archscale.model.moe import Routing
 from archscale.parallel.engine import Engine
 
 
@@ -44,10 +45,10 @@ class StepBalance:
         """The counting pass, over all micro-batches but the first."""
         if self.moe.counts_first:
             for tokens in inputs:
-                self._add(engine.forward(tokens, routing=True).routing)
+                self._add(engine.forward(tokens, head=False).routing)
 
     def loss(self, routing: Routing) -> Tensor:
-        """Of one micro-batch, in the order of the step: a scalar with gradient."""
+        """Balance loss of the step's next micro-batch: a scalar with gradient."""
         if not self._reduced:
             self._add(routing)
         if self.moe.counts_first:
@@ -59,7 +60,8 @@ class StepBalance:
         return loss
 
     def metrics(self) -> dict[str, Tensor]:
-        """Of the whole step's loads, once every micro-batch has passed; scalars on the device."""
+        """`model.loss.load_metrics` of the whole step, once every micro-batch has passed; scalars
+        on the device."""
         return load_metrics(self._reduce())
 
     def _add(self, routing: Routing) -> None:

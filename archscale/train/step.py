@@ -18,19 +18,17 @@ from archscale.model.layers import Probe
 from archscale.model.loss import IGNORE
 from archscale.optim import MatrixOptimizer
 from archscale.parallel.engine import Engine
+from archscale.telemetry.stability import LayerSums
 from archscale.train.balance import StepBalance
 
 
 class Seen(NamedTuple):
-    """Of every layer, over the whole step's batch, on the device.
+    """What a step showed of every layer, over the whole step's batch, on the device."""
 
-    Attributes:
-        sums: of a probe, (L, 6) as `telemetry.stability` wants them.
-        load: assignments to each expert, (L, E) int64.
-    """
-
-    sums: Tensor | None
+    sums: LayerSums | None
+    """What a probe summed, (L,) each; None without a probe."""
     load: Tensor | None
+    """Assignments to each expert, (L, E) int64; None without experts."""
 
 
 def train_step(
@@ -51,8 +49,8 @@ def train_step(
         grad_clip: largest global gradient norm; None: no clipping.
         moe: of a model with experts: their load balance joins the objective.
         probe: looks into the forward passes.
-        allow: told the loss and the gradient norm; where it says no, the update is left out. All
-            ranks must say the same.
+        allow: decides by the loss and the gradient norm whether the update is made; the same on all
+            ranks.
         first_reduce: sums over ranks in the step's first collective (who times it sees which rank
             arrives last).
 
@@ -77,23 +75,17 @@ def train_step(
         balance = StepBalance(moe, sizes[1])
         balance.count(engine, [inputs for inputs, _ in moved[1:]])
     total = torch.zeros((), device=device)
-    sums: list[Tensor] = []
+    probed: list[tuple[LayerSums, ...]] = []  # by micro-batch, by layer
     for i, (inputs, targets) in enumerate(moved):
         with engine.micro_batch(last=i == len(moved) - 1):
-            if balance is None and probe is None:
-                loss = engine.forward(inputs, targets)
-                objective = loss * scale
-            else:
-                loss, routing, seen = engine.forward(
-                    inputs, targets, routing=balance is not None, probe=probe
-                )
-                objective = loss * scale
-                if balance is not None:
-                    objective = objective + balance.loss(routing) * engine.gradient_scale
-                if seen is not None:
-                    sums.append(seen)
+            output = engine.forward(inputs, targets, probe=probe)
+            objective = output.loss * scale
+            if balance is not None:
+                objective = objective + balance.loss(output.routing) * engine.gradient_scale
             engine.backward(objective)
-        total += loss.detach()
+        if output.probed is not None:
+            probed.append(output.probed)
+        total += output.loss.detach()
     if balance is None:
         measured = {"loss": all_reduce(total) / sizes[0]}
     else:
@@ -101,8 +93,21 @@ def train_step(
         measured = {"loss": total / sizes[0], "aux_loss": auxiliary, **balance.metrics()}
     judged = None if allow is None else lambda norm: allow(measured["loss"], norm)
     measured["grad_norm"] = engine.update(optimizer, grad_clip, judged)
-    seen_sums = all_reduce(torch.stack(sums).sum(0)) if sums else None
-    return measured, Seen(seen_sums, None if balance is None else balance.load)
+    sums = _add_up(probed) if probed else None
+    return measured, Seen(sums, None if balance is None else balance.load)
+
+
+def _add_up(probed: Sequence[tuple[LayerSums, ...]]) -> LayerSums:
+    """The sums of every layer, (L,) each, over all micro-batches and ranks: one collective."""
+    packed = torch.stack(
+        [
+            torch.stack(
+                [torch.stack([value for value in layer if value is not None]) for layer in layers]
+            )
+            for layers in probed
+        ]
+    )  # (micro-batches, L, fields); `router_lse`, which a dense model has not, is the last field
+    return LayerSums(*all_reduce(packed.sum(0)).unbind(1))
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

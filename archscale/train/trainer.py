@@ -202,7 +202,7 @@ class Run:
                 exhausted = guard is not None and guard.exhausted
                 if not reading and not exhausted:
                     continue
-                lines = judged.told(
+                lines = judged.annotate_events(
                     readings.read(seen, time.monotonic() - interval, judged.applied)
                 )
                 if exhausted:
