@@ -32,6 +32,7 @@ from archscale.distributed import Fragment
 from archscale.model import initialize
 from archscale.optim import MatrixOptimizer
 from archscale.optim.roles import assign_roles
+from archscale.parallel.mesh import MeshSizes
 from archscale.parallel.native import NativeEngine
 from archscale.plan.counting import parameters, training_flops
 from archscale.plan.plan import make_plan
@@ -160,8 +161,7 @@ def _build(label: str, config: Config, device: torch.device) -> Arm:
         lambda: build_model(config, 0, transfer),
         lambda model: initialize(model, config.seed),
         device=device,
-        replicate=1,
-        shard=1,
+        sizes=MeshSizes(),
         reshard=False,
         dtype=DTYPES[config.training.precision],
         compile=config.training.compile,
@@ -174,11 +174,10 @@ def _build(label: str, config: Config, device: torch.device) -> Arm:
     count = torch.tensor(float(targets.numel()), device=device)
 
     def passes() -> None:
-        if model.moe is None:
-            objective = engine.forward(inputs, targets) / count
-        else:
-            loss, routing, _ = engine.forward(inputs, targets, routing=True)
-            objective = loss / count + StepBalance(model.moe, count).loss(routing)
+        output = engine.forward(inputs, targets)
+        objective = output.loss / count
+        if model.moe is not None:
+            objective = objective + StepBalance(model.moe, count).loss(output.routing)
         engine.backward(objective)
 
     readings = Readings(
