@@ -47,9 +47,10 @@ class FitConfig(Section):
     space: Literal["log", "linear"] | None = None
     """Residuals of ln y or of y; null: by form."""
     loss: Literal["squares", "huber"] = "squares"
-    """huber for data with outliers."""
+    """Least squares, or Huber's loss for data with outliers."""
     delta: Annotated[float, Field(gt=0)] | None = None
-    """Residual from which on Huber's loss is linear."""
+    """Residual from which on Huber's loss is linear; null: 1.345 standard deviations, estimated
+    robustly."""
     replicates: Annotated[int, Field(ge=99, le=100_000)] = 999
     """Replicates of the bootstrap."""
     confidence: Annotated[float, Field(ge=0.5, le=0.99)] = 0.95
@@ -114,7 +115,7 @@ class GridConfig(ClusterSections):
     `archscale.sweep.launchers.config`."""
 
     name: Text
-    """Name of the sweep and of its directory, runs/<name>."""
+    """Name of the sweep and of its directory, `runs/<name>`."""
     base: Text
     """Config of all runs, relative to the grid file."""
     axes: dict[str, list[Any]] = Field(default_factory=dict)

@@ -139,7 +139,7 @@ class SkyPilotConfig(Section):
     """The sweep directory on the machines; below one of `mounts`, else it would vanish with
     them."""
     mounts: Annotated[dict[str, Any], Field(min_length=1)]
-    """SkyPilot's file_mounts: path on the machines → bucket or local folder, or a mapping with
+    """SkyPilot's `file_mounts`: path on the machines → bucket or local folder, or a mapping with
     source and mode. That of `sweep_dir` is a volume or a bucket in mode MOUNT_CACHED."""
     accelerators: Text | None = None
     """GPUs of a machine, such as H100:8; null trains on CPUs."""
@@ -215,11 +215,11 @@ class ClusterSections(Section):
     processes: Count = 1
     """Processes of each run, under torchrun."""
     slurm: SlurmConfig | None = None
-    """For --launcher slurm."""
+    """What a run gets with `--launcher slurm`."""
     kubernetes: KubernetesConfig | None = None
-    """For --launcher kubernetes."""
+    """What a run gets with `--launcher kubernetes`."""
     skypilot: SkyPilotConfig | None = None
-    """For --launcher skypilot."""
+    """What a run gets with `--launcher skypilot`."""
 
     def problems(self) -> Iterator[ConfigError]:
         processes = self.processes
