@@ -51,8 +51,8 @@ def _mup(width: float, source: str) -> Row:
     return Row(width, source, decay="matrices by depth")
 
 
-# THE table of what goes together; README.md shows it. Rules with Moonlight's factor keep ‖step‖₂ /
-# ‖W‖₂ by √(w0/w).
+# THE table of what goes together; README.md of this folder shows it. Rules with Moonlight's factor
+# keep ‖step‖₂ / ‖W‖₂ by √(w0/w).
 TABLE: dict[str, dict[str, Row]] = {
     "hyperp": {
         "muonh": Row(0.0, "HyperP: a relative step", clip=False, head="adamh"),
