@@ -216,29 +216,6 @@ def test_debug_shows_the_traceback(tmp_path):
     assert sys.version_info >= (3, 11)
 
 
-def test_every_key_is_in_the_table_of_configs():
-    """configs/README.md lists each dotted key of the schema, and no other."""
-    from archscale.config import Config
-
-    def keys(tree, prefix=""):
-        for name, value in tree.items():
-            if isinstance(value, dict):
-                yield from keys(value, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}"
-
-    resolved = Config.from_dict(
-        {"name": "x", "data": {"train": "d"}, "training": {"tokens": 10**9, "batch_tokens": 2**20}}
-    ).resolved()
-    table = (ROOT / "configs" / "README.md").read_text().split("## Every key")[1]
-    listed = set(re.findall(r"^\| `([a-z0-9_.]+)` \|", table, re.M))
-    assert not set(keys(resolved)) - listed
-    moe = {key for key in listed if key.startswith("model.moe.")}
-    assert {key for key in listed - moe - set(keys(resolved)) if not key.endswith(".yaml")} <= {
-        "base"
-    }
-
-
 def test_the_examples_of_the_readme_run():
     code = re.findall(r"```python\n(import torch.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert len(code) == 1

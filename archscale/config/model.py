@@ -203,7 +203,8 @@ class BaseConfig(Section):
     """Key and value heads; null: as many as the model, or `heads` if the model has no grouped
     queries."""
     lr: Positive = 0.01
-    """Learning rate of every role at the base size, per step."""
+    """Learning rate of every role at the base size; `optimizer.element.lr_ratio` scales it for all
+    but the matrices."""
     tokens: Count = 10_400_000_000
     """Training tokens of the base run."""
     batch_tokens: Count = 2_097_152
@@ -214,12 +215,12 @@ class ParameterizationConfig(Section):
     """How hyperparameters transfer from the base model to this one."""
 
     kind: Literal["hyperp", "mup++", "standard"] = "standard"
-    """Transfer rules; standard transfers nothing: the learning rate is base.lr."""
+    """Transfer rules; standard transfers nothing: the learning rate is `base.lr`."""
     token_exponent: Share | None = None
-    """Learning rate ∝ tokens^(−exponent); null: 0.32 under hyperp, 0 under mup++. Means nothing to
-    standard."""
+    """Learning rate ∝ tokens^(−exponent); null: 0.32 under `hyperp`, 0 under `mup++`; refused under
+    `standard`."""
     base: BaseConfig = BaseConfig()
-    """The base model."""
+    """The base model: the size at which the learning rate was tuned."""
 
     def problems(self) -> Iterator[ConfigError]:
         if self.kind == "standard" and self.token_exponent is not None:

@@ -58,7 +58,7 @@ class Config(Section):
     """One run."""
 
     name: Text
-    """Name of the run and of its directory, runs/<name>."""
+    """Name of the run and of its directory, `runs/<name>`."""
     seed: CountOrZero = 0
     """Seed of the initialization and of the data order."""
     model: ModelConfig = ModelConfig()

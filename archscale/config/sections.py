@@ -61,7 +61,7 @@ class MatrixOptimizerConfig(Section):
     """The optimizer of matrices: projections, experts, router."""
 
     rule: MatrixRule = "muonh"
-    """Update rule, one of MATRIX_RULES."""
+    """Update rule, a row of the table in the main README."""
     momentum: BelowOne = 0.95
     """Momentum decay per step."""
     nesterov: StrictBool = True
@@ -73,10 +73,10 @@ class MatrixOptimizerConfig(Section):
     clip: Bounds | None = None
     """[least, greatest] trust ratio; null: the rule's own bounds."""
     compute_dtype: Dtype = "auto"
-    """Orthogonalization arithmetic; auto: float32 under training.precision fp32, otherwise
+    """Orthogonalization arithmetic; auto: float32 under `training.precision: fp32`, otherwise
     bfloat16."""
     wire_dtype: Dtype = "auto"
-    """What ranks exchange; auto as for compute_dtype."""
+    """What ranks exchange; auto: as for `compute_dtype`."""
     momentum_dtype: Literal["float32", "bfloat16"] = "float32"
     """Storage of the momentum."""
 
@@ -111,9 +111,9 @@ class OptimizerConfig(Section):
     """Both optimizers, weight decay and gradient clipping."""
 
     matrix: MatrixOptimizerConfig = MatrixOptimizerConfig()
-    """Matrices."""
+    """Matrices: projections, experts, router."""
     element: ElementOptimizerConfig = ElementOptimizerConfig()
-    """Everything else."""
+    """Everything else: embedding, norms, biases, and the head."""
     weight_decay: NonNegative = 0.0
     """Decay per step and unit of learning rate; coupled or decoupled as the rule says."""
     grad_clip: Positive | None = 1.0
@@ -133,13 +133,13 @@ class ScheduleConfig(Section):
     """Learning rate over the run, as a share of its peak."""
 
     kind: Literal["linear", "cosine", "wsd", "constant"] = "linear"
-    """Decay to final_ratio: linear, cosine, warmup-stable-decay, or none."""
+    """Decay to `final_ratio`: linear, cosine, warmup-stable-decay (wsd), or none."""
     warmup_tokens: CountOrZero = 0
     """Linear warm-up in tokens; 0: none."""
     final_ratio: Share = 0.1
     """Learning rate at the end, relative to its peak."""
     decay_ratio: PositiveShare = 2 / 7
-    """Share of the tokens over which wsd decays, at the end; other kinds do not use it."""
+    """Share of the tokens over which wsd decays, at the end (2/7); other kinds do not use it."""
     batch_ramp_tokens: CountOrZero = 0
     """Tokens over which the batch grows to its full size; 0: it has that size from the start."""
     batch_ramp_stages: Count = 4
@@ -173,16 +173,17 @@ class TrainingConfig(Section):
     """Length, batch and numerics of the run."""
 
     tokens: CountOrAuto = "auto"
-    """Training tokens; auto: by the parameterization."""
+    """Training tokens; auto: `base.tokens` × N / N of the base (N the published parameter count),
+    and `base.tokens` under `standard`."""
     batch_tokens: CountOrAuto = "auto"
-    """Tokens per step over all ranks, a multiple of model.context; auto: by the
-    parameterization."""
+    """Tokens per step over all ranks, a multiple of `model.context`; auto: `base.batch_tokens` to
+    the nearest multiple."""
     micro_batch: Count = 8
     """Sequences per device and forward pass; accumulation makes up the rest of the batch."""
     precision: Literal["bf16", "fp32"] = "bf16"
     """Arithmetic of forward and backward; fp32 makes the optimizer's auto dtypes float32."""
     compile: StrictBool = True
-    """Compile the model."""
+    """Compile the model; needs a C++ compiler."""
     activation_checkpoint: Literal["none", "block"] = "none"
     """What the backward pass recomputes: nothing, or each block."""
 
@@ -191,7 +192,7 @@ class ParallelConfig(Section):
     """How ranks share the work: world size = replicate × shard."""
 
     engine: Literal["native", "deepspeed"] = "native"
-    """native: DDP, FSDP2 or HSDP by the sizes below; deepspeed: ZeRO."""
+    """native: DDP, FSDP2 or HSDP by the sizes below; deepspeed: ZeRO over all ranks."""
     replicate: Count = 1
     """Replica groups: ranks over which parameters are copied."""
     shard: CountOrAuto = "auto"
@@ -202,13 +203,13 @@ class ParallelConfig(Section):
     expert: Count = 1
     """Ranks over which experts are spread; divides shard."""
     zero_stage: Literal[1, 2, 3] = 1
-    """ZeRO stage of the deepspeed engine; the native engine takes the default only."""
+    """ZeRO stage of the deepspeed engine; the native engine takes 1 only."""
     offload_optimizer: StrictBool = False
     """Float32 weights and optimizer state in host memory, and the update there; deepspeed engine,
     zero_stage 2 or 3."""
     deepspeed: Text | None = None
     """DeepSpeed JSON whose keys are added to the generated ones; null: none. Keys that the config
-    decides are refused."""
+    decides are refused by name."""
 
     def problems(self) -> Iterator[ConfigError]:
         if self.engine == "native" and self.zero_stage != 1:
@@ -265,11 +266,11 @@ class CheckpointConfig(Section):
     """When checkpoints are written and how many stay."""
 
     every: Count = 1000
-    """Optimizer steps between checkpoints."""
+    """Optimizer steps between checkpoints; one is written after the last step too."""
     keep: Count = 3
     """Newest checkpoints that stay."""
     async_: StrictBool = Field(default=False, alias="async")
-    """Write while training goes on. In Python `async_`, because `async` is a keyword."""
+    """Write while training goes on; in Python `async_`, because `async` is a keyword."""
 
 
 class WandbConfig(Section):
@@ -285,8 +286,8 @@ class GuardConfig(Section):
     """What happens when a step is not finite or spikes."""
 
     mode: Literal["off", "warn", "act"] = "warn"
-    """warn: an event in the metrics; act: also skip the step, then fall back, then stop (waits for
-    the device every step)."""
+    """warn: what is not finite or spikes is an event; act: such a step is also skipped, then an
+    older checkpoint, then the end (waits for the device every step)."""
     window: Annotated[int, Field(ge=16)] = 64
     """Steps that loss and gradient norm are compared with."""
     spike: Positive = 12.0
@@ -301,8 +302,8 @@ class TelemetryConfig(Section):
     """What is measured while training."""
 
     every: Count = 10
-    """Optimizer steps between readings of the device; every step has its line, the last of a
-    reading also what was looked into: `stability/*`, `optimizer/*`, `spectrum/*`."""
+    """Optimizer steps between readings of the device; every step has its line in `metrics.jsonl`,
+    the last of a reading also what was looked into: `stability/*`, `optimizer/*`, `spectrum/*`."""
     per_layer: StrictBool = True
     """Stability indicators and expert loads of each layer, trust ratios and spectra of each matrix,
     beside their means."""
@@ -313,7 +314,7 @@ class TelemetryConfig(Section):
     """Seconds without a finished step, evaluation or checkpoint after which every rank writes its
     stacks and ends; 0: never."""
     guard: GuardConfig = GuardConfig()
-    """Steps that go wrong."""
+    """What happens when a step is not finite or spikes."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
 
@@ -322,6 +323,6 @@ class EvalConfig(Section):
     """Validation during training; without data.val there is none."""
 
     every: Count = 1000
-    """Optimizer steps between evaluations."""
+    """Optimizer steps between evaluations; one follows the last step too."""
     batches: Count = 50
-    """Batches per evaluation."""
+    """Batches of the training size per evaluation, from the start of the validation split."""

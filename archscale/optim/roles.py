@@ -60,7 +60,7 @@ def assign_roles(model: nn.Module) -> list[ParameterRole]:
             raise ConfigError(
                 f"role declared for a parameter {key!r} that does not exist",
                 prefix,
-                "mend parameter_roles",
+                "remove it from parameter_roles",
             )
         for key, parameter in own.items():
             name = clean_name(f"{prefix}.{key}" if prefix else key)

@@ -51,8 +51,8 @@ def _mup(width: float, source: str) -> TransferRule:
     return TransferRule(width, source, decay="matrices by depth")
 
 
-# THE table of what goes together; README.md shows it. Rules with Moonlight's factor keep ‖step‖₂ /
-# ‖W‖₂ by √(w0/w).
+# THE table of what goes together; README.md of this folder shows it. Rules with Moonlight's factor
+# keep ‖step‖₂ / ‖W‖₂ by √(w0/w).
 TABLE: dict[str, dict[str, TransferRule]] = {
     "hyperp": {
         "muonh": TransferRule(0.0, "HyperP: a relative step", clip=False, head="adamh"),
@@ -246,8 +246,8 @@ def budget(model: ModelConfig, parameterization: ParameterizationConfig) -> int:
     heads, rest = divmod(model.heads * base.width, model.width)
     if base.heads is None and rest:
         raise ConfigError(
-            f"the base's heads are not given, and {model.heads} at width {model.width} are no whole"
-            f" number at its width {base.width}",
+            f"the base's heads are not given, and {model.heads} heads at width {model.width} scale"
+            f" to {model.heads * base.width / model.width:.3g} heads at base width {base.width}",
             "parameterization.base.heads",
             f"give them, such as {max(1, base.width // model.head_dim)}, or a number for"
             " training.tokens",

@@ -1,7 +1,7 @@
 """What the runs of a sweep say together: each combination's bowl, how optima move, curves over
 FLOPs, leverage, growth of indicators.
 
-All statistics are those of `archscale.scaling`; this chooses what to fit.
+All statistics are those of `archscale.fit`; this chooses what to fit.
 """
 
 from __future__ import annotations

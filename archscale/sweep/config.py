@@ -23,7 +23,7 @@ class FitConfig(Section):
     """A fit over the runs of a grid, as `archscale fit` makes it."""
 
     form: Literal["power", "power_irreducible", "quadratic_log", "chinchilla"]
-    """Of the law."""
+    """Law to fit."""
     x: Annotated[list[Text], Field(min_length=1)]
     """Column of the law, two for chinchilla."""
     y: Text
@@ -35,27 +35,28 @@ class FitConfig(Section):
     against: Text | None = None
     """With quadratic_log: a power law of the optimal x in this column."""
     joint: StrictBool = False
-    """That law by one fit of all points."""
+    """Fit the law of `against` to all points at once, not in two stages."""
     block: Text | None = None
     """With quadratic_log: a column whose values, such as seeds, shift whole bowls."""
     nearest: Annotated[int, Field(ge=3)] | None = None
     """With quadratic_log: only that many different x around the best one; null: all."""
     leverage: Annotated[list[Text], Field(min_length=2, max_length=2)] | None = None
-    """How many times the x of the first group the second needs."""
+    """Two groups: how many times the x of the first the second needs for the same y."""
     at: list[float] = Field(default_factory=list)
-    """Where to take the leverage."""
+    """Values of x at which to take the leverage; by default over the common range."""
     space: Literal["log", "linear"] | None = None
-    """Residuals of ln y or of y."""
+    """Residuals of ln y or of y; null: by form."""
     loss: Literal["squares", "huber"] = "squares"
-    """huber for data with outliers."""
+    """Least squares, or Huber's loss for data with outliers."""
     delta: Annotated[float, Field(gt=0)] | None = None
-    """Of Huber's loss."""
+    """Residual from which on Huber's loss is linear; null: 1.345 standard deviations, estimated
+    robustly."""
     replicates: Annotated[int, Field(ge=99, le=100_000)] = 999
-    """Of the bootstrap."""
+    """Replicates of the bootstrap."""
     confidence: Annotated[float, Field(ge=0.5, le=0.99)] = 0.95
-    """Of the intervals."""
+    """Confidence level of the intervals."""
     seed: CountOrZero = 0
-    """Of the bootstrap."""
+    """Random seed of the bootstrap."""
 
     def request(self) -> FitRequest:
         """As `archscale.fit` takes it."""
@@ -92,7 +93,7 @@ Seeds = Annotated[list[CountOrZero], Field(min_length=1)]
 
 
 class RefineConfig(Section):
-    """More seeds where they matter, once the runs of the first ones are there."""
+    """A second stage, once the runs of `seeds` are finished: more seeds where they matter."""
 
     x: Text
     """Axis along which the best value is looked for."""
@@ -101,7 +102,7 @@ class RefineConfig(Section):
     points: Count = 3
     """Values of x that get the seeds: the best one and its neighbours."""
     seeds: Seeds
-    """In the file also how many, from 0 on."""
+    """Seeds of those values: a list, or how many from 0 on."""
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -114,7 +115,7 @@ class GridConfig(ClusterSections):
     `archscale.sweep.launchers.config`."""
 
     name: Text
-    """Name of the sweep and of its directory, runs/<name>."""
+    """Name of the sweep and of its directory, `runs/<name>`."""
     base: Text
     """Config of all runs, relative to the grid file."""
     axes: dict[str, list[Any]] = Field(default_factory=dict)
@@ -126,7 +127,7 @@ class GridConfig(ClusterSections):
     where: Text | None = None
     """Expression; a combination for which it is false is dropped."""
     seeds: Seeds | None = None
-    """In the file also how many, from 0 on; null: the base's."""
+    """Seeds of every combination: a list, or how many from 0 on; null: the base's."""
     refine: RefineConfig | None = None
     """A second stage: more seeds around the best value of one axis, for each combination of the
     others."""

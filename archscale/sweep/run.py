@@ -345,7 +345,7 @@ class Sweep:
             raise TrainingError(
                 f"{len(table.left_out)} of {len(runs)} runs failed: {name}: {reason}",
                 f"{directory}/logs/{name}.log",
-                f"mend it and give the same command again{also}",
+                f"fix the cause and rerun{also}",
             )
         for fit in fits:
             if fit.refusal:

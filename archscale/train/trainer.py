@@ -65,8 +65,7 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
             checkpoint.
 
     Raises:
-        ArchscaleError: anything the user can mend, before the first step wherever that can be
-            known.
+        ArchscaleError: user errors, before the first step wherever that can be known.
     """
     world = distributed.launched_world_size()
     data = TokenSplit(config.data.train, "train", config.model.context)

@@ -4,8 +4,8 @@ sweep starts.
     python -m archscale.sweep.launchers.child LOCK PARENT -m archscale train config.yaml …
 
 LOCK is a file that the command holds while it runs, `-` for none; Python follows in this same
-process. PARENT is the process that starts it, 0 for any: a sweep killed with -9 takes its runs
-along, and one that starts again waits for them to be gone.
+process. PARENT is the process that starts it, 0 for any: when a sweep is killed with -9, its
+runs end with it, and one that starts again waits for them to be gone.
 """
 
 from __future__ import annotations

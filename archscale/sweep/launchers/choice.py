@@ -223,7 +223,7 @@ def train_one(job: Job, cpu: bool) -> None:
             raise TrainingError(
                 f"run {job.name} failed: {reason}",
                 str(job.log),
-                "mend it and give the same command again",
+                "fix the cause and rerun",
             )
         print(f"run {job.name} crashed: {reason}: the same command resumes it", file=sys.stderr)
         raise SystemExit(1)

@@ -46,17 +46,17 @@ class SlurmConfig(Section):
     """Time limit of a task; a run that needs longer is requeued and goes on from its newest
     checkpoint."""
     partition: Text | None = None
-    """Partition of the tasks; null: the cluster's default, as for the next two."""
+    """Partition of the tasks; null: the cluster's default."""
     account: Text | None = None
-    """Account that is charged."""
+    """Account that is charged; null: the cluster's default."""
     qos: Text | None = None
-    """Quality of service."""
+    """Quality of service; null: the cluster's default."""
     nodes: Count = 1
-    """Nodes of a run; divides processes."""
+    """Nodes of a run, a divisor of processes; each has a torchrun."""
     gpus_per_node: CountOrZero = 0
     """GPUs of a run on each node; 0 trains on CPUs."""
     cpus_per_task: Count = 1
-    """Cores of a run on each of its nodes."""
+    """Cores of a run on each node."""
     mem_gb: Positive | None = None
     """Main memory on each node, in GiB; null: the cluster's default."""
     setup: list[Text] = Field(default_factory=list)
@@ -93,26 +93,26 @@ class KubernetesConfig(Section):
     """A pod of an indexed Job trains one run."""
 
     image: Text
-    """With archscale in it."""
+    """Image with archscale in it."""
     claim: Text
     """Persistent volume claim that all pods can write; sweep directory and data lie on it."""
     mount: Text = "/shared"
-    """Where the pods see it."""
+    """Where the pods see the claim."""
     workdir: Text | None = None
-    """Where they start, and what the paths of grid and data are relative to; null: `mount`."""
+    """Where the pods start, and what the paths of grid and data are relative to; null: `mount`."""
     namespace: Text | None = None
     """Namespace of the Job; null: kubectl's own."""
     gpus: CountOrZero = 0
     """GPUs of a run; 0 trains on CPUs."""
     gpu_resource: Text = "nvidia.com/gpu"
-    """What the cluster calls them."""
+    """What the cluster calls its GPUs."""
     device: Text | None = None
-    """What they are, as `archscale plan --device` calls it: memory and time are planned for it;
-    null: for none."""
+    """What the GPUs are, as `archscale plan --device` calls them: memory and time are planned for
+    it; null: for none."""
     cpus: Positive | None = None
-    """Cores of a run; null leaves it to the cluster, as with memory."""
+    """Cores of a run; null: the cluster's default."""
     memory_gb: Positive | None = None
-    """Main memory of a run, in GiB."""
+    """Main memory of a run, in GiB; null: the cluster's default."""
     env: dict[str, str] = Field(default_factory=dict)
     """Environment variables."""
     pod: dict[str, Any] = Field(default_factory=dict)
@@ -139,22 +139,22 @@ class SkyPilotConfig(Section):
     """The sweep directory on the machines; below one of `mounts`, else it would vanish with
     them."""
     mounts: Annotated[dict[str, Any], Field(min_length=1)]
-    """SkyPilot's file_mounts: path on the machines → bucket or local folder, or a mapping with
+    """SkyPilot's `file_mounts`: path on the machines → bucket or local folder, or a mapping with
     source and mode. That of `sweep_dir` is a volume or a bucket in mode MOUNT_CACHED."""
     accelerators: Text | None = None
-    """Such as H100:8; null trains on CPUs."""
+    """GPUs of a machine, such as H100:8; null trains on CPUs."""
     cpus: Text | int | None = None
-    """Such as 8+."""
+    """Cores of a machine, such as 8+; null: SkyPilot's default."""
     memory: Text | int | None = None
-    """In GB, such as 64+."""
+    """Main memory of a machine in GB, such as 64+; null: SkyPilot's default."""
     disk_gb: Count | None = None
-    """Size of a machine's own disk, in GB."""
+    """Size of a machine's own disk in GB; null: SkyPilot's default."""
     infra: Text | None = None
-    """Such as aws/us-east-1 or k8s; null: the cheapest."""
+    """Cloud or cluster, such as aws/us-east-1 or k8s; null: the cheapest."""
     use_spot: StrictBool = False
     """Machines that may be taken away; the run then goes on elsewhere."""
     image: Text | None = None
-    """Such as docker:registry/archscale:tag."""
+    """Image, such as docker:registry/archscale:tag; null: SkyPilot's default."""
     workdir: Text = "."
     """Folder that is copied to each machine, and what the path of the grid is relative to."""
     setup: list[Text] = Field(default_factory=list)
@@ -166,7 +166,7 @@ class SkyPilotConfig(Section):
 
     @property
     def gpus(self) -> int:
-        """Accelerators of a machine."""
+        """GPUs of a machine."""
         if self.accelerators is None:
             return 0
         count = self.accelerators.partition(":")[2]
@@ -213,13 +213,13 @@ class ClusterSections(Section):
     """The sections of a grid file about clusters."""
 
     processes: Count = 1
-    """Processes of each run."""
+    """Processes of each run, under torchrun."""
     slurm: SlurmConfig | None = None
-    """For --launcher slurm."""
+    """What a run gets with `--launcher slurm`."""
     kubernetes: KubernetesConfig | None = None
-    """For --launcher kubernetes."""
+    """What a run gets with `--launcher kubernetes`."""
     skypilot: SkyPilotConfig | None = None
-    """For --launcher skypilot."""
+    """What a run gets with `--launcher skypilot`."""
 
     def problems(self) -> Iterator[ConfigError]:
         processes = self.processes

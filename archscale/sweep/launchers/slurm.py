@@ -1,9 +1,9 @@
 """Runs of a sweep on a Slurm cluster, through submitit: one job array, a task for each run.
 
 The queue is Slurm's, the memory is the sweep directory's, and the sweep only looks on.
-`sweep.jsonl` has the task of each run, the tasks leave word in `slurm/`, and every job has the
-sweep's own name: killed at any instant, a sweep that starts again knows what is queued, what trains
-and what has ended meanwhile. Nothing here needs Slurm's accounting.
+`sweep.jsonl` has the task of each run, the tasks append start and end records in `slurm/`, and
+every job has the sweep's own name: killed at any instant, a sweep that starts again knows what is
+queued, what trains and what has ended meanwhile. Nothing here needs Slurm's accounting.
 """
 
 from __future__ import annotations
@@ -262,9 +262,7 @@ class SlurmLauncher:
         cancelled."""
         queue = self._squeue(self.name)
         if queue is None:
-            raise ConfigError(
-                "Slurm does not answer", "squeue", "give the same command again when it does"
-            )
+            raise ConfigError("Slurm does not answer", "squeue", "rerun when it does")
         orphans = []
         for task, state in queue.items():
             if task in history.tasks or state in ENDED:

@@ -1,8 +1,8 @@
-"""What a Slurm task of a sweep does on its node: trains one run, and leaves word of it for the
-sweep, which may be long gone.
+"""What a Slurm task of a sweep does on its node: trains one run, and appends start and end
+records for the sweep, which may be long gone.
 
-Word is a line of JSON for every start and end, in a file of the task's own: without accounting
-Slurm forgets jobs within minutes.
+A record is a line of JSON in a file of the task's own: without accounting Slurm forgets jobs
+within minutes.
 """
 
 from __future__ import annotations
