@@ -87,7 +87,7 @@ def read_run(directory: Path) -> RunRecord:
     metrics = directory / METRICS
     if not metrics.is_file() and not (directory / PLAN).is_file():
         runs = sorted(path.parent.name for path in directory.glob("*/metrics.jsonl"))
-        inside = f"it holds runs, name one or two of them: {', '.join(runs[:3])}" + (
+        inside = f"it holds runs, name one or more of them: {', '.join(runs[:3])}" + (
             " …" if len(runs) > 3 else ""
         )
         what = (
@@ -215,14 +215,14 @@ def _newest_checkpoint(directory: Path) -> tuple[int, int] | None:
 
 
 def read_runs(directories: list[Path]) -> list[RunRecord]:
-    """One or two runs, under names that tell them apart.
+    """Runs, under names that tell them apart.
 
     Raises:
         ArchscaleError: as `read_run`, or the same directory twice.
     """
     if len({directory.resolve() for directory in directories}) < len(directories):
         raise ArchscaleError(
-            "the same run twice", str(directories[0]), "name two different run directories"
+            "the same run twice", str(directories[0]), "name different run directories"
         )
     runs = [read_run(directory) for directory in directories]
     if len({run.name for run in runs}) < len(runs):

@@ -2,44 +2,297 @@
 
 from __future__ import annotations
 
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from urllib.parse import quote
 
-from archscale.errors import ArchscaleError, explain_os_error
-from archscale.files import write_atomically
-from archscale.report.plot import draw, png_bytes, svg_text
-from archscale.report.records import Analysis, SweepRecord
-from archscale.report.sweep_figures import make_figures
-from archscale.report.sweep_page import Drawn, folder_of, render
-from archscale.report.sweep_tables import csv_text, make_tables
+from archscale.files import REPORT, write_atomically
+from archscale.fit.text import render as fits_as_text
+from archscale.report.findings import findings, problems
+from archscale.report.indicators import parse_key
+from archscale.report.page import State, Tile, writing
+from archscale.report.page import render as render_page
+from archscale.report.plot import draw, inline, png_bytes, svg_text
+from archscale.report.records import (
+    Analysis,
+    GridFit,
+    SweepRecord,
+    end_text,
+    label_in,
+    name_of,
+)
+from archscale.report.scale import compact, number
+from archscale.report.sweep_figures import SweepFigure, make_figures
+from archscale.report.sweep_tables import TableRow, csv_text, make_tables
+
+SECTIONS = {  # title, table
+    "flops": ("Loss against training FLOPs", "curves"),
+    "bowls": ("Loss against {tuned}", "optima"),
+    "optima": ("How the optimal {tuned} moves", None),
+    "drift": ("Transfer: how the optimum drifts", "drift"),
+    "leverage": ("Compute-efficiency leverage", "leverage"),
+    "stability": ("Indicators over scale", "stability"),
+    "others": ("Other axes of the grid", None),
+    "indicators": ("Indicators at each one's best setting", "indicators"),
+}
+WITHOUT_FIGURES = (
+    "optima",
+    "drift",
+    "leverage",
+    "indicators",
+)  # tables that are shown all the same
+OPEN_ROWS = 24  # of a table that is open at first
+LONG = 44  # letters of a cell from which on it is broken into lines
+NARROW = 90  # letters of a table that has room beside a figure
 
 
-def write_sweep_page(sweep: SweepRecord, found: Analysis, path: Path) -> None:
+def write_sweep_page(sweep: SweepRecord, analysis: Analysis, path: Path) -> None:
     """Write the page of a sweep, finished or not, to `path`; figures and tables lie beside it, in a
     folder of its name. The same runs give the same files, byte for byte.
 
     Raises:
         ArchscaleError: it cannot be written.
     """
-    tables, figures = make_tables(sweep, found), make_figures(found)
-    contents: dict[str, bytes] = {
-        f"{name}.csv": csv_text(rows).encode() for name, rows in tables.items()
+    tables, figures = make_tables(sweep, analysis), make_figures(analysis)
+    contents: dict[str, str | bytes] = {
+        f"{name}.csv": csv_text(rows) for name, rows in tables.items()
     }
-    drawn: Drawn = []
     for figure in figures:
-        drawn.append((figure, [svg_text(draw([panel])) for panel in figure.panels]))
         whole = draw(figure.panels, min(figure.columns, len(figure.panels)))
-        contents |= {
-            f"{figure.name}.svg": svg_text(whole).encode(),
-            f"{figure.name}.png": png_bytes(whole),
-        }
-    html = render(sweep, found, drawn, tables, path)
-    folder = path.parent / folder_of(path)
-    try:
+        contents[f"{figure.name}.svg"] = svg_text(whole)
+        contents[f"{figure.name}.png"] = png_bytes(whole)
+    folder = path.parent / (path.stem if path.suffix else f"{path.name}_files")
+    html = _render(sweep, analysis, figures, tables, path, folder.name)
+    with writing(path):
         folder.mkdir(exist_ok=True)
         for name, content in contents.items():
             write_atomically(folder / name, content)
         write_atomically(path, html)
-    except OSError as error:
-        cause, remedy = explain_os_error(error, "give another with --out")
-        where = str(error.filename or path)
-        raise ArchscaleError(f"cannot write the report: {cause}", where, remedy) from error
+
+
+@dataclass(frozen=True)
+class ShownCell:
+    """A cell of a table on the page: text, the interval behind it, whether it is text in the data,
+    and long text at that."""
+
+    text: str
+    interval: str = ""
+    is_text: bool = False
+
+    @property
+    def is_long(self) -> bool:
+        return self.is_text and len(self.text) > LONG
+
+
+@dataclass(frozen=True)
+class ShownTable:
+    """A table on the page: names of columns and whether they hold text; rows with the address of
+    the run's own report and whether the run went wrong."""
+
+    name: str
+    columns: list[tuple[str, bool]]
+    rows: list[tuple[list[ShownCell], str, bool]]
+
+    @property
+    def is_open(self) -> bool:
+        return len(self.rows) <= OPEN_ROWS
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether it fits beside a figure on a desktop."""
+        letters = [len(name) for name, _ in self.columns]
+        for cells, _, _ in self.rows:
+            own = [min(LONG, len(cell.text) + len(cell.interval)) for cell in cells]
+            letters = list(map(max, letters, own))
+        return sum(letters) + 3 * len(letters) < NARROW
+
+
+@dataclass(frozen=True)
+class ShownSection:
+    """Figures, each with its panels as SVG, and a table."""
+
+    name: str
+    title: str
+    figures: list[tuple[SweepFigure, list[str]]]
+    table: ShownTable | None
+
+
+def _render(
+    sweep: SweepRecord,
+    analysis: Analysis,
+    figures: Sequence[SweepFigure],
+    tables: Mapping[str, list[TableRow]],
+    page: Path,
+    folder: str,
+) -> str:
+    """The whole file. `page` is where it will lie, for links; `folder` has its tables and
+    figures."""
+    constant = {parse_key(key).title: number(value) for key, value in analysis.constant.items()}
+    return render_page(
+        "sweep.html",
+        title=sweep.name,
+        head=(_state(sweep), _lead(sweep, analysis), _tiles(sweep, analysis)),
+        problems=problems(sweep, analysis),
+        findings=findings(analysis),
+        sections=_sections(analysis, figures, tables),
+        constant=constant,
+        folder=quote(folder),
+        fits=[_fit(sweep, fit) for fit in analysis.fits],
+        notes=analysis.notes,
+        grid=_grid(sweep.grid),
+        runs=_runs_table(sweep, tables.get("runs", []), page),
+        environment=_environment(sweep),
+    )
+
+
+def _state(sweep: SweepRecord) -> State:
+    done, planned = len(sweep.table.rows), len(sweep.values)
+    word, kind = ("finished", "good") if done == planned else ("partly finished", "partial")
+    return State(word, kind, done / max(1, planned))
+
+
+def _lead(sweep: SweepRecord, analysis: Analysis) -> str:
+    """How many runs are there, failed, missing or without a result."""
+    parts = [f"{len(sweep.table.rows)} of {len(sweep.values)} runs finished"]
+    counts = {
+        "failed": len(sweep.failed),
+        "not finished or not started": len(sweep.unfinished),
+        "without a finite loss": len(analysis.diverged),
+    }
+    return "; ".join(parts + [f"{count} {state}" for state, count in counts.items() if count])
+
+
+def _tiles(sweep: SweepRecord, analysis: Analysis) -> list[Tile]:
+    runs, _, rest = _lead(sweep, analysis).partition("; ")
+    tiles = [
+        Tile("runs", runs.removesuffix(" runs finished").replace(" of ", " / "), rest),
+        Tile("groups", str(len(analysis.arms)), ", ".join(analysis.arms)[:120]),
+    ]
+    column = sweep.table.columns.get("flops", [])
+    if flops := [value for value in column if isinstance(value, float)]:
+        note = f"{compact(min(flops))} to {compact(max(flops))} a run"
+        tiles.append(Tile("training FLOPs of finished runs", compact(sum(flops)), note))
+    if analysis.combinations:
+        best = min(analysis.combinations, key=lambda member: float(member.means[member.best]))
+        where = label_in(analysis.axes, best.row, analysis.axes.numbers)
+        if analysis.axes.tuned:
+            where += f", {name_of(analysis.axes.tuned)} {number(float(best.x[best.best]))}"
+        loss = f"{best.means[best.best]:.4f}"
+        tiles.append(Tile(f"lowest {name_of(str(analysis.axes.y))}", loss, where))
+    return tiles
+
+
+def _sections(
+    analysis: Analysis, figures: Sequence[SweepFigure], tables: Mapping[str, list[TableRow]]
+) -> list[ShownSection]:
+    tuned = name_of(analysis.axes.tuned) if analysis.axes.tuned else "size"
+    sections = []
+    for name, (title, table) in SECTIONS.items():
+        own = [(figure, _panels(figure)) for figure in figures if figure.section == name]
+        shown = None
+        if table in tables and (own or table in WITHOUT_FIGURES):
+            shown = _table(table, tables[table], without=analysis.constant)
+        if own or shown:
+            sections.append(ShownSection(name, title.format(tuned=tuned), own, shown))
+    return sections
+
+
+def _panels(figure: SweepFigure) -> list[str]:
+    return [
+        inline(svg_text(draw([panel])), panel.finding, f"{figure.name}{number_}")
+        for number_, panel in enumerate(figure.panels)
+    ]
+
+
+def _table(name: str, rows: Sequence[TableRow], without: Mapping[str, Any]) -> ShownTable:
+    """Estimates with their ends in one cell; the CSV file has all digits."""
+    columns = [
+        key
+        for key in dict.fromkeys(key for row in rows for key in row)
+        if not key.endswith((" low", " high"))
+        and key not in ("coefficient", *without)
+        and any(row.get(key) not in (None, "") for row in rows)
+    ]
+    texts = {key for key in columns if all(isinstance(row.get(key) or "", str) for row in rows)}
+    return ShownTable(
+        name,
+        [(key, key in texts) for key in columns],
+        [([_cell(row, key) for key in columns], "", False) for row in rows],
+    )
+
+
+def _cell(row: TableRow, key: str) -> ShownCell:
+    value = row.get(key)
+    if value is None or isinstance(value, str):
+        return ShownCell(value or "", is_text=True)
+    if not isinstance(value, float):
+        return ShownCell(_text(value))
+    large = math.isfinite(value) and abs(value) >= 1e9
+    text = compact(value) if large else number(value)
+    if f"{key} low" not in row:
+        return ShownCell(text)
+    low, high = (end_text(row[f"{key} {end}"], 4) for end in ("low", "high"))
+    return ShownCell(text, f"[{low}, {high}]")
+
+
+def _runs_table(sweep: SweepRecord, rows: Sequence[TableRow], page: Path) -> ShownTable:
+    """With links to the reports that runs have."""
+    table = _table("runs", rows, {})
+    linked = []
+    for row, (cells, _, _) in zip(rows, table.rows):
+        report = sweep.directory / str(row["run"]) / REPORT
+        link = quote(os.path.relpath(report, page.parent)) if report.is_file() else ""
+        linked.append((cells, link, row["status"] == "failed" or bool(row["reason"])))
+    return replace(table, rows=linked)
+
+
+def _fit(sweep: SweepRecord, fit: GridFit) -> tuple[str, str, str]:
+    """(what was fitted, as the command prints it, why it was refused)."""
+    title = f"{fit.asked.form} of {fit.asked.y} over {', '.join(fit.asked.x)}"
+    if fit.fits is None:
+        return title, "", str(fit.refusal) if fit.refusal else ""
+    listed = set(sweep.table.left_out)  # in the table of runs
+    excluded = [pair for pair in fit.fits.excluded if pair not in listed]
+    return title, fits_as_text(replace(fit.fits, excluded=excluded)), ""
+
+
+def _grid(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The grid as its file has it, in words."""
+    shown: dict[str, Any] = {"base": content.get("base")}
+    axes = content.get("axes")
+    if isinstance(axes, dict):
+        shown |= {key: ", ".join(map(_text, values)) for key, values in axes.items()}
+    for number_, part in enumerate(content.get("zip") or [], 1):
+        points = part if isinstance(part, list) else [part]
+        shown[f"moving together {number_}"] = "; ".join(map(_text, points))
+    shown |= {f"{key} =": _text(value) for key, value in (content.get("derive") or {}).items()}
+    shown["where"] = content.get("where") or None
+    seeds = content.get("seeds")
+    shown["seeds"] = ", ".join(map(str, seeds)) if isinstance(seeds, list) else "the base's"
+    told = {"name", "base", "axes", "zip", "derive", "where", "seeds", "fit"}
+    rest = {key: value for key, value in content.items() if key not in told}
+    return shown | {key: _text(value) for key, value in rest.items() if value not in (None, [], {})}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _environment(sweep: SweepRecord) -> dict[str, str]:
+    """What all runs share, and what differs with how many values."""
+    values: dict[str, dict[str, None]] = {}
+    for environment in sweep.environments.values():
+        for key, value in environment.items():
+            values.setdefault(key, {})[_text(value)] = None
+    shown = {}
+    for key, different in values.items():
+        first = ", ".join(list(different)[:3]) + (" …" if len(different) > 3 else "")
+        shown[key] = first if len(different) == 1 else f"{len(different)} different: {first}"
+    return {key: text for key, text in shown.items() if text != "null"}

@@ -12,26 +12,26 @@ from archscale.fit.fit import Estimate
 from archscale.fit.groups import Group, TableFits
 from archscale.report.records import Analysis, SweepRecord, curve_names, name_of
 
-Row = dict[str, Any]
+TableRow = dict[str, Any]  # cells by column
 LEAST_GROWTH = 1.02  # factor over the range of FLOPs
 PROVENANCE = ("tokens", "flops", "parameters")
 
 
-def make_tables(sweep: SweepRecord, found: Analysis) -> dict[str, list[Row]]:
+def make_tables(sweep: SweepRecord, analysis: Analysis) -> dict[str, list[TableRow]]:
     """By file name; one without rows is left out."""
     tables = {
-        "optima": _optima(found),
-        "drift": _drift(found),
-        "curves": _curves(found, found.curves),
-        "leverage": _leverage(found),
-        "stability": _stability(found),
-        "indicators": _indicators(found),
-        "runs": _runs(sweep, found),
+        "optima": _optima(analysis),
+        "drift": _drift(analysis),
+        "curves": _curves(analysis, analysis.curves),
+        "leverage": _leverage(analysis),
+        "stability": _stability(analysis),
+        "indicators": _indicators(analysis),
+        "runs": _runs(sweep, analysis),
     }
     return {name: rows for name, rows in tables.items() if rows}
 
 
-def csv_text(rows: Sequence[Row]) -> str:
+def csv_text(rows: Sequence[TableRow]) -> str:
     """Numbers in full; nothing for what is missing or has no bound."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     stream = io.StringIO()
@@ -49,19 +49,22 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _estimate(name: str, estimate: Estimate | None) -> Row:
+def _estimate(name: str, estimate: Estimate | None) -> TableRow:
     if estimate is None:
         return {name: None, f"{name} low": None, f"{name} high": None}
     return {name: estimate.value, f"{name} low": estimate.low, f"{name} high": estimate.high}
 
 
-def _optima(found: Analysis) -> list[Row]:
+def _optima(analysis: Analysis) -> list[TableRow]:
     rows = []
-    for one in found.combinations:
-        row: Row = {"group": one.arm, **{name_of(key): one.row[key] for key in found.axes.numbers}}
+    for one in analysis.combinations:
+        row: TableRow = {
+            "group": one.arm,
+            **{name_of(key): one.row[key] for key in analysis.axes.numbers},
+        }
         row |= {key: one.row.get(key) for key in PROVENANCE}
         row["runs"] = sum(map(len, one.points))
-        if found.axes.tuned:
+        if analysis.axes.tuned:
             row |= {
                 "best tried": float(one.x[one.best]),
                 "mean loss there": float(one.means[one.best]),
@@ -74,10 +77,10 @@ def _optima(found: Analysis) -> list[Row]:
     return rows
 
 
-def _drift(found: Analysis) -> list[Row]:
+def _drift(analysis: Analysis) -> list[TableRow]:
     rows = []
-    for drift in found.drifts:
-        row: Row = {
+    for drift in analysis.drifts:
+        row: TableRow = {
             "along": name_of(drift.along),
             "group": drift.label,
             **_estimate("exponent", drift.exponent),
@@ -130,10 +133,10 @@ def growth(group: Group) -> str:
     )
 
 
-def _curves(found: Analysis, fits: TableFits | None) -> list[Row]:
+def _curves(analysis: Analysis, fits: TableFits | None) -> list[TableRow]:
     rows = []
-    for _, label, group in curve_names(found, fits) if fits else []:
-        row: Row = {"group": label, "points": int(group.x.shape[1])}
+    for _, label, group in curve_names(analysis, fits) if fits else []:
+        row: TableRow = {"group": label, "points": int(group.x.shape[1])}
         estimates = group.fit.estimates if group.fit else {}
         row |= _estimate("coefficient", estimates.get("coefficient")) | _estimate(
             "exponent", estimates.get("exponent")
@@ -141,24 +144,24 @@ def _curves(found: Analysis, fits: TableFits | None) -> list[Row]:
         row |= {"smallest": float(group.y.min()), "largest": float(group.y.max())}
         row |= {"leave-one-out error": group.fit.leave_one_out if group.fit else None}
         row["note"] = "; ".join(
-            filter(None, [group.refused.what if group.refused else "", found.at_edge(label)])
+            filter(None, [group.refused.what if group.refused else "", analysis.at_edge(label)])
         )
         rows.append(row)
     return rows
 
 
-def _stability(found: Analysis) -> list[Row]:
+def _stability(analysis: Analysis) -> list[TableRow]:
     rows = []
-    for name, fits in found.growth.items():
-        groups = curve_names(found, fits)
-        for (_, _, group), row in zip(groups, _curves(found, fits)):
+    for name, fits in analysis.growth.items():
+        groups = curve_names(analysis, fits)
+        for (_, _, group), row in zip(groups, _curves(analysis, fits)):
             rows.append({"indicator": name, **row, "growth": growth(group).partition(":")[0]})
     return rows
 
 
-def _leverage(found: Analysis) -> list[Row]:
-    rows: list[Row] = []
-    for name, base, points in found.leverage:
+def _leverage(analysis: Analysis) -> list[TableRow]:
+    rows: list[TableRow] = []
+    for name, base, points in analysis.leverage:
         if isinstance(points, str):
             rows.append({"group": name, "over": base, "note": points})
             continue
@@ -178,7 +181,7 @@ def _leverage(found: Analysis) -> list[Row]:
                                 if point.extrapolated
                                 else ""
                             ),
-                            found.at_edge(name, base),
+                            analysis.at_edge(name, base),
                         ],
                     )
                 ),
@@ -188,31 +191,31 @@ def _leverage(found: Analysis) -> list[Row]:
     return rows
 
 
-def _indicators(found: Analysis) -> list[Row]:
+def _indicators(analysis: Analysis) -> list[TableRow]:
     return [
         {
             "group": one.arm,
-            **{name_of(key): one.row[key] for key in found.axes.numbers},
+            **{name_of(key): one.row[key] for key in analysis.axes.numbers},
             "flops": one.row.get("flops"),
-            **{name: one.row.get(name) for name in [*found.indicators, *found.constant]},
+            **{name: one.row.get(name) for name in [*analysis.indicators, *analysis.constant]},
         }
-        for one in found.combinations
-        if found.indicators or found.constant
+        for one in analysis.combinations
+        if analysis.indicators or analysis.constant
     ]
 
 
-def _runs(sweep: SweepRecord, found: Analysis) -> list[Row]:
+def _runs(sweep: SweepRecord, analysis: Analysis) -> list[TableRow]:
     table, at = sweep.table, {name: number for number, name in enumerate(sweep.table.rows)}
-    left, diverged = dict(table.left_out), dict(found.diverged)
+    left, diverged = dict(table.left_out), dict(analysis.diverged)
     keys = list(dict.fromkeys(key for values in sweep.values.values() for key in values))
     keys = [
         key for key in keys if len({repr(values.get(key)) for values in sweep.values.values()}) > 1
     ]
-    shown = [key for key in (found.axes.y, *PROVENANCE) if key in table.columns]
+    shown = [key for key in (analysis.axes.y, *PROVENANCE) if key in table.columns]
     rows = []
     for name, values in sweep.values.items():
         status = "finished" if name in at else "failed" if name in sweep.failed else "not finished"
-        row: Row = {
+        row: TableRow = {
             "run": name,
             "status": status,
             "reason": left.get(name) or diverged.get(name, ""),
