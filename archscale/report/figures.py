@@ -88,8 +88,10 @@ def make_figures(runs: Sequence[RunRecord]) -> list[Section]:
             chart = Chart(title, definition, keys, lines, buckets)
             sections[key.section].charts.append(chart)
     for key, figure in _maps(metrics, names):
-        section = sections[key.section]
-        (section.maps if isinstance(figure, HeatMap) else section.constants).append(figure)
+        if isinstance(figure, HeatMap):
+            sections[key.section].maps.append(figure)
+        else:
+            sections[key.section].constants.append(figure)
     return [one for one in sections.values() if one.charts or one.maps or one.constants]
 
 
@@ -169,11 +171,10 @@ def _lines(metrics: _Metrics, keys: Sequence[str], runs: Sequence[str]) -> list[
         for run, series in enumerate(metrics.lines[key]):
             if series is None:
                 continue
+            name, color, dash = statistic or key, place, 0
             if len(runs) > 1:
-                name, look = f"{runs[run]} {statistic}".strip(), {"color": run, "dash": place}
-            else:
-                name, look = statistic or key, {"color": place}
-            lines.append(Line(name, run, series.steps, series.values, **look))
+                name, color, dash = f"{runs[run]} {statistic}".strip(), run, place
+            lines.append(Line(name, run, series.steps, series.values, color=color, dash=dash))
     return lines
 
 

@@ -30,7 +30,7 @@ MOST_CURVES = 8  # in a panel
 SIZE = (4.9, 3.1)  # inches
 FARTHEST = 5.0  # an interval that reaches so many times as far as all points is cut at the frame
 LEGEND_LETTERS = 66  # in a row of a legend
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.hashsalt": "archscale",
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -169,7 +169,7 @@ def _panel(axes: Axes, panel: Panel) -> None:
         axes.axhline(panel.horizontal, color=SOFT, linestyle=":", linewidth=1)
     for curve in panel.curves:
         _curve(axes, curve, x_scale, y_scale)
-    corner = {"ha": "right", "va": "top", "transform": axes.transAxes}
+    corner: dict[str, Any] = {"ha": "right", "va": "top", "transform": axes.transAxes}
     axes.text(0.99, 0.99, panel.note, fontsize=7, color=SOFT, **corner)
     few = [(x, tick_label(x)) for x in panel.x_ticks] if 1 < len(panel.x_ticks) <= 8 else []
     for axis, marks in (
@@ -180,7 +180,7 @@ def _panel(axes: Axes, panel: Panel) -> None:
         axis.set_ticks([place for place, _ in marks], [text for _, text in marks])
     if sum(bool(curve.label) for curve in panel.curves) > 1:
         # Below the plot: inside it would lie on points.
-        below = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.17)}
+        below: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.17)}
         axes.legend(ncols=_legend_columns(panel), **below)
 
 
@@ -248,7 +248,7 @@ def _curve(axes: Axes, curve: Curve, x_scale: Scale, y_scale: Scale) -> None:
         axes.fill_between(
             curve.x, *edges, color=curve.ink, alpha=0.16 * curve.strength, linewidth=0
         )
-    bars = {
+    bars: dict[str, Any] = {
         "xerr": _bars(curve.x, curve.x_ends, x_scale),
         "yerr": _bars(curve.y, curve.y_ends, y_scale),
     }

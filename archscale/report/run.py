@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,8 @@ def render(runs: Sequence[RunRecord], sections: Sequence[Section]) -> str:
         title=" beside ".join(run.name for run in runs),
         runs=runs,
         heads=[(state(run), trained(run), tiles(run)) for run in runs],
-        plans=[plan_rows(run) for run in runs],
+        plans=_by_run([{row.name: row for row in plan_rows(run)} for run in runs]),
+        environments=_by_run([run.environment for run in runs]),
         sections=sections,
         axes=[
             (kind, name.removeprefix("training "))
@@ -63,6 +64,12 @@ def render(runs: Sequence[RunRecord], sections: Sequence[Section]) -> str:
     )
 
 
+def _by_run(values: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Each key's value of every run; None where a run has none."""
+    keys = dict.fromkeys(key for own in values for key in own)
+    return {key: [own.get(key) for own in values] for key in keys}
+
+
 def _events(run: RunRecord) -> tuple[list[tuple[str, list[int]]], int]:
     """(what happened and at which steps, how many more kinds of events there are)."""
     kinds: dict[str, list[int]] = {}
@@ -71,12 +78,10 @@ def _events(run: RunRecord) -> tuple[list[tuple[str, list[int]]], int]:
     return list(kinds.items())[:MOST_KINDS], max(0, len(kinds) - MOST_KINDS)
 
 
-def _differences(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
+def _differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
     """Config values of all runs by key, where they are not the same."""
     configs = [_flat(_parsed(run)) for run in runs]
-    keys = dict.fromkeys(key for config in configs for key in config)
-    values = {key: [str(config.get(key, "–")) for config in configs] for key in keys}
-    return {key: texts for key, texts in values.items() if len(set(texts)) > 1}
+    return {k: v for k, v in _by_run(configs).items() if len(set(map(repr, v))) > 1}
 
 
 def _parsed(run: RunRecord) -> Any:

@@ -33,11 +33,11 @@ from archscale.report.sweep_tables import TableRow, csv_text, make_tables
 SECTIONS = {  # title, table
     "flops": ("Loss against training FLOPs", "curves"),
     "bowls": ("Loss against {tuned}", "optima"),
-    "optima": ("How the optimal {tuned} moves", None),
+    "optima": ("How the optimal {tuned} moves", ""),
     "drift": ("Transfer: how the optimum drifts", "drift"),
     "leverage": ("Compute-efficiency leverage", "leverage"),
     "stability": ("Indicators over scale", "stability"),
-    "others": ("Other axes of the grid", None),
+    "others": ("Other axes of the grid", ""),
     "indicators": ("Indicators at each one's best setting", "indicators"),
 }
 WITHOUT_FIGURES = (
@@ -48,7 +48,7 @@ WITHOUT_FIGURES = (
 )  # tables that are shown all the same
 OPEN_ROWS = 24  # of a table that is open at first
 LONG = 44  # letters of a cell from which on it is broken into lines
-NARROW = 90  # letters of a table that has room beside a figure
+NARROW = 98  # letters of a table that has room beside a figure
 
 
 def write_sweep_page(sweep: SweepRecord, analysis: Analysis, path: Path) -> None:
@@ -92,11 +92,12 @@ class ShownCell:
 @dataclass(frozen=True)
 class ShownTable:
     """A table on the page: names of columns and whether they hold text; rows with the address of
-    the run's own report and whether the run went wrong."""
+    the run's own report and whether the run went wrong; columns that have one value."""
 
     name: str
     columns: list[tuple[str, bool]]
     rows: list[tuple[list[ShownCell], str, bool]]
+    constant: dict[str, str]
 
     @property
     def is_open(self) -> bool:
@@ -211,19 +212,19 @@ def _panels(figure: SweepFigure) -> list[str]:
 
 def _table(name: str, rows: Sequence[TableRow], without: Mapping[str, Any]) -> ShownTable:
     """Estimates with their ends in one cell; the CSV file has all digits."""
-    columns = [
-        key
-        for key in dict.fromkeys(key for row in rows for key in row)
-        if not key.endswith((" low", " high"))
-        and key not in ("coefficient", *without)
-        and any(row.get(key) not in (None, "") for row in rows)
-    ]
-    texts = {key for key in columns if all(isinstance(row.get(key) or "", str) for row in rows)}
-    return ShownTable(
-        name,
-        [(key, key in texts) for key in columns],
-        [([_cell(row, key) for key in columns], "", False) for row in rows],
-    )
+    columns: list[tuple[str, bool]] = []
+    constant: dict[str, str] = {}
+    for key in dict.fromkeys(key for row in rows for key in row):
+        values = [row.get(key) for row in rows]
+        is_text = all(isinstance(value or "", str) for value in values)
+        if key.endswith((" low", " high")) or key in ("coefficient", *without):
+            continue
+        if len(rows) > 1 and not is_text and len({repr(value) for value in values}) == 1:
+            constant[key] = _cell(rows[0], key).text
+        elif any(value not in (None, "") for value in values):
+            columns.append((key, is_text))
+    cells = [([_cell(row, key) for key, _ in columns], "", False) for row in rows]
+    return ShownTable(name, columns, cells, constant)
 
 
 def _cell(row: TableRow, key: str) -> ShownCell:
