@@ -227,7 +227,8 @@ def ticks(scale: Scale, count: int = 5) -> list[tuple[float, str]]:
         locator: Locator = LogLocator(subs=digits, numticks=count + 2)
     else:
         locator = MaxNLocator(count + 2, steps=[1, 2, 5, 10])
-    places = [v for v in locator.tick_values(scale.lo, scale.hi) if scale.lo <= v <= scale.hi]
+    marks = np.asarray(locator.tick_values(scale.lo, scale.hi))
+    places = marks[np.abs(scale.fraction(marks) - 0.5) <= 0.5 + 1e-9]
     step = places[1] - places[0] if decades < 0.9 and len(places) > 1 else 0.0
     return [(float(place), tick_label(float(place), float(step))) for place in places]
 

@@ -48,7 +48,7 @@ WITHOUT_FIGURES = (
 )  # tables that are shown all the same
 OPEN_ROWS = 24  # of a table that is open at first
 LONG = 44  # letters of a cell from which on it is broken into lines
-NARROW = 98  # letters of a table that has room beside a figure
+NARROW = 105  # letters of a table that has room beside a figure
 
 
 def write_sweep_page(sweep: SweepRecord, analysis: Analysis, path: Path) -> None:
@@ -137,7 +137,9 @@ def _render(
     return render_page(
         "sweep.html",
         title=sweep.name,
-        head=(_state(sweep), _lead(sweep, analysis), _tiles(sweep, analysis)),
+        state=_state(sweep),
+        lead=_lead(sweep, analysis),
+        tiles=_tiles(sweep, analysis),
         problems=problems(sweep, analysis),
         findings=findings(analysis),
         sections=_sections(analysis, figures, tables),

@@ -13,8 +13,8 @@ import pytest
 from archscale.errors import ArchscaleError, DataError
 from archscale.report.figures import make_figures
 from archscale.report.indicators import family, parse_key
-from archscale.report.page import render
 from archscale.report.read import RunRecord, Series, read_run, read_runs
+from archscale.report.run import render
 from archscale.sweep.pages import write_report
 from tests.report.made import PLAN, make_run, metrics
 
@@ -23,19 +23,18 @@ AXES = {"step", "tokens", "time", "event"}
 
 
 class Page(HTMLParser):
-    """Fails on tags that do not nest; keeps figures, addresses and ids."""
+    """Fails on tags that do not nest; keeps figures, constants, addresses, ids and what the script
+    draws."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.figures: list[dict[str, str]] = []
-        self.paths: list[
-            tuple[dict[str, str], dict[str, str]]
-        ] = []  # of a chart: attributes of the svg and of a path
+        self.constants: list[dict[str, str]] = []
+        self.data: dict = {}
         self.addresses: list[str] = []
         self.ids: list[str] = []
         self.text = ""
-        self._svg: dict[str, str] = {}
         self.feed(html)
         self.close()
         assert not self.open
@@ -49,12 +48,8 @@ class Page(HTMLParser):
             if key in ("href", "src", "xlink:href", "action", "srcset")
         ]
         self.ids += [found["id"]] if "id" in found else []
-        if tag == "figure":
-            self.figures.append(found)
-        elif tag == "svg":
-            self._svg = found
-        elif tag == "path" and "data-name" in found:
-            self.paths.append((self._svg, found))
+        if "data-key" in found:
+            (self.figures if tag == "figure" else self.constants).append(found)
         if tag not in VOID:
             self.open.append(tag)
 
@@ -70,12 +65,18 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1] not in ("style", "script"):
             self.text += data
+        elif data.startswith('{"charts"'):
+            self.data = json.loads(data)
+
+    @property
+    def curves(self) -> list[dict]:
+        return [curve for chart in self.data["charts"] for curve in chart["curves"]]
 
     @property
     def keys(self) -> set[str]:
-        """Metrics keys that figures show."""
+        """Metrics keys that figures show or that are listed with their value."""
         keys = set()
-        for figure in self.figures:
+        for figure in self.figures + self.constants:
             for key in figure["data-key"].split():
                 keys |= (
                     {key.replace("*", row) for row in figure.get("data-rows", "").split()}
@@ -90,21 +91,10 @@ def report(tmp_path: Path, lines, plan=PLAN, tail: str = "", name: str = "run") 
     return Page(html), html
 
 
-def curve(page: Page, name: str, number: int = 0) -> list[tuple[float, float]]:
-    """(step, value) of a curve by steps, read back from its path."""
-    svg, path = [(svg, path) for svg, path in page.paths if path["data-name"] == name][number]
-    lo, hi = float(svg["data-lo"]), float(svg["data-hi"])
-    points, x, y = [], 0, 0
-    for part in re.findall(r"M[^M]+", path["d"]):
-        numbers = [int(n) for n in re.findall(r"-?\d+", part)]
-        for n, (a, b) in enumerate(zip(numbers[::2], numbers[1::2])):
-            x, y = (a, b) if n == 0 else (x + a, y + b)
-            if n != 1:
-                share = 1 - y / 10_000
-                points.append(
-                    (x, lo * (hi / lo) ** share if "data-log" in svg else lo + share * (hi - lo))
-                )
-    return points
+def curve(page: Page, name: str, number: int = 0) -> list[tuple[int, float]]:
+    """(step, value) of a curve, as the script gets it."""
+    found = [curve for curve in page.curves if curve["name"] == name][number]
+    return [(x, y) for x, y in zip(found["x"], found["y"]) if y is not None]
 
 
 def test_every_key_is_in_a_figure(tmp_path):
@@ -173,14 +163,16 @@ def test_a_value_that_is_missing_breaks_the_curve_and_is_an_event(tmp_path):
     lines = metrics(50, layers=1)
     lines[20] |= {"loss": None, "event": "non-finite loss"}
     lines[30] |= {"grad_norm": None}
-    page, html = report(tmp_path, lines)
-    _, path = next((svg, path) for svg, path in page.paths if path["data-name"] == "training")
-    assert path["d"].count("M") == 2
+    page, _ = report(tmp_path, lines)
+    broken = next(curve for curve in page.curves if curve["name"] == "training")
+    assert broken["y"].count(None) == 1
+    at = broken["y"].index(None)
+    assert broken["x"][at - 1] < 21 < broken["x"][at + 1]
     assert 21 not in [step for step, _ in curve(page, "training")]
     assert "2 events" in page.text
     assert "first at step 21: non-finite loss" in page.text
     assert "non-finite grad_norm" in page.text
-    assert html.count('class="event"') >= 3
+    assert page.data["runs"][0]["eventSteps"] == [21, 31]
 
 
 def big_run(layers: int = 24, experts: int = 0, steps: int = 10_000) -> RunRecord:

@@ -157,7 +157,7 @@ def test_figures_are_accessible_and_follow_the_page_s_colors(full):
     assert all(len(label) > 40 for label in labels)
     assert any("optimum 0.0" in label for label in labels)
     drawn = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
-    assert "var(--g0)" in drawn
+    assert "var(--c0)" in drawn
     assert not re.search(r"#[0-9a-f]{6}", drawn.replace("#000000", "").replace("#b0b0b0", ""))
     ids = re.findall(r' id="([^"]+)"', html)
     assert len(ids) == len(set(ids))
