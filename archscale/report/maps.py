@@ -11,7 +11,8 @@ import numpy as np
 
 from archscale.report.scale import Scale, number
 
-COLORMAP, LEVELS = "viridis", 255
+COLORMAP = "viridis"
+LEVELS = 218  # the most of which no two have one color in 8 bits, so that values can be read back
 TALLEST = 480  # pixels
 
 

@@ -8,9 +8,12 @@ import subprocess
 
 import pytest
 
+from archscale.report.plot import ticks
+from archscale.report.scale import Scale
 from archscale.sweep.pages import write_report
 from tests.report.browser import Browser, find_browser
 from tests.report.made import PLAN, make_run, metrics
+from tests.report.made_sweep import LR, make_sweep, write_grid
 
 pytestmark = pytest.mark.skipif(
     find_browser() is None, reason="no Chromium on this machine (apt-get install chromium)"
@@ -39,6 +42,12 @@ SLICE = 8000  # pixels of a page that one screenshot takes
 LABELS = """[...document.querySelectorAll('.xs span, .line ~ .xs span, .ys span')]
   .filter(s => !s.closest('.map .ys'))
   .map(s => [s.textContent, parseFloat(s.style.left || s.style.top), s.className])"""
+STAYS = """[...document.querySelectorAll('.scroll')].filter(box => {
+  const cell = box.querySelector('tbody th');
+  if (!cell || box.scrollWidth <= box.clientWidth) return false;
+  box.scrollLeft = 60;
+  return Math.abs(cell.getBoundingClientRect().left - box.getBoundingClientRect().left) > 1;
+}).map(box => box.textContent.slice(0, 80))"""
 CENTER = """(key => {
   const svg = document.querySelector(`figure[data-key="${key}"] svg`);
   svg.scrollIntoView({block: 'center'});
@@ -68,6 +77,14 @@ def two(tmp_path_factory, lines):
         copy.deepcopy(PLAN) | {"name": "a_run_with_a_name_that_is_long_enough_to_wrap"},
     )
     return write_report([make_run(folder / "a", lines), second])
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    axes = {"model.width": [32, 64, 128], LR: [0.01, 0.02, 0.04, 0.08]}
+    grid = write_grid(folder, axes=axes, derive={"model.aspect": None}, seeds=2)
+    return write_report([make_sweep(folder / "s", grid)])
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +169,31 @@ def test_the_switches_redraw_and_bring_everything_back(browser, two):
     )
     assert browser.evaluate(paths) == drawn
     assert browser.messages == []
+
+
+def test_the_script_writes_ticks_as_the_figures_do(browser, page):
+    """Of the same axis, in numbers as `archscale.report.scale` writes them."""
+    browser.open(page)
+    shown = browser.evaluate(LABELS.replace(".xs span", "figure.wide .xs span"))
+    steps = [text for text, _, _ in shown if text.isdigit() and int(text) % 100 == 0]
+    assert steps[:9] == [text for _, text in ticks(Scale(1, STEPS), 7) if text != "0"][:9]
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_sweep_s_page_fits_and_says_nothing(browser, sweep, width, scheme):
+    browser.messages.clear()
+    browser.requests.clear()
+    browser.open(sweep, width=width, scheme=scheme)
+    assert browser.messages == []
+    assert [url for url in browser.requests if not url.startswith(("data:", sweep.as_uri()))] == []
+    assert browser.evaluate("document.scrollingElement.scrollWidth") <= width
+    # Wide tables scroll inside, and their first column stays.
+    assert browser.evaluate(STAYS) == []
+    boxes = browser.evaluate(
+        "[...document.querySelectorAll('svg.figure')].map(svg => svg.getBoundingClientRect().width)"
+    )
+    assert min(boxes) >= 300
 
 
 @pytest.mark.parametrize(("x", "y"), [("step", "auto"), ("tokens", "log")])

@@ -1,7 +1,9 @@
 """A report shows every key of metrics.jsonl, stays small, needs no network, and works on a run at
 any moment."""
 
+import base64
 import copy
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -9,13 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from archscale.errors import ArchscaleError, DataError
 from archscale.report.figures import make_figures
-from archscale.report.indicators import family, parse_key
+from archscale.report.indicators import REGISTRY, SECTIONS, family, parse_key
+from archscale.report.maps import LEVELS, HeatMap, palette
+from archscale.report.plot import VARIABLES
 from archscale.report.read import RunRecord, Series, read_run, read_runs
 from archscale.report.run import render
+from archscale.report.scale import Scale
 from archscale.sweep.pages import write_report
+from tests.commands import ROOT
 from tests.report.made import PLAN, make_run, metrics
 
 VOID = {"meta", "link", "input", "br", "image", "path"}
@@ -433,3 +440,87 @@ def test_values_at_the_edge_of_floating_point(tmp_path):
     ]
     page, _ = report(tmp_path, lines)
     assert {"loss", "a", "never", "tiny", "group/x/m", "list"} <= page.keys
+
+
+def test_the_registry_and_the_readme_name_the_same_metrics():
+    """Each key of the table on the README's page is in the registry, and the other way round."""
+    text = (ROOT / "README.md").read_text().partition("| key | meaning | in |")[2]
+    named: set[str] = set()
+    for row in text.partition("\n\n")[0].splitlines()[2:]:
+        first = ""
+        for key in re.findall(r"`([^`]+)`", row.split(" | ")[0]):
+            if key.startswith("_"):
+                key = first.rpartition("_")[0] + key
+            elif key.startswith("…"):
+                key = first.rpartition("/")[0] + key[1:]
+            else:
+                first = key
+            named.add(key)
+    named -= {"step", "tokens", "time", "event", "spectrum/gradient/…"}
+    known = {key for metric in REGISTRY for key in metric.keys if "*" not in key}
+    assert named == known
+    assert len({metric.name for metric in REGISTRY}) == len(REGISTRY)
+    assert {metric.section for metric in REGISTRY} <= set(SECTIONS)
+    assert all(parse_key(key).section == m.section for m in REGISTRY for key in m.keys)
+
+
+def test_what_never_changes_is_listed_and_not_drawn(tmp_path):
+    lines = metrics(60, layers=2, every=10)
+    for line in lines:
+        line |= {"steady": 0.25, "never": None, "group/x/flat": 3.0, "group/y/flat": 3.0}
+        line |= {"flat_list": [1, 1], "moving": line["step"]}
+    page, _ = report(tmp_path, lines)
+    drawn = {key for figure in page.figures for key in figure["data-key"].split()}
+    listed = {constant["data-key"] for constant in page.constants}
+    flat = {"steady", "never", "group/*/flat", "flat_list", "tokens_per_second", "lr"}
+    assert flat - {"lr"} <= listed
+    assert not drawn & listed
+    assert {"lr", "moving", "loss", "optimizer/trust_ratio_max"} <= drawn
+    text = " ".join(page.text.split())
+    assert "steady0.25 throughout" in text
+    assert "nevernone throughout" in text
+
+
+def test_many_runs_side_by_side(tmp_path):
+    runs = [
+        make_run(
+            tmp_path / name,
+            metrics(20 + 10 * number, layers=1, seed=number),
+            copy.deepcopy(PLAN) | {"name": f"run {name}", "seed": number},
+        )
+        for number, name in enumerate("abcdefgh")
+    ]
+    path = write_report(runs)
+    page = Page(path.read_text())
+    assert path == runs[0] / "report_and_b_and_6_more.html"
+    for number, name in enumerate("abcdefgh"):
+        assert curve(page, f"run {name}, training")[-1][0] == 20 + 10 * number
+    assert len({c["look"] for c in page.curves if c["name"].endswith(", training")}) == 8
+    assert "name" in page.text.partition("Config: what differs")[2]
+    head, sizes = page.text.partition("Plan beside measured")[2], ["20", "50", "90"]
+    assert [size for size in sizes if f"{size} of 10,000" in " ".join(head.split())] == sizes
+
+
+def test_a_map_s_colors_are_its_values(tmp_path):
+    """Read back as the script does, by color; no value is transparent."""
+    values = np.array([[0.0, 0.5, np.nan, 1.0], [0.25, 0.75, 0.1, 0.9]])
+    scale = Scale(0.0, 1.0)
+    heat = HeatMap("t", "", "k/*", 0, ["a", "b"], [("a", 1), ("b", 1)], values, (1, 4), scale)
+    kind, _, content = heat.image.partition(",")
+    assert kind == "data:image/webp;base64"
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGBA"))
+    assert pixels.shape == (2, 4, 4)
+    assert pixels[0, 2, 3] == 0
+    colors = [palette()[6 * level : 6 * level + 6] for level in range(LEVELS)]
+    assert len(set(colors)) == LEVELS
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            level = colors.index(pixels[row, column, :3].tobytes().hex())
+            assert abs((level + 0.5) / LEVELS - value) <= 0.5 / LEVELS + 1e-9
+
+
+def test_the_style_has_the_colors_of_the_figures():
+    css = (ROOT / "archscale" / "report" / "page.css").read_text()
+    light = css.partition(":root {")[2].partition("}")[0]
+    for color, variable in VARIABLES.items():
+        assert f"{variable}: {color};" in light
