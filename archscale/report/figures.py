@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from archscale.report.curves import Chart, Line
-from archscale.report.indicators import ABOUT, BY_NAME, SECTIONS, Key, family, parse_key, short
-from archscale.report.maps import TALLEST, HeatMap
+from archscale.report.indicators import BY_NAME, SECTIONS, Key, family, parse_key, short
+from archscale.report.maps import HeatMap
 from archscale.report.read import RunRecord, Series
-from archscale.report.scale import FLAT, Scale, columns, merge_rows, number
+from archscale.report.scale import Scale, merge_rows
 
 CURVE_POINTS = 25_000  # of all small charts together; a point takes about 13 bytes
 CELLS = 600_000  # of all maps together; a cell takes at most 4/3 bytes
@@ -48,10 +48,6 @@ class Section:
     @property
     def title(self) -> str:
         return SECTIONS[self.name]
-
-    @property
-    def about(self) -> str:
-        return ABOUT.get(self.name, "")
 
 
 @dataclass
@@ -232,68 +228,24 @@ def _frame(lines: Sequence[Line]) -> tuple[float | None, int]:
     return (top, above) if highest - bottom > 1.3 * (top - bottom) else (None, 0)
 
 
-@dataclass
-class _Table:
-    """A map before it is drawn: (rows, steps) of one run."""
-
-    key: Key
-    title: str
-    data_key: str
-    run: int
-    names: list[str]
-    bands: list[tuple[str, int]]
-    values: np.ndarray
-    steps: np.ndarray
-    definition: str
-    tallest: int
-
-    @property
-    def constant(self) -> str:
-        """Its value if it has only one."""
-        finite = self.values[np.isfinite(self.values)]
-        if not len(finite):
-            return "none"
-        return number(float(finite[0])) if np.ptp(finite) <= FLAT * np.abs(finite).max() else ""
-
-
 def _maps(metrics: _Metrics, runs: Sequence[str]) -> Iterator[tuple[Key, HeatMap | Constant]]:
     """Maps of one pattern have the same color scale."""
-    tables = [*_element_tables(metrics), *_list_tables(metrics)]
-    tables.sort(key=lambda table: table.key.order)
-    changing = [table for table in tables if not table.constant]
-    rows = sum(len(table.values) for table in changing)
+    maps = sorted([*_element_maps(metrics), *_list_maps(metrics)], key=lambda pair: pair[0].order)
+    rows = sum(len(heat.table) for _, heat in maps if not heat.constant)
     width = min(MOST_COLUMNS, max(FEWEST_COLUMNS, CELLS // max(1, rows)))
-    scales: dict[str, Scale] = {}
-    for pattern in {table.key.pattern for table in changing}:
-        together = [table.values for table in changing if table.key.pattern == pattern]
-        values = np.concatenate([value[np.isfinite(value)] for value in together])
-        scales[pattern] = Scale.around(values, spread=10, pad=0)
-    for table in tables:
-        title = f"{table.title} · {runs[table.run]}" if len(runs) > 1 else table.title
-        if value := table.constant:
-            yield (
-                table.key,
-                Constant(title, table.definition, table.data_key, value, table.names),
-            )
-            continue
-        yield (
-            table.key,
-            HeatMap(
-                title,
-                table.definition,
-                table.data_key,
-                table.run,
-                table.names,
-                table.bands,
-                columns(table.values, table.steps, width),
-                (int(table.steps[0]), int(table.steps[-1])),
-                scales[table.key.pattern],
-                table.tallest,
-            ),
-        )
+    values: dict[str, list[np.ndarray]] = {}
+    for key, heat in maps:
+        values.setdefault(key.pattern, []).append(heat.table.ravel())
+    for key, heat in maps:
+        title = f"{heat.title} · {runs[heat.run]}" if len(runs) > 1 else heat.title
+        if value := heat.constant:
+            yield key, Constant(title, heat.definition, heat.key, value, heat.names)
+        else:
+            scale = Scale.around(np.concatenate(values[key.pattern]), spread=10, pad=0)
+            yield key, replace(heat.drawn(width, scale), title=title)
 
 
-def _element_tables(metrics: _Metrics) -> Iterator[_Table]:
+def _element_maps(metrics: _Metrics) -> Iterator[tuple[Key, HeatMap]]:
     """Layers or matrices as rows; matrices of one kind lie together, layer under layer."""
     for pattern, by_run in metrics.maps.items():
         key = metrics.keys[pattern]
@@ -306,20 +258,17 @@ def _element_tables(metrics: _Metrics) -> Iterator[_Table]:
                 families.setdefault(kind, []).append((numbers, name))
             names = [name for rows in families.values() for _, name in sorted(rows)]
             steps = np.unique(np.concatenate([series.steps for series in elements.values()]))
-            values = np.full((len(names), len(steps)), np.nan)
-            for row, name in zip(values, names):
+            table = np.full((len(names), len(steps)), np.nan)
+            for row, name in zip(table, names):
                 row[np.searchsorted(steps, elements[name].steps)] = elements[name].values
             kind = "layer" if all(re.fullmatch(r"layer_\d+", name) for name in names) else "matrix"
-            title = f"{key.title}, every {kind}"
             if len(names) > MOST_ROWS:
-                names, values = _fewer_rows(names, values)
-            bands = _bands(names, kind == "layer")
-            yield _Table(
-                key, title, pattern, run, names, bands, values, steps, key.definition, TALLEST
-            )
+                names, table = _fewer_rows(names, table)
+            title, bands = f"{key.title}, every {kind}", _bands(names, kind == "layer")
+            yield key, HeatMap(pattern, run, title, key.definition, names, bands, table, steps)
 
 
-def _fewer_rows(names: list[str], values: np.ndarray) -> tuple[list[str], np.ndarray]:
+def _fewer_rows(names: list[str], table: np.ndarray) -> tuple[list[str], np.ndarray]:
     """The matrices of a family that only their later numbers tell apart, which are a layer's
     experts, in one row."""
     groups: dict[str, list[int]] = {}
@@ -327,7 +276,7 @@ def _fewer_rows(names: list[str], values: np.ndarray) -> tuple[list[str], np.nda
         kind, numbers = family(name)
         kind = kind.replace("*", str(numbers[0]), 1) if numbers else name
         groups.setdefault(kind, []).append(row)
-    return list(groups), merge_rows(values, list(groups.values()))
+    return list(groups), merge_rows(table, list(groups.values()))
 
 
 def _bands(names: Sequence[str], layers: bool) -> list[tuple[str, int]]:
@@ -349,27 +298,17 @@ def _some_labels(labels: Sequence[str], all_of: int, about: int) -> list[tuple[s
     return [(label if row % every == 0 else "", 1) for row, label in enumerate(labels)]
 
 
-def _list_tables(metrics: _Metrics) -> Iterator[_Table]:
+def _list_maps(metrics: _Metrics) -> Iterator[tuple[Key, HeatMap]]:
     """Entries of a list, such as experts, as rows."""
     for name, by_run in metrics.tables.items():
         key = metrics.keys[name]
         for run, series in enumerate(by_run):
             if series is None:
                 continue
-            count = series.values.shape[1]
-            names = [str(row) for row in range(count)]
+            table, steps = series.values.T, series.steps
+            names = [str(row) for row in range(len(table))]
             element = re.sub(r"_0*(\d)", r" \1", key.element or "")
             title = f"{key.title}, {element}" if element else key.title
-            even = f"; even is 1/{count}" if key.metric == "load" else ""
-            yield _Table(
-                key,
-                title,
-                name,
-                run,
-                names,
-                _some_labels(names, 8, 4),
-                series.values.T,
-                series.steps,
-                key.definition + even,
-                TALLEST_OF_MANY,
-            )
+            about = key.definition + (f"; even is 1/{len(table)}" if key.metric == "load" else "")
+            bands, tallest = _some_labels(names, 8, 4), TALLEST_OF_MANY
+            yield key, HeatMap(name, run, title, about, names, bands, table, steps, tallest)

@@ -18,16 +18,6 @@ SECTIONS = {
     "moe": "Experts",
     "other": "Other metrics",
 }
-ABOUT = {
-    "stability": "Means over layers as curves, every layer as a row of a map. They should stay"
-    " bounded and not grow with training.",
-    "optimizer": "The update is W ← (1 − η λ_d) W − η r̂ D, with trust ratio r = ‖W‖ / (c ‖D‖ + ε)"
-    " and r̂ = clip(r). Norms are Frobenius norms.",
-    "spectrum": "Singular values σ_1 ≥ σ_2 ≥ … of M̂, the momentum that is orthogonalized, or of"
-    " gradients where it says so: means over matrices as curves, every matrix as a row of a map.",
-    "moe": "Loads count the step's routed tokens over all layers' experts. An even load is the aim"
-    " of the balance loss.",
-}
 STATISTICS = {"mean": "mean", "min": "smallest", "max": "largest"}
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from archscale.report.scale import Scale, number
+from archscale.report.scale import FLAT, Scale, columns, number
 
 COLORMAP = "viridis"
 LEVELS = 218  # the most of which no two have one color in 8 bits, so that values can be read back
 TALLEST = 480  # pixels
+UNIT = Scale(0.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -23,20 +24,38 @@ class HeatMap:
     Attributes:
         key: of metrics.jsonl, with `*` in place of each of `names`, one a row.
         bands: (label, number of rows) from top to bottom.
-        table: (rows, columns), columns of equal width over `steps`, first and last.
+        table: (rows, n), at `steps` (n,); as drawn, in columns of equal width from the first to the
+            last.
         tallest: most pixels of height.
     """
 
-    title: str
-    definition: str
     key: str
     run: int
+    title: str
+    definition: str
     names: Sequence[str]
     bands: Sequence[tuple[str, int]]
     table: np.ndarray
-    steps: tuple[int, int]
-    scale: Scale
+    steps: np.ndarray
     tallest: int = TALLEST
+    scale: Scale = UNIT
+
+    @property
+    def constant(self) -> str:
+        """Its value if it has only one."""
+        finite = self.table[np.isfinite(self.table)]
+        if not len(finite):
+            return "none"
+        return number(float(finite[0])) if np.ptp(finite) <= FLAT * np.abs(finite).max() else ""
+
+    @property
+    def ends(self) -> tuple[int, int]:
+        """First and last step."""
+        return int(self.steps[0]), int(self.steps[-1])
+
+    def drawn(self, count: int, scale: Scale) -> HeatMap:
+        """In at most `count` columns."""
+        return replace(self, table=columns(self.table, self.steps, count), scale=scale)
 
     @property
     def height(self) -> int:
@@ -67,7 +86,8 @@ class HeatMap:
         return max(len(label) for label, _ in self.bands)
 
     @property
-    def ends(self) -> tuple[str, str]:
+    def bounds(self) -> tuple[str, str]:
+        """Lowest and highest value of the colors."""
         return number(self.scale.lo, 3), number(self.scale.hi, 3)
 
     @property

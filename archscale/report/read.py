@@ -142,8 +142,9 @@ def _parse(run: RunRecord, lines: list[bytes]) -> None:
     axes: dict[int, tuple[int, float, float]] = {}
     # Stable: of two lines of one step the later one counts.
     for row in sorted(filter(None, rows.values()), key=lambda row: row["step"]):
-        step, time = int(row["step"]), row.get("time")
-        axes[step] = (step, float(row["tokens"]), float(time) if is_number(time) else math.nan)
+        step = int(row["step"])
+        time = float(row["time"]) if is_number(row.get("time")) else math.nan
+        axes[step] = (step, float(row["tokens"]), time)
         values = {key: value for key, value in row.items() if key not in _AXES}
         for key, value in values.items():
             if key != "event":

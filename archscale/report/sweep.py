@@ -30,22 +30,6 @@ from archscale.report.scale import compact, number
 from archscale.report.sweep_figures import SweepFigure, make_figures
 from archscale.report.sweep_tables import TableRow, csv_text, make_tables
 
-SECTIONS = {  # title, table
-    "flops": ("Loss against training FLOPs", "curves"),
-    "bowls": ("Loss against {tuned}", "optima"),
-    "optima": ("How the optimal {tuned} moves", ""),
-    "drift": ("Transfer: how the optimum drifts", "drift"),
-    "leverage": ("Compute-efficiency leverage", "leverage"),
-    "stability": ("Indicators over scale", "stability"),
-    "others": ("Other axes of the grid", ""),
-    "indicators": ("Indicators at each one's best setting", "indicators"),
-}
-WITHOUT_FIGURES = (
-    "optima",
-    "drift",
-    "leverage",
-    "indicators",
-)  # tables that are shown all the same
 OPEN_ROWS = 24  # of a table that is open at first
 LONG = 44  # letters of a cell from which on it is broken into lines
 NARROW = 105  # letters of a table that has room beside a figure
@@ -113,16 +97,6 @@ class ShownTable:
         return sum(letters) + 3 * len(letters) < NARROW
 
 
-@dataclass(frozen=True)
-class ShownSection:
-    """Figures, each with its panels as SVG, and a table."""
-
-    name: str
-    title: str
-    figures: list[tuple[SweepFigure, list[str]]]
-    table: ShownTable | None
-
-
 def _render(
     sweep: SweepRecord,
     analysis: Analysis,
@@ -142,7 +116,9 @@ def _render(
         tiles=_tiles(sweep, analysis),
         problems=problems(sweep, analysis),
         findings=findings(analysis),
-        sections=_sections(analysis, figures, tables),
+        tuned=name_of(analysis.axes.tuned) if analysis.axes.tuned else "size",
+        figures=[(figure, _panels(figure)) for figure in figures],
+        tables={name: _table(name, rows, analysis.constant) for name, rows in tables.items()},
         constant=constant,
         folder=quote(folder),
         fits=[_fit(sweep, fit) for fit in analysis.fits],
@@ -190,25 +166,10 @@ def _tiles(sweep: SweepRecord, analysis: Analysis) -> list[Tile]:
     return tiles
 
 
-def _sections(
-    analysis: Analysis, figures: Sequence[SweepFigure], tables: Mapping[str, list[TableRow]]
-) -> list[ShownSection]:
-    tuned = name_of(analysis.axes.tuned) if analysis.axes.tuned else "size"
-    sections = []
-    for name, (title, table) in SECTIONS.items():
-        own = [(figure, _panels(figure)) for figure in figures if figure.section == name]
-        shown = None
-        if table in tables and (own or table in WITHOUT_FIGURES):
-            shown = _table(table, tables[table], without=analysis.constant)
-        if own or shown:
-            sections.append(ShownSection(name, title.format(tuned=tuned), own, shown))
-    return sections
-
-
 def _panels(figure: SweepFigure) -> list[str]:
     return [
-        inline(svg_text(draw([panel])), panel.finding, f"{figure.name}{number_}")
-        for number_, panel in enumerate(figure.panels)
+        inline(svg_text(draw([panel])), panel.finding, f"{figure.name}{place}")
+        for place, panel in enumerate(figure.panels)
     ]
 
 

@@ -35,12 +35,11 @@ BEYOND = 4.0  # factor up to which a bowl is drawn beyond what was tried
 
 @dataclass(frozen=True)
 class SweepFigure:
-    """A figure: file name without ending, section of the page, caption, panels, how many of them in
-    a row of the file."""
+    """A figure: file name without ending, section of the page, panels, how many of them in a row of
+    the file."""
 
     name: str
     section: str
-    caption: str
     panels: list[Panel]
     columns: int = 3
 
@@ -82,14 +81,7 @@ def _flops(analysis: Analysis) -> Iterator[SweepFigure]:
             words.append(f"{label}{law}, lowest {losses.min():.4f}")
         panel.finding = f"{panel.title} against training FLOPs. {'; '.join(words)}."
         panels.append(panel)
-    yield SweepFigure(
-        "flops",
-        "flops",
-        "A point is a combination at its own best setting, with the interval of its bowl's minimum;"
-        " lines are power laws with the interval of the law as a band.",
-        panels,
-        columns=2,
-    )
+    yield SweepFigure("flops", "flops", panels, columns=2)
 
 
 def _law(fit: Fit, look: dict[str, Any], band: bool = False) -> Curve:
@@ -113,15 +105,7 @@ def _bowls(analysis: Analysis) -> Iterator[SweepFigure]:
             places = [_place(analysis, member, numbers) for member in part]
             panels.append(_bowl(analysis, ", ".join(key), list(zip(labels, part, places))))
     for count, part in enumerate(_chunks(panels, MOST_PANELS), 1):
-        yield SweepFigure(
-            f"bowls{f'_{count}' if count > 1 else ''}",
-            "bowls",
-            "Small dots are seeds, marks their mean ± standard error, curves the fitted parabola in"
-            " the logarithm, dashed beyond the values that it was fitted to, stars its minimum with"
-            " the interval of the optimum. A ring around the best mark: it lies at the edge of the"
-            " grid.",
-            part,
-        )
+        yield SweepFigure(f"bowls{f'_{count}' if count > 1 else ''}", "bowls", part)
 
 
 def _bowl_groups(analysis: Analysis) -> dict[tuple[str, ...], list[Combination]]:
@@ -218,13 +202,7 @@ def _optima(analysis: Analysis) -> Iterator[SweepFigure]:
         panels = [panel for panel in panels if panel.curves]
         for count, part in enumerate(_chunks(panels, MOST_PANELS), 1):
             yield SweepFigure(
-                f"optimum_{_file(along)}{f'_{count}' if count > 1 else ''}",
-                "optima",
-                f"Optimal {_tuned(analysis)} against {name_of(along)}: minima of the bowls with"
-                " intervals, and the power law through them. Hollow: no bowl could be fitted, the"
-                " best value tried. Dashed: the slope that the parameterization's own rules"
-                " expect.",
-                part,
+                f"optimum_{_file(along)}{f'_{count}' if count > 1 else ''}", "optima", part
             )
 
 
@@ -312,14 +290,7 @@ def _forest(analysis: Analysis) -> Iterator[SweepFigure]:
             panel.finding = f"Exponents {panel.title}: {'; '.join(words)}"
             panels.append(panel)
     if panels:
-        yield SweepFigure(
-            "drift",
-            "drift",
-            "Slope of log₂ of the optimum for each doubling, with intervals; 0 is transfer. A bar |"
-            " marks what the parameterization's rules expect where that is not 0.",
-            panels,
-            columns=2,
-        )
+        yield SweepFigure("drift", "drift", panels, columns=2)
 
 
 def _leverage(analysis: Analysis) -> Iterator[SweepFigure]:
@@ -351,14 +322,7 @@ def _leverage(analysis: Analysis) -> Iterator[SweepFigure]:
         )
         panels.append(panel)
     if panels:
-        yield SweepFigure(
-            "leverage",
-            "leverage",
-            "How many times the FLOPs of the other curve are needed for the same loss, with"
-            " intervals: the ratio of two fitted power laws over the FLOPs that both cover.",
-            panels,
-            columns=2,
-        )
+        yield SweepFigure("leverage", "leverage", panels, columns=2)
 
 
 def _stability(analysis: Analysis) -> Iterator[SweepFigure]:
@@ -368,13 +332,7 @@ def _stability(analysis: Analysis) -> Iterator[SweepFigure]:
             for name in analysis.indicators
             for panel in _against(analysis, name, "flops", analysis.axes.others)
         ]
-        yield SweepFigure(
-            "stability",
-            "stability",
-            "Last value of each run, at each combination's own best setting, mean over seeds."
-            " Bounded indicators stay level.",
-            panels,
-        )
+        yield SweepFigure("stability", "stability", panels)
 
 
 def _others(analysis: Analysis) -> Iterator[SweepFigure]:
@@ -384,8 +342,6 @@ def _others(analysis: Analysis) -> Iterator[SweepFigure]:
         yield SweepFigure(
             f"by_{_file(along)}",
             "others",
-            f"Against {name_of(along)}, at each one's own best setting: the minimum of the bowl"
-            " with its interval where there is one, indicators as means over seeds.",
             [panel for name in names for panel in _against(analysis, name, along, rest)],
         )
 

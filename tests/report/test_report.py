@@ -505,7 +505,8 @@ def test_a_map_s_colors_are_its_values(tmp_path):
     """Read back as the script does, by color; no value is transparent."""
     values = np.array([[0.0, 0.5, np.nan, 1.0], [0.25, 0.75, 0.1, 0.9]])
     scale = Scale(0.0, 1.0)
-    heat = HeatMap("t", "", "k/*", 0, ["a", "b"], [("a", 1), ("b", 1)], values, (1, 4), scale)
+    bands, steps = [("a", 1), ("b", 1)], np.array([1, 2, 3, 4])
+    heat = HeatMap("k/*", 0, "t", "", ["a", "b"], bands, values, steps).drawn(4, scale)
     kind, _, content = heat.image.partition(",")
     assert kind == "data:image/webp;base64"
     pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGBA"))
