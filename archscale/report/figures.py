@@ -236,13 +236,16 @@ def _maps(metrics: _Metrics, runs: Sequence[str]) -> Iterator[tuple[Key, HeatMap
     values: dict[str, list[np.ndarray]] = {}
     for key, heat in maps:
         values.setdefault(key.pattern, []).append(heat.table.ravel())
+    scales = {
+        pattern: Scale.around(np.concatenate(tables), spread=10, pad=0)
+        for pattern, tables in values.items()
+    }
     for key, heat in maps:
         title = f"{heat.title} · {runs[heat.run]}" if len(runs) > 1 else heat.title
         if value := heat.constant:
             yield key, Constant(title, heat.definition, heat.key, value, heat.names)
         else:
-            scale = Scale.around(np.concatenate(values[key.pattern]), spread=10, pad=0)
-            yield key, replace(heat.drawn(width, scale), title=title)
+            yield key, replace(heat.drawn(width, scales[key.pattern]), title=title)
 
 
 def _element_maps(metrics: _Metrics) -> Iterator[tuple[Key, HeatMap]]:

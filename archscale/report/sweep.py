@@ -32,7 +32,7 @@ from archscale.report.sweep_tables import TableRow, csv_text, make_tables
 
 OPEN_ROWS = 24  # of a table that is open at first
 LONG = 44  # letters of a cell from which on it is broken into lines
-NARROW = 105  # letters of a table that has room beside a figure
+NARROW = 118  # letters of a table that has room beside a figure
 
 
 def write_sweep_page(sweep: SweepRecord, analysis: Analysis, path: Path) -> None:
