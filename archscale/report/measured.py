@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -153,14 +153,14 @@ def plan_rows(run: RunRecord) -> list[Comparison]:
     seconds, speed = _median(run, "step_seconds"), _median(run, "tokens_per_second")
     planned_speed = budget / device["seconds"] if device.get("seconds") and budget else None
     rows = [
-        _exactly("parameters", run.planned("model", "parameters", "total"), _built(run)),
-        _progressed("steps", run.planned("training", "steps"), step),
-        _progressed("tokens", _target(run), tokens),
+        _parameters(run),
+        _progress_of("steps", run.planned("training", "steps"), step),
+        _progress_of("tokens", _target(run), tokens),
         *_flops(run, tokens),
-        _times_planned("highest learning rate", _text, planned_lr, peak),
-        _times_planned("time of a step", _duration, device.get("step_seconds"), seconds, "median"),
-        _times_planned("tokens/s", _text, planned_speed, speed, "median"),
-        _times_planned("training time", _duration, device.get("seconds"), run.seconds),
+        _compare("highest learning rate", planned_lr, peak),
+        _compare("time of a step", device.get("step_seconds"), seconds, _duration, "median"),
+        _compare("tokens/s", planned_speed, speed, note="median"),
+        _compare("training time", device.get("seconds"), run.seconds, _duration),
         _mfu(run, device, speed),
         *_sizes(run),
     ]
@@ -171,7 +171,7 @@ def plan_rows(run: RunRecord) -> list[Comparison]:
 def _flops(run: RunRecord, tokens: float | None) -> Iterator[Comparison]:
     if per_token := run.flops_per_token:
         done = None if tokens is None else tokens * per_token
-        yield _progressed("training FLOPs", run.planned("flops", "total"), done)
+        yield _progress_of("training FLOPs", run.planned("flops", "total"), done)
 
 
 def _sizes(run: RunRecord) -> Iterator[Comparison]:
@@ -200,36 +200,37 @@ def _built(run: RunRecord) -> int | None:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def _exactly(name: str, planned: float | None, measured: float | None) -> Comparison:
-    """A difference is worth a warning."""
-    note, kind = "", ""
-    if planned and measured is not None:
-        same = math.isclose(planned, measured, rel_tol=1e-6)
-        note = "as planned" if same else f"{measured / planned:.4g} × planned"
-        kind = "" if same else "bad"
-    return Comparison(name, _text(planned), _text(measured), note, kind)
-
-
-def _progressed(name: str, planned: float | None, measured: float | None) -> Comparison:
-    note = ""
-    if planned and measured is not None:
-        same = math.isclose(planned, measured, rel_tol=1e-6)
-        note = "as planned" if same else f"{measured / planned:.1%}"
-    return Comparison(name, _text(planned), _text(measured), note)
-
-
-def _times_planned(
+def _compare(
     name: str,
-    write: Callable[[float | None], str],
     planned: float | None,
     measured: float | None,
+    write: Callable[[float | None], str] | None = None,
     note: str = "",
+    tolerance: float = 1e-3,
 ) -> Comparison:
     """`note`: what is measured, said where there is no plan to compare it with."""
+    write = write or _text
     if planned and measured is not None:
-        same = math.isclose(planned, measured, rel_tol=1e-3)
+        same = math.isclose(planned, measured, rel_tol=tolerance)
         note = "as planned" if same else f"{measured / planned:.3g} × planned"
     return Comparison(name, write(planned), write(measured), note if measured is not None else "")
+
+
+def _progress_of(name: str, planned: float | None, measured: float | None) -> Comparison:
+    """Of what grows until the run ends."""
+    row = _compare(name, planned, measured, tolerance=1e-6)
+    if planned and measured is not None and row.note != "as planned":
+        return replace(row, note=f"{measured / planned:.1%}")
+    return row
+
+
+def _parameters(run: RunRecord) -> Comparison:
+    """A difference is worth a warning."""
+    planned, built = run.planned("model", "parameters", "total"), _built(run)
+    row = _compare("parameters", planned, built, tolerance=1e-6)
+    if planned and built is not None and row.note != "as planned":
+        return replace(row, note=f"{built / planned:.4g} × planned", kind="bad")
+    return row
 
 
 def _duration(seconds: float | None) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import yaml
+
 from archscale.files import REPORT, write_atomically
 from archscale.fit.text import render as fits_as_text
 from archscale.report.findings import findings, problems
@@ -107,12 +109,13 @@ def _render(
 ) -> str:
     """The whole file. `page` is where it will lie, for links; `folder` has its tables and
     figures."""
+    done = f"{len(sweep.table.rows)} of {len(sweep.values)}"
     constant = {parse_key(key).title: number(value) for key, value in analysis.constant.items()}
     return render_page(
         "sweep.html",
         title=sweep.name,
         state=_state(sweep),
-        lead=_lead(sweep, analysis),
+        lead="; ".join(filter(None, [f"{done} runs finished", _missing(sweep, analysis)])),
         tiles=_tiles(sweep, analysis),
         problems=problems(sweep, analysis),
         findings=findings(analysis),
@@ -123,7 +126,11 @@ def _render(
         folder=quote(folder),
         fits=[_fit(sweep, fit) for fit in analysis.fits],
         notes=analysis.notes,
-        grid=_grid(sweep.grid),
+        grid=yaml.safe_dump(
+            {key: value for key, value in sweep.grid.items() if value not in (None, [], {})},
+            sort_keys=False,
+            allow_unicode=True,
+        ),
         runs=_runs_table(sweep, tables.get("runs", []), page),
         environment=_environment(sweep),
     )
@@ -135,21 +142,20 @@ def _state(sweep: SweepRecord) -> State:
     return State(word, kind, done / max(1, planned))
 
 
-def _lead(sweep: SweepRecord, analysis: Analysis) -> str:
-    """How many runs are there, failed, missing or without a result."""
-    parts = [f"{len(sweep.table.rows)} of {len(sweep.values)} runs finished"]
+def _missing(sweep: SweepRecord, analysis: Analysis) -> str:
+    """How many runs failed, are missing or have no result."""
     counts = {
         "failed": len(sweep.failed),
         "not finished or not started": len(sweep.unfinished),
         "without a finite loss": len(analysis.diverged),
     }
-    return "; ".join(parts + [f"{count} {state}" for state, count in counts.items() if count])
+    return "; ".join(f"{count} {state}" for state, count in counts.items() if count)
 
 
 def _tiles(sweep: SweepRecord, analysis: Analysis) -> list[Tile]:
-    runs, _, rest = _lead(sweep, analysis).partition("; ")
+    done = f"{len(sweep.table.rows)} / {len(sweep.values)}"
     tiles = [
-        Tile("runs", runs.removesuffix(" runs finished").replace(" of ", " / "), rest),
+        Tile("runs", done, _missing(sweep, analysis)),
         Tile("groups", str(len(analysis.arms)), ", ".join(analysis.arms)[:120]),
     ]
     column = sweep.table.columns.get("flops", [])
@@ -223,24 +229,6 @@ def _fit(sweep: SweepRecord, fit: GridFit) -> tuple[str, str, str]:
     listed = set(sweep.table.left_out)  # in the table of runs
     excluded = [pair for pair in fit.fits.excluded if pair not in listed]
     return title, fits_as_text(replace(fit.fits, excluded=excluded)), ""
-
-
-def _grid(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The grid as its file has it, in words."""
-    shown: dict[str, Any] = {"base": content.get("base")}
-    axes = content.get("axes")
-    if isinstance(axes, dict):
-        shown |= {key: ", ".join(map(_text, values)) for key, values in axes.items()}
-    for number_, part in enumerate(content.get("zip") or [], 1):
-        points = part if isinstance(part, list) else [part]
-        shown[f"moving together {number_}"] = "; ".join(map(_text, points))
-    shown |= {f"{key} =": _text(value) for key, value in (content.get("derive") or {}).items()}
-    shown["where"] = content.get("where") or None
-    seeds = content.get("seeds")
-    shown["seeds"] = ", ".join(map(str, seeds)) if isinstance(seeds, list) else "the base's"
-    told = {"name", "base", "axes", "zip", "derive", "where", "seeds", "fit"}
-    rest = {key: value for key, value in content.items() if key not in told}
-    return shown | {key: _text(value) for key, value in rest.items() if value not in (None, [], {})}
 
 
 def _text(value: Any) -> str:
