@@ -391,17 +391,21 @@ def generate(
 @app.command()
 def report(
     run: Annotated[
-        Path, typer.Argument(help="Directory of a run or of a sweep, which may still be going on.")
+        list[Path],
+        typer.Argument(
+            help=(
+                "Directory of a run or of a sweep, which may still be going on; or several of"
+                " runs, to see them side by side."
+            )
+        ),
     ],
-    other: Annotated[
-        Path | None, typer.Argument(help="A second run, to see both side by side.")
-    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             help=(
                 "File to write; default RUN/report.html, for two runs RUN/report_and_<name of the"
-                " other>.html. "
+                " other>.html, for more RUN/report_and_<name of the second>_and_<number>_more.html."
+                " "
                 "Figures (SVG, PNG) and tables (CSV) of a sweep lie beside it, in a folder of its"
                 " name."
             )
@@ -416,7 +420,7 @@ def report(
     """
     from archscale.sweep.pages import write_report
 
-    path = write_report([run] if other is None else [run, other], out)
+    path = write_report(run, out)
     print(f"{path}: {path.stat().st_size / 1e6:.2f} MB")
 
 

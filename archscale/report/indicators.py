@@ -1,4 +1,5 @@
-"""What each metric is called and means, in which section it stands, and how keys come apart.
+"""The registry of metrics: what each is called, means, is measured in, and in which section it
+stands; and how keys come apart.
 
 A metric that is not in the table is drawn all the same, under its own key.
 """
@@ -17,132 +18,119 @@ SECTIONS = {
     "moe": "Experts",
     "other": "Other metrics",
 }
-ABOUT = {
-    "stability": (
-        "Means over layers as curves, every layer as a row of a map. They should stay bounded and"
-        " not grow with training."
-    ),
-    "optimizer": (
-        "The update is W ← (1 − η λ_d) W − η r̂ D, with trust ratio r = ‖W‖ / (c ‖D‖ + ε) and r̂ ="
-        " clip(r). Norms are Frobenius norms."
-    ),
-    "spectrum": (
-        "Singular values σ_1 ≥ σ_2 ≥ … of M̂, the momentum that is orthogonalized, or of gradients"
-        " where it says so: means over matrices as curves, every matrix as a row of a map."
-    ),
-    "moe": (
-        "Loads count the step's routed tokens over all layers' experts. An even load is the aim of"
-        " the balance loss."
-    ),
-}
-# metric (last parts of its key) → title, definition
-INDICATORS = {
-    "loss": (
-        "Training loss",
-        "mean cross-entropy of the step's target tokens, nats per token, without the balance loss",
-    ),
-    "val_loss": ("Validation loss", "mean cross-entropy on held-out text, nats per token"),
-    "val_bits_per_byte": (
-        "Validation bits per byte",
-        "held-out cross-entropy in bits per UTF-8 byte, the same for every tokenizer",
-    ),
-    "aux_loss": (
-        "Balance loss",
-        "weighted auxiliary loss that evens the experts' load; beside the training loss, not in it",
-    ),
-    "lr": ("Learning rate", "of the matrices"),
-    "grad_norm": ("Gradient norm", "global L2 norm of all gradients, before clipping"),
-    "tokens_per_second": ("Tokens per second", "over all processes, mean of a reading group"),
-    "step_seconds": ("Seconds per step", "mean of a reading group"),
-    "mfu": ("MFU", "model FLOPs utilization: useful training FLOP/s over the devices' peak"),
-    "attention_z": (
-        "Attention Z-value",
-        "mean of LSE², LSE = log-sum-exp of the scaled attention logits",
-    ),
-    "router_z": ("Router Z-value", "mean over tokens of LSE² of the router logits"),
-    "attention_output_rms": (
-        "Attention output RMS",
-        "√mean(h²) of the attention branch's output h, after the depth multiplier",
-    ),
-    "mlp_output_rms": (
-        "MLP output RMS",
-        "√mean(h²) of the MLP or expert branch's output h, after the depth multiplier",
-    ),
-    "attention_outlier_pct": (
-        "Attention outliers",
-        (
-            "per cent of entries of the attention output with |h − mean| > 5 std, per token over"
-            " features"
-        ),
-    ),
-    "mlp_outlier_pct": (
-        "MLP outliers",
-        "per cent of entries of the MLP output with |h − mean| > 5 std, per token over features",
-    ),
-    "trust_ratio": ("Trust ratio", "r = ‖W‖ / (c ‖D‖ + ε), before the clip"),
-    "clipped_ratio": ("Clipped trust ratio", "r̂ = clip(r), what the update uses"),
-    "clipped": ("Clipped", "1 where the trust ratio was outside its bounds"),
-    "clip_fraction": (
-        "Share clipped",
-        "share of matrices whose trust ratio was outside its bounds",
-    ),
-    "calibration": ("Calibration", "c, set at a matrix's first step so that its first ratio is 1"),
-    "effective_decay": (
-        "Effective decay",
-        "η r̂ λ, the share of a weight that decay takes in a step",
-    ),
-    "relative_update": ("Relative update", "‖ΔW‖ / ‖W‖ of a step"),
-    "weight_norm": ("Weight norm", "‖W‖"),
-    "norm_drift": ("Weight norm drift", "‖W‖ / ‖W₀‖ − 1, W₀ at initialization"),
-    "weight_norm_drift": ("Weight norm drift", "largest |‖W‖ / ‖W₀‖ − 1| over matrices"),
-    "orthogonality_residual": (
-        "Orthogonality residual",
-        "‖QQᵀ − I‖ / √m of the short side m: how far Q is from orthogonal",
-    ),
-    "sigma_max": ("Largest singular value", "σ_max"),
-    "sigma_mean": (
-        "Mean singular value",
-        "σ̄ = ‖·‖_* / rank; the largest stable step of an orthogonalized update follows it",
-    ),
-    "effective_rank": ("Effective rank", "‖·‖_*² / ‖·‖²: how many directions carry the matrix"),
-    "flattening_gain": (
-        "Flattening gain",
-        "σ_max / σ̄: how much larger steps orthogonalization allows",
-    ),
-    "nuclear_norm": ("Nuclear norm", "Σ ‖G‖_* over matrices: OrScale's criterion of convergence"),
-    "heterogeneity_gain": (
-        "Heterogeneity gain",
-        "what a step size for each matrix would gain over one for all; 1 where all σ̄ are equal",
-    ),
-    "wait_seconds": (
-        "Wait for the slowest rank",
-        (
-            "seconds a step that another rank waits in the first collective for the one that"
-            " arrives last"
-        ),
-    ),
-    "rank": ("Slowest rank", "the one that arrives last"),
-    "max_violation": (
-        "Largest load violation",
-        "largest load / mean load − 1, mean over layers; 0 is even",
-    ),
-    "load_entropy": (
-        "Load entropy",
-        "−Σ f ln f over the shares f of the experts, nats; ln(experts) is even",
-    ),
-    "load": ("Expert load", "share of the routed tokens that each expert takes"),
-}
-_SECTION_OF = {
-    "loss": "loss",
-    "val_loss": "loss",
-    "val_bits_per_byte": "loss",
-    "aux_loss": "moe",
-    **dict.fromkeys(("lr", "grad_norm", "tokens_per_second", "step_seconds", "mfu"), "training"),
-}
-_QUALIFIERS = {
-    "gradient",
-    "matrix",
-}  # parts of a key that say what kind of thing follows, not which one
+STATISTICS = {"mean": "mean", "min": "smallest", "max": "largest"}
+
+
+# Key | section where it is drawn | title | unit, then what it means. `*` stands for a layer or a
+# matrix where only they have it; endings in braces are statistics over matrices.
+_TABLE = """
+loss | loss | Training loss | nats per token
+    mean cross-entropy of the step's target tokens, without the balance loss
+val_loss | loss | Validation loss | nats per token
+    mean cross-entropy on held-out text
+val_bits_per_byte | loss | Validation bits per byte | bits
+    held-out cross-entropy per UTF-8 byte, the same for every tokenizer
+aux_loss | moe | Balance loss
+    weighted auxiliary loss that evens the experts' load; beside the training loss, not in it
+lr | training | Learning rate
+    of the matrices
+grad_norm | training | Gradient norm
+    global L2 norm of all gradients, before clipping
+tokens_per_second | training | Tokens per second
+    over all processes, mean of a reading group
+step_seconds | training | Step time | seconds
+    mean of a reading group
+mfu | training | MFU
+    model FLOPs utilization: useful training FLOP/s over the devices' peak
+stability/attention_z | stability | Attention Z-value
+    mean of LSE², LSE = log-sum-exp of the scaled attention logits
+stability/router_z | stability | Router Z-value
+    mean over tokens of LSE² of the router logits
+stability/attention_output_rms | stability | Attention output RMS
+    √mean(h²) of the attention branch's output h, after the depth multiplier
+stability/mlp_output_rms | stability | MLP output RMS
+    √mean(h²) of the MLP or expert branch's output h, after the depth multiplier
+stability/attention_outlier_pct | stability | Attention outliers | per cent
+    entries of the attention output with |h − mean| > 5 std, per token over features
+stability/mlp_outlier_pct | stability | MLP outliers | per cent
+    entries of the MLP output with |h − mean| > 5 std, per token over features
+optimizer/trust_ratio_{mean,min,max} | optimizer | Trust ratio
+    r = ‖W‖ / (c ‖D‖ + ε), before the clip
+optimizer/matrix/*/clipped_ratio | optimizer | Clipped trust ratio
+    r̂ = clip(r), what the update uses
+optimizer/matrix/*/clipped | optimizer | Clipped
+    1 where the trust ratio was outside its bounds
+optimizer/clip_fraction | optimizer | Share clipped
+    share of matrices whose trust ratio was outside its bounds
+optimizer/calibration_{mean} | optimizer | Calibration
+    c, set at a matrix's first step so that its first ratio is 1
+optimizer/effective_decay | optimizer | Effective decay
+    η r̂ λ, the share of a weight that decay takes in a step
+optimizer/relative_update_{mean,max} | optimizer | Relative update
+    ‖ΔW‖ / ‖W‖ of a step
+optimizer/matrix/*/weight_norm | optimizer | Weight norm
+    ‖W‖
+optimizer/matrix/*/norm_drift | optimizer | Weight norm drift
+    ‖W‖ / ‖W₀‖ − 1, W₀ at initialization
+optimizer/weight_norm_drift | optimizer | Weight norm drift
+    largest |‖W‖ / ‖W₀‖ − 1| over matrices
+optimizer/orthogonality_residual | optimizer | Orthogonality residual
+    ‖QQᵀ − I‖ / √m of the short side m: how far Q is from orthogonal
+spectrum/sigma_max | spectrum | Largest singular value
+    σ_max
+spectrum/sigma_mean | spectrum | Mean singular value
+    σ̄ = ‖·‖_* / rank; the largest stable step of an orthogonalized update follows it
+spectrum/effective_rank | spectrum | Effective rank
+    ‖·‖_*² / ‖·‖²: how many directions carry the matrix
+spectrum/flattening_gain | spectrum | Flattening gain
+    σ_max / σ̄: how much larger steps orthogonalization allows
+spectrum/gradient/nuclear_norm | spectrum | Nuclear norm
+    Σ ‖G‖_* over matrices: OrScale's criterion of convergence
+spectrum/gradient/heterogeneity_gain | spectrum | Heterogeneity gain
+    what a step size for each matrix would gain over one for all; 1 where all σ̄ are equal
+straggler/wait_seconds | other | Wait for the slowest rank | seconds
+    how long another rank waits a step in the first collective for the one that arrives last
+straggler/rank | other | Slowest rank
+    the one that arrives last
+moe/max_violation | moe | Largest load violation
+    largest load / mean load − 1, mean over layers; 0 is even
+moe/load_entropy | moe | Load entropy | nats
+    −Σ f ln f over the shares f of the experts; ln(experts) is even
+moe/*/load | moe | Expert load
+    share of the routed tokens that each expert takes
+"""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A row of the registry; `keys` are those of metrics.jsonl that it is about."""
+
+    name: str
+    keys: tuple[str, ...]
+    section: str
+    title: str
+    unit: str
+    meaning: str
+
+    @property
+    def definition(self) -> str:
+        return f"{self.meaning}; {self.unit}" if self.unit else self.meaning
+
+
+def _registry() -> tuple[Metric, ...]:
+    metrics = []
+    for row in re.findall(r"^(\S.*)\n    (.*)$", _TABLE, re.MULTILINE):
+        key, section, title, unit = [*row[0].split(" | "), ""][:4]
+        stem, _, endings = key.rstrip("}").partition("_{")
+        keys = tuple(f"{stem}_{ending}" for ending in endings.split(",")) if endings else (key,)
+        metrics.append(Metric(stem.rpartition("/")[2], keys, section, title, unit, row[1]))
+    return tuple(metrics)
+
+
+REGISTRY = _registry()
+BY_NAME = {metric.name: metric for metric in REGISTRY}
+_PLACE = {metric.name: place for place, metric in enumerate(REGISTRY)}
+_QUALIFIERS = {"gradient", "matrix"}  # parts of a key that say what kind of thing follows
 
 
 @dataclass(frozen=True)
@@ -159,45 +147,41 @@ class Key:
     metric: str
 
     @property
+    def known(self) -> tuple[Metric | None, str]:
+        """The registry's row and the statistic of it, if any."""
+        if metric := BY_NAME.get(self.metric):
+            return metric, ""
+        stem, _, statistic = self.metric.rpartition("_")
+        return (BY_NAME.get(stem), statistic) if statistic in STATISTICS else (None, "")
+
+    @property
     def title(self) -> str:
+        metric, statistic = self.known
+        title = metric.title if metric else self.metric.replace("_", " ")
+        title += f", {STATISTICS[statistic]}" if metric and statistic else ""
         gradient = "gradient/" in self.pattern and "gradient" not in self.metric
-        return self._known()[0] + (" of the gradient" if gradient else "")
+        return title + (" of the gradient" if gradient else "")
 
     @property
     def definition(self) -> str:
-        return self._known()[1]
+        metric, statistic = self.known
+        over = f"; {STATISTICS[statistic]} over matrices" if statistic else ""
+        return metric.definition + over if metric else ""
 
-    def _known(self) -> tuple[str, str]:
-        if self.metric in INDICATORS:
-            return INDICATORS[self.metric]
-        stem, _, statistic = self.metric.rpartition("_")
-        if statistic in ("mean", "min", "max") and stem in INDICATORS:
-            word = {"mean": "mean", "min": "smallest", "max": "largest"}[statistic]
-            return f"{INDICATORS[stem][0]}, {word}", f"{INDICATORS[stem][1]}; {word} over matrices"
-        return self.metric.replace("_", " "), ""
+    @property
+    def order(self) -> tuple[int, str]:
+        """Place within a section: as in the registry, then by name."""
+        metric, _ = self.known
+        return (_PLACE[metric.name] if metric else len(REGISTRY)), self.pattern
 
 
 def parse_key(key: str) -> Key:
-    parts = key.split("/")
-    group = parts[0] if len(parts) > 1 else ""
-    section = (
-        group
-        if group in SECTIONS and group != "other"
-        else _SECTION_OF.get(key, "other")
-        if not group
-        else "other"
-    )
-    middle = parts[1:-1]
-    if middle and middle[-1] not in _QUALIFIERS:
-        return Key(section, "/".join([group, *middle[:-1], "*", parts[-1]]), middle[-1], parts[-1])
-    return Key(section, key, None, parts[-1])
-
-
-def order(key: Key) -> tuple[int, str]:
-    """Place within a section: as in the table, then by name."""
-    names = list(INDICATORS)
-    stem = key.metric if key.metric in INDICATORS else key.metric.rpartition("_")[0]
-    return (names.index(stem) if stem in INDICATORS else len(names)), key.pattern
+    *above, metric = key.split("/")
+    section = above[0] if above else BY_NAME[key].section if key in BY_NAME else "other"
+    section = section if section in SECTIONS else "other"
+    if len(above) > 1 and above[-1] not in _QUALIFIERS:
+        return Key(section, "/".join([*above[:-1], "*", metric]), above[-1], metric)
+    return Key(section, key, None, metric)
 
 
 _INDEX = re.compile(r"(?<=[._\[])\d+|^\d+")
@@ -206,7 +190,7 @@ _INDEX = re.compile(r"(?<=[._\[])\d+|^\d+")
 def family(element: str) -> tuple[str, tuple[int, ...]]:
     """What an element is one of, and its numbers: `blocks.3.mlp.up.weight[7]` →
     (`blocks.*.mlp.up.weight[*]`, (3, 7))."""
-    return _INDEX.sub("*", element), tuple(int(found) for found in _INDEX.findall(element))
+    return _INDEX.sub("*", element), tuple(int(index) for index in _INDEX.findall(element))
 
 
 def short(name: str) -> str:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from archscale.plan.text import duration, size
+from archscale.report.page import State, Tile
 from archscale.report.read import RunRecord, is_number, lookup
 from archscale.report.scale import compact, number
 
@@ -23,25 +24,27 @@ SHAPE = (
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line of a table, or one tile. `kind` colors it: "", good, bad."""
+class Comparison:
+    """A figure of the plan beside what was measured. `kind` colors it: "" or bad."""
 
     name: str
-    planned: str = ""
-    measured: str = ""
+    planned: str
+    measured: str
     note: str = ""
     kind: str = ""
 
 
-def state(run: RunRecord) -> tuple[str, str, float | None]:
-    """(in a word, its color, share of the planned steps)."""
+def state(run: RunRecord) -> State:
+    """How many of the planned steps are done."""
     planned = run.planned("training", "steps")
     if not len(run.steps):
-        return "no metrics yet", "partial", 0.0 if planned else None
+        return State("no metrics yet", "partial", 0.0 if planned else None)
     if planned is None:
-        return "length not known", "partial", None
+        return State("length not known", "partial", None)
     share = min(1.0, int(run.steps[-1]) / planned)
-    return ("finished", "good", share) if share >= 1 else (f"{share:.1%} done", "partial", share)
+    if share >= 1:
+        return State("finished", "good", share)
+    return State(f"{share:.1%} done", "partial", share)
 
 
 def trained(run: RunRecord) -> str:
@@ -66,121 +69,120 @@ def trained(run: RunRecord) -> str:
     return ", ".join(words) + by + (f" ({transfer})" if by and transfer else "") + "."
 
 
-def head(run: RunRecord) -> list[Row]:
+def tiles(run: RunRecord) -> list[Tile]:
     """How far, how good, how long, what went wrong."""
-    rows = []
-    if len(run.steps):
-        step, tokens = int(run.steps[-1]), float(run.tokens[-1])
-        planned = run.planned("training", "steps")
-        rows.append(Row("steps", "", f"{step:,}", f"of {planned:,.0f}" if planned else ""))
-        target = _target(run)
-        notes = [f"of {target:,.0f}"] if target else []
-        if per_token := run.flops_per_token:
-            notes.append(f"{compact(tokens * per_token)} training FLOPs")
-        rows.append(Row("tokens", "", number(tokens), "; ".join(notes)))
-        rows += _losses(run)
-        if (seconds := run.seconds) is not None:
-            rows.append(Row("training time", "", duration(seconds), _written(run)))
-        if (speed := _median(run, "tokens_per_second")) is not None:
-            rows.append(Row("tokens/s", "", number(speed), f"median; {_world(run)}"))
-    first = run.events[0] if run.events else None
-    if first:
-        text, kind = f"{len(run.events):,} event{'s' * (len(run.events) > 1)}", "bad"
-        note = f"first at step {first[0]:,}: {first[1][:80]}"
-    elif len(run.steps):
-        text, note, kind = "none recorded", "every number in the metrics is finite", "good"
-    else:
-        text, note, kind = "not known", "no metrics yet", ""
-    rows.append(Row("problems", "", text, note, kind))
-    return rows
+    return [*_progress(run), *_losses(run), *_speed(run), _problems(run)]
 
 
-def _losses(run: RunRecord) -> list[Row]:
-    rows = []
+def _progress(run: RunRecord) -> Iterator[Tile]:
+    if not len(run.steps):
+        return
+    planned, target = run.planned("training", "steps"), _target(run)
+    yield Tile("steps", f"{int(run.steps[-1]):,}", f"of {planned:,.0f}" if planned else "")
+    tokens = float(run.tokens[-1])
+    notes = [f"of {target:,.0f}"] if target else []
+    if run.flops_per_token:
+        notes.append(f"{compact(tokens * run.flops_per_token)} training FLOPs")
+    yield Tile("tokens", number(tokens), "; ".join(notes))
+
+
+def _losses(run: RunRecord) -> Iterator[Tile]:
     if (series := run.series.get("loss")) is not None and series.last is not None:
         count = max(1, len(series.values) // 100)
         tail = series.values[-count:]
-        mean = (
-            f"mean of the last {count}: {number(float(np.nanmean(tail)))}"
-            if count > 1 and np.isfinite(tail).any()
-            else ""
-        )
-        rows.append(Row("training loss", "", number(series.last), mean or "nats per token"))
+        several = count > 1 and np.isfinite(tail).any()
+        mean = f"mean of the last {count}: {number(float(np.nanmean(tail)))}" if several else ""
+        yield Tile("training loss", number(series.last), mean or "nats per token")
     if (series := run.series.get("val_loss")) is not None and series.last is not None:
         bits = run.series.get("val_bits_per_byte")
-        note = (
-            f"{number(bits.last)} bits per byte; "
-            if bits is not None and bits.last is not None
-            else ""
-        )
+        per_byte = number(bits.last) if bits is not None and bits.last is not None else ""
         best = float(np.nanmin(series.values))
-        where = "the best" if best == series.last else f"best {number(best)}"
-        rows.append(Row("validation loss", "", number(series.last), note + where))
-    return rows
+        notes = [f"{per_byte} bits per byte"] if per_byte else []
+        notes.append("the best" if best == series.last else f"best {number(best)}")
+        yield Tile("validation loss", number(series.last), "; ".join(notes))
+
+
+def _speed(run: RunRecord) -> Iterator[Tile]:
+    if run.seconds is not None:
+        yield Tile("training time", duration(run.seconds), _written(run))
+    if (speed := _median(run, "tokens_per_second")) is not None:
+        yield Tile("tokens/s", number(speed), f"median; {_world(run)}")
+
+
+def _problems(run: RunRecord) -> Tile:
+    if run.events:
+        (step, event), count = run.events[0], len(run.events)
+        note = f"first at step {step:,}: {event[:80]}"
+        return Tile("problems", f"{count:,} event{'s' * (count > 1)}", note, "bad")
+    if len(run.steps):
+        note = "every number in the metrics is finite"
+        return Tile("problems", "none recorded", note, "good")
+    return Tile("problems", "not known", "no metrics yet")
 
 
 def _written(run: RunRecord) -> str:
     """When the last line was written."""
     times = run.times[np.isfinite(run.times)]
-    return (
-        f"last metrics {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(float(times[-1])))}"
-        if len(times)
-        else ""
-    )
+    if not len(times):
+        return ""
+    return f"last metrics {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(float(times[-1])))}"
 
 
 def _world(run: RunRecord) -> str:
     count, device = run.environment.get("world_size"), run.environment.get("device")
-    return (
-        f"{count or '?'} × {device}"
-        if device
-        else f"{count} processes"
-        if count
-        else "device not known"
-    )
+    if device:
+        return f"{count or '?'} × {device}"
+    return f"{count} processes" if count else "device not known"
 
 
-def plan_rows(run: RunRecord) -> list[Row]:
-    """Figures of plan.json beside what the run directory shows."""
+def _device(run: RunRecord) -> dict[str, Any]:
+    """The plan's first device: its name and what is a number."""
     listed = run.plan.get("devices")
-    device = (
-        next((d for d in listed if isinstance(d, dict)), {}) if isinstance(listed, list) else {}
-    )
-    device = {key: value for key, value in device.items() if key == "device" or is_number(value)}
+    devices = [d for d in listed if isinstance(d, dict)] if isinstance(listed, list) else []
+    first = devices[0] if devices else {}
+    return {key: value for key, value in first.items() if key == "device" or is_number(value)}
+
+
+def plan_rows(run: RunRecord) -> list[Comparison]:
+    """Figures of plan.json beside what the run directory shows."""
+    device, budget = _device(run), run.planned("training", "tokens")
     step, tokens = (int(run.steps[-1]), float(run.tokens[-1])) if len(run.steps) else (None, None)
-    rows = [
-        _compare(
-            "parameters", run.planned("model", "parameters", "total"), _built(run), exact=True
-        ),
-        _compare("steps", run.planned("training", "steps"), step),
-        _compare("tokens", _target(run), tokens),
-    ]
-    if per_token := run.flops_per_token:
-        done = None if tokens is None else tokens * per_token
-        rows.append(_compare("training FLOPs", run.planned("flops", "total"), done))
     lr = run.series.get("lr")
     peak = float(np.nanmax(lr.values)) if lr is not None and lr.last is not None else None
     planned_lr = run.planned("parameterization", "roles", "matrix", "lr")
-    rows.append(_times_planned("highest learning rate", _text, planned_lr, peak))
     seconds, speed = _median(run, "step_seconds"), _median(run, "tokens_per_second")
-    rows.append(
-        _times_planned("time of a step", _duration, device.get("step_seconds"), seconds, "median")
-    )
-    budget = run.planned("training", "tokens")
     planned_speed = budget / device["seconds"] if device.get("seconds") and budget else None
-    rows.append(_times_planned("tokens/s", _text, planned_speed, speed, "median"))
-    rows.append(_times_planned("training time", _duration, device.get("seconds"), run.seconds))
-    rows.append(_mfu(run, device, speed))
-    if memory := run.planned("memory", "peak"):
-        rows.append(
-            Row("memory a device", size(memory), "n/a", "peak; the run does not record its own")
-        )
-    if disk := run.planned("checkpoint", "bytes"):
-        found = run.checkpoint
-        note = f"of step {found[0]:,}" if found else ""
-        rows.append(Row("a checkpoint", size(disk), size(found[1]) if found else "n/a", note))
+    rows = [
+        _parameters(run),
+        _progress_of("steps", run.planned("training", "steps"), step),
+        _progress_of("tokens", _target(run), tokens),
+        *_flops(run, tokens),
+        _compare("highest learning rate", planned_lr, peak),
+        _compare("time of a step", device.get("step_seconds"), seconds, _duration, "median"),
+        _compare("tokens/s", planned_speed, speed, note="median"),
+        _compare("training time", device.get("seconds"), run.seconds, _duration),
+        _mfu(run, device, speed),
+        *_sizes(run),
+    ]
     known = [row for row in rows if row.planned != "n/a" or row.measured != "n/a"]
     return [row for row in rows if row in known or (known and row.name == "MFU")]
+
+
+def _flops(run: RunRecord, tokens: float | None) -> Iterator[Comparison]:
+    if per_token := run.flops_per_token:
+        done = None if tokens is None else tokens * per_token
+        yield _progress_of("training FLOPs", run.planned("flops", "total"), done)
+
+
+def _sizes(run: RunRecord) -> Iterator[Comparison]:
+    if memory := run.planned("memory", "peak"):
+        note = "peak; the run does not record its own"
+        yield Comparison("memory a device", size(memory), "n/a", note)
+    if planned := run.planned("checkpoint", "bytes"):
+        step, written = run.checkpoint or (None, None)
+        measured = "n/a" if written is None else size(written)
+        note = "" if step is None else f"of step {step:,}"
+        yield Comparison("a checkpoint", size(planned), measured, note)
 
 
 def _target(run: RunRecord) -> float | None:
@@ -198,37 +200,37 @@ def _built(run: RunRecord) -> int | None:
     return sum(math.prod(shape) for shape in shapes)
 
 
-def _compare(name: str, planned: float | None, measured: float | None, exact: bool = False) -> Row:
-    """`exact`: a difference is worth a warning; otherwise measured is progress towards planned."""
-    note, kind = "", ""
-    if planned and measured is not None:
-        same = math.isclose(planned, measured, rel_tol=1e-6)
-        note = (
-            "as planned"
-            if same
-            else f"{measured / planned:.4g} × planned"
-            if exact
-            else f"{measured / planned:.1%}"
-        )
-        kind = "bad" if exact and not same else ""
-    return Row(name, _text(planned), _text(measured), note, kind)
-
-
-def _times_planned(
+def _compare(
     name: str,
-    write: Callable[[float | None], str],
     planned: float | None,
     measured: float | None,
+    write: Callable[[float | None], str] | None = None,
     note: str = "",
-) -> Row:
+    tolerance: float = 1e-3,
+) -> Comparison:
     """`note`: what is measured, said where there is no plan to compare it with."""
+    write = write or _text
     if planned and measured is not None:
-        note = (
-            "as planned"
-            if math.isclose(planned, measured, rel_tol=1e-3)
-            else f"{measured / planned:.3g} × planned"
-        )
-    return Row(name, write(planned), write(measured), note if measured is not None else "")
+        same = math.isclose(planned, measured, rel_tol=tolerance)
+        note = "as planned" if same else f"{measured / planned:.3g} × planned"
+    return Comparison(name, write(planned), write(measured), note if measured is not None else "")
+
+
+def _progress_of(name: str, planned: float | None, measured: float | None) -> Comparison:
+    """Of what grows until the run ends."""
+    row = _compare(name, planned, measured, tolerance=1e-6)
+    if planned and measured is not None and row.note != "as planned":
+        return replace(row, note=f"{measured / planned:.1%}")
+    return row
+
+
+def _parameters(run: RunRecord) -> Comparison:
+    """A difference is worth a warning."""
+    planned, built = run.planned("model", "parameters", "total"), _built(run)
+    row = _compare("parameters", planned, built, tolerance=1e-6)
+    if planned and built is not None and row.note != "as planned":
+        return replace(row, note=f"{built / planned:.4g} × planned", kind="bad")
+    return row
 
 
 def _duration(seconds: float | None) -> str:
@@ -248,7 +250,7 @@ def _median(run: RunRecord, key: str) -> float | None:
     return None if series is None or series.last is None else float(np.nanmedian(series.values))
 
 
-def _mfu(run: RunRecord, device: dict[str, Any], speed: float | None) -> Row:
+def _mfu(run: RunRecord, device: dict[str, Any], speed: float | None) -> Comparison:
     """Measured: what the run wrote, else tokens/s × FLOPs of a token over the devices' peak;
     without a known peak none."""
     peak, assumed = device.get("peak_flops"), device.get("mfu")
@@ -256,11 +258,6 @@ def _mfu(run: RunRecord, device: dict[str, Any], speed: float | None) -> Row:
     if written is None and peak and speed and run.flops_per_token:
         written = speed * run.flops_per_token / (peak * device.get("count", 1))
     planned = f"{assumed:.0%} assumed" if assumed and peak else "n/a"
-    note = (
-        ""
-        if peak or written
-        else f"the peak of {device['device']} is not known"
-        if "device" in device
-        else ""
-    )
-    return Row("MFU", planned, "n/a" if written is None else _percent(written), note)
+    note = f"the peak of {device['device']} is not known" if "device" in device else ""
+    measured = "n/a" if written is None else _percent(written)
+    return Comparison("MFU", planned, measured, "" if peak or written else note)

@@ -7,7 +7,6 @@ import io
 import math
 import re
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,17 +19,47 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # After Okabe and Ito (2008), told apart with any color vision; yellow, too pale for lines on white,
-# is left out.
+# is left out. `page.css` has them as --c0, --c1, …, and brighter ones for the dark.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#b5589a", "#8c6d00", "#3a9bd6", "#5b5b5b", "#7f3b08")
 INK, SOFT, LINE = "#1b1f24", "#59636e", "#d8dde3"
 VARIABLES = {INK: "--fg", SOFT: "--soft", LINE: "--line"} | {
-    color: f"--g{i}" for i, color in enumerate(PALETTE)
+    color: f"--c{number}" for number, color in enumerate(PALETTE)
 }
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 MOST_CURVES = 8  # in a panel
-SIZE = (4.4, 2.9)  # inches
+SIZE = (4.9, 3.1)  # inches
 FARTHEST = 5.0  # an interval that reaches so many times as far as all points is cut at the frame
 LEGEND_LETTERS = 66  # in a row of a legend
+STYLE: Any = {
+    "svg.hashsalt": "archscale",
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 9,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": INK,
+    "axes.labelsize": 8.5,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 9.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": LINE,
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 7.5,
+    "legend.frameon": False,
+    "legend.borderpad": 0,
+    "legend.columnspacing": 1.2,
+    "legend.handletextpad": 0.4,
+    "legend.labelspacing": 0.3,
+    "text.color": INK,
+    "xtick.color": SOFT,
+    "xtick.labelsize": 8,
+    "ytick.color": SOFT,
+    "ytick.labelsize": 8,
+    "path.simplify_threshold": 0.2,
+}
 Ends = tuple[np.ndarray, np.ndarray]
 
 
@@ -93,18 +122,16 @@ class Panel:
 
 def draw(panels: Sequence[Panel], columns: int = 1) -> Figure:
     """Panels in rows of `columns`."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    rows = -(-len(panels) // columns)
-    with _style():
-        heights = [
-            max(_height(panel) for panel in panels[row * columns : (row + 1) * columns])
-            for row in range(rows)
-        ]
+    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    heights = [max(map(_height, row)) for row in rows]
+    with rc_context(STYLE):
         figure = Figure(figsize=(SIZE[0] * columns, sum(heights)), layout="constrained")
         FigureCanvasAgg(figure)
-        grid = figure.subplots(rows, columns, squeeze=False, height_ratios=heights).ravel()
+        grid = figure.subplots(len(rows), columns, squeeze=False, height_ratios=heights).ravel()
         for axes, panel in zip(grid, panels):
             _panel(axes, panel)
         for axes in grid[len(panels) :]:
@@ -113,6 +140,7 @@ def draw(panels: Sequence[Panel], columns: int = 1) -> Figure:
 
 
 def _height(panel: Panel) -> float:
+    """In inches."""
     if panel.y_names:
         return max(1.6, 0.9 + 0.21 * len(panel.y_names))
     named = sum(bool(curve.label) for curve in panel.curves)
@@ -121,162 +149,144 @@ def _height(panel: Panel) -> float:
 
 def _legend_columns(panel: Panel) -> int:
     longest = max((len(curve.label) for curve in panel.curves), default=0)
-    return max(1, min(4, int(LEGEND_LETTERS // (longest + 5))))
-
-
-def _style() -> AbstractContextManager[None]:
-    import matplotlib
-
-    style: dict[Any, Any] = {
-        "svg.hashsalt": "archscale",
-        "svg.fonttype": "none",
-        "font.family": "sans-serif",
-        "font.size": 9,
-        "axes.edgecolor": SOFT,
-        "axes.labelcolor": INK,
-        "axes.titlecolor": INK,
-        "text.color": INK,
-        "xtick.color": SOFT,
-        "ytick.color": SOFT,
-        "grid.color": LINE,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "path.simplify_threshold": 0.2,
-    }
-    return matplotlib.rc_context(style)
+    return max(1, min(4, LEGEND_LETTERS // (longest + 5)))
 
 
 def _panel(axes: Axes, panel: Panel) -> None:
-    if panel.log_x:
-        axes.set_xscale("log")
-    if panel.log_y:
-        axes.set_yscale("log")
-    for value, line in ((panel.vertical, axes.axvline), (panel.horizontal, axes.axhline)):
-        if value is not None:
-            line(value, color=SOFT, linestyle=":", linewidth=1)
-    x_scale = _scale(
-        [curve.x for curve in panel.curves],
-        [curve.x_ends for curve in panel.curves],
+    x_scale, y_scale = _scales(panel)
+    axes.set(
+        title=panel.title,
+        xlabel=panel.x,
+        ylabel=panel.y,
+        xscale="log" if x_scale.log else "linear",
+        yscale="log" if y_scale.log else "linear",
+        xlim=(x_scale.lo, x_scale.hi),
+        ylim=(y_scale.hi, y_scale.lo) if panel.y_names else (y_scale.lo, y_scale.hi),
+    )
+    if panel.vertical is not None:
+        axes.axvline(panel.vertical, color=SOFT, linestyle=":", linewidth=1)
+    if panel.horizontal is not None:
+        axes.axhline(panel.horizontal, color=SOFT, linestyle=":", linewidth=1)
+    for curve in panel.curves:
+        _curve(axes, curve, x_scale, y_scale)
+    corner: dict[str, Any] = {"ha": "right", "va": "top", "transform": axes.transAxes}
+    axes.text(0.99, 0.99, panel.note, fontsize=7, color=SOFT, **corner)
+    few = [(x, tick_label(x)) for x in panel.x_ticks] if 1 < len(panel.x_ticks) <= 8 else []
+    for axis, marks in (
+        (axes.xaxis, few or ticks(x_scale)),
+        (axes.yaxis, list(enumerate(panel.y_names)) or ticks(y_scale)),
+    ):
+        axis.set_ticks([], minor=True)
+        axis.set_ticks([place for place, _ in marks], [text for _, text in marks])
+    if sum(bool(curve.label) for curve in panel.curves) > 1:
+        # Below the plot: inside it would lie on points.
+        below: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (-0.02, -0.17)}
+        axes.legend(ncols=_legend_columns(panel), **below)
+
+
+def _scales(panel: Panel) -> tuple[Scale, Scale]:
+    curves = panel.curves
+    x_scale = _around(
+        [curve.x for curve in curves],
+        [curve.x_ends for curve in curves],
         panel.log_x,
         panel.vertical,
     )
     if panel.y_range:
-        y_scale = Scale(*panel.y_range, panel.log_y)
-    elif panel.y_names:
-        y_scale = Scale(-0.6, len(panel.y_names) - 0.4)
-    else:
-        bands = [curve.band or curve.y_ends for curve in panel.curves]
-        y_scale = _scale([curve.y for curve in panel.curves], bands, panel.log_y, panel.horizontal)
-    for curve in panel.curves:
-        _curve(axes, curve, x_scale, y_scale)
-    if panel.note:
-        axes.text(
-            0.99,
-            0.99,
-            panel.note,
-            fontsize=7,
-            color=SOFT,
-            ha="right",
-            va="top",
-            transform=axes.transAxes,
-        )
-    axes.set_xlim(x_scale.lo, x_scale.hi)
-    axes.set_ylim(*((y_scale.lo, y_scale.hi) if not panel.y_names else (y_scale.hi, y_scale.lo)))
-    x_ticks = (
-        [(v, tick_label(v)) for v in panel.x_ticks]
-        if 1 < len(panel.x_ticks) <= 8
-        else x_scale.ticks(5)
-    )
-    y_ticks = list(enumerate(panel.y_names)) if panel.y_names else y_scale.ticks(5)
-    for axis, ticks in ((axes.xaxis, x_ticks), (axes.yaxis, y_ticks)):
-        axis.set_ticks([value for value, _ in ticks], [text for _, text in ticks])
-        axis.set_ticks([], minor=True)
-    axes.tick_params(labelsize=8)
-    axes.set_title(panel.title, fontsize=9.5, loc="left")
-    axes.set_xlabel(panel.x, fontsize=8.5)
-    axes.set_ylabel(panel.y, fontsize=8.5)
-    axes.grid(linewidth=0.6)
-    named = [curve for curve in panel.curves if curve.label]
-    if len(named) > 1:  # below the plot: inside it would lie on points
-        axes.legend(
-            fontsize=7.5,
-            frameon=False,
-            loc="upper left",
-            bbox_to_anchor=(-0.02, -0.17),
-            ncols=_legend_columns(panel),
-            columnspacing=1.2,
-            handletextpad=0.4,
-            borderpad=0,
-            labelspacing=0.3,
-        )
+        return x_scale, Scale(*panel.y_range, panel.log_y)
+    if panel.y_names:
+        return x_scale, Scale(-0.6, len(panel.y_names) - 0.4)
+    ends = [curve.band or curve.y_ends for curve in curves]
+    return x_scale, _around([curve.y for curve in curves], ends, panel.log_y, panel.horizontal)
 
 
-def _curve(axes: Axes, curve: Curve, x_scale: Scale, y_scale: Scale) -> None:
-    color, alpha = curve.ink, curve.strength
-    if curve.band is not None:
-        # What lies far outside of the frame would only make the file longer, or overflow.
-        edges = (
-            np.clip(curve.band, y_scale.lo / 10, y_scale.hi * 10)
-            if y_scale.log
-            else np.asarray(curve.band)
-        )
-        axes.fill_between(curve.x, *edges, color=color, alpha=0.16 * alpha, linewidth=0)
-    error: dict[str, Any] = {}
-    bars = (("xerr", curve.x, curve.x_ends, x_scale), ("yerr", curve.y, curve.y_ends, y_scale))
-    for name, values, ends, scale in bars:
-        if ends is not None:  # an end without bound lies beyond the frame, where it is cut
-            span = scale.hi - scale.lo
-            reach = (
-                (scale.lo / 2, scale.hi * 2) if scale.log else (scale.lo - span, scale.hi + span)
-            )
-            low, high = np.clip(ends, *reach)
-            error[name] = np.nan_to_num(np.maximum([values - low, high - values], 0), nan=0.0)
-    face = {"markerfacecolor": "none"} if curve.hollow else {}
-    looks: dict[str, Any] = {
-        "color": color,
-        "alpha": alpha,
-        "linestyle": curve.line or "none",
-        "marker": curve.marker or None,
-        "markersize": curve.size,
-        "linewidth": 1.4,
-        "label": curve.label or "_",
-        **face,
-    }
-    if error:
-        axes.errorbar(curve.x, curve.y, **error, elinewidth=1, capsize=2, **looks)
-    else:
-        axes.plot(curve.x, curve.y, **looks)
-
-
-def _scale(
-    values: Sequence[np.ndarray], ends: Sequence[Ends | None], log: bool, more: float | None
+def _around(
+    values: Sequence[np.ndarray], ends: Sequence[Ends | None], log: bool, reference: float | None
 ) -> Scale:
     """Around all points, and around ends of intervals as far as they do not press the points
     together."""
-    points = np.concatenate([np.empty(0), *values, [] if more is None else [more]])
+    points = np.concatenate([[], *values, [] if reference is None else [reference]])
     points = points[np.isfinite(points) & ((points > 0) | (not log))]
     if not len(points):
         return Scale(0.1, 1.0, log)
     scale = Scale.around(points, pad=0.06, log=log)
-    outer = np.concatenate(
-        [np.empty(0), *(np.concatenate(pair) for pair in ends if pair is not None)]
-    )
+    outer = np.concatenate([[], *(part for pair in ends if pair is not None for part in pair)])
     outer = outer[np.isfinite(outer) & ((outer > 0) | (not log))]
     if log:
         outer = outer[(outer > scale.lo / FARTHEST) & (outer < scale.hi * FARTHEST)]
     return Scale.around(np.concatenate([points, outer]), pad=0.06, log=log)
 
 
+def ticks(scale: Scale, count: int = 5) -> list[tuple[float, str]]:
+    """About `count` round values inside the scale, with labels."""
+    from matplotlib.ticker import Locator, LogLocator, MaxNLocator
+
+    decades = math.log10(scale.hi / scale.lo) if scale.log else 0.0
+    if decades >= 0.9:
+        digits = (1,) if decades > count / 1.5 else (1, 3) if decades > 1.5 else (1, 2, 5)
+        locator: Locator = LogLocator(subs=digits, numticks=count + 2)
+    else:
+        locator = MaxNLocator(count + 2, steps=[1, 2, 5, 10])
+    marks = np.asarray(locator.tick_values(scale.lo, scale.hi))
+    places = marks[np.abs(scale.fraction(marks) - 0.5) <= 0.5 + 1e-9]
+    step = places[1] - places[0] if decades < 0.9 and len(places) > 1 else 0.0
+    return [(float(place), tick_label(float(place), float(step))) for place in places]
+
+
+def _curve(axes: Axes, curve: Curve, x_scale: Scale, y_scale: Scale) -> None:
+    looks: dict[str, Any] = {
+        "color": curve.ink,
+        "alpha": curve.strength,
+        "linestyle": curve.line or "none",
+        "marker": curve.marker or None,
+        "markersize": curve.size,
+        "linewidth": 1.4,
+        "label": curve.label or "_",
+        **({"markerfacecolor": "none"} if curve.hollow else {}),
+    }
+    if curve.band is not None:
+        edges = np.clip(curve.band, *_reach(y_scale))
+        axes.fill_between(
+            curve.x, *edges, color=curve.ink, alpha=0.16 * curve.strength, linewidth=0
+        )
+    bars: dict[str, Any] = {
+        "xerr": _bars(curve.x, curve.x_ends, x_scale),
+        "yerr": _bars(curve.y, curve.y_ends, y_scale),
+    }
+    if any(lengths is not None for lengths in bars.values()):
+        axes.errorbar(curve.x, curve.y, **bars, elinewidth=1, capsize=2, **looks)
+    else:
+        axes.plot(curve.x, curve.y, **looks)
+
+
+def _bars(values: np.ndarray, ends: Ends | None, scale: Scale) -> np.ndarray | None:
+    """Lengths of error bars (2, n), downwards and upwards."""
+    if ends is None:
+        return None
+    low, high = np.clip(ends, *_reach(scale))
+    return np.nan_to_num(np.maximum([values - low, high - values], 0), nan=0.0)
+
+
+def _reach(scale: Scale) -> tuple[float, float]:
+    """Beyond the frame, which cuts there: what lies far outside would make the file longer, or
+    overflow."""
+    if scale.log:
+        return scale.lo / 10, scale.hi * 10
+    span = scale.hi - scale.lo
+    return scale.lo - span, scale.hi + span
+
+
 def svg_text(figure: Figure) -> str:
     """The file."""
-    with _style():
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
         stream = io.StringIO()
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": "archscale"})
     text = re.sub(r"\n\s*<metadata>.*?</metadata>", "", stream.getvalue(), flags=re.DOTALL)
     text = re.sub(r' id="(?!m|p)[A-Za-z]+[\w.]*_\d+"', "", text)  # of groups that nothing refers to
     text = re.sub(
-        r"<!--.*?-->|\n\s*", lambda found: " " if found[0][0] == "\n" else "", text, flags=re.DOTALL
+        r"<!--.*?-->|\n\s*", lambda match: " " if match[0][0] == "\n" else "", text, flags=re.DOTALL
     )
     return re.sub(
         r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), text
@@ -284,7 +294,9 @@ def svg_text(figure: Figure) -> str:
 
 
 def png_bytes(figure: Figure) -> bytes:
-    with _style():
+    from matplotlib import rc_context
+
+    with rc_context(STYLE):
         stream = io.BytesIO()
         figure.savefig(stream, format="png", dpi=130, metadata={"Software": None})
     return stream.getvalue()
@@ -305,7 +317,7 @@ def inline(svg: str, label: str, prefix: str) -> str:
     return re.sub(r"^<svg [^>]*>", f"{head} {size[0] if size else ''}>", body, count=1)
 
 
-def intervals(found: Iterable[Any]) -> Ends:
+def intervals(estimates: Iterable[Any]) -> Ends:
     """Ends of estimates; NaN where there is none."""
-    pairs = [(math.nan, math.nan) if one is None else (one.low, one.high) for one in found]
+    pairs = [(math.nan, math.nan) if e is None else (e.low, e.high) for e in estimates]
     return np.array([low for low, _ in pairs]), np.array([high for _, high in pairs])

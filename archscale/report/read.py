@@ -71,8 +71,8 @@ class RunRecord:
     def seconds(self) -> float | None:
         """Training time: the sum of all steps' seconds, which leaves out evaluation, checkpoints
         and pauses."""
-        found = self.series.get("step_seconds")
-        return None if found is None else float(np.nansum(found.values))
+        series = self.series.get("step_seconds")
+        return None if series is None else float(np.nansum(series.values))
 
 
 def read_run(directory: Path) -> RunRecord:
@@ -87,7 +87,7 @@ def read_run(directory: Path) -> RunRecord:
     metrics = directory / METRICS
     if not metrics.is_file() and not (directory / PLAN).is_file():
         runs = sorted(path.parent.name for path in directory.glob("*/metrics.jsonl"))
-        inside = f"it holds runs, name one or two of them: {', '.join(runs[:3])}" + (
+        inside = f"it holds runs, name one or more of them: {', '.join(runs[:3])}" + (
             " …" if len(runs) > 3 else ""
         )
         what = (
@@ -131,35 +131,25 @@ def _read_json(run: RunRecord, name: str, kind: type) -> Any:
 
 
 def _parse(run: RunRecord, lines: list[bytes]) -> None:
-    rows, bad = [], []
-    for number, raw in enumerate(lines, 1):
-        if not raw.strip():
-            continue
-        try:
-            row = json.loads(raw)
-            step, tokens = row["step"], row["tokens"]
-        except (ValueError, KeyError, TypeError, IndexError):
-            bad.append(number)
-            continue
-        if is_number(step) and is_number(tokens) and step >= 0:
-            rows.append(row)
-        else:
-            bad.append(number)
+    rows = {number: _line(raw) for number, raw in enumerate(lines, 1) if raw.strip()}
+    bad = [number for number, row in rows.items() if row is None]
     for number in bad[:SHOWN_WARNINGS]:
         what = "cut short" if number == len(lines) else "damaged or foreign"
         run.warnings.append(f"metrics.jsonl: line {number} is {what}: skipped")
     if len(bad) > SHOWN_WARNINGS:
         run.warnings.append(f"metrics.jsonl: {len(bad) - SHOWN_WARNINGS} more such lines skipped")
-    rows.sort(key=lambda row: row["step"])  # stable: of two lines of one step the later one counts
     columns: dict[str, dict[int, Any]] = {}
     axes: dict[int, tuple[int, float, float]] = {}
-    for row in rows:
-        step, time = int(row["step"]), row.get("time")
-        axes[step] = (step, float(row["tokens"]), float(time) if is_number(time) else math.nan)
-        for key, value in row.items():
-            if key not in _AXES and key != "event":
+    # Stable: of two lines of one step the later one counts.
+    for row in sorted(filter(None, rows.values()), key=lambda row: row["step"]):
+        step = int(row["step"])
+        time = float(row["time"]) if is_number(row.get("time")) else math.nan
+        axes[step] = (step, float(row["tokens"]), time)
+        values = {key: value for key, value in row.items() if key not in _AXES}
+        for key, value in values.items():
+            if key != "event":
                 columns.setdefault(key, {})[step] = value
-        missing = [key for key, value in row.items() if value is None and key not in _AXES]
+        missing = [key for key, value in values.items() if value is None]
         if isinstance(event := row.get("event"), str):
             run.events.append((step, event))
         elif missing:
@@ -168,6 +158,16 @@ def _parse(run: RunRecord, lines: list[bytes]) -> None:
     run.steps, run.tokens, run.times = table[:, 0].astype(int), table[:, 1], table[:, 2]
     for key, column in columns.items():
         _add(run, key, column)
+
+
+def _line(raw: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl, if it is one."""
+    try:
+        row = json.loads(raw)
+        step, tokens = row["step"], row["tokens"]
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
+    return row if is_number(step) and is_number(tokens) and step >= 0 else None
 
 
 def _add(run: RunRecord, key: str, column: dict[int, Any]) -> None:
@@ -201,28 +201,26 @@ def is_number(value: Any) -> bool:
 
 
 def _newest_checkpoint(directory: Path) -> tuple[int, int] | None:
-    found = {}
-    for path in directory.glob("step_*"):
-        if path.name[5:].isdigit():
-            found[int(path.name[5:])] = path
-    if not found:
+    paths = [path for path in directory.glob("step_*") if path.name[5:].isdigit()]
+    if not paths:
         return None
-    step = max(found)
+    newest = max(paths, key=lambda path: int(path.name[5:]))
     try:
-        return step, sum(file.stat().st_size for file in found[step].rglob("*") if file.is_file())
+        size = sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
     except OSError:  # pruned while it was looked at
         return None
+    return int(newest.name[5:]), size
 
 
 def read_runs(directories: list[Path]) -> list[RunRecord]:
-    """One or two runs, under names that tell them apart.
+    """Runs, under names that tell them apart.
 
     Raises:
         ArchscaleError: as `read_run`, or the same directory twice.
     """
     if len({directory.resolve() for directory in directories}) < len(directories):
         raise ArchscaleError(
-            "the same run twice", str(directories[0]), "name two different run directories"
+            "the same run twice", str(directories[0]), "name different run directories"
         )
     runs = [read_run(directory) for directory in directories]
     if len({run.name for run in runs}) < len(runs):

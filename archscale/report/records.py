@@ -19,7 +19,7 @@ from archscale.fit.fit import Estimate, Fit
 from archscale.fit.groups import FitRequest, Group, TableFits, text_of
 from archscale.fit.leverage import Leverage
 from archscale.fit.table import Cell, Table
-from archscale.report.scale import tick_label
+from archscale.report.scale import number, tick_label
 
 LR = "parameterization.base.lr"
 NAMES = {
@@ -35,6 +35,8 @@ NAMES = {
     "val_bits_per_byte": "validation bits per byte",
     "loss": "training loss",
 }
+POOR = 0.25  # leave-one-out error over the depth of a bowl from which on its parabola fits poorly
+FAR_MINIMUM = 4.0  # factor beyond the grid up to which the minimum of a refused bowl is drawn
 Key = tuple[Cell, ...]
 
 
@@ -92,8 +94,8 @@ class Axes:
 
     def arm(self, row: Mapping[str, Cell]) -> str:
         """For people: values of text alone, others behind the end of their key."""
-        told = [value_of(key, row.get(key)) for key in self.labels]
-        return ", ".join(told) or str(row.get("optimizer.matrix.rule") or "all runs")
+        values = [value_of(key, row.get(key)) for key in self.labels]
+        return ", ".join(values) or str(row.get("optimizer.matrix.rule") or "all runs")
 
 
 def name_of(key: str) -> str:
@@ -109,6 +111,21 @@ def value_of(key: str, value: Cell) -> str:
     return f"{name_of(key) if isinstance(value, float) else key.rpartition('.')[2]} {text}"
 
 
+def with_ends(estimate: Estimate, digits: int = 3) -> str:
+    """Such as `-0.31 [-0.35, -0.27]`."""
+    value, low, high = (
+        end_text(end, digits) for end in (estimate.value, estimate.low, estimate.high)
+    )
+    return f"{value} [{low}, {high}]"
+
+
+def end_text(value: float, digits: int) -> str:
+    """A number; ∞ where the data set no bound."""
+    if not math.isfinite(value):
+        return "∞" if value > 0 else "−∞"
+    return number(value, digits) if abs(value) < 1e5 else f"{value:.1e}"
+
+
 @dataclass(frozen=True)
 class GridFit:
     """One fit that a grid asks for, or why it was refused."""
@@ -119,12 +136,9 @@ class GridFit:
 
     def as_dict(self) -> dict[str, Any]:
         """For fits.json."""
-        found = (
-            self.fits.as_dict()
-            if self.fits
-            else {"form": self.asked.form, "x": self.asked.x, "y": self.asked.y}
-        )
-        return found | {"refused": self.refusal.as_dict() if self.refusal else None}
+        asked = {"form": self.asked.form, "x": self.asked.x, "y": self.asked.y}
+        fits = self.fits.as_dict() if self.fits else asked
+        return fits | {"refused": self.refusal.as_dict() if self.refusal else None}
 
 
 @dataclass
@@ -183,15 +197,45 @@ class Combination:
 
     @property
     def notes(self) -> list[str]:
-        """What to know of the optimum: at the edge of what was tried, or not to be fitted."""
+        """What to know of the optimum: at the edge of what was tried, uncertain, or not to be
+        fitted."""
         notes = [f"the {self.edge} value tried is the best"] if self.edge else []
-        if (
-            self.fit
-            and self.optimum
-            and not self.fit.lows[0] <= self.optimum.low <= self.optimum.high <= self.fit.highs[0]
-        ):
-            notes.append("the interval reaches beyond the grid")
+        if self.fit and self.optimum:
+            low, high = self.fit.lows[0], self.fit.highs[0]
+            beyond = not low <= self.optimum.low <= self.optimum.high <= high
+            if beyond:
+                notes.append("the interval reaches beyond the grid")
+            error = self.fit.leave_one_out or 0.0  # relative in log space
+            error *= self.loss if self.fit.space == "log" else 1.0
+            poor = error > POOR * float(np.ptp(self.means))
+            if poor:
+                notes.append("the parabola fits poorly")
+            near = min(5, len(self.x) - 1)  # with fewer than 4 values a parabola is not tested
+            if (beyond or poor) and not self.edge and near > 3 and self.fit_to_all:
+                notes.append(f"nearest: {near} in the grid's fit keeps to the values around it")
         return [*notes, self.bowl.refused.what] if self.bowl and self.bowl.refused else notes
+
+    @property
+    def fit_to_all(self) -> bool:
+        """Whether the bowl was fitted to all values that were tried."""
+        if self.fit is None:
+            return False
+        return (self.fit.lows[0], self.fit.highs[0]) == (self.x[0], self.x[-1])
+
+    @property
+    def parabola(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """(x, y) of a parabola through the means, out to its minimum, to show why a fit was
+        refused; None where there is no such minimum within a factor of `FAR_MINIMUM`."""
+        if self.fit or len(self.x) < 3:
+            return None
+        curvature, slope, _ = law = np.polyfit(np.log(self.x), self.means, 2)
+        with np.errstate(over="ignore"):
+            minimum = np.exp(-slope / (2 * curvature)) if curvature > 0 else math.nan
+        low, high = min(self.x[0], minimum), max(self.x[-1], minimum)
+        if not (self.x[0] <= FAR_MINIMUM * low and high <= FAR_MINIMUM * self.x[-1]):
+            return None
+        x = np.geomspace(low, high, 40)
+        return x, np.polyval(law, np.log(x))
 
     @property
     def minimum(self) -> Estimate | None:
@@ -259,10 +303,7 @@ class Analysis:
 
     @property
     def arms(self) -> list[str]:
-        return list(dict.fromkeys(one.arm for one in self.combinations))
-
-    def value(self, one: Combination, key: str) -> Cell:
-        return one.key[self.axes.cell.index(key)]
+        return list(dict.fromkeys(member.arm for member in self.combinations))
 
     def curve_label(self, row: Mapping[str, Cell]) -> str:
         return label_in(self.axes, row, self.axes.others)
@@ -270,14 +311,11 @@ class Analysis:
     def at_edge(self, *labels: str) -> str:
         """How many points of these curves lie at the edge of what was tried, so that a better
         setting may lie beyond."""
-        count = sum(
-            bool(one.edge) and self.curve_label(one.row) in labels for one in self.combinations
-        )
-        return (
-            f"{count} of the points {'is' if count == 1 else 'are'} at the edge of what was tried"
-            if count
-            else ""
-        )
+        points = [m for m in self.combinations if m.edge and self.curve_label(m.row) in labels]
+        if not points:
+            return ""
+        are = "is" if len(points) == 1 else "are"
+        return f"{len(points)} of the points {are} at the edge of what was tried"
 
 
 def label_in(axes: Axes, row: Mapping[str, Cell], numbers: Sequence[str]) -> str:
@@ -285,17 +323,15 @@ def label_in(axes: Axes, row: Mapping[str, Cell], numbers: Sequence[str]) -> str
     return ", ".join([axes.arm(row), *(value_of(key, row.get(key)) for key in numbers)])
 
 
-def _first_row(found: Analysis, fits: TableFits, group: Group) -> dict[str, Cell]:
-    told = dict(zip(fits.group, group.key))
-    return next(
-        one.row
-        for one in found.combinations
-        if all(one.row[key] == value for key, value in told.items())
-    )
-
-
-def curve_names(found: Analysis, fits: TableFits) -> list[tuple[str, str, Group]]:
-    """(arm, label, group) of each curve over FLOPs."""
-    rows = [(_first_row(found, fits, group), group) for group in fits.groups]
-    named = [(found.axes.arm(row), found.curve_label(row), group) for row, group in rows]
-    return sorted(named, key=lambda one: found.arms.index(one[0]))  # as everywhere else
+def curve_names(analysis: Analysis, fits: TableFits) -> list[tuple[str, str, Group]]:
+    """(arm, label, group) of each curve over FLOPs, in the order of arms that is everywhere."""
+    named = []
+    for group in fits.groups:
+        key = dict(zip(fits.group, group.key))
+        row = next(
+            member.row
+            for member in analysis.combinations
+            if all(member.row[column] == value for column, value in key.items())
+        )
+        named.append((analysis.axes.arm(row), analysis.curve_label(row), group))
+    return sorted(named, key=lambda name: analysis.arms.index(name[0]))

@@ -1,4 +1,4 @@
-"""Axes and thinning: scales with ticks, long curves in few points, wide tables in few columns. Pure
+"""Numbers for people, and thinning: long curves in few points, wide tables in few columns. Pure
 functions."""
 
 from __future__ import annotations
@@ -34,10 +34,7 @@ def compact(value: float) -> str:
 
 def tick_label(value: float, step: float = 0.0) -> str:
     """A tick: `20k`, `0.25`, `1e-5`, `2e18`. `step`, the distance of ticks, sets how many decimals
-    are needed.
-
-    `page.js` has the same function; a browser test holds the two together.
-    """
+    are needed."""
     size = abs(value)
     if value == 0:
         return "0"
@@ -96,25 +93,8 @@ class Scale:
             return np.log(values / self.lo) / math.log(self.hi / self.lo)
         return (values - self.lo) / (self.hi - self.lo)
 
-    def ticks(self, count: int = 5) -> list[tuple[float, str]]:
-        """About `count` round values inside the scale, with labels."""
-        if self.log and self.hi / self.lo >= 8:
-            decades = math.log10(self.hi / self.lo)
-            every = max(1, math.ceil(decades / count))
-            digits = (1,) if decades > count / 1.5 else (1, 3) if decades > 1.5 else (1, 2, 5)
-            exponents = range(math.floor(math.log10(self.lo)), math.ceil(math.log10(self.hi)) + 1)
-            ticks = [d * 10.0**e for e in exponents if e % every == 0 for d in digits]
-            return [(tick, tick_label(tick)) for tick in ticks if self.lo <= tick <= self.hi]
-        if self.hi <= self.lo:
-            return [(self.lo, tick_label(self.lo))]
-        raw = (self.hi - self.lo) / count
-        unit = 10.0 ** math.floor(math.log10(raw))
-        step = unit * next(f for f in (1, 2, 5, 10) if f * unit >= raw * 0.75)
-        first, last = math.ceil(self.lo / step - 1e-9), math.floor(self.hi / step + 1e-9)
-        return [(k * step, tick_label(k * step, step)) for k in range(first, last + 1)]
 
-
-def thin(steps: np.ndarray, values: np.ndarray, buckets: int) -> np.ndarray:
+def thin(places: np.ndarray, values: np.ndarray, buckets: int) -> np.ndarray:
     """Indices of the finite points that draw a curve: the first, the last, and each bucket's lowest
     and highest.
 
@@ -123,7 +103,7 @@ def thin(steps: np.ndarray, values: np.ndarray, buckets: int) -> np.ndarray:
     finite = np.flatnonzero(np.isfinite(values))
     if len(finite) <= 2 * buckets:
         return finite
-    bucket = _bucket(steps[finite], buckets)
+    bucket = _bucket(places[finite], buckets)
     order = np.lexsort((values[finite], bucket))
     edge = np.flatnonzero(np.diff(bucket[order]))
     lowest = order[np.concatenate([[0], edge + 1])]
@@ -132,20 +112,20 @@ def thin(steps: np.ndarray, values: np.ndarray, buckets: int) -> np.ndarray:
 
 
 def bucket_means(
-    steps: np.ndarray, values: np.ndarray, buckets: int
+    places: np.ndarray, steps: np.ndarray, values: np.ndarray, buckets: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(mean step, mean value) of each bucket that has a finite value."""
+    """(mean step, mean value) of each bucket of `places` that has a finite value."""
     finite = np.isfinite(values)
-    steps, values = steps[finite], values[finite]
+    places, steps, values = places[finite], steps[finite], values[finite]
     if not len(steps):
         return steps.astype(float), values
-    starts = np.flatnonzero(np.diff(_bucket(steps, buckets), prepend=-1))
+    starts = np.flatnonzero(np.diff(_bucket(places, buckets), prepend=-1))
     counts = np.diff(np.append(starts, len(steps)))
     return np.add.reduceat(steps, starts) / counts, np.add.reduceat(values, starts) / counts
 
 
-def _bucket(steps: np.ndarray, buckets: int) -> np.ndarray:
-    return (steps - steps[0]) * buckets // (steps[-1] - steps[0] + 1)
+def _bucket(places: np.ndarray, buckets: int) -> np.ndarray:
+    return (places - places[0]) * buckets // (places[-1] - places[0] + 1)
 
 
 def columns(table: np.ndarray, steps: np.ndarray, count: int) -> np.ndarray:

@@ -10,28 +10,28 @@ from typing import Any
 
 from archscale.fit.fit import Estimate
 from archscale.fit.groups import Group, TableFits
-from archscale.report.records import Analysis, SweepRecord, curve_names, name_of
+from archscale.report.records import Analysis, Combination, SweepRecord, curve_names, name_of
 
-Row = dict[str, Any]
+TableRow = dict[str, Any]  # cells by column
 LEAST_GROWTH = 1.02  # factor over the range of FLOPs
 PROVENANCE = ("tokens", "flops", "parameters")
 
 
-def make_tables(sweep: SweepRecord, found: Analysis) -> dict[str, list[Row]]:
+def make_tables(sweep: SweepRecord, analysis: Analysis) -> dict[str, list[TableRow]]:
     """By file name; one without rows is left out."""
     tables = {
-        "optima": _optima(found),
-        "drift": _drift(found),
-        "curves": _curves(found, found.curves),
-        "leverage": _leverage(found),
-        "stability": _stability(found),
-        "indicators": _indicators(found),
-        "runs": _runs(sweep, found),
+        "optima": _optima(analysis),
+        "drift": _drift(analysis),
+        "curves": _curves(analysis, analysis.curves),
+        "leverage": _leverage(analysis),
+        "stability": _stability(analysis),
+        "indicators": _indicators(analysis),
+        "runs": _runs(sweep, analysis),
     }
     return {name: rows for name, rows in tables.items() if rows}
 
 
-def csv_text(rows: Sequence[Row]) -> str:
+def csv_text(rows: Sequence[TableRow]) -> str:
     """Numbers in full; nothing for what is missing or has no bound."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     stream = io.StringIO()
@@ -49,52 +49,45 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _estimate(name: str, estimate: Estimate | None) -> Row:
+def _estimate(name: str, estimate: Estimate | None) -> TableRow:
     if estimate is None:
         return {name: None, f"{name} low": None, f"{name} high": None}
     return {name: estimate.value, f"{name} low": estimate.low, f"{name} high": estimate.high}
 
 
-def _optima(found: Analysis) -> list[Row]:
+def _cell_of(analysis: Analysis, member: Combination) -> TableRow:
+    """What tells a combination apart."""
+    numbers = {name_of(key): member.row[key] for key in analysis.axes.numbers}
+    return {"group": member.arm, **numbers}
+
+
+def _optima(analysis: Analysis) -> list[TableRow]:
     rows = []
-    for one in found.combinations:
-        row: Row = {"group": one.arm, **{name_of(key): one.row[key] for key in found.axes.numbers}}
-        row |= {key: one.row.get(key) for key in PROVENANCE}
-        row["runs"] = sum(map(len, one.points))
-        if found.axes.tuned:
-            row |= {
-                "best tried": float(one.x[one.best]),
-                "mean loss there": float(one.means[one.best]),
-            }
-            row |= _estimate("optimum", one.optimum) | _estimate("minimum", one.minimum)
-            row["note"] = "; ".join(one.notes)
+    for member in analysis.combinations:
+        row = _cell_of(analysis, member) | {key: member.row.get(key) for key in PROVENANCE}
+        row["runs"] = sum(map(len, member.points))
+        mean, error = float(member.means[member.best]), float(member.errors[member.best])
+        if analysis.axes.tuned:
+            row |= {"best tried": float(member.x[member.best]), "mean loss there": mean}
+            row |= _estimate("optimum", member.optimum) | _estimate("minimum", member.minimum)
+            row["note"] = "; ".join(member.notes)
         else:
-            row |= {"mean loss": float(one.means[0]), "standard error": float(one.errors[0])}
+            row |= {"mean loss": mean, "standard error": error}
         rows.append(row)
     return rows
 
 
-def _drift(found: Analysis) -> list[Row]:
+def _drift(analysis: Analysis) -> list[TableRow]:
     rows = []
-    for drift in found.drifts:
-        row: Row = {
-            "along": name_of(drift.along),
-            "group": drift.label,
-            **_estimate("exponent", drift.exponent),
-        }
-        row |= {"expected": drift.reference, "optima": int(drift.law.x.shape[1])}
-        span = (
-            float(drift.law.x.max() / drift.law.x.min())
-            if drift.law.x.size and drift.law.x.min() > 0
-            else None
-        )
+    for drift in analysis.drifts:
+        x, refused = drift.law.x, drift.law.refused
+        span = float(x.max() / x.min()) if x.size and x.min() > 0 else None
+        row: TableRow = {"along": name_of(drift.along), "group": drift.label}
+        row |= _estimate("exponent", drift.exponent)
+        row |= {"expected": drift.reference, "optima": int(x.shape[1]), "range": span}
         factor = span**drift.exponent.value if drift.exponent and span else None
-        row |= {"range": span, "factor over the range": factor}
-        row["verdict"] = (
-            drift.law.refused.what
-            if drift.law.refused
-            else verdict(drift.exponent, drift.reference)
-        )
+        row["factor over the range"] = factor
+        row["verdict"] = refused.what if refused else verdict(drift.exponent, drift.reference)
         rows.append(row)
     return rows
 
@@ -123,101 +116,74 @@ def growth(group: Group) -> str:
     if exponent.low > 0 and span**exponent.value > LEAST_GROWTH:
         return "grows"
     # Less than rounding: even the upper end of the interval.
-    return (
-        "does not grow"
-        if exponent.high <= 0 or span**exponent.high <= LEAST_GROWTH
-        else "undecided"
-    )
+    level = exponent.high <= 0 or span**exponent.high <= LEAST_GROWTH
+    return "does not grow" if level else "undecided"
 
 
-def _curves(found: Analysis, fits: TableFits | None) -> list[Row]:
+def _curves(analysis: Analysis, fits: TableFits | None) -> list[TableRow]:
     rows = []
-    for _, label, group in curve_names(found, fits) if fits else []:
-        row: Row = {"group": label, "points": int(group.x.shape[1])}
+    for _, label, group in curve_names(analysis, fits) if fits else []:
+        row: TableRow = {"group": label, "points": int(group.x.shape[1])}
         estimates = group.fit.estimates if group.fit else {}
-        row |= _estimate("coefficient", estimates.get("coefficient")) | _estimate(
-            "exponent", estimates.get("exponent")
-        )
+        for name in ("coefficient", "exponent"):
+            row |= _estimate(name, estimates.get(name))
         row |= {"smallest": float(group.y.min()), "largest": float(group.y.max())}
-        row |= {"leave-one-out error": group.fit.leave_one_out if group.fit else None}
-        row["note"] = "; ".join(
-            filter(None, [group.refused.what if group.refused else "", found.at_edge(label)])
-        )
+        row["leave-one-out error"] = group.fit.leave_one_out if group.fit else None
+        row["note"] = _joined(group.refused.what if group.refused else "", analysis.at_edge(label))
         rows.append(row)
     return rows
 
 
-def _stability(found: Analysis) -> list[Row]:
+def _joined(*notes: str) -> str:
+    return "; ".join(filter(None, notes))
+
+
+def _stability(analysis: Analysis) -> list[TableRow]:
     rows = []
-    for name, fits in found.growth.items():
-        groups = curve_names(found, fits)
-        for (_, _, group), row in zip(groups, _curves(found, fits)):
+    for name, fits in analysis.growth.items():
+        groups = curve_names(analysis, fits)
+        for (_, _, group), row in zip(groups, _curves(analysis, fits)):
             rows.append({"indicator": name, **row, "growth": growth(group).partition(":")[0]})
     return rows
 
 
-def _leverage(found: Analysis) -> list[Row]:
-    rows: list[Row] = []
-    for name, base, points in found.leverage:
+def _leverage(analysis: Analysis) -> list[TableRow]:
+    rows: list[TableRow] = []
+    for name, base, points in analysis.leverage:
         if isinstance(points, str):
             rows.append({"group": name, "over": base, "note": points})
             continue
-        rows += [
-            {
-                "group": name,
-                "over": base,
-                "FLOPs": point.x,
-                "loss": point.loss,
-                **_estimate("leverage", point.ratio),
-                "note": "; ".join(
-                    filter(
-                        None,
-                        [
-                            (
-                                f"extrapolates {' and '.join(point.extrapolated)}"
-                                if point.extrapolated
-                                else ""
-                            ),
-                            found.at_edge(name, base),
-                        ],
-                    )
-                ),
-            }
-            for point in points
-        ]
+        for point in points:
+            row = {"group": name, "over": base, "FLOPs": point.x, "loss": point.loss}
+            row |= _estimate("leverage", point.ratio)
+            beyond = " and ".join(point.extrapolated)
+            note = f"extrapolates {beyond}" if beyond else ""
+            rows.append(row | {"note": _joined(note, analysis.at_edge(name, base))})
     return rows
 
 
-def _indicators(found: Analysis) -> list[Row]:
+def _indicators(analysis: Analysis) -> list[TableRow]:
+    names = [*analysis.indicators, *analysis.constant]
     return [
-        {
-            "group": one.arm,
-            **{name_of(key): one.row[key] for key in found.axes.numbers},
-            "flops": one.row.get("flops"),
-            **{name: one.row.get(name) for name in [*found.indicators, *found.constant]},
-        }
-        for one in found.combinations
-        if found.indicators or found.constant
+        {**_cell_of(analysis, member), **{key: member.row.get(key) for key in ("flops", *names)}}
+        for member in analysis.combinations
+        if names
     ]
 
 
-def _runs(sweep: SweepRecord, found: Analysis) -> list[Row]:
+def _runs(sweep: SweepRecord, analysis: Analysis) -> list[TableRow]:
     table, at = sweep.table, {name: number for number, name in enumerate(sweep.table.rows)}
-    left, diverged = dict(table.left_out), dict(found.diverged)
-    keys = list(dict.fromkeys(key for values in sweep.values.values() for key in values))
-    keys = [
-        key for key in keys if len({repr(values.get(key)) for values in sweep.values.values()}) > 1
-    ]
-    shown = [key for key in (found.axes.y, *PROVENANCE) if key in table.columns]
+    left, diverged = dict(table.left_out), dict(analysis.diverged)
+    planned = list(sweep.values.values())
+    keys = dict.fromkeys(key for values in planned for key in values)
+    varied = [key for key in keys if len({repr(values.get(key)) for values in planned}) > 1]
+    shown = [key for key in (analysis.axes.y, *PROVENANCE) if key in table.columns]
     rows = []
     for name, values in sweep.values.items():
         status = "finished" if name in at else "failed" if name in sweep.failed else "not finished"
-        row: Row = {
-            "run": name,
-            "status": status,
-            "reason": left.get(name) or diverged.get(name, ""),
-        }
-        row |= {key: values.get(key) for key in keys}
+        reason = left.get(name) or diverged.get(name, "")
+        row: TableRow = {"run": name, "status": status, "reason": reason}
+        row |= {key: values.get(key) for key in varied}
         row |= {key: table.columns[str(key)][at[name]] if name in at else None for key in shown}
         rows.append(row)
     return rows

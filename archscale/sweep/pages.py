@@ -1,4 +1,4 @@
-"""`archscale report DIR [DIR2]`: the page of what lies in a directory, a run or a sweep."""
+"""`archscale report DIR …`: the page of what lies in a directory, a run or a sweep."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from archscale.report.run import write_run_page
 
 
 def write_report(directories: list[Path], out: Path | None = None) -> Path:
-    """Write the report of one run, of two or of one sweep; returns where it lies. What it is about
+    """Write the report of runs or of one sweep; returns where it lies. What it is about
     may still be going on.
 
     Args:
-        out: file to write; None: report.html in the first directory, or report_and_<second>.html
-            there for two runs.
+        out: file to write; None: report.html in the first directory, for several runs
+            report_and_<second>.html, or report_and_<second>_and_<number>_more.html there.
 
     Raises:
         ArchscaleError: a directory holds no run and no sweep, a sweep beside something else, or a
@@ -29,17 +29,23 @@ def write_report(directories: list[Path], out: Path | None = None) -> Path:
         raise ArchscaleError(
             "a sweep is not compared with another directory",
             str(sweeps[0]),
-            "name it alone, or two run directories",
+            "name it alone, or run directories only",
         )
     if sweeps:
         return write_sweep_report(directories[0], out)
     runs = read_runs(directories)
     for run in runs:
         _warn(run.directory, run.warnings)
-    name = REPORT if len(runs) == 1 else f"report_and_{directories[1].resolve().name}.html"
-    path = out or directories[0] / name
+    path = out or directories[0] / _name(directories)
     write_run_page(runs, path)
     return path
+
+
+def _name(directories: list[Path]) -> str:
+    if len(directories) == 1:
+        return REPORT
+    rest = f"_and_{len(directories) - 2}_more" if len(directories) > 2 else ""
+    return f"report_and_{directories[1].resolve().name}{rest}.html"
 
 
 def write_sweep_report(directory: Path, out: Path | None = None) -> Path:

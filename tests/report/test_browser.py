@@ -8,9 +8,12 @@ import subprocess
 
 import pytest
 
+from archscale.report.plot import ticks
+from archscale.report.scale import Scale
 from archscale.sweep.pages import write_report
 from tests.report.browser import Browser, find_browser
 from tests.report.made import PLAN, make_run, metrics
+from tests.report.made_sweep import LR, make_sweep, write_grid
 
 pytestmark = pytest.mark.skipif(
     find_browser() is None, reason="no Chromium on this machine (apt-get install chromium)"
@@ -24,7 +27,7 @@ INK = """(async (png, top) => {
   const canvas = document.createElement('canvas');
   const g = canvas.getContext('2d', {willReadFrequently: true});
   canvas.width = image.width; canvas.height = image.height; g.drawImage(image, 0, 0);
-  return [...document.querySelectorAll('figure')].map(figure => {
+  return [...document.querySelectorAll('%s')].map(figure => {
     const box = figure.querySelector('svg').getBoundingClientRect();
     const d = g.getImageData(box.x + scrollX, box.y + scrollY - top, box.width, box.height).data;
     let count = 0;
@@ -39,6 +42,12 @@ SLICE = 8000  # pixels of a page that one screenshot takes
 LABELS = """[...document.querySelectorAll('.xs span, .line ~ .xs span, .ys span')]
   .filter(s => !s.closest('.map .ys'))
   .map(s => [s.textContent, parseFloat(s.style.left || s.style.top), s.className])"""
+STAYS = """[...document.querySelectorAll('.scroll')].filter(box => {
+  const cell = box.querySelector('tbody th');
+  if (!cell || box.scrollWidth <= box.clientWidth) return false;
+  box.scrollLeft = 60;
+  return Math.abs(cell.getBoundingClientRect().left - box.getBoundingClientRect().left) > 1;
+}).map(box => box.textContent.slice(0, 80))"""
 CENTER = """(key => {
   const svg = document.querySelector(`figure[data-key="${key}"] svg`);
   svg.scrollIntoView({block: 'center'});
@@ -71,23 +80,34 @@ def two(tmp_path_factory, lines):
 
 
 @pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    axes = {"model.width": [32, 64, 128], LR: [0.01, 0.02, 0.04, 0.08]}
+    grid = write_grid(folder, axes=axes, derive={"model.aspect": None}, seeds=2)
+    return write_report([make_sweep(folder / "s", grid)])
+
+
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory):
     browser = Browser(tmp_path_factory.mktemp("browser"))
     yield browser
     browser.close()
 
 
-def assert_ink(browser, figures):
+def assert_ink(browser, figures, drawn="figure"):
     shots = [
         base64.b64encode(browser.screenshot(top, SLICE)).decode()
         for top in range(0, browser.height(), SLICE)
     ]
     browser.call("Emulation.setScriptExecutionDisabled", value=False)
-    seen = [browser.evaluate(INK % (png, number * SLICE)) for number, png in enumerate(shots)]
+    seen = [
+        browser.evaluate(INK % (drawn, png, number * SLICE)) for number, png in enumerate(shots)
+    ]
     found = [
         [key, sum(one[n][1] for one in seen), *size] for n, (key, _, *size) in enumerate(seen[0])
     ]
-    assert len(found) == figures
+    assert len(found) == figures or drawn != "figure"
+    assert found
     assert [row for row in found if row[1] < 60 or row[2] < 120 or row[3] < 40] == []
 
 
@@ -109,7 +129,8 @@ def test_every_figure_has_ink(browser, request, which, how):
     browser.messages.clear()
     browser.requests.clear()
     browser.open(path, **how)
-    assert_ink(browser, path.read_text().count("<figure"))
+    drawn = "figure" if how.get("script", True) else "figure.map"  # curves need the script
+    assert_ink(browser, path.read_text().count("<figure"), drawn)
     assert browser.messages == []
     assert [url for url in browser.requests if not url.startswith(("data:", path.as_uri()))] == []
     assert browser.evaluate("document.scrollingElement.scrollWidth") <= how.get("width", 1280)
@@ -148,6 +169,31 @@ def test_the_switches_redraw_and_bring_everything_back(browser, two):
     )
     assert browser.evaluate(paths) == drawn
     assert browser.messages == []
+
+
+def test_the_script_writes_ticks_as_the_figures_do(browser, page):
+    """Of the same axis, in numbers as `archscale.report.scale` writes them."""
+    browser.open(page)
+    shown = browser.evaluate(LABELS.replace(".xs span", "figure.wide .xs span"))
+    steps = [text for text, _, _ in shown if text.isdigit() and int(text) % 100 == 0]
+    assert steps[:9] == [text for _, text in ticks(Scale(1, STEPS), 7) if text != "0"][:9]
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_sweep_s_page_fits_and_says_nothing(browser, sweep, width, scheme):
+    browser.messages.clear()
+    browser.requests.clear()
+    browser.open(sweep, width=width, scheme=scheme)
+    assert browser.messages == []
+    assert [url for url in browser.requests if not url.startswith(("data:", sweep.as_uri()))] == []
+    assert browser.evaluate("document.scrollingElement.scrollWidth") <= width
+    # Wide tables scroll inside, and their first column stays.
+    assert browser.evaluate(STAYS) == []
+    boxes = browser.evaluate(
+        "[...document.querySelectorAll('svg.figure')].map(svg => svg.getBoundingClientRect().width)"
+    )
+    assert min(boxes) >= 300
 
 
 @pytest.mark.parametrize(("x", "y"), [("step", "auto"), ("tokens", "log")])

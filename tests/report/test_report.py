@@ -1,7 +1,9 @@
 """A report shows every key of metrics.jsonl, stays small, needs no network, and works on a run at
 any moment."""
 
+import base64
 import copy
+import io
 import json
 import re
 from html.parser import HTMLParser
@@ -9,13 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from archscale.errors import ArchscaleError, DataError
 from archscale.report.figures import make_figures
-from archscale.report.indicators import family, parse_key
-from archscale.report.page import render
+from archscale.report.indicators import REGISTRY, SECTIONS, family, parse_key
+from archscale.report.maps import LEVELS, HeatMap, palette
+from archscale.report.plot import VARIABLES
 from archscale.report.read import RunRecord, Series, read_run, read_runs
+from archscale.report.run import render
+from archscale.report.scale import Scale
 from archscale.sweep.pages import write_report
+from tests.commands import ROOT
 from tests.report.made import PLAN, make_run, metrics
 
 VOID = {"meta", "link", "input", "br", "image", "path"}
@@ -23,19 +30,18 @@ AXES = {"step", "tokens", "time", "event"}
 
 
 class Page(HTMLParser):
-    """Fails on tags that do not nest; keeps figures, addresses and ids."""
+    """Fails on tags that do not nest; keeps figures, constants, addresses, ids and what the script
+    draws."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.figures: list[dict[str, str]] = []
-        self.paths: list[
-            tuple[dict[str, str], dict[str, str]]
-        ] = []  # of a chart: attributes of the svg and of a path
+        self.constants: list[dict[str, str]] = []
+        self.data: dict = {}
         self.addresses: list[str] = []
         self.ids: list[str] = []
         self.text = ""
-        self._svg: dict[str, str] = {}
         self.feed(html)
         self.close()
         assert not self.open
@@ -49,12 +55,8 @@ class Page(HTMLParser):
             if key in ("href", "src", "xlink:href", "action", "srcset")
         ]
         self.ids += [found["id"]] if "id" in found else []
-        if tag == "figure":
-            self.figures.append(found)
-        elif tag == "svg":
-            self._svg = found
-        elif tag == "path" and "data-name" in found:
-            self.paths.append((self._svg, found))
+        if "data-key" in found:
+            (self.figures if tag == "figure" else self.constants).append(found)
         if tag not in VOID:
             self.open.append(tag)
 
@@ -70,12 +72,18 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.open and self.open[-1] not in ("style", "script"):
             self.text += data
+        elif data.startswith('{"charts"'):
+            self.data = json.loads(data)
+
+    @property
+    def curves(self) -> list[dict]:
+        return [curve for chart in self.data["charts"] for curve in chart["curves"]]
 
     @property
     def keys(self) -> set[str]:
-        """Metrics keys that figures show."""
+        """Metrics keys that figures show or that are listed with their value."""
         keys = set()
-        for figure in self.figures:
+        for figure in self.figures + self.constants:
             for key in figure["data-key"].split():
                 keys |= (
                     {key.replace("*", row) for row in figure.get("data-rows", "").split()}
@@ -90,21 +98,10 @@ def report(tmp_path: Path, lines, plan=PLAN, tail: str = "", name: str = "run") 
     return Page(html), html
 
 
-def curve(page: Page, name: str, number: int = 0) -> list[tuple[float, float]]:
-    """(step, value) of a curve by steps, read back from its path."""
-    svg, path = [(svg, path) for svg, path in page.paths if path["data-name"] == name][number]
-    lo, hi = float(svg["data-lo"]), float(svg["data-hi"])
-    points, x, y = [], 0, 0
-    for part in re.findall(r"M[^M]+", path["d"]):
-        numbers = [int(n) for n in re.findall(r"-?\d+", part)]
-        for n, (a, b) in enumerate(zip(numbers[::2], numbers[1::2])):
-            x, y = (a, b) if n == 0 else (x + a, y + b)
-            if n != 1:
-                share = 1 - y / 10_000
-                points.append(
-                    (x, lo * (hi / lo) ** share if "data-log" in svg else lo + share * (hi - lo))
-                )
-    return points
+def curve(page: Page, name: str, number: int = 0) -> list[tuple[int, float]]:
+    """(step, value) of a curve, as the script gets it."""
+    found = [curve for curve in page.curves if curve["name"] == name][number]
+    return [(x, y) for x, y in zip(found["x"], found["y"]) if y is not None]
 
 
 def test_every_key_is_in_a_figure(tmp_path):
@@ -173,14 +170,16 @@ def test_a_value_that_is_missing_breaks_the_curve_and_is_an_event(tmp_path):
     lines = metrics(50, layers=1)
     lines[20] |= {"loss": None, "event": "non-finite loss"}
     lines[30] |= {"grad_norm": None}
-    page, html = report(tmp_path, lines)
-    _, path = next((svg, path) for svg, path in page.paths if path["data-name"] == "training")
-    assert path["d"].count("M") == 2
+    page, _ = report(tmp_path, lines)
+    broken = next(curve for curve in page.curves if curve["name"] == "training")
+    assert broken["y"].count(None) == 1
+    at = broken["y"].index(None)
+    assert broken["x"][at - 1] < 21 < broken["x"][at + 1]
     assert 21 not in [step for step, _ in curve(page, "training")]
     assert "2 events" in page.text
     assert "first at step 21: non-finite loss" in page.text
     assert "non-finite grad_norm" in page.text
-    assert html.count('class="event"') >= 3
+    assert page.data["runs"][0]["eventSteps"] == [21, 31]
 
 
 def big_run(layers: int = 24, experts: int = 0, steps: int = 10_000) -> RunRecord:
@@ -441,3 +440,88 @@ def test_values_at_the_edge_of_floating_point(tmp_path):
     ]
     page, _ = report(tmp_path, lines)
     assert {"loss", "a", "never", "tiny", "group/x/m", "list"} <= page.keys
+
+
+def test_the_registry_and_the_readme_name_the_same_metrics():
+    """Each key of the table of metrics is in the registry, and the other way round."""
+    text = (ROOT / "archscale/train/README.md").read_text().partition("| key | meaning | in |")[2]
+    named: set[str] = set()
+    for row in text.partition("\n\n")[0].splitlines()[2:]:
+        first = ""
+        for key in re.findall(r"`([^`]+)`", row.split(" | ")[0]):
+            if key.startswith("_"):
+                key = first.rpartition("_")[0] + key
+            elif key.startswith("…"):
+                key = first.rpartition("/")[0] + key[1:]
+            else:
+                first = key
+            named.add(key)
+    named -= {"step", "tokens", "time", "event", "spectrum/gradient/…"}
+    known = {key for metric in REGISTRY for key in metric.keys if "*" not in key}
+    assert named == known
+    assert len({metric.name for metric in REGISTRY}) == len(REGISTRY)
+    assert {metric.section for metric in REGISTRY} <= set(SECTIONS)
+    assert all(parse_key(key).section == m.section for m in REGISTRY for key in m.keys)
+
+
+def test_what_never_changes_is_listed_and_not_drawn(tmp_path):
+    lines = metrics(60, layers=2, every=10)
+    for line in lines:
+        line |= {"steady": 0.25, "never": None, "group/x/flat": 3.0, "group/y/flat": 3.0}
+        line |= {"flat_list": [1, 1], "moving": line["step"]}
+    page, _ = report(tmp_path, lines)
+    drawn = {key for figure in page.figures for key in figure["data-key"].split()}
+    listed = {constant["data-key"] for constant in page.constants}
+    flat = {"steady", "never", "group/*/flat", "flat_list", "tokens_per_second", "lr"}
+    assert flat - {"lr"} <= listed
+    assert not drawn & listed
+    assert {"lr", "moving", "loss", "optimizer/trust_ratio_max"} <= drawn
+    text = " ".join(page.text.split())
+    assert "steady0.25 throughout" in text
+    assert "nevernone throughout" in text
+
+
+def test_many_runs_side_by_side(tmp_path):
+    runs = [
+        make_run(
+            tmp_path / name,
+            metrics(20 + 10 * number, layers=1, seed=number),
+            copy.deepcopy(PLAN) | {"name": f"run {name}", "seed": number},
+        )
+        for number, name in enumerate("abcdefgh")
+    ]
+    path = write_report(runs)
+    page = Page(path.read_text())
+    assert path == runs[0] / "report_and_b_and_6_more.html"
+    for number, name in enumerate("abcdefgh"):
+        assert curve(page, f"run {name}, training")[-1][0] == 20 + 10 * number
+    assert len({c["look"] for c in page.curves if c["name"].endswith(", training")}) == 8
+    assert "name" in page.text.partition("Config: what differs")[2]
+    head, sizes = page.text.partition("Plan beside measured")[2], ["20", "50", "90"]
+    assert [size for size in sizes if f"{size} of 10,000" in " ".join(head.split())] == sizes
+
+
+def test_a_map_s_colors_are_its_values(tmp_path):
+    """Read back as the script does, by color; no value is transparent."""
+    values = np.array([[0.0, 0.5, np.nan, 1.0], [0.25, 0.75, 0.1, 0.9]])
+    scale = Scale(0.0, 1.0)
+    bands, steps = [("a", 1), ("b", 1)], np.array([1, 2, 3, 4])
+    heat = HeatMap("k/*", 0, "t", "", ["a", "b"], bands, values, steps).drawn(4, scale)
+    kind, _, content = heat.image.partition(",")
+    assert kind == "data:image/webp;base64"
+    pixels = np.asarray(Image.open(io.BytesIO(base64.b64decode(content))).convert("RGBA"))
+    assert pixels.shape == (2, 4, 4)
+    assert pixels[0, 2, 3] == 0
+    colors = [palette()[6 * level : 6 * level + 6] for level in range(LEVELS)]
+    assert len(set(colors)) == LEVELS
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            level = colors.index(pixels[row, column, :3].tobytes().hex())
+            assert abs((level + 0.5) / LEVELS - value) <= 0.5 / LEVELS + 1e-9
+
+
+def test_the_style_has_the_colors_of_the_figures():
+    css = (ROOT / "archscale" / "report" / "page.css").read_text()
+    light = css.partition(":root {")[2].partition("}")[0]
+    for color, variable in VARIABLES.items():
+        assert f"{variable}: {color};" in light

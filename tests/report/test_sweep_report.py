@@ -4,10 +4,12 @@ import csv
 import math
 import re
 
+import numpy as np
 import pytest
 import yaml
 
 from archscale.errors import DataError
+from archscale.fit.fit import Estimate
 from archscale.plan.counting import training_flops
 from archscale.report.sweep_figures import make_figures
 from archscale.sweep.analysis import analyse
@@ -157,7 +159,7 @@ def test_figures_are_accessible_and_follow_the_page_s_colors(full):
     assert all(len(label) > 40 for label in labels)
     assert any("optimum 0.0" in label for label in labels)
     drawn = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
-    assert "var(--g0)" in drawn
+    assert "var(--c0)" in drawn
     assert not re.search(r"#[0-9a-f]{6}", drawn.replace("#000000", "").replace("#b0b0b0", ""))
     ids = re.findall(r' id="([^"]+)"', html)
     assert len(ids) == len(set(ids))
@@ -355,6 +357,69 @@ def test_the_grid_s_own_fits_are_taken_where_they_are_of_these_points(tmp_path):
         "muonh, hyperp": True,
         "adamw, standard": False,
     }
+
+
+def bowl_panels(found):
+    return [
+        p
+        for figure in make_figures(found)
+        if figure.name.startswith("bowls")
+        for p in figure.panels
+    ]
+
+
+def test_a_bowl_is_drawn_as_far_as_its_optimum_may_lie(tmp_path):
+    """Dashed beyond the values that it was fitted to, with the remedy where there is one."""
+
+    def lopsided(made):
+        """Flat below the optimum and steep above: a parabola fits badly."""
+        above = math.log(made.parameterization.base.lr / 0.004)
+        noise = 0.004 * math.sin(1e5 * made.parameterization.base.lr)
+        return {"val_loss": 3 + noise + 0.02 * max(above, 0) ** 4}
+
+    rates = [0.001, 0.002, 0.004, 0.008, 0.016, 0.032]
+    found = analysed(tmp_path, lopsided, keys={"axes": {LR: rates}})
+    [one] = found.combinations
+    assert one.fit
+    assert not one.edge
+    assert "the parabola fits poorly" in one.notes
+    assert "nearest: 5 in the grid's fit keeps to the values around it" in one.notes
+    one.fit.estimates["optimum"] = Estimate(0.002, 0.0004, 0.004)
+    [panel] = bowl_panels(found)
+    [solid] = [curve for curve in panel.curves if curve.line == "-"]
+    [dashed] = [curve for curve in panel.curves if curve.line == "--"]
+    assert (solid.x[0], solid.x[-1]) == pytest.approx((0.001, 0.032))
+    assert (dashed.x[0], dashed.x[-1]) == pytest.approx((0.0004, 0.001))
+    assert "the interval reaches beyond the grid" in panel.finding
+
+
+def test_a_refused_bowl_shows_where_its_minimum_would_lie(tmp_path):
+    found = analysed(tmp_path, keys={"axes": {LR: [0.04, 0.08, 0.16]}, "seeds": 2})
+    [one] = found.combinations
+    assert one.fit is None
+    [panel] = bowl_panels(found)
+    [dashed] = [curve for curve in panel.curves if curve.line == "--"]
+    assert dashed.x[0] < 0.04  # the planted optimum is at 0.028
+    assert np.argmin(dashed.y) == 0
+    far = analysed(tmp_path / "far", keys={"axes": {LR: [0.4, 0.8, 1.6]}, "seeds": 2})
+    assert not [c for panel in bowl_panels(far) for c in panel.curves if c.line == "--"]
+
+
+@pytest.mark.parametrize("rules", [1, 2])
+def test_curves_of_one_panel_differ_in_color(tmp_path, rules):
+    found = analysed(tmp_path, keys=FULL | {"zip": RULES[:rules]})
+    for figure in make_figures(found):
+        for panel in figure.panels:
+            named = [curve for curve in panel.curves if curve.label]
+            assert len({curve.ink for curve in named}) == len(named), (figure.name, panel.title)
+
+
+def test_an_indicator_that_is_the_same_everywhere_is_listed(full):
+    html = (full / "report.html").read_text()
+    section = html.partition('<section id="constant">')[2].partition("</section>")[0]
+    assert "<dt>Share clipped</dt><dd>0</dd>" in section
+    assert not re.search(r"<th[^>]*>optimizer/clip_fraction", html)
+    assert "optimizer/clip_fraction" in rows(full / "report" / "indicators.csv")[0]
 
 
 # --- not all there
