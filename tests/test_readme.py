@@ -34,6 +34,7 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "archscale/optim/README.md",
+    "archscale/study/README.md",
     "configs/README.md",
     "configs/studies/README.md",
     "data_prep/README.md",
