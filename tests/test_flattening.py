@@ -44,11 +44,7 @@ def measured(problem, G, tolerance=1e-5):
     for name, step in directions("polar_express").items():
         D = step(G)
         bound = guaranteed([G], [D], problem.lipschitz)
-
-        def change(lr, D=D):
-            return problem.rise(E, lr, D)
-
-        found[name] = edge(change, bound / 7, tolerance), bound
+        found[name] = edge(problem.rise(E, D), bound / 7, tolerance), bound
     return found
 
 

@@ -48,9 +48,7 @@ class LeastSquaresStudy(Section):
     lipschitz: Positive = 1.0  # L, the largest curvature
     exponents: list[NonNegative] = several(0.0, 0.5, 1.0, 2.0)  # α of planted spectra, σ_i ∝ i^(−α)
     sigma_means: list[Positive] = several(0.1, 1.0, 10.0)  # σ̄ of planted gradients
-    conditions: list[Positive] = several(
-        1.0, 100.0
-    )  # of the curvature; 1: the theorem is an equality
+    conditions: list[Positive] = several(1.0, 100.0)  # of the curvature; 1: an exact theorem
     race: LeastSquaresRace = LeastSquaresRace()
 
 
@@ -152,8 +150,9 @@ class HybridStudy(BaseStudy):
             yield ConfigError(f"two arms are called {label!r}", "arms", "give each its own label")
         for label in labels:
             yield from _directory_problems(label, "arms")
-        for key in {"name", "seed"} & self.run.keys():
-            yield ConfigError(f"{key} is set by the study", f"run.{key}", "remove it")
+        for key in ("name", "seed"):
+            if key in self.run:
+                yield ConfigError(f"{key} is set by the study", f"run.{key}", "remove it")
 
     def config(self, arm: Arm, seed: int) -> Config:
         """Config of one run. Raises ConfigError, with the key as it stands in the study."""
@@ -173,9 +172,7 @@ class HybridStudy(BaseStudy):
 class GateStudy(BaseStudy):
     """SqrtGate (arXiv 2603.28743): output RMS of fresh mixtures of experts over granularity."""
 
-    granularities: list[Count] = several(
-        1, 2, 4, 8, 16, 32, 64
-    )  # k, experts a token; divide `hidden`
+    granularities: list[Count] = several(1, 2, 4, 8, 16, 32, 64)  # k, experts a token
     sparsity: Count = 8  # S, experts per active one
     width: Count = 256  # features of a token
     hidden: Count = 1024  # hidden features of all active experts together
@@ -204,7 +201,9 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> B
     kind = content.get("study")
     if kind not in STUDIES:
         names, close = ", ".join(STUDIES), nearest(kind, list(STUDIES))
-        what = f"got {show(kind)}, expected one of {names}" if kind else "study is missing"
+        what = "study is missing"
+        if kind is not None:
+            what = f"got {show(kind)}, expected one of {names}"
         remedy = f"did you mean {close}?" if close else f"add `study: {' or '.join(STUDIES)}`"
         raise ConfigError(what, f"study in {path}", remedy)
     try:

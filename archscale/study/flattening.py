@@ -80,9 +80,10 @@ class LeastSquares:
     def loss(self, E: Tensor) -> float:
         return 0.5 * float(torch.sum(E * self.gradient(E)))
 
-    def rise(self, E: Tensor, lr: float, D: Tensor) -> float:
-        """f(E − η D) − f(E)."""
-        return self.loss(E - lr * D) - self.loss(E)
+    def rise(self, E: Tensor, D: Tensor) -> Callable[[float], float]:
+        """η → f(E − η D) − f(E)."""
+        before = self.loss(E)
+        return lambda lr: self.loss(E - lr * D) - before
 
     @property
     def lipschitz(self) -> float:

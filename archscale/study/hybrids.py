@@ -18,9 +18,8 @@ from archscale.study.output import Results, Row, column, curves, groups, mean_an
 from archscale.train.trainer import train
 
 MATRIX = "optimizer/matrix/"
-MEDIANS = (
-    "denominator variation ratio_variation at_least at_most growth correlation ceiling runaway"
-)
+ADAPTATION = ("denominator", "variation", "ratio_variation", "at_least", "at_most")
+GROWTH = ("growth", "correlation", "ceiling", "runaway")
 
 
 def run_hybrids(study: HybridStudy, directory: Path, say: Callable[[str], None]) -> Results:
@@ -43,7 +42,7 @@ def run_hybrids(study: HybridStudy, directory: Path, say: Callable[[str], None])
                 {**line, "arm": arm.label, "runaway": largest(line, readings[0])}
                 for line in readings
             ]
-    tables["symptoms"] = symptoms(tables["matrices"], tables["runs"])
+    tables["symptoms"] = list(symptoms(tables["matrices"], tables["runs"]))
     settings, shown = study.model_dump(mode="json"), "Symptoms, over matrices and seeds"
     caption = "Trust ratio, share of matrices clipped, largest ‖W‖ / ‖W₀‖ and loss; first seed"
     figures = {"symptoms": (caption, list(panels(drawn)))}
@@ -130,20 +129,18 @@ def matrix_rows(
     return rows
 
 
-def symptoms(matrices: Sequence[Row], runs: Sequence[Row]) -> list[Row]:
-    """A line for each arm: medians over matrices and seeds (± standard deviation over seeds where
-    it says so)."""
-    table = []
+def symptoms(matrices: Sequence[Row], runs: Sequence[Row]) -> Iterator[Row]:
+    """A row for each arm: medians over matrices and seeds; `_sd` is a standard deviation over
+    seeds."""
     by_arm = groups(matrices, "arm")
     for (arm,), members in groups(runs, "arm").items():
         row = {key: members[0][key] for key in ("arm", "rule", "lr", "weight_decay")}
         row["seeds"] = len(members)
-        for key in MEDIANS.split():
+        for key in (*ADAPTATION, *GROWTH):
             row[key] = median(column(by_arm.get((arm,), ()), key))
         for key in ("runaway_max", "val_loss"):
             row[key], row[f"{key}_sd"] = mean_and_spread([run[key] for run in members])
-        table.append(row)
-    return table
+        yield row
 
 
 def _variation(values: Sequence[float]) -> float:

@@ -108,12 +108,12 @@ class Language:
         """Of every view, (m, n)."""
         return derivatives(self.views, self.loss(batch))
 
-    def rise(self, views: list[View], batch: Batch) -> Callable[..., float]:
-        """(η, *D) → loss(W − η D) − loss(W), float32; leaves the weights as they are."""
+    def rise(self, views: list[View], batch: Batch, *D: Tensor) -> Callable[[float], float]:
+        """η → loss(W − η D) − loss(W), float32; leaves the weights as they are."""
         before = self.loss_value(batch)
         weights = [view.of(view.parameter.data) for view in views]
 
-        def change(lr: float, *D: Tensor) -> float:
+        def change(lr: float) -> float:
             saved = [W.clone() for W in weights]
             for W, step in zip(weights, D, strict=True):
                 W.sub_(step.to(W.dtype), alpha=lr)

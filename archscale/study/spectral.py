@@ -59,7 +59,7 @@ def run_spectral(study: SpectralStudy, say: Callable[[str], None]) -> Results:
 def edge_rows(
     study: SpectralStudy,
     G: list[Tensor],
-    rise: Callable[..., float],
+    rise: Callable[..., Callable[[float], float]],
     lipschitz: float,
     product: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Row]:
@@ -67,14 +67,14 @@ def edge_rows(
 
     Args:
         G: gradients of the matrices that move together.
-        rise: (η, *D) → f(W − η D) − f(W).
+        rise: *D → the function η → f(W − η D) − f(W).
         product: v → H v; adds `second_order`, the edge 2 ⟨G, D⟩ / ⟨D, H D⟩ of the quadratic model
             along D itself, inf where that bends down.
     """
     for name, step in directions(study.orthogonalizer).items():
         D = [step(x) for x in G]
         bound = flattening.guaranteed(G, D, lipschitz)
-        end = flattening.edge(lambda lr: rise(lr, *D), bound / 8, study.tolerance)  # noqa: B023
+        end = flattening.edge(rise(*D), bound / 8, study.tolerance)
         row: Row = {**flattening.flatness(G), "lipschitz": lipschitz, "direction": name}
         row |= {"edge": end, "guaranteed": bound, "ratio": end / bound}
         if product is not None:
@@ -115,7 +115,7 @@ def language_edges(study: SpectralStudy, language: Language) -> Iterator[Row]:
             product = language.curvature(views, batch)
             size = sum(x.numel() for x in G)
             L = flattening.largest_curvature(product, size, settings.lanczos)
-            rise = language.rise(views, batch)
+            rise = partial(language.rise, views, batch)
             for row in edge_rows(study, G, rise, L, product):
                 yield {"seed": language.seed, "after": after, "loss": loss, "matrix": matrix, **row}
 

@@ -80,11 +80,9 @@ def race_summary(tables: Tables) -> Iterator[Row]:
         for values, rows in groups(tables[name], *keys).items():
             steps, rises = column(rows, "steps_to_target"), column(rows, "first_rise")
             row = {"where": where, **dict(zip(keys, values)), "seeds": len(rows)}
-            row |= {
-                "diverged": sum(column(rows, "diverged")),
-                "first_rise": min(rises, default=None),
-            }
-            row |= {"reached": len(steps), "steps_to_target": median(steps) if steps else None}
+            row["diverged"] = sum(row["diverged"] for row in rows)
+            row |= {"first_rise": min(rises, default=None), "reached": len(steps)}
+            row["steps_to_target"] = median(steps) if steps else None
             row |= {"least_steps": min(steps, default=None), "most_steps": max(steps, default=None)}
             row["final"], row["final_sd"] = mean_and_spread([row["final"] for row in rows])
             yield row
@@ -99,10 +97,11 @@ def conditioning_summary(tables: Tables) -> Iterator[Row]:
                 row = {"where": where, "gradients": gradients, "number": kind}
                 for key in ("before", "left", "both", "gain_left", "gain_both", "spread"):
                     row[key] = median(column(rows, f"{kind}_{key}"))
-                gains = column(rows, f"{kind}_gain_left")
-                fits = log_slopes(gains, {"spread": column(rows, f"{kind}_spread")})
+                gains, spread = (
+                    [r[f"{kind}_{key}"] for r in rows] for key in ("gain_left", "spread")
+                )
                 row["worse"] = sum(gain < 1 for gain in gains) / len(gains)
-                row["slope"], row["slope_se"] = fits["spread"]
+                row["slope"], row["slope_se"] = log_slopes(gains, {"spread": spread})["spread"]
                 yield row
 
 
@@ -118,10 +117,10 @@ def diagonal(label: str, values: Sequence[float]) -> Curve:
 def edge_panels(tables: Tables) -> Iterator[Panel]:
     single = [row for row in tables["edges_language"] if row["matrix"] != "all"]
     parts = squares_by_condition(tables) | {"language model, one matrix": single}
-    x = "sigma_mean"
     for title, rows in parts.items():
-        points = curves(rows, "direction", x, scaled_edge, LABELS.__getitem__, marker="o")
-        points.append(diagonal("σ̄", column(rows, x)))
+        rows = [{**row, "step": LABELS[row["direction"]]} for row in rows]
+        points = curves(rows, "step", "sigma_mean", scaled_edge, marker="o")
+        points.append(diagonal("σ̄", column(rows, "sigma_mean")))
         yield Panel(title, "σ̄", "edge · L / 2", points, log_y=True)
 
 
@@ -157,8 +156,8 @@ def condition_panels(tables: Tables) -> Iterator[Panel]:
     for title, name in CONDITIONING.items():
         points = curves(tables[name], "gradients", x, y, label, marker="o")
         points.append(diagonal("gain = spread", [1.0, *column(tables[name], x)]))
-        spread = "spread σ_max / σ̄ of the gradient covariance's root"
-        yield Panel(title, spread, "gain", points, log_y=True)
+        x_label = "spread σ_max / σ̄ of the gradient covariance's root"
+        yield Panel(title, x_label, "gain", points, log_y=True)
 
 
 SUMMARIES: dict[str, Callable[[Tables], Iterator[Row]]] = {
