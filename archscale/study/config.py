@@ -100,8 +100,8 @@ class BaseStudy(Section):
 
 def _directory_problems(name: str, key: str) -> Iterator[ConfigError]:
     if name.startswith(".") or "/" in name or "\\" in name:
-        what = f"{name!r} cannot name a directory"
-        yield ConfigError(what, key, "leave out slashes and leading dots")
+        problem = f"{name!r} cannot name a directory"
+        yield ConfigError(problem, key, "leave out slashes and leading dots")
 
 
 class SpectralStudy(BaseStudy):
@@ -123,8 +123,8 @@ class SpectralStudy(BaseStudy):
         }.items():
             for condition in conditions:
                 if condition < 1:
-                    what = f"no condition number is {condition}"
-                    yield ConfigError(what, key, "give at least 1")
+                    problem = f"no condition number is {condition}"
+                    yield ConfigError(problem, key, "give at least 1")
 
 
 class Arm(Section):
@@ -183,8 +183,8 @@ class GateStudy(BaseStudy):
         yield from super().problems()
         for k in self.granularities:
             if self.hidden % k:
-                what = f"{k} does not divide {self.hidden} hidden features"
-                yield ConfigError(what, "granularities", "give divisors of hidden")
+                problem = f"{k} does not divide {self.hidden} hidden features"
+                yield ConfigError(problem, "granularities", "give divisors of hidden")
 
 
 STUDIES: dict[str, type[BaseStudy]] = {
@@ -201,11 +201,11 @@ def load_study(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> B
     kind = content.get("study")
     if kind not in STUDIES:
         names, close = ", ".join(STUDIES), nearest(kind, list(STUDIES))
-        what = "study is missing"
+        problem = "study is missing"
         if kind is not None:
-            what = f"got {show(kind)}, expected one of {names}"
+            problem = f"got {show(kind)}, expected one of {names}"
         remedy = f"did you mean {close}?" if close else f"add `study: {' or '.join(STUDIES)}`"
-        raise ConfigError(what, f"study in {path}", remedy)
+        raise ConfigError(problem, f"study in {path}", remedy)
     try:
         study = STUDIES[kind].model_validate(content)
     except ValidationError as error:

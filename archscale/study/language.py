@@ -65,11 +65,11 @@ class Language:
         tokens = self.split.vocab_size
         size = settings.model.vocab_size or tokens
         if size < tokens:
-            what = f"vocab_size {size} is smaller than the data's {tokens} tokens"
-            raise ConfigError(what, "language.model.vocab_size", "set it to null")
+            problem = f"vocab_size {size} is smaller than the data's {tokens} tokens"
+            raise ConfigError(problem, "language.model.vocab_size", "set it to null")
         if settings.model.moe is not None:
-            what = "the study's model has experts"
-            raise ConfigError(what, "language.model.moe", "set it to null")
+            problem = "the study's model has experts"
+            raise ConfigError(problem, "language.model.moe", "set it to null")
         self.model = Transformer(settings.model.model_copy(update={"vocab_size": size}))
         initialize(self.model, seed)
         self.views = []
