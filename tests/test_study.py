@@ -7,24 +7,21 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 
 from archscale.errors import ConfigError
+from archscale.report.plot import Curve, Panel, draw, svg_text
 from archscale.study.config import HybridStudy, LanguageStudy, SpectralStudy, load_study
+from archscale.study.flattening import directions, flatness, guaranteed, judged, largest_curvature
 from archscale.study.hybrids import matrix_rows
 from archscale.study.language import Language
-from archscale.study.output import Panel, Results, Series, draw, write
+from archscale.study.output import Results, curve, write
 from archscale.study.run import run_study
-from archscale.study.spectral import (
-    judged,
-    orthogonalizers,
-    planted_conditioning,
-    run_spectral,
-    slopes,
-)
-from archscale.telemetry.flattening import flatness, guaranteed, largest_curvature
+from archscale.study.spectral import planted_conditioning, run_spectral
+from archscale.study.spectral_tables import slopes
 from tests.commands import launch
 from tests.train.tiny import tiny_data
 
@@ -273,14 +270,15 @@ def test_curvature_and_edges_of_the_model_against_differences(data):
 
     difference = (shifted(1e-3) - shifted(-1e-3)) / 2e-3
     assert (product(v) - difference).norm() < 0.02 * difference.norm()
-    rise = of.rise(views, gradients, batch)
+    rise = of.rise(views, batch, *gradients)
     slope = -sum(float(G.square().sum()) for G in gradients)
     assert rise(1e-2) == pytest.approx(1e-2 * slope, rel=0.05)
     assert rise(0.0) == 0  # the weights are back
     lipschitz = largest_curvature(product, len(v), 20)
-    for name, orthogonalizer in orthogonalizers("polar_express").items():
-        D = [orthogonalizer(G) for G in gradients]
-        assert rise(0.5 * guaranteed(gradients, D, lipschitz)) < 0, name
+    steps = directions("polar_express")
+    for name in ("muon_exact", "muon"):
+        D = [steps[name](G) for G in gradients]
+        assert of.rise(views, batch, *D)(0.5 * guaranteed(gradients, D, lipschitz)) < 0, name
 
 
 def test_covariances_are_those_of_the_layers(data):
@@ -369,16 +367,12 @@ def test_planted_conditioning_says_what_the_formulas_say(data):
 
 
 def test_figures_leave_out_what_cannot_be_drawn_and_tables_write_infinity(tmp_path):
-    panel = Panel(
-        "p",
-        "x",
-        "y",
-        [Series("a", [1.0, 2.0], [math.inf, 3.0]), Series("none", [], [])],
-        log_x=True,
-    )
-    panels = [panel, Panel("zeros", "x", "y", [Series("a", [0.0], [0.0])], log_x=True)]
-    assert draw(panels).count("<svg") == 1
-    assert draw(panels) == draw(panels)
+    points = [{"x": 1.0, "y": math.inf}, {"x": 2.0, "y": 3.0}]
+    curves = [curve("a", points, "x", "y", marker="o"), curve("none", [], "x", "y", marker="o")]
+    panels = [Panel("p", "x", "y", curves, log_y=True)]
+    panels += [Panel("zeros", "x", "y", [Curve("a", np.zeros(1), np.zeros(1))], log_y=True)]
+    assert svg_text(draw(panels, 2)).count("<svg") == 1
+    assert svg_text(draw(panels, 2)) == svg_text(draw(panels, 2))
     write(Results("t", {}, {"rows": [{"a": math.inf, "b": math.nan}, {"c": 1}]}), tmp_path)
     assert json.loads((tmp_path / "results.json").read_text())["tables"]["rows"] == [
         {"a": "inf", "b": None},

@@ -1,174 +1,146 @@
-"""The ablation of the three failing hybrids (OrScale; REFERENCE 1): each predicted symptom, read
-from metrics.jsonl of real runs."""
+"""The three hybrids that fail (arXiv 2605.07815): each predicted symptom, read from the telemetry
+of real runs."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from archscale.files import MANIFEST, METRICS
-from archscale.optim import RULES
+from archscale.report.plot import Panel
+from archscale.rules import RULES
 from archscale.study.config import Arm, HybridStudy
-from archscale.study.output import Panel, Results, Row, Series, mean_and_spread
+from archscale.study.output import Results, Row, column, curves, groups, mean_and_spread, median
 from archscale.train.trainer import train
 
 MATRIX = "optimizer/matrix/"
+ADAPTATION = ("denominator", "variation", "ratio_variation", "at_least", "at_most")
+GROWTH = ("growth", "correlation", "ceiling", "runaway")
 
 
-def run_hybrids(study: HybridStudy, out: Path, say: Callable[[str], None]) -> Results:
-    """Trains every arm and seed into `out`/runs (finished ones are kept, as with `archscale train`)
-    and reads their telemetry."""
-    trained: dict[str, list[list[Row]]] = {}
-    matrices, arms = [], []
-    for arm in study.arms:
-        for seed in study.seeds:
-            directory = out / "runs" / f"{arm.label}_seed{seed}"
-            say(f"{arm.label}: {arm.rule}, η = {arm.lr:g}, λ = {arm.weight_decay:g}, seed {seed}")
-            train(study.config(arm, seed), directory)
-            lines = [json.loads(line) for line in (directory / METRICS).read_text().splitlines()]
-            shapes = read_shapes(directory)
-            readings = [line for line in lines if any(key.startswith(MATRIX) for key in line)]
-            trained.setdefault(arm.label, []).append(readings)
-            each = [
-                {"arm": arm.label, "seed": seed, **row}
-                for row in matrix_rows(arm, readings, shapes)
+def run_hybrids(study: HybridStudy, directory: Path, say: Callable[[str], None]) -> Results:
+    """Trains every arm and seed into `directory`/runs (finished ones are kept, as with
+    `archscale train`) and reads their telemetry."""
+    tables: dict[str, list[Row]] = {"matrices": [], "runs": []}
+    drawn: list[Row] = []  # readings of the first seed
+    for arm, seed in itertools.product(study.arms, study.seeds):
+        run = directory / "runs" / f"{arm.label}_seed{seed}"
+        say(f"{arm.label}: {arm.rule}, η = {arm.lr:g}, λ = {arm.weight_decay:g}, seed {seed}")
+        train(study.config(arm, seed), run)
+        lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+        readings = [line for line in lines if any(key.startswith(MATRIX) for key in line)]
+        rows = matrix_rows(arm, readings, read_shapes(run))
+        first = {"arm": arm.label, "seed": seed}
+        tables["matrices"] += [first | row for row in rows]
+        tables["runs"].append(first | run_row(arm, readings, rows, lines[-1]))
+        if seed == study.seeds[0]:
+            drawn += [
+                {**line, "arm": arm.label, "runaway": largest(line, readings[0])}
+                for line in readings
             ]
-            matrices += each
-            arms.append({"arm": arm.label, "seed": seed, **arm_row(arm, readings, each, lines[-1])})
-    tables = {"matrices": matrices, "runs": arms, "symptoms": symptoms(study, matrices, arms)}
-    results = Results(
-        "Hybrids that fail",
-        study.model_dump(mode="json"),
-        tables,
-        shown={"symptoms": "Symptoms, over matrices and seeds"},
-    )
-    results.figures = figures(study, trained)
-    return results
+    tables["symptoms"] = list(symptoms(tables["matrices"], tables["runs"]))
+    settings, shown = study.model_dump(mode="json"), "Symptoms, over matrices and seeds"
+    caption = "Trust ratio, share of matrices clipped, largest ‖W‖ / ‖W₀‖ and loss; first seed"
+    figures = {"symptoms": (caption, list(panels(drawn)))}
+    return Results("Hybrids that fail", settings, tables, {"symptoms": shown}, figures)
 
 
-def read_shapes(directory: Path) -> dict[str, tuple[int, int]]:
-    """Rows and columns of every matrix of a run."""
-    found = {}
-    for row in json.loads((directory / MANIFEST).read_text()):
-        for text in row["matrices"]:
-            name, shape = text.rsplit(" ", 1)
-            m, n = shape.split("x")
-            found[name] = int(m), int(n)
-    return found
-
-
-def matrix_rows(arm: Arm, readings: Sequence[Row], shapes: dict[str, tuple[int, int]]) -> list[Row]:
-    """One matrix each, over the readings of a run.
-
-    `denominator` is what the trust ratio divides ‖W‖ by, from the telemetry of ‖W‖ and r (ε apart),
-    over √min(m, n); `variation` its standard deviation over time, relative to its mean, and
-    `ratio_variation` that of r̂. `growth` is η s² / c² ÷ 2 λ, above 1 where ‖W‖ should run away if
-    directions were independent, with c = ‖W₀‖ / √min(m, n) (REFERENCE 1). They are not:
-    `correlation` is K = (Δ ln ‖W‖² + 2 η λ) / (‖ΔW‖² / ‖W‖²) per step, with decay left out of ΔW: 1
-    for independent ones, NaN where decay is most of what moves W. K · growth is the ratio that
-    decides. `ceiling`: what the clip leaves ‖W‖ / ‖W₀‖ to settle at under decoupled decay, where r̂
-    = r_max: r_max √(K · growth).
-    """
-    rule = RULES[arm.rule]
-    found = []
-    for name, (m, n) in shapes.items():
-        if f"{MATRIX}{name}/trust_ratio" not in readings[0]:
-            continue
-        ratio = [line[f"{MATRIX}{name}/trust_ratio"] for line in readings]
-        norm = [line[f"{MATRIX}{name}/weight_norm"] for line in readings]
-        root = math.sqrt(min(m, n))
-        row: Row = {
-            "matrix": name,
-            "rows": m,
-            "columns": n,
-            "norm_first": norm[0],
-            "norm_last": norm[-1],
-        }
-        row |= {"runaway": norm[-1] / norm[0], "ratio_first": ratio[0], "ratio_last": ratio[-1]}
-        if rule.ratio is not None:
-            low, high = rule.clip or (0.0, math.inf)
-            below = [w / r / root for w, r in zip(norm, ratio)]
-            clipped = [min(max(r, low), high) for r in ratio]
-            row |= {
-                "denominator": statistics.mean(below),
-                "variation": _variation(below),
-                "ratio_variation": _variation(clipped),
-                "at_least": sum(r <= low for r in ratio) / len(ratio),
-                "at_most": sum(r >= high for r in ratio) / len(ratio),
-            }
-            decay = (
-                arm.lr
-                * arm.weight_decay
-                * (statistics.mean(clipped) if rule.decay == "coupled" else 1.0)
-            )
-            moved = (
-                statistics.mean(line[f"{MATRIX}{name}/relative_update"] ** 2 for line in readings)
-                - decay**2
-            )
-            steps = readings[-1]["step"] - readings[0]["step"]
-            gained = 2 * math.log(norm[-1] / norm[0]) / max(steps, 1) + 2 * decay
-            correlation = gained / moved if steps and moved > 0 and gained > 0 else math.nan
-            row["correlation"] = correlation
-            if rule.calibrated and arm.weight_decay:
-                row["growth"] = (
-                    arm.lr
-                    * (rule.shape_factor(m, n) * root / norm[0]) ** 2
-                    / (2 * arm.weight_decay)
-                )
-                if rule.decay == "decoupled":
-                    row["ceiling"] = high * math.sqrt(correlation * row["growth"])
-        found.append(row)
-    return found
-
-
-def arm_row(arm: Arm, readings: Sequence[Row], matrices: Sequence[Row], last: Row) -> Row:
-    """One run: over its matrices and readings."""
+def run_row(arm: Arm, readings: Sequence[Row], rows: Sequence[Row], last: Row) -> Row:
+    """A run: over its matrices and readings."""
+    runaways = column(rows, "runaway")
     return {
         "rule": arm.rule,
         "lr": arm.lr,
         "weight_decay": arm.weight_decay,
-        "clip_fraction": statistics.mean(line["optimizer/clip_fraction"] for line in readings),
-        "runaway_median": statistics.median(row["runaway"] for row in matrices),
-        "runaway_max": max(row["runaway"] for row in matrices),
+        "clip_fraction": statistics.mean(column(readings, "optimizer/clip_fraction")),
+        "runaway_median": median(runaways),
+        "runaway_max": max(runaways),
         "loss": last["loss"],
         "val_loss": last.get("val_loss", math.nan),
     }
 
 
-def symptoms(study: HybridStudy, matrices: Sequence[Row], runs: Sequence[Row]) -> list[Row]:
-    """One line an arm: medians over matrices and seeds (± standard deviation over seeds where it
-    says so)."""
-    found = []
-    for arm in study.arms:
-        each = [row for row in matrices if row["arm"] == arm.label]
-        of = [row for row in runs if row["arm"] == arm.label]
-        row: Row = {
-            "arm": arm.label,
-            "rule": arm.rule,
-            "lr": arm.lr,
-            "weight_decay": arm.weight_decay,
-            "seeds": len(of),
-        }
-        for key in (
-            "denominator",
-            "variation",
-            "ratio_variation",
-            "at_least",
-            "at_most",
-            "growth",
-            "correlation",
-            "ceiling",
-            "runaway",
-        ):
-            values = [r[key] for r in each if not math.isnan(r.get(key, math.nan))]
-            row[key] = statistics.median(values) if values else math.nan
+def largest(reading: Row, first: Row) -> float:
+    """‖W‖ / ‖W₀‖ of the matrix that has grown most."""
+    norms = [key for key in first if key.startswith(MATRIX) and key.endswith("/weight_norm")]
+    return max(reading[key] / first[key] for key in norms)
+
+
+def read_shapes(run: Path) -> dict[str, tuple[int, ...]]:
+    """Rows and columns of every matrix of a run."""
+    texts = [text for row in json.loads((run / MANIFEST).read_text()) for text in row["matrices"]]
+    named = (text.rsplit(" ", 1) for text in texts)
+    return {name: tuple(map(int, shape.split("x"))) for name, shape in named}
+
+
+def matrix_rows(
+    arm: Arm, readings: Sequence[Row], shapes: Mapping[str, tuple[int, ...]]
+) -> list[Row]:
+    """A row for each matrix, over the readings of a run.
+
+    `denominator` is what the trust ratio divides ‖W‖ by, from the telemetry of ‖W‖ and r (ε apart),
+    over √min(m, n); `variation` its standard deviation over time, relative to its mean, and
+    `ratio_variation` that of r̂. `growth` is η s² / c² ÷ 2 λ, above 1 where ‖W‖ should run away if
+    directions were independent, with c = ‖W₀‖ / √min(m, n). They are not: `correlation` is
+    K = (Δ ln ‖W‖² + 2 η λ) / (‖ΔW‖² / ‖W‖²) per step, with decay left out of ΔW: 1 for independent
+    ones, NaN where decay is most of what moves W. K · growth is the ratio that decides. `ceiling`:
+    what the clip leaves ‖W‖ / ‖W₀‖ to settle at under decoupled decay, where r̂ = r_max:
+    r_max √(K · growth).
+    """
+    rule = RULES[arm.rule]
+    low, high = rule.clip or (0.0, math.inf)
+    rows = []
+    for name, (m, n) in shapes.items():
+        if f"{MATRIX}{name}/trust_ratio" not in readings[0]:
+            continue
+        ratio, norm, update = (
+            [line[f"{MATRIX}{name}/{key}"] for line in readings]
+            for key in ("trust_ratio", "weight_norm", "relative_update")
+        )
+        root, runaway = math.sqrt(min(m, n)), norm[-1] / norm[0]
+        row: Row = {"matrix": name, "rows": m, "columns": n}
+        row |= {"norm_first": norm[0], "norm_last": norm[-1], "runaway": runaway}
+        row |= {"ratio_first": ratio[0], "ratio_last": ratio[-1]}
+        rows.append(row)
+        if rule.ratio is None:
+            continue
+        below = [w / r / root for w, r in zip(norm, ratio)]
+        clipped = [min(max(r, low), high) for r in ratio]
+        row |= {"denominator": statistics.mean(below), "variation": _variation(below)}
+        row["ratio_variation"] = _variation(clipped)
+        row["at_least"] = sum(r <= low for r in ratio) / len(ratio)
+        row["at_most"] = sum(r >= high for r in ratio) / len(ratio)
+        coupling = statistics.mean(clipped) if rule.decay == "coupled" else 1.0
+        decay = arm.lr * arm.weight_decay * coupling
+        moved = statistics.mean(u**2 for u in update) - decay**2
+        steps = readings[-1]["step"] - readings[0]["step"]
+        gained = 2 * math.log(runaway) / max(steps, 1) + 2 * decay
+        decided = steps and moved > 0 and gained > 0
+        row["correlation"] = K = gained / moved if decided else math.nan
+        if rule.calibrated and arm.weight_decay:
+            step = rule.shape_factor(m, n) * root / norm[0]  # s / c
+            row["growth"] = arm.lr * step**2 / (2 * arm.weight_decay)
+            if rule.decay == "decoupled":
+                row["ceiling"] = high * math.sqrt(K * row["growth"])
+    return rows
+
+
+def symptoms(matrices: Sequence[Row], runs: Sequence[Row]) -> Iterator[Row]:
+    """A row for each arm: medians over matrices and seeds; `_sd` is a standard deviation over
+    seeds."""
+    by_arm = groups(matrices, "arm")
+    for (arm,), members in groups(runs, "arm").items():
+        row = {key: members[0][key] for key in ("arm", "rule", "lr", "weight_decay")}
+        row["seeds"] = len(members)
+        for key in (*ADAPTATION, *GROWTH):
+            row[key] = median(column(by_arm.get((arm,), ()), key))
         for key in ("runaway_max", "val_loss"):
-            row[key], row[f"{key}_sd"] = mean_and_spread([r[key] for r in of])
-        found.append(row)
-    return found
+            row[key], row[f"{key}_sd"] = mean_and_spread([run[key] for run in members])
+        yield row
 
 
 def _variation(values: Sequence[float]) -> float:
@@ -176,59 +148,13 @@ def _variation(values: Sequence[float]) -> float:
     return spread / mean
 
 
-def figures(
-    study: HybridStudy, trained: dict[str, list[list[Row]]]
-) -> dict[str, tuple[str, list[Panel]]]:
-    """Over time, each line one arm: of the first seed, the mean over matrices, or the largest."""
-
-    def lines(of: Callable[[Row, Row], float]) -> list[Series]:
-        return [
-            Series(
-                arm.label,
-                [r["step"] for r in readings],
-                [of(r, readings[0]) for r in readings],
-                "-",
-                i,
-            )
-            for i, arm in enumerate(study.arms)
-            for readings in trained[arm.label][:1]
-        ]
-
-    def norms(reading: Row) -> list[float]:
-        return [
-            value
-            for key, value in reading.items()
-            if key.startswith(MATRIX) and key.endswith("/weight_norm")
-        ]
-
-    def runaway(reading: Row, first: Row) -> float:
-        return max(now / then for now, then in zip(norms(reading), norms(first)))
-
-    return {
-        "symptoms": (
-            "Trust ratio, share of matrices clipped, largest ‖W‖ / ‖W₀‖ and loss; first seed",
-            [
-                Panel(
-                    "trust ratio before the clip, mean",
-                    "step",
-                    "r",
-                    lines(lambda r, _: r["optimizer/trust_ratio_mean"]),
-                ),
-                Panel(
-                    "clipped",
-                    "step",
-                    "share",
-                    lines(lambda r, _: r["optimizer/clip_fraction"]),
-                    log_y=False,
-                ),
-                Panel("largest ‖W‖ / ‖W₀‖", "step", "", lines(runaway)),
-                Panel(
-                    "training loss",
-                    "step",
-                    "nats per token",
-                    lines(lambda r, _: r["loss"]),
-                    log_y=False,
-                ),
-            ],
-        )
-    }
+def panels(readings: Sequence[Row]) -> Iterator[Panel]:
+    """Over time, a curve for each arm: the mean over matrices, or the largest."""
+    for title, unit, key, log in (
+        ("trust ratio before the clip, mean", "r", "optimizer/trust_ratio_mean", True),
+        ("clipped", "share", "optimizer/clip_fraction", False),
+        ("largest ‖W‖ / ‖W₀‖", "", "runaway", True),
+        ("training loss", "nats per token", "loss", False),
+    ):
+        lines = curves(readings, "arm", "step", key, line="-")
+        yield Panel(title, "step", unit, lines, log_x=False, log_y=log)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from archscale.optim import orthogonalize
-from archscale.telemetry.flattening import (
+from archscale.study.flattening import (
     LeastSquares,
     conditioning,
     covariance,
@@ -40,15 +40,11 @@ def generator(seed=0):
 def measured(problem, G, tolerance=1e-5):
     """Edge and guarantee of every direction at the point with this gradient."""
     E = problem.error_of(G)
-    base = problem.loss(E)
     found = {}
-    for name, D in directions(G, SCHEMES).items():
+    for name, step in directions("polar_express").items():
+        D = step(G)
         bound = guaranteed([G], [D], problem.lipschitz)
-
-        def change(lr, D=D):
-            return problem.loss(E - lr * D) - base
-
-        found[name] = edge(change, bound / 7, tolerance), bound
+        found[name] = edge(problem.rise(E, D), bound / 7, tolerance), bound
     return found
 
 

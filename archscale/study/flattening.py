@@ -1,14 +1,14 @@
-"""Spectral flattening, measured (Spectral Flattening, seed 004; REFERENCE 6): how far one step may
-go, and how an orthogonalized step is conditioned.
+"""The mathematics of spectral flattening (arXiv 2605.13079): how far one step may go, and how an
+orthogonalized step is conditioned.
 
-If f has an L-Lipschitz gradient G (Frobenius), a step −η D changes it by at most − η ⟨G, D⟩ + (L/2)
-η² ‖D‖², so it falls for all
+If f has an L-Lipschitz gradient G (Frobenius), a step −η D changes it by at most
+− η ⟨G, D⟩ + (L/2) η² ‖D‖², so it falls for all η < (2/L) ⟨G, D⟩ / ‖D‖², which is
 
-    η < (2/L) ⟨G, D⟩ / ‖D‖²  =  2/L  for D = G;   (2/L) σ_max  for D = G / σ_max;   (2/L) σ̄  for D
-                             = U Vᵀ,  σ̄ = ‖G‖_* / rank.
+    2/L           for D = G,
+    (2/L) σ_max   for D = G / σ_max,
+    (2/L) σ̄       for D = U Vᵀ,  σ̄ = ‖G‖_* / rank.
 
-The orthogonalizer is passed in. W, E, G are (m, n); curvatures A (n, n) of the inputs and B (m, m)
-of the outputs.
+W, E, G are (m, n); curvatures A (n, n) of the inputs and B (m, m) of the outputs.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from archscale.optim import orthogonalize
 from archscale.telemetry.spectrum import singular_values
 
-Orthogonalizer = Callable[[Tensor], Tensor]
+Step = Callable[[Tensor], Tensor]  # gradient (m, n) → what is subtracted, (m, n)
 FLOOR = 1e-12  # singular and eigenvalues below this share of the largest are zero
 
 
-# --- what is planted
+# --- planted spectra and curvatures
 
 
 def power_spectrum(count: int, exponent: float, mean: float) -> Tensor:
@@ -63,11 +65,25 @@ class LeastSquares:
     A: Tensor
     B: Tensor
 
+    @classmethod
+    def planted(
+        cls, m: int, n: int, lipschitz: float, condition: float, generator: torch.Generator
+    ) -> LeastSquares:
+        """With this L and condition number of A ⊗ B, the latter shared equally by A and B."""
+        half = math.sqrt(condition)
+        A = covariance(n, half, generator)
+        return cls(lipschitz * A, covariance(m, half, generator))
+
     def gradient(self, E: Tensor) -> Tensor:
         return self.B @ E @ self.A
 
     def loss(self, E: Tensor) -> float:
         return 0.5 * float(torch.sum(E * self.gradient(E)))
+
+    def rise(self, E: Tensor, D: Tensor) -> Callable[[float], float]:
+        """η → f(E − η D) − f(E)."""
+        before = self.loss(E)
+        return lambda lr: self.loss(E - lr * D) - before
 
     @property
     def lipschitz(self) -> float:
@@ -82,22 +98,19 @@ class LeastSquares:
 # --- the edge
 
 
-def directions(
-    gradient: Tensor, orthogonalizers: Mapping[str, Orthogonalizer]
-) -> dict[str, Tensor]:
-    """What is subtracted, by name: `gradient`, `normalized` (G / σ_max) and each orthogonalizer's
-    Q; all (m, n)."""
-    largest = singular_values(gradient[None])[0, 0]
+def directions(scheme: str) -> dict[str, Step]:
+    """The compared steps: `gradient` G, `normalized` G / σ_max, `muon_exact`, and `muon`, five
+    iterations of an orthogonalization scheme."""
     return {
-        "gradient": gradient,
-        "normalized": gradient / largest.to(gradient.dtype),
-        **{name: of(gradient) for name, of in orthogonalizers.items()},
+        "gradient": lambda G: G,
+        "normalized": lambda G: G / singular_values(G[None])[0, 0].to(G.dtype),
+        "muon_exact": lambda G: orthogonalize(G, "exact", G.dtype),
+        "muon": lambda G: orthogonalize(G, scheme, G.dtype),
     }
 
 
 def guaranteed(gradients: Sequence[Tensor], steps: Sequence[Tensor], lipschitz: float) -> float:
-    """(2/L) ⟨G, D⟩ / ‖D‖² of one or several matrices together: below it every step decreases the
-    loss."""
+    """(2/L) ⟨G, D⟩ / ‖D‖² over all matrices together: every shorter step decreases the loss."""
     along = sum(
         float(torch.sum(G.double() * D.double())) for G, D in zip(gradients, steps, strict=True)
     )
@@ -185,21 +198,21 @@ def log_slopes(
     if free < 1 or np.linalg.matrix_rank(X) < X.shape[1]:
         return dict.fromkeys(columns, (math.nan, math.nan))
     target = np.log(np.asarray(y, float))
-    found, *_ = np.linalg.lstsq(X, target, rcond=None)
-    residual = target - X @ found
-    errors = np.sqrt(np.diag(np.linalg.inv(X.T @ X)) * (residual @ residual) / free)
-    return {name: (float(found[i + 1]), float(errors[i + 1])) for i, name in enumerate(columns)}
+    slopes, *_ = np.linalg.lstsq(X, target, rcond=None)
+    left = target - X @ slopes
+    errors = np.sqrt(np.diag(np.linalg.inv(X.T @ X)) * (left @ left) / free)
+    return {name: (float(slopes[i]), float(errors[i])) for i, name in enumerate(columns, 1)}
 
 
 def residual(Q: Tensor) -> tuple[float, float]:
-    """Of one Q (m, n): max_i |σ_i − 1| and ‖Q Qᵀ − I‖ / √m, m the short side (REFERENCE 6)."""
+    """How far Q (m, n) is from orthogonal: max_i |σ_i − 1|, and ‖Q Qᵀ − I‖ / √m, m the short
+    side."""
     values = singular_values(Q.double()[None])[0]
     return float((values - 1).abs().max()), float((values.square() - 1).square().mean().sqrt())
 
 
 def flatness(gradients: Sequence[Tensor]) -> dict[str, float]:
-    """`sigma_max` and `sigma_mean` (‖G‖_* / rank) of one matrix, or of several together, and the
-    rank."""
+    """`sigma_max`, `sigma_mean` (‖G‖_* / rank) and `rank` over all matrices together."""
     values = [singular_values(G.double()[None])[0] for G in gradients]
     largest = max(float(v[0]) for v in values)
     rank = sum(int((v > FLOOR * v[0]).sum()) for v in values)
@@ -213,9 +226,7 @@ def flatness(gradients: Sequence[Tensor]) -> dict[str, float]:
 # --- trajectories
 
 
-def descend(
-    problem: LeastSquares, E: Tensor, step: Callable[[Tensor], Tensor], lr: float, steps: int
-) -> list[float]:
+def descend(problem: LeastSquares, E: Tensor, step: Step, lr: float, steps: int) -> list[float]:
     """Losses before each of `steps` updates E ← E − lr · step(gradient) and after the last; ends
     early, with inf, past 1e12 times the first loss."""
     losses = [problem.loss(E)]
@@ -232,19 +243,31 @@ def first_at_most(losses: Sequence[float], target: float) -> int | None:
     return next((i for i, loss in enumerate(losses) if loss <= target), None)
 
 
+def judged(losses: Sequence[float], target: float) -> dict[str, Any]:
+    """A trajectory in four numbers: `first_rise`, the first step after which the loss is above its
+    start; `diverged`, whether it ends there or is not finite; `steps_to_target`; `final`."""
+    rise = next((i for i, loss in enumerate(losses) if not loss <= losses[0]), None)
+    return {
+        "first_rise": rise,
+        "diverged": not losses[-1] <= losses[0],
+        "steps_to_target": first_at_most(losses, target),
+        "final": losses[-1],
+    }
+
+
 # --- conditioning
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """Of a symmetric positive matrix: `condition` λ_max / λ_min, and `effective` λ_max / mean λ,
-    which zeros do not move."""
+    """Condition numbers of a symmetric positive matrix: `condition` λ_max / λ_min, and `effective`
+    λ_max / mean λ, which zeros do not move."""
 
     condition: float
     effective: float
 
     def __mul__(self, other: Conditioning) -> Conditioning:
-        """Of the Kronecker product: both ratios multiply."""
+        """Those of the Kronecker product: both ratios multiply."""
         return Conditioning(self.condition * other.condition, self.effective * other.effective)
 
 
@@ -263,7 +286,7 @@ def damped(matrix: Tensor, damping: float) -> Tensor:
 
 
 def power(matrix: Tensor, exponent: float) -> Tensor:
-    """Of a symmetric positive definite matrix."""
+    """matrix^exponent, symmetric positive definite."""
     values, U = torch.linalg.eigh(matrix.double())
     return (U * values**exponent) @ U.mT
 
@@ -284,8 +307,8 @@ def preconditioned(
             are squares of gradients.
 
     Returns:
-        `before`, `left`, `both`, and `spread`, of C^½: of singular values of the gradient, which
-        the gain is claimed to follow.
+        `before`, `left`, `both`, and `spread`: that of C^½, of the gradient's singular values,
+        which the gain is claimed to follow.
     """
     G = gradients.double()
     A, B = damped(A, damping), damped(B, damping)
