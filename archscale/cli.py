@@ -270,10 +270,14 @@ def fit(
     ],
     x: Annotated[
         list[str],
-        typer.Option("--x", metavar="COLUMN", help="Of the law; twice for chinchilla: N, then D."),
+        typer.Option(
+            "--x",
+            metavar="COLUMN",
+            help="What the law is a function of; twice for chinchilla: N, then D.",
+        ),
     ],
     y: Annotated[str, typer.Option("--y", metavar="COLUMN", help="What the law predicts.")],
-    form: Annotated[Form, typer.Option(help="Of the law.")],
+    form: Annotated[Form, typer.Option(help="Form of the law.")],
     group: Annotated[
         list[str] | None,
         typer.Option(metavar="COLUMN", help="A fit for each of its values; repeatable."),
@@ -286,7 +290,10 @@ def fit(
         ),
     ] = None,
     joint: Annotated[
-        bool, typer.Option("--joint", help="That law by one fit of all points, not in two stages.")
+        bool,
+        typer.Option(
+            "--joint", help="Find the law of --against by one fit of all points, not in two stages."
+        ),
     ] = False,
     block: Annotated[
         str | None,
@@ -303,7 +310,9 @@ def fit(
     ] = None,
     leverage: Annotated[
         tuple[str, str] | None,
-        typer.Option(metavar="A B", help="How many times the x of group A group B needs."),
+        typer.Option(
+            metavar="A B", help="How many times the x of group A group B needs for the same y."
+        ),
     ] = None,
     at: Annotated[
         list[float] | None,
@@ -314,17 +323,23 @@ def fit(
     space: Annotated[
         Space | None, typer.Option(help="Residuals of ln y or of y; default by form.")
     ] = None,
-    loss: Annotated[Loss, typer.Option(help="huber for data with outliers.")] = Loss.squares,
+    loss: Annotated[
+        Loss, typer.Option(help="Loss of the residuals; huber for data with outliers.")
+    ] = Loss.squares,
     delta: Annotated[
         float | None,
         typer.Option(
             min=1e-12,
-            help="Of Huber's loss; default 1.345 standard deviations, estimated robustly.",
+            help="Where Huber's loss turns linear; default 1.345 robust standard deviations.",
         ),
     ] = None,
-    replicates: Annotated[int, typer.Option(min=99, max=100_000, help="Of the bootstrap.")] = 999,
-    confidence: Annotated[float, typer.Option(min=0.5, max=0.99, help="Of the intervals.")] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
+    replicates: Annotated[
+        int, typer.Option(min=99, max=100_000, help="Replicates of the bootstrap.")
+    ] = 999,
+    confidence: Annotated[
+        float, typer.Option(min=0.5, max=0.99, help="Share of intervals that hold the truth.")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the bootstrap.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Fit a scaling law to CSV files or directories of runs, by group, with intervals.
