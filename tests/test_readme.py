@@ -33,6 +33,7 @@ from tests.commands import ROOT, launch
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
+    "archscale/fit/README.md",
     "archscale/optim/README.md",
     "configs/README.md",
     "configs/studies/README.md",

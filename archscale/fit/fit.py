@@ -85,10 +85,9 @@ class Fit:
     """A fitted law.
 
     Attributes:
-        form: its name.
         space: of the residuals, log or linear.
         points: n.
-        estimates: by name, as in the law's `reported`.
+        estimates: the law's figures, by name.
         scale: standard deviation of the errors, of ln y in log space, else of y.
         leave_one_out: root mean square error of each point as predicted from all others; in log
             space relative, else in units of y; None where the others do not determine the law.
@@ -183,14 +182,12 @@ def fit(
     """
     settings = settings or Settings()
     X, Y = np.atleast_2d(np.asarray(x, dtype=float)), np.asarray(y, dtype=float)
-    labels = np.array([repr(label) for label in np.asarray(blocks, dtype=object).ravel()])
-    if blocks is None:
-        labels = np.repeat("", len(Y))
+    labels = np.asarray(np.zeros(len(Y)) if blocks is None else blocks, dtype=object)
     if settings.nearest is not None:
         near = around_best(X, Y, settings.nearest)
         X, Y, labels = X[:, near], Y[near], labels[near]
     check_points(form, X, Y, settings, where, names)
-    number = np.unique(labels, return_inverse=True)[1]  # of each point's block
+    number = np.unique([*map(repr, labels)], return_inverse=True)[1]  # of each point's block
     law, points = LAWS[form], Points.at(X, Y)
     if number.any():
         law, points = ShiftedQuadratic(number.max() + 1), Points.at(X, Y, number)
@@ -206,9 +203,9 @@ def fit_law(form: str, law: Law, points: Points, settings: Settings, where: str)
     Raises:
         DataError: the points do not determine it.
     """
-    u, n, space = points.u, len(points.y), settings.space or law.space
+    u, y, n, space = points.u, points.y, len(points.y), settings.space or law.space
     with np.errstate(all="ignore"):
-        problem, best = _minimum(law.problem(u, points.y, space), law.starts(u, points.y), settings)
+        problem, best = _minimum(law.problem(u, y, space), law.starts(u, y), settings)
         uncertainty = covariance(best, problem.delta)
         if not best.converged[0] or not np.isfinite(uncertainty).all():
             raise DataError(
@@ -288,11 +285,7 @@ def needed(form: str, settings: Settings) -> int:
 def check_points(
     form: str, X: Array, Y: Array, settings: Settings, where: str, names: Sequence[str]
 ) -> None:
-    """Refuses points from which the form cannot be fitted.
-
-    Raises:
-        DataError: as `fit`.
-    """
+    """Refuses points from which the form cannot be fitted."""
     law = LAWS[form]
     if len(X) != law.columns:
         columns = "one column of x" if law.columns == 1 else f"{law.columns} columns of x"
@@ -340,11 +333,7 @@ def _check_plane(form: str, X: Array, where: str, names: Sequence[str]) -> None:
 
 
 def check_optimum(fitted: Fit, where: str, names: Sequence[str]) -> None:
-    """Refuses a bowl without a minimum, or with one outside the grid.
-
-    Raises:
-        DataError: which.
-    """
+    """Refuses a bowl without a minimum, or with one outside the grid."""
     if fitted.form != "quadratic_log":
         return
     low, high, x, y = fitted.lows[0], fitted.highs[0], names[0], names[-1]
@@ -366,11 +355,7 @@ def check_optimum(fitted: Fit, where: str, names: Sequence[str]) -> None:
 
 
 def check_blocks(law: ShiftedQuadratic, points: Points, block: str, where: str, x: str) -> None:
-    """Refuses points that do not tell a bowl from the shifts of the blocks.
-
-    Raises:
-        DataError: too few points for so many blocks.
-    """
+    """Refuses points that do not tell a bowl from the shifts of the blocks."""
     design = law.predict(np.zeros((1, law.parameters)), points.u)[1][0]
     if len(design) <= law.parameters or np.linalg.matrix_rank(design) < law.parameters:
         raise DataError(
@@ -394,9 +379,7 @@ def _minimum(problem: Problem, starts: Array, settings: Settings) -> tuple[Probl
         # Residuals' median is that of n − p errors: the p smallest belong to points that the law
         # passes by construction.
         sizes = np.sort(np.abs(best.residuals[0]))[starts.shape[1] - 1 :]
-        delta = max(
-            HUBER * 1.4826 * float(np.median(sizes)), 1e-12 * float(np.abs(problem.z).max())
-        )
+        delta = float(max(HUBER * 1.4826 * np.median(sizes), 1e-12 * np.abs(problem.z).max()))
         settled = abs(delta / problem.delta - 1) < 1e-3
         problem = replace(problem, delta=delta)
         if settled:

@@ -123,30 +123,24 @@ class Group:
 
 
 @dataclass(frozen=True)
-class TableFits:
-    """All fits of a table.
+class TableFits(FitRequest):
+    """A request with the columns' whole names, and its fits.
 
     Attributes:
-        form, x, y, group, against, joint, block, settings: as asked for, with the columns' whole
-            names.
         groups: with `against`, its column is the last of each key.
         laws: of optima against `against`, by group without it.
-        leverage: (A, B) and the ratios, or None.
+        leverage: `over` and the ratios, or None.
         excluded: (row, reason).
     """
 
-    form: str
-    x: list[str]
-    y: str
-    group: list[str]
-    against: str | None
-    joint: bool
-    block: str | None
-    settings: Settings
-    groups: list[Group]
+    groups: list[Group] = field(default_factory=list)
     laws: list[Group] = field(default_factory=list)
     leverage: tuple[tuple[str, str], list[Leverage]] | None = None
     excluded: list[tuple[str, str]] = field(default_factory=list)
+
+    @property
+    def key_columns(self) -> list[str]:
+        return [*self.group, *([self.against] if self.against else [])]
 
     @property
     def refusal(self) -> DataError | None:
@@ -164,7 +158,6 @@ class TableFits:
     def as_dict(self) -> dict[str, Any]:
         """For JSON: an end of an interval that the data do not bound is null."""
         law = LAWS[self.form]
-        columns = [*self.group, *([self.against] if self.against else [])]
         content: dict[str, Any] = {
             "form": self.form,
             "formula": law.formula,
@@ -172,7 +165,7 @@ class TableFits:
             "y": self.y,
             "block": self.block,
             "settings": asdict(self.settings) | {"space": self.settings.space or law.space},
-            "groups": [group.as_dict(columns) for group in self.groups],
+            "groups": [group.as_dict(self.key_columns) for group in self.groups],
             "excluded": [{"row": row, "reason": reason} for row, reason in self.excluded],
         }
         if self.against:
@@ -193,41 +186,36 @@ def fit_table(table: Table, request: FitRequest) -> TableFits:
             cannot be made.
     """
     request.check()
-    fits = TableFits(
-        request.form,
-        [table.find(name) for name in request.x],
-        table.find(request.y),
-        [table.find(name) for name in request.group],
-        table.find(request.against) if request.against else None,
-        request.joint,
-        table.find(request.block) if request.block else None,
-        request.settings,
-        groups=[],
+    whole = replace(
+        request,
+        x=[table.find(name) for name in request.x],
+        y=table.find(request.y),
+        group=[table.find(name) for name in request.group],
+        against=table.find(request.against) if request.against else None,
+        block=table.find(request.block) if request.block else None,
     )
+    fits = TableFits(**vars(whole))
     against = [fits.against] if fits.against else []
     rows, excluded = _complete(table, [*fits.x, fits.y, *against])
     if not rows.rows:
         raise DataError("there are no rows to fit", table.source, _why_none(excluded))
-    columns = [*fits.group, *against]
-    keys = [
-        # NaN is missing.
-        tuple(
-            None if cell != cell else cell for cell in (rows.columns[name][row] for name in columns)
-        )
+    cells = [rows.columns[name] for name in fits.key_columns]
+    keys = [  # NaN is missing
+        tuple(None if column[row] != column[row] else column[row] for column in cells)
         for row in range(len(rows.rows))
     ]
     groups = [
-        _fit_group(rows.only([other == key for other in keys]), fits, columns, key)
+        _fit_group(rows.only([other == key for other in keys]), fits, key)
         for key in sorted(set(keys), key=_order)
     ]
     fits = replace(fits, groups=groups, excluded=excluded)
     if against:
         shorter = dict.fromkeys(group.key[:-1] for group in groups)
         fits = replace(fits, laws=[_fit_optima(fits, key, table.source) for key in shorter])
-    if request.over:
-        a, b = (_fit_named(name, groups, table.source) for name in request.over)
-        points = leverage(a, b, request.at, request.over, table.source)
-        fits = replace(fits, leverage=(request.over, points))
+    if fits.over:
+        a, b = (_fit_named(name, groups, table.source) for name in fits.over)
+        points = leverage(a, b, fits.at, fits.over, table.source)
+        fits = replace(fits, leverage=(fits.over, points))
     return fits
 
 
@@ -255,28 +243,20 @@ def _complete(table: Table, columns: Sequence[str]) -> tuple[Table, list[tuple[s
     return complete, [*table.left_out, *reasons]
 
 
-def _fit_group(rows: Table, fits: TableFits, columns: Sequence[str], key: Key) -> Group:
+def _fit_group(rows: Table, fits: TableFits, key: Key) -> Group:
     X, y = np.array([rows.numbers(name) for name in fits.x]), np.array(rows.numbers(fits.y))
     blocks = np.array(rows.columns[fits.block] if fits.block else [None] * len(y), dtype=object)
     if fits.settings.nearest is not None:
         near = around_best(X, y, fits.settings.nearest)
         X, y, blocks = X[:, near], y[near], blocks[near]
-    label = label_of(columns, key)
-    where, settings = _place(label, rows.source), _own_seed(fits.settings, label)
+    label = label_of(fits.key_columns, key)
+    settings, where = _own(fits.settings, label, rows.source)
+    names, block = [*fits.x, fits.y], fits.block or ""
     try:
-        fitted = fit(
-            fits.form,
-            X,
-            y,
-            settings,
-            blocks=blocks,
-            block=fits.block or "block",
-            where=where,
-            names=[*fits.x, fits.y],
-        )
+        law = fit(fits.form, X, y, settings, blocks=blocks, block=block, where=where, names=names)
     except DataError as error:
         return Group(key, label, X, y, None, error)
-    return Group(key, label, X, y, fitted, None)
+    return Group(key, label, X, y, law, None)
 
 
 def _fit_optima(fits: TableFits, key: Key, source: str) -> Group:
@@ -285,12 +265,8 @@ def _fit_optima(fits: TableFits, key: Key, source: str) -> Group:
     bowls = [bowl for _, bowl in members]
     t = np.array([float(group.key[-1] or 0.0) for group, _ in members])
     optima = np.array([bowl.estimates["optimum"].value for bowl in bowls])
-    label = label_of(fits.group, key)
-    where, settings, against = (
-        _place(label, source),
-        _own_seed(fits.settings, label),
-        str(fits.against),
-    )
+    label, against = label_of(fits.group, key), str(fits.against)
+    settings, where = _own(fits.settings, label, source)
     try:
         if fits.joint:
             points = [(group.x[0], group.y) for group, _ in members]
@@ -303,14 +279,10 @@ def _fit_optima(fits: TableFits, key: Key, source: str) -> Group:
     return Group(key, label, t[None], optima, law, None)
 
 
-def _place(label: str, source: str) -> str:
-    return f"{label} in {source}" if label else source
-
-
-def _own_seed(settings: Settings, label: str) -> Settings:
-    """Groups are combined, so their replicates need to be independent."""
+def _own(settings: Settings, label: str, source: str) -> tuple[Settings, str]:
+    """The settings of a group, whose replicates are independent of other groups', and its place."""
     seed = (*np.atleast_1d(settings.seed).tolist(), zlib.crc32(label.encode()))
-    return replace(settings, seed=seed)
+    return replace(settings, seed=seed), f"{label} in {source}" if label else source
 
 
 def _fit_named(name: str, groups: Sequence[Group], source: str) -> Fit:

@@ -119,8 +119,7 @@ def root_interval(sample: Sample, line: Array, confidence: float) -> Estimate:
 
 
 def _quantiles(values: Array, errors: Array, confidence: float) -> tuple[float, float]:
-    """The lower and the upper quantile of the replicates' studentized deviations from the fit.
-
+    """The lower and the upper quantile of the replicates' studentized deviations from the fit;
     `values` and `errors` are (1 + B,), the fit first.
 
     Replicates in which the figure does not exist count as unboundedly far off on either side.

@@ -10,6 +10,7 @@ B fits, n points, p parameters, c columns of x; θ (B, p), u (c, n).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 import numpy as np
 from scipy import stats
@@ -164,9 +165,8 @@ class ShiftedQuadratic(QuadraticLog):
         y, jacobian = super().predict(theta[:, :3], u)
         codes = np.zeros((u.shape[1], self.blocks - 1))
         if len(u) > 1:
-            codes = np.vstack([np.eye(self.blocks - 1), -np.ones(self.blocks - 1)])[
-                u[1].astype(int)
-            ]
+            last = -np.ones(self.blocks - 1)  # minus the sum of the other shifts
+            codes = np.vstack([np.eye(self.blocks - 1), last])[u[1].astype(int)]
         every = np.broadcast_to(codes, (len(theta), *codes.shape))
         return y + theta[:, 3:] @ codes.T, np.concatenate([jacobian, every], -1)
 
@@ -203,8 +203,8 @@ class Chinchilla(Law):
 
     def starts(self, u: Array, y: Array) -> Array:
         """For exponents on a grid, the other parameters by least squares of relative errors."""
-        starts, exponents = [], (0.1, 0.2, 0.35, 0.6)
-        for alpha, beta in ((alpha, beta) for alpha in exponents for beta in exponents):
+        starts = []
+        for alpha, beta in product((0.1, 0.2, 0.35, 0.6), repeat=2):
             terms = np.stack([np.ones_like(y), np.exp(-alpha * u[0]), np.exp(-beta * u[1])], -1)
             E, A, B = np.linalg.lstsq(terms / y[:, None], np.ones_like(y), rcond=None)[0]
             a, b = np.log(np.maximum([A, B], 0.01 * y.mean()))

@@ -1,4 +1,4 @@
-"""Least squares and Huber's regression: one fit by scipy, the minima of a bootstrap in one batch.
+"""Least squares and Huber's regression: one fit by scipy, the refits of a bootstrap in one batch.
 
 `minimize` may start far from the minimum and is scipy's trust-region method. `refit` starts at
 that minimum: the replicates of a bootstrap and the fits that leave points out are Gauss-Newton
@@ -64,6 +64,7 @@ class Problem:
         return (weights * huber(self.delta, z - self.model(theta)[0])).sum(1)
 
     def minima(self, theta: Array, z: Array, converged: NDArray[np.bool_]) -> Minima:
+        """At θ (B, p), for z (B, n) or (n,)."""
         prediction, jacobian = self.model(theta)
         return Minima(theta, z - prediction, jacobian, converged)
 
@@ -83,9 +84,7 @@ def minimize(problem: Problem, starts: Array) -> Minima:
             loss="linear" if squares else "huber",
             f_scale=1.0 if squares else problem.delta,
             x_scale="jac",
-            ftol=TOLERANCE,
-            xtol=TOLERANCE,
-            gtol=TOLERANCE,
+            **dict.fromkeys(("ftol", "xtol", "gtol"), TOLERANCE),
             max_nfev=LIMIT,
         )
         for start in np.argsort(losses)[:STARTS]

@@ -48,19 +48,14 @@ def optimum_law(
     """
     T = np.asarray(t, dtype=float)
     if (T <= 0).any():
+        problem = f"a power law takes the logarithm of {names[0]}, and {T.min():g} is not above 0"
+        raise DataError(problem, where, "leave it out")
+    if (distinct := len(np.unique(T))) < 3:
         raise DataError(
-            f"a power law takes the logarithm of {names[0]}, and {T.min():g} is not above 0",
-            where,
-            "leave it out",
-        )
-    if len(np.unique(T)) < 3:
-        raise DataError(
-            f"optima at {len(np.unique(T))} different {names[0]} are too few for a power law, which"
-            " needs 3",
+            f"optima at {distinct} different {names[0]} are too few for a power law, which needs 3",
             where,
             f"add runs at other {names[0]}",
         )
-    eta, variance = _optima(fits)
     eta, variance = _optima(fits)
     law, points = LAWS["power"], Points.at(T[None], np.exp(eta[0]))
     squares = replace(settings, loss="squares", delta=None, space=settings.space or "log")
@@ -68,16 +63,17 @@ def optimum_law(
     theta, linear = base.sample.theta[:1], base.space == "linear"
     log_model = law.problem(points.u, points.y, "log").model
     _, tau2, residuals = _spread(log_model, linear, theta, eta[:1], variance[:1])
+    # The optima themselves and those of the replicates.
     generator = np.random.default_rng(np.append(settings.seed, 2))
-    moved = eta[1:] - residuals + generator.normal(0.0, np.sqrt(tau2[0]), eta[1:].shape)
-    moved = np.vstack([eta[:1], moved])
-    usable = np.isfinite(variance).all(1) & (np.abs(moved - eta[0]) < FAR).all(1)
-    moved, variance = np.where(usable, moved.T, eta[:1].T).T, np.where(usable, variance.T, 0.0).T
-    problem = law.problem(points.u, points.y, base.space)
-    refits = refit(problem, np.repeat(theta, len(moved), 0), np.exp(moved) if linear else moved)
-    covariance, _, _ = _spread(log_model, linear, refits.theta, moved, variance)
-    kept = (usable & refits.converged)[:, None]
-    sample = Sample(np.where(kept, refits.theta, np.nan), covariance)
+    scatter = generator.normal(0.0, np.sqrt(tau2[0]), eta[1:].shape)
+    eta = np.vstack([eta[:1], eta[1:] - residuals + scatter])
+    usable = np.isfinite(variance).all(1) & (np.abs(eta - eta[0]) < FAR).all(1)
+    eta[~usable], variance[~usable] = eta[0], 0.0
+    z = np.exp(eta) if linear else eta
+    refits = refit(law.problem(points.u, points.y, base.space), np.repeat(theta, len(z), 0), z)
+    covariance, _, _ = _spread(log_model, linear, refits.theta, eta, variance)
+    there = (usable & refits.converged)[:, None]
+    sample = Sample(np.where(there, refits.theta, np.nan), covariance)
     estimates = law.estimates(sample, base.centre, settings.confidence)
     return replace(base, sample=sample, estimates=estimates)
 
@@ -110,9 +106,8 @@ def joint_law(
     everything = Points.at(np.stack([x, np.asarray(t, dtype=float)[group]]), y, group)
     level, exponent = first.sample.theta[0]
     centred = level + exponent * (everything.centre[1] - first.centre[0]) - everything.centre[0]
-    minima, curvatures = (
-        [fit.estimates[name].value for fit in fits] for name in ("minimum", "curvature")
-    )
+    minima = [fit.estimates["minimum"].value for fit in fits]
+    curvatures = [fit.estimates["curvature"].value for fit in fits]
     law = JointQuadratic([centred, exponent, *minima, *curvatures])
     fitted = fit_law("joint_quadratic", law, everything, settings, where)
     return replace(fitted, lows=fitted.lows[1:], highs=fitted.highs[1:])  # of t
@@ -134,8 +129,8 @@ def _optima(fits: Sequence[Fit]) -> tuple[Array, Array]:
 def _spread(
     log_model: Model, linear: bool, theta: Array, eta: Array, variance: Array
 ) -> tuple[Array, Array, Array]:
-    """How far the law of `theta` (B, 2) may lie from the truth, and the optima `eta` (B, G), known
-    up to `variance` (B, G), from the law.
+    """Covariance of θ (B, 2, 2), τ² (B,), and residuals of η (B, G), for laws fitted to `eta` (B,
+    G), which is known up to `variance` (B, G).
 
     τ² is the moment estimate from the residuals, at least 0 (DerSimonian and Laird 1986), taken for
     the median of few squares.
@@ -143,9 +138,6 @@ def _spread(
     Args:
         log_model: θ → η.
         linear: whether θ is fitted to exp η.
-
-    Returns:
-        Covariance of θ (B, 2, 2), τ² (B,), and residuals of η (B, G).
     """
     with np.errstate(all="ignore"):
         prediction, jacobian = log_model(theta)
@@ -160,8 +152,5 @@ def _spread(
         few = 2 / (9 * (G - 2))
         squares = (residuals**2).sum(1) / (1 - few) ** 3
         tau2 = np.maximum(0.0, (squares - (weight * variance).sum(1)) / weight.sum(1))
-        return (
-            np.einsum("bpg,bg,bqg->bpq", by_eta, variance + tau2[:, None], by_eta),
-            tau2,
-            residuals,
-        )
+        covariance = np.einsum("bpg,bg,bqg->bpq", by_eta, variance + tau2[:, None], by_eta)
+    return covariance, tau2, residuals

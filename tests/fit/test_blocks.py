@@ -112,12 +112,12 @@ def test_intervals_cover():
 def test_students_t(confidence, blocks, t):
     """Points without errors of their own: what is unknown of the minimum is the mean of the
     shifts."""
-    of = np.repeat(np.arange(blocks), 4)
+    number = np.repeat(np.arange(blocks), 4)
     x = np.tile([0.005, 0.01, 0.02, 0.04], blocks)
     shifts = np.random.default_rng(0).normal(0, 0.05, blocks)
-    y = 3 + 0.1 * np.log(x / 0.022) ** 2 + shifts[of]
+    y = 3 + 0.1 * np.log(x / 0.022) ** 2 + shifts[number]
     settings = Settings(confidence=confidence, replicates=99)
-    minimum = fit_blocks(x, y, of, settings, "here").estimates["minimum"]
+    minimum = fit_blocks(x, y, number, settings, "here").estimates["minimum"]
     error = shifts.std(ddof=1) / np.sqrt(blocks)
     assert (minimum.high - minimum.value) / error == pytest.approx(t, rel=1e-4)
     assert (minimum.value - minimum.low) / error == pytest.approx(t, rel=1e-4)
