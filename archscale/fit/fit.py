@@ -127,7 +127,7 @@ class Fit:
             return np.log(y) if positive else y
 
         estimates = [
-            interval(lambda theta, u=u: figure(theta, u), [self.sample], self.confidence)
+            interval(lambda theta, u=u: figure(theta, u), self.sample, self.confidence)
             for u in self.centred(x).T[..., None]
         ]
         return [estimate.exp() for estimate in estimates] if positive else estimates
@@ -394,9 +394,7 @@ def _errors(problem: Problem, best: Minima, scale: float, settings: Settings) ->
     shape = (settings.replicates, len(problem.z))
     if settings.loss == "squares":
         return generator.normal(0.0, scale, shape)
-    jacobian = best.jacobian[0]
-    inverse = np.linalg.pinv(jacobian.T @ jacobian, hermitian=True, rcond=1e-15)
-    leverage = np.einsum("np,pq,nq->n", jacobian, inverse, jacobian)
+    leverage = np.diag(best.jacobian[0] @ np.linalg.pinv(best.jacobian[0]))
     errors = best.residuals[0] / np.sqrt(np.maximum(1 - leverage, 1 / len(problem.z)))
     return generator.choice(errors - errors.mean(), shape)
 

@@ -10,13 +10,12 @@ where it bends, the quantiles bend with it. Measured coverage of 95 % intervals,
 1,000 draws: 94 to 96 % under least squares, 93 to 95 % under Huber's loss, whose δ is estimated
 once and not in each replicate.
 
-A figure is a function of the parameters of one or several independent fits: g(θ_1 (B, p_1), θ_2 (B,
-p_2), …) → (B,).
+A figure is a function of the parameters, θ (B, p) → (B,).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -56,10 +55,17 @@ class Sample:
     theta: Array
     covariance: Array
 
+    def beside(self, other: Sample) -> Sample:
+        """θ of two independent fits in one row."""
+        p, q = self.theta.shape[1], other.theta.shape[1]
+        covariance = np.zeros((len(self.theta), p + q, p + q))
+        covariance[:, :p, :p], covariance[:, p:, p:] = self.covariance, other.covariance
+        return Sample(np.hstack([self.theta, other.theta]), covariance)
 
-def interval(figure: Figure, samples: Sequence[Sample], confidence: float) -> Estimate:
-    """The figure of the fits, and its interval."""
-    values, errors = standard_errors(figure, samples)
+
+def interval(figure: Figure, sample: Sample, confidence: float) -> Estimate:
+    """The figure of the fit, and its interval."""
+    values, errors = standard_errors(figure, sample)
     value, error = float(values[0]), float(errors[0])
     low_t, high_t = _quantiles(values, errors, confidence)
     low = value - error * high_t if np.isfinite(high_t) else -np.inf
@@ -67,25 +73,20 @@ def interval(figure: Figure, samples: Sequence[Sample], confidence: float) -> Es
     return Estimate(value, low, high)
 
 
-def standard_errors(figure: Figure, samples: Sequence[Sample]) -> tuple[Array, Array]:
-    """Values of the figure for the fits and each replicate, and their standard errors by the delta
+def standard_errors(figure: Figure, sample: Sample) -> tuple[Array, Array]:
+    """Values of the figure for the fit and each replicate, and their standard errors by the delta
     method, (1 + B,) both."""
-    thetas = [sample.theta for sample in samples]
-    variance = np.zeros(len(thetas[0]))
+    theta, covariance = sample.theta, sample.covariance
+    # Derivatives by central differences: steps of a thousandth of a standard error stay where the
+    # law is smooth.
+    steps = 1e-3 * np.sqrt(np.maximum(np.einsum("bpp->bp", covariance), 0)) + 1e-9
     with np.errstate(all="ignore"):
-        for number, sample in enumerate(samples):
-            # Derivatives by central differences: steps of a thousandth of a standard error stay
-            # where the law is smooth.
-            steps = 1e-3 * np.sqrt(np.maximum(np.einsum("bpp->bp", sample.covariance), 0)) + 1e-9
-            gradient = np.empty_like(sample.theta)
-            for i, unit in enumerate(np.eye(gradient.shape[1])):
-                above, below = (
-                    figure(*thetas[:number], sample.theta + change, *thetas[number + 1 :])
-                    for change in (steps * unit, -steps * unit)
-                )
-                gradient[:, i] = (above - below) / (2 * steps[:, i])
-            variance += np.einsum("bp,bpq,bq->b", gradient, sample.covariance, gradient)
-        return figure(*thetas), np.sqrt(np.maximum(variance, 0))
+        slopes = [
+            (figure(theta + steps * unit) - figure(theta - steps * unit)) / (2 * (steps @ unit))
+            for unit in np.eye(theta.shape[1])
+        ]
+        variance = np.einsum("pb,bpq,qb->b", slopes, covariance, slopes)
+        return figure(theta), np.sqrt(np.maximum(variance, 0))
 
 
 def root_interval(sample: Sample, line: Array, confidence: float) -> Estimate:

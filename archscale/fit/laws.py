@@ -58,7 +58,7 @@ class Law:
         estimates = {}
         for i, name in enumerate(self.reported):
             figure = interval(
-                lambda theta, i=i: self.report(theta, centre)[:, i], [sample], confidence
+                lambda theta, i=i: self.report(theta, centre)[:, i], sample, confidence
             )
             estimates[name.removeprefix("ln ")] = figure.exp() if name.startswith("ln ") else figure
         return estimates

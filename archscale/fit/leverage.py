@@ -79,16 +79,17 @@ def leverage(
 
 
 def _at(a: Fit, b: Fit, x: float, names: tuple[str, str]) -> Leverage:
-    u = a.centred(x)
+    u, p = a.centred(x), a.law.parameters
 
-    def log_ratio(theta_a: Array, theta_b: Array) -> Array:
-        loss = a.law.predict(theta_a, u)[0][:, 0]
+    def log_ratio(theta: Array) -> Array:
+        theta_b = theta[:, p:]
+        loss = a.law.predict(theta[:, :p], u)[0][:, 0]
         irreducible = theta_b[:, 0] if b.form == "power_irreducible" else 0.0
         level, slope = theta_b[:, -2], theta_b[:, -1]
         reducible = np.where(loss > irreducible, loss - irreducible, np.nan)  # else never reached
         return b.centre[0] + (np.log(reducible) - level) / slope - np.log(x)
 
-    ratio = interval(log_ratio, [a.sample, b.sample], a.confidence).exp()
+    ratio = interval(log_ratio, a.sample.beside(b.sample), a.confidence).exp()
     if not np.isfinite(ratio.value):
         ratio = Estimate(np.inf, 0.0, np.inf)
     used = [(names[0], a, x), (names[1], b, ratio.value * x)]

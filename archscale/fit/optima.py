@@ -118,7 +118,7 @@ def _optima(fits: Sequence[Fit]) -> tuple[Array, Array]:
     eta, variance = [], []
     for fit in fits:
         values, errors = standard_errors(
-            lambda theta, fit=fit: fit.law.report(theta, fit.centre)[:, 0], [fit.sample]
+            lambda theta, fit=fit: fit.law.report(theta, fit.centre)[:, 0], fit.sample
         )
         bowl = fit.sample.theta[:, 2] > 0
         eta.append(np.where(bowl, values, np.nan))
