@@ -270,10 +270,14 @@ def fit(
     ],
     x: Annotated[
         list[str],
-        typer.Option("--x", metavar="COLUMN", help="Of the law; twice for chinchilla: N, then D."),
+        typer.Option(
+            "--x",
+            metavar="COLUMN",
+            help="What the law is a function of; twice for chinchilla: N, then D.",
+        ),
     ],
     y: Annotated[str, typer.Option("--y", metavar="COLUMN", help="What the law predicts.")],
-    form: Annotated[Form, typer.Option(help="Of the law.")],
+    form: Annotated[Form, typer.Option(help="Form of the law.")],
     group: Annotated[
         list[str] | None,
         typer.Option(metavar="COLUMN", help="A fit for each of its values; repeatable."),
@@ -303,7 +307,9 @@ def fit(
     ] = None,
     leverage: Annotated[
         tuple[str, str] | None,
-        typer.Option(metavar="A B", help="How many times the x of group A group B needs."),
+        typer.Option(
+            metavar="A B", help="How many times the x of group A group B needs for the same y."
+        ),
     ] = None,
     at: Annotated[
         list[float] | None,
@@ -314,7 +320,9 @@ def fit(
     space: Annotated[
         Space | None, typer.Option(help="Residuals of ln y or of y; default by form.")
     ] = None,
-    loss: Annotated[Loss, typer.Option(help="huber for data with outliers.")] = Loss.squares,
+    loss: Annotated[
+        Loss, typer.Option(help="Loss of the residuals; huber for data with outliers.")
+    ] = Loss.squares,
     delta: Annotated[
         float | None,
         typer.Option(

@@ -1,34 +1,33 @@
-"""Fits one law to one set of points: parameters, intervals, leave-one-out and extrapolation error.
+"""Fits one law to one set of points: figures, intervals, leave-one-out and extrapolation error.
 Arrays in, arrays out.
 
-    fit("power", tokens, best_lr).estimates["exponent"]          # Estimate(value=…, low=…, high=…)
-    fit("chinchilla", [parameters, tokens], loss, Settings(loss="huber", delta=1e-3))  # as Hoffmann
-                                                                                       et al. 2022
+    fit("power", tokens, best_lr).estimates["exponent"]  # Estimate(value=…, low=…, high=…)
+    # As arXiv:2203.15556, section 3.3:
+    fit("chinchilla", [parameters, tokens], loss, Settings(loss="huber", delta=1e-3))
 
-Tables with columns and groups are in `archscale.fit.groups`, the forms in `laws`, how
-intervals are made in `intervals`.
+Tables with columns and groups are in `groups`, the forms in `laws`, how intervals are made in
+`intervals`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from archscale.errors import DataError
-from archscale.fit.intervals import Sample, interval, root_interval
-from archscale.fit.laws import LAWS, Law
-from archscale.fit.least_squares import Array, Solution, covariance, solve
+from archscale.fit.intervals import Estimate, Sample, interval
+from archscale.fit.laws import LAWS, Law, ShiftedQuadratic
+from archscale.fit.least_squares import Array, Minima, Problem, covariance, minimize, refit
 
 # × the errors' scale: 95 % as efficient as least squares where errors are Gaussian (Huber)
 HUBER = 1.345
 COLLINEAR = 1e-4  # 1 − R² of ln D on ln N below which the two terms of L(N, D) cannot be told apart
-EXTRAPOLATED = (
-    0.25  # share of the points, those of the largest x, that the extrapolation error leaves out
-)
+EXTRAPOLATED = 0.25  # share of the points, those of the largest x, to predict from the others
+EXACT = 1e-10  # errors over the scatter of y, below which there are none but rounding
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Settings:
     """How to fit.
 
     Attributes:
-        space: residuals of ln y (log) or of y (linear); None: as the form's table row says.
+        space: residuals of ln y (log) or of y (linear); None: the law's own.
         loss: squares or huber.
         delta: where Huber's ρ turns linear, in units of the residual; None: 1.345 robust standard
             deviations.
@@ -56,12 +55,29 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A figure and its interval; an end that the data do not bound is infinite."""
+class Points:
+    """What a law is fitted to.
 
-    value: float
-    low: float
-    high: float
+    Attributes:
+        u: (c, n) or more rows: ln x − centre; below, what a law takes besides, such as the number
+            of a group.
+        y: (n,).
+        centre: (c,), mean ln x.
+        lows, highs: (c,), the range of each x.
+    """
+
+    u: Array
+    y: Array
+    centre: Array
+    lows: Array
+    highs: Array
+
+    @classmethod
+    def at(cls, x: Array, y: Array, *numbers: NDArray[Any]) -> Points:
+        """Of x (c, n), y (n,) and further rows of u (n,)."""
+        centre = np.log(x).mean(1)
+        u = np.vstack([np.log(x) - centre[:, None], *numbers])
+        return cls(u, y, centre, x.min(1), x.max(1))
 
 
 @dataclass(frozen=True)
@@ -69,10 +85,9 @@ class Fit:
     """A fitted law.
 
     Attributes:
-        form: its name.
         space: of the residuals, log or linear.
         points: n.
-        estimates: by name, as in the form's `reported`.
+        estimates: the law's figures, by name.
         scale: standard deviation of the errors, of ln y in log space, else of y.
         leave_one_out: root mean square error of each point as predicted from all others; in log
             space relative, else in units of y; None where the others do not determine the law.
@@ -80,11 +95,12 @@ class Fit:
             predicted from the rest; None for bowls, which are not there to extrapolate.
         delta: of Huber's ρ, None under squares.
         lows, highs: (c,), the range of each x.
-        sample: θ and its replicates.
         centre: (c,), mean ln x.
+        sample: θ and its replicates.
     """
 
     form: str
+    law: Law
     space: str
     points: int
     estimates: dict[str, Estimate]
@@ -94,9 +110,8 @@ class Fit:
     delta: float | None
     lows: Array
     highs: Array
-    sample: Sample
     centre: Array
-    law: Law
+    sample: Sample
     confidence: float
 
     def predict(self, x: ArrayLike | Sequence[ArrayLike]) -> Array:
@@ -105,18 +120,17 @@ class Fit:
 
     def predict_interval(self, x: ArrayLike | Sequence[ArrayLike]) -> list[Estimate]:
         """The law's value (not a new measurement's) at each x, with intervals; x (n,) or (c, n)."""
-        u = self.centred(x)
-        positive = self.law.positive
+        law, positive = self.law, self.law.positive
 
-        def figure(theta: Array, i: int) -> Array:
-            y = self.law.predict(theta, u[:, i : i + 1])[0][:, 0]
+        def figure(theta: Array, u: Array) -> Array:
+            y = law.predict(theta, u)[0][:, 0]
             return np.log(y) if positive else y
 
-        found = [
-            interval(lambda theta, i=i: figure(theta, i), [self.sample], self.confidence)
-            for i in range(u.shape[1])
+        estimates = [
+            interval(lambda theta, u=u: figure(theta, u), self.sample, self.confidence)
+            for u in self.centred(x).T[..., None]
         ]
-        return [Estimate(*(map(_exp, ends) if positive else ends)) for ends in found]
+        return [estimate.exp() for estimate in estimates] if positive else estimates
 
     def centred(self, x: ArrayLike | Sequence[ArrayLike]) -> Array:
         """ln x − centre, (c, n)."""
@@ -126,9 +140,7 @@ class Fit:
         """For JSON: an end without a bound is null."""
         return {
             "points": self.points,
-            "parameters": {
-                name: estimate_dict(estimate) for name, estimate in self.estimates.items()
-            },
+            "parameters": {name: estimate.as_dict() for name, estimate in self.estimates.items()},
             "scale": self.scale,
             "leave_one_out": self.leave_one_out,
             "extrapolation": self.extrapolation,
@@ -137,18 +149,14 @@ class Fit:
         }
 
 
-def estimate_dict(estimate: Estimate) -> dict[str, float | None]:
-    """For JSON: what is not finite is null."""
-    ends = {"value": estimate.value, "low": estimate.low, "high": estimate.high}
-    return {key: end if np.isfinite(end) else None for key, end in ends.items()}
-
-
 def fit(
     form: str,
     x: ArrayLike | Sequence[ArrayLike],
     y: ArrayLike,
     settings: Settings | None = None,
     *,
+    blocks: ArrayLike | None = None,
+    block: str = "block",
     where: str = "the data",
     names: Sequence[str] = ("x", "y"),
 ) -> Fit:
@@ -162,6 +170,9 @@ def fit(
     Args:
         x: (n,), or (c, n) for a form of c columns; above 0.
         y: (n,).
+        blocks: with quadratic_log: n of them, such as seeds, each of which shifts y by an amount of
+            its own (`laws.ShiftedQuadratic`).
+        block: what they are called, for errors.
         where: what errors name.
         names: of x's columns and then y, for errors.
 
@@ -170,91 +181,69 @@ def fit(
             determine.
     """
     settings = settings or Settings()
-    law, X, Y = LAWS[form], np.atleast_2d(np.asarray(x, dtype=float)), np.asarray(y, dtype=float)
+    X, Y = np.atleast_2d(np.asarray(x, dtype=float)), np.asarray(y, dtype=float)
+    labels = np.asarray(np.zeros(len(Y)) if blocks is None else blocks, dtype=object)
     if settings.nearest is not None:
         near = around_best(X, Y, settings.nearest)
-        X, Y = X[:, near], Y[near]
+        X, Y, labels = X[:, near], Y[near], labels[near]
     check_points(form, X, Y, settings, where, names)
-    with np.errstate(all="ignore"):
-        fitted = fit_law(form, law, X, Y, settings, where)
-    check_law(fitted, where, names)
+    number = np.unique([*map(repr, labels)], return_inverse=True)[1]  # of each point's block
+    law, points = LAWS[form], Points.at(X, Y)
+    if number.any():
+        law, points = ShiftedQuadratic(number.max() + 1), Points.at(X, Y, number)
+        check_blocks(law, points, block, where, names[0])
+    fitted = fit_law(form, law, points, settings, where)
+    check_optimum(fitted, where, names)
     return fitted
 
 
-def fit_law(
-    form: str,
-    law: Law,
-    X: Array,
-    Y: Array,
-    settings: Settings,
-    where: str,
-    centre: Array | None = None,
-) -> Fit:
-    """`fit` of a law whose points are checked already; `centre` where not all rows of X have
-    logarithms."""
-    if centre is None:
-        centre = np.log(X).mean(1)
-        u = np.log(X) - centre[:, None]
-    else:
-        u = X
-    space = settings.space or law.space
-    z, model = response(law, u, Y, space)
-    solution, delta = _best(model, z, law.starts(u, Y), settings)
-    scatter = z.std() + 1e-300
-    unknown = covariance(solution, delta)
-    if not solution.converged[0] or not np.isfinite(unknown).all():
-        raise DataError(
-            f"{form} does not settle: the points do not determine its {law.parameters} parameters",
-            where,
-            "add points over a wider range, or choose a form with fewer parameters",
-        )
-    scale = float(np.sqrt((solution.residuals[0] ** 2).sum() / (len(z) - law.parameters)))
-    noise = _noise(solution, delta, settings, scale)
-    if scale < 1e-10 * scatter:  # rounding: the points lie on the law
-        noise = np.zeros_like(noise)
-    again = solve(
-        model, z - solution.residuals + noise, np.repeat(solution.theta, len(noise), 0), delta=delta
-    )
-    theta = np.where(again.converged[:, None], again.theta, np.nan)
-    sample = Sample(
-        np.concatenate([solution.theta, theta]), np.concatenate([unknown, covariance(again, delta)])
-    )
-    if scale < 1e-10 * scatter:
-        sample = Sample(
-            np.repeat(solution.theta, 1 + len(noise), 0), np.zeros_like(sample.covariance)
-        )
-    estimates = estimates_of(law, sample, centre, settings.confidence)
-    return Fit(
-        form,
-        space,
-        len(Y),
-        estimates,
-        scale,
-        _leave_one_out(model, z, u, law, solution, delta),
-        _extrapolation(model, z, u, law, solution, delta),
-        delta,
-        X.min(1),
-        X.max(1),
-        sample,
-        centre,
-        law,
-        settings.confidence,
-    )
+def fit_law(form: str, law: Law, points: Points, settings: Settings, where: str) -> Fit:
+    """`fit` of a law whose points are checked already.
 
-
-def estimates_of(law: Law, sample: Sample, centre: Array, confidence: float) -> dict[str, Estimate]:
-    """The law's figures with their intervals."""
-    estimates = {}
-    for i, reported in enumerate(law.reported):
-        if reported.root and sample.theta[0] @ np.array(reported.root[1]) > 0:
-            constant, slope = map(np.array, reported.root)
-            ends = [end + centre[0] for end in root_interval(sample, constant, slope, confidence)]
+    Raises:
+        DataError: the points do not determine it.
+    """
+    u, y, n, space = points.u, points.y, len(points.y), settings.space or law.space
+    with np.errstate(all="ignore"):
+        problem, best = _minimum(law.problem(u, y, space), law.starts(u, y), settings)
+        uncertainty = covariance(best, problem.delta)
+        if not best.converged[0] or not np.isfinite(uncertainty).all():
+            raise DataError(
+                f"{form} does not settle: the points do not determine its {law.parameters}"
+                " parameters",
+                where,
+                "add points over a wider range, or choose a form with fewer parameters",
+            )
+        scale = float(np.sqrt((best.residuals**2).sum() / (n - law.parameters)))
+        if scale < EXACT * (problem.z.std() + 1e-300):
+            theta = np.repeat(best.theta, 1 + settings.replicates, 0)
+            sample = Sample(theta, np.zeros((len(theta), *uncertainty.shape[1:])))
         else:
-            ends = [
-                *interval(lambda theta, i=i: law.report(theta, centre)[:, i], [sample], confidence)
-            ]
-        estimates[reported.name] = Estimate(*(map(_exp, ends) if reported.logarithmic else ends))
-    return estimates
+            z = problem.z - best.residuals + _errors(problem, best, scale, settings)
+            again = refit(problem, np.repeat(best.theta, len(z), 0), z)
+            theta = np.where(again.converged[:, None], again.theta, np.nan)
+            sample = Sample(
+                np.concatenate([best.theta, theta]),
+                np.concatenate([uncertainty, covariance(again, problem.delta)]),
+            )
+        size = u.sum(0)
+        largest = size >= np.sort(size)[-max(1, int(EXTRAPOLATED * n))] - 1e-12
+        return Fit(
+            form,
+            law,
+            space,
+            n,
+            law.estimates(sample, points.centre, settings.confidence),
+            scale,
+            _error_without(np.eye(n, dtype=bool), problem, best, u),
+            _error_without(largest[None], problem, best, u) if law.extrapolates else None,
+            problem.delta if settings.loss == "huber" else None,
+            points.lows,
+            points.highs,
+            points.centre,
+            sample,
+            settings.confidence,
+        )
 
 
 def around_best(x: Array, y: Array, count: int) -> NDArray[np.bool_]:
@@ -296,196 +285,129 @@ def needed(form: str, settings: Settings) -> int:
 def check_points(
     form: str, X: Array, Y: Array, settings: Settings, where: str, names: Sequence[str]
 ) -> None:
-    """Refuses points from which the form cannot be fitted.
-
-    Raises:
-        DataError: as `fit`.
-    """
+    """Refuses points from which the form cannot be fitted."""
     law = LAWS[form]
     if len(X) != law.columns:
-        what = "one column of x" if law.columns == 1 else f"{law.columns} columns of x"
-        raise DataError(f"{form} takes {what}, got {len(X)}", where, f"give {law.columns}")
-    logarithms = [
-        *zip(names, X),
-        *([(names[-1], Y)] if law.positive or settings.space == "log" else []),
-    ]
+        columns = "one column of x" if law.columns == 1 else f"{law.columns} columns of x"
+        raise DataError(f"{form} takes {columns}, got {len(X)}", where, f"give {law.columns}")
+    logarithms = [*zip(names, X)]
+    if law.positive or settings.space == "log":
+        logarithms.append((names[-1], Y))
     for name, values in logarithms:
-        if (values <= 0).any():
+        if (bad := values[values <= 0]).size:
             raise DataError(
-                f"{form} takes the logarithm of {name}, and {np.count_nonzero(values <= 0)} of its"
-                f" values are not above 0, such as {values[values <= 0][0]:g}",
+                f"{form} takes the logarithm of {name}, and {bad.size} of its values are not above"
+                f" 0, such as {bad[0]:g}",
                 where,
                 "leave those rows out, or choose another column",
             )
-    n, distinct = len(Y), np.unique(X, axis=1).shape[1]
-    least = needed(form, settings)
+    n, least, distinct = len(Y), needed(form, settings), np.unique(X, axis=1).shape[1]
     if n < least or distinct < law.parameters:
-        have = (
-            f"{n} points"
-            if n < least
-            else f"{n} points at {distinct} different {' and '.join(names[:-1])}"
-        )
+        spread = f" at {distinct} different {' and '.join(names[:-1])}" if n >= least else ""
         raise DataError(
-            f"{have} are too few for {form}, which needs {least} at {law.parameters} different"
-            " ones",
+            f"{n} points{spread} are too few for {form}, which needs {least} at {law.parameters}"
+            " different ones",
             where,
             "add runs, or choose a form with fewer parameters",
         )
     if law.columns == 2:
-        for name, values in zip(names, X):
-            if len(np.unique(values)) < 3:
-                raise DataError(
-                    f"{form} needs 3 different values of {name}, there are"
-                    f" {len(np.unique(values))}",
-                    where,
-                    f"add runs with other {name}",
-                )
-        if 1 - np.corrcoef(np.log(X))[0, 1] ** 2 < COLLINEAR:
+        _check_plane(form, X, where, names)
+
+
+def _check_plane(form: str, X: Array, where: str, names: Sequence[str]) -> None:
+    """Refuses points (2, n) that do not span both directions."""
+    for name, values in zip(names, X):
+        if (distinct := len(np.unique(values))) < 3:
             raise DataError(
-                f"{names[0]} and {names[1]} move together, so their terms cannot be told apart",
+                f"{form} needs 3 different values of {name}, there are {distinct}",
                 where,
-                f"add runs that change {names[1]} at fixed {names[0]}, or fit a power law of one of"
-                " them",
+                f"add runs with other {name}",
             )
+    if 1 - np.corrcoef(np.log(X))[0, 1] ** 2 < COLLINEAR:
+        raise DataError(
+            f"{names[0]} and {names[1]} move together, so their terms cannot be told apart",
+            where,
+            f"add runs that change {names[1]} at fixed {names[0]}, or fit a power law of one of"
+            " them",
+        )
 
 
-def check_law(fitted: Fit, where: str, names: Sequence[str]) -> None:
-    """Refuses a fitted law that says nothing about what was asked.
-
-    Raises:
-        DataError: a bowl without a minimum, or one outside the grid.
-    """
+def check_optimum(fitted: Fit, where: str, names: Sequence[str]) -> None:
+    """Refuses a bowl without a minimum, or with one outside the grid."""
     if fitted.form != "quadratic_log":
         return
-    found = {name: estimate.value for name, estimate in fitted.estimates.items()}
     low, high, x, y = fitted.lows[0], fitted.highs[0], names[0], names[-1]
-    if not found["curvature"] > 0:
+    if not fitted.estimates["curvature"].value > 0:
         raise DataError(
             f"the bowl of {y} opens downwards, so it has no minimum over {x}",
             where,
             f"add runs on both sides of the best {x}, or more seeds",
         )
-    if not low <= found["optimum"] <= high:
-        side, direction = ("below", "lower") if found["optimum"] < low else ("above", "higher")
+    optimum = fitted.estimates["optimum"].value
+    if not low <= optimum <= high:
+        side, direction = ("below", "lower") if optimum < low else ("above", "higher")
         raise DataError(
-            f"the optimal {x} {found['optimum']:.4g} lies {side} the grid, which spans {low:.4g} to"
+            f"the optimal {x} {optimum:.4g} lies {side} the grid, which spans {low:.4g} to"
             f" {high:.4g}",
             where,
             f"add runs with a {direction} {x}",
         )
 
 
-def _exp(value: float) -> float:
-    with np.errstate(over="ignore"):
-        return float(np.exp(value))
+def check_blocks(law: ShiftedQuadratic, points: Points, block: str, where: str, x: str) -> None:
+    """Refuses points that do not tell a bowl from the shifts of the blocks."""
+    design = law.predict(np.zeros((1, law.parameters)), points.u)[1][0]
+    if len(design) <= law.parameters or np.linalg.matrix_rank(design) < law.parameters:
+        raise DataError(
+            f"{len(design)} points in {law.blocks} different {block} are too few for a bowl and a"
+            f" shift of each, which need {law.parameters + 1}",
+            where,
+            f"add runs, so that each {block} is at several {x}, or fit without it",
+        )
 
 
-def response(
-    law: Law, u: Array, Y: Array, space: str
-) -> tuple[Array, Callable[[Array], tuple[Array, Array]]]:
-    """What is fitted, ln y or y (n,), and the law's prediction of it with derivatives."""
-    if space == "linear":
-        return Y, lambda theta: law.predict(theta, u)
-
-    def model(theta: Array) -> tuple[Array, Array]:
-        f, jacobian = law.predict(theta, u)
-        return np.log(f), jacobian / f[..., None]
-
-    return np.log(Y), model
-
-
-def _best(
-    model: Callable[[Array], tuple[Array, Array]], z: Array, starts: Array, settings: Settings
-) -> tuple[Solution, float | None]:
-    """The best of all starts, and δ. A δ that is not given follows the residuals' median until it
-    settles."""
-    delta = settings.delta if settings.loss == "huber" else None
-    # A start far off can creep along a valley for long: all take a few steps, the best of them go
-    # to the end.
-    few = solve(model, z[None], starts, delta=delta, limit=12)
-    starts = few.theta[np.argsort(few.objective)[:3]]
-    solution = _least(solve(model, z[None], starts, delta=delta))
-    if settings.loss != "huber" or settings.delta is not None:
-        return solution, delta
-    p = starts.shape[1]
+def _minimum(problem: Problem, starts: Array, settings: Settings) -> tuple[Problem, Minima]:
+    """The problem with its δ, and its minimum. A δ that is not given follows the residuals' median
+    until it settles."""
+    best = minimize(problem, starts)  # of squares
+    if settings.loss != "huber":
+        return problem, best
+    if settings.delta is not None:
+        problem = replace(problem, delta=settings.delta)
+        return problem, minimize(problem, best.theta)
     for _ in range(10):
-        before = delta
         # Residuals' median is that of n − p errors: the p smallest belong to points that the law
         # passes by construction.
-        size = np.sort(np.abs(solution.residuals[0]))[p - 1 :]
-        delta = max(HUBER * 1.4826 * float(np.median(size)), 1e-12 * float(np.abs(z).max()))
-        if before is not None and abs(delta / before - 1) < 1e-3:
+        sizes = np.sort(np.abs(best.residuals[0]))[starts.shape[1] - 1 :]
+        delta = float(max(HUBER * 1.4826 * np.median(sizes), 1e-12 * np.abs(problem.z).max()))
+        settled = abs(delta / problem.delta - 1) < 1e-3
+        problem = replace(problem, delta=delta)
+        if settled:
             break
-        solution = _least(
-            solve(model, z[None], np.concatenate([solution.theta, starts]), delta=delta)
-        )
-    return solution, delta
+        best = minimize(problem, best.theta)
+    return problem, best
 
 
-def _least(solution: Solution) -> Solution:
-    """The one fit of a batch with the smallest objective, one that converged if there is any."""
-    best = np.lexsort((solution.objective, ~solution.converged))[:1]
-    return Solution(*(getattr(solution, name)[best] for name in Solution.__dataclass_fields__))
-
-
-def _noise(solution: Solution, delta: float | None, settings: Settings, scale: float) -> Array:
-    """(replicates, n): errors of the replicates."""
+def _errors(problem: Problem, best: Minima, scale: float, settings: Settings) -> Array:
+    """Of the replicates, (replicates, n), as `fit` describes them."""
     generator = np.random.default_rng(settings.seed)
-    shape = (settings.replicates, solution.residuals.shape[1])
-    if delta is None:
+    shape = (settings.replicates, len(problem.z))
+    if settings.loss == "squares":
         return generator.normal(0.0, scale, shape)
-    J = solution.jacobian[0]
-    leverage = np.einsum("np,pq,nq->n", J, np.linalg.pinv(J.T @ J, hermitian=True, rcond=1e-15), J)
-    errors = solution.residuals[0] / np.sqrt(np.maximum(1 - leverage, 1 / len(J)))
+    leverage = np.diag(best.jacobian[0] @ np.linalg.pinv(best.jacobian[0]))
+    errors = best.residuals[0] / np.sqrt(np.maximum(1 - leverage, 1 / len(problem.z)))
     return generator.choice(errors - errors.mean(), shape)
 
 
-def _errors_without(
-    model: Callable[[Array], tuple[Array, Array]],
-    z: Array,
-    u: Array,
-    law: Law,
-    solution: Solution,
-    delta: float | None,
-    left_out: Array,
+def _error_without(
+    left_out: NDArray[np.bool_], problem: Problem, best: Minima, u: Array
 ) -> float | None:
     """Root mean square error of the points that each row of `left_out` (rows, n) leaves out,
-    predicted from the others."""
-    place = np.unique(u, axis=1, return_inverse=True)[1].ravel()  # numbers of the different x
-    if any(len(np.unique(place[row == 0])) < law.parameters for row in left_out):
+    predicted from the others; None where these do not determine the law."""
+    if any(np.unique(u[:, ~row], axis=1).shape[1] < best.theta.size for row in left_out):
         return None
-    start = np.repeat(solution.theta, len(left_out), 0)
-    without = solve(model, z[None], start, delta=delta, weights=1.0 - left_out)
-    errors = without.residuals[left_out == 1]
-    if not without.converged.all() or not np.isfinite(errors).all():
+    others = refit(problem, np.repeat(best.theta, len(left_out), 0), weights=1.0 - left_out)
+    errors = others.residuals[left_out]
+    if not others.converged.all() or not np.isfinite(errors).all():
         return None
     return float(np.sqrt((errors**2).mean()))
-
-
-def _leave_one_out(
-    model: Callable[[Array], tuple[Array, Array]],
-    z: Array,
-    u: Array,
-    law: Law,
-    solution: Solution,
-    delta: float | None,
-) -> float | None:
-    return _errors_without(model, z, u, law, solution, delta, np.eye(len(z)))
-
-
-def _extrapolation(
-    model: Callable[[Array], tuple[Array, Array]],
-    z: Array,
-    u: Array,
-    law: Law,
-    solution: Solution,
-    delta: float | None,
-) -> float | None:
-    if not law.extrapolates:
-        return None
-    size = u.sum(0)
-    count = max(1, int(EXTRAPOLATED * len(z)))
-    bound = np.sort(size)[-count]
-    return _errors_without(
-        model, z, u, law, solution, delta, (size >= bound - 1e-12).astype(float)[None]
-    )

@@ -10,13 +10,12 @@ where it bends, the quantiles bend with it. Measured coverage of 95 % intervals,
 1,000 draws: 94 to 96 % under least squares, 93 to 95 % under Huber's loss, whose δ is estimated
 once and not in each replicate.
 
-A figure is a function of the parameters of one or several independent fits: g(θ_1 (B, p_1), θ_2 (B,
-p_2), …) → (B,).
+A figure is a function of the parameters, θ (B, p) → (B,).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +23,24 @@ import numpy as np
 from archscale.fit.least_squares import Array
 
 Figure = Callable[..., Array]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure and its interval; an end that the data do not bound is infinite."""
+
+    value: float
+    low: float
+    high: float
+
+    def exp(self) -> Estimate:
+        """Of the exponential of the figure."""
+        with np.errstate(over="ignore"):
+            return Estimate(*(float(np.exp(end)) for end in vars(self).values()))
+
+    def as_dict(self) -> dict[str, float | None]:
+        """For JSON: what is not finite is null."""
+        return {name: end if np.isfinite(end) else None for name, end in vars(self).items()}
 
 
 @dataclass(frozen=True)
@@ -38,100 +55,85 @@ class Sample:
     theta: Array
     covariance: Array
 
+    def beside(self, other: Sample) -> Sample:
+        """θ of two independent fits in one row."""
+        p, q = self.theta.shape[1], other.theta.shape[1]
+        covariance = np.zeros((len(self.theta), p + q, p + q))
+        covariance[:, :p, :p], covariance[:, p:, p:] = self.covariance, other.covariance
+        return Sample(np.hstack([self.theta, other.theta]), covariance)
 
-def standard_errors(figure: Figure, samples: Sequence[Sample]) -> tuple[Array, Array]:
-    """(values, standard errors by the delta method) of the figure for the fits and each replicate,
-    (1 + B,) both."""
-    thetas = [sample.theta for sample in samples]
-    variance = np.zeros(len(thetas[0]))
+
+def interval(figure: Figure, sample: Sample, confidence: float) -> Estimate:
+    """The figure of the fit, and its interval."""
+    values, errors = standard_errors(figure, sample)
+    value, error = float(values[0]), float(errors[0])
+    low_t, high_t = _quantiles(values, errors, confidence)
+    low = value - error * high_t if np.isfinite(high_t) else -np.inf
+    high = value - error * low_t if np.isfinite(low_t) else np.inf
+    return Estimate(value, low, high)
+
+
+def standard_errors(figure: Figure, sample: Sample) -> tuple[Array, Array]:
+    """Values of the figure for the fit and each replicate, and their standard errors by the delta
+    method, (1 + B,) both."""
+    theta, covariance = sample.theta, sample.covariance
+    # Derivatives by central differences: steps of a thousandth of a standard error stay where the
+    # law is smooth.
+    steps = 1e-3 * np.sqrt(np.maximum(np.einsum("bpp->bp", covariance), 0)) + 1e-9
     with np.errstate(all="ignore"):
-        values = figure(*thetas)
-        for which, sample in enumerate(samples):
-            p = sample.theta.shape[1]
-            # Derivatives by central differences: steps of a thousandth of a standard error stay
-            # where the law is smooth.
-            steps = 1e-3 * np.sqrt(np.maximum(np.einsum("bpp->bp", sample.covariance), 0)) + 1e-9
-            gradient = np.empty_like(sample.theta)
-            for i in range(p):
-                change = np.zeros_like(sample.theta)
-                change[:, i] = steps[:, i]
-                ends = [
-                    figure(*thetas[:which], sample.theta + s * change, *thetas[which + 1 :])
-                    for s in (1, -1)
-                ]
-                gradient[:, i] = (ends[0] - ends[1]) / (2 * steps[:, i])
-            variance += np.einsum("bp,bpq,bq->b", gradient, sample.covariance, gradient)
-    return values, np.sqrt(np.maximum(variance, 0))
+        slopes = [
+            (figure(theta + steps * unit) - figure(theta - steps * unit)) / (2 * (steps @ unit))
+            for unit in np.eye(theta.shape[1])
+        ]
+        variance = np.einsum("pb,bpq,qb->b", slopes, covariance, slopes)
+        return figure(theta), np.sqrt(np.maximum(variance, 0))
 
 
-def interval(
-    figure: Figure, samples: Sequence[Sample], confidence: float
-) -> tuple[float, float, float]:
-    """(value, low, high) of a figure; an end that the data do not bound is infinite."""
-    return studentized(*standard_errors(figure, samples), confidence)
+def root_interval(sample: Sample, line: Array, confidence: float) -> Estimate:
+    """Of the root η of a + b η, where (a, b) is `line` (2, q) times the first q entries of θ, and b
+    is above 0.
 
-
-def root_interval(
-    sample: Sample, constant: Array, slope: Array, confidence: float
-) -> tuple[float, float, float]:
-    """(value, low, high) of the root of `constant·θ + slope·θ η` in η, which rises there.
-
-    Fieller's: η belongs to the interval if the expression at η does not differ from 0, judged by
-    the replicates' quantiles of its studentized value. A root whose slope is badly determined is no
+    Fieller's: η belongs to the interval if a + b η does not differ from 0, judged by the
+    replicates' quantiles of its studentized value. A root whose slope is badly determined is no
     smooth figure, and its own standard error says little: over a bowl as deep as the noise,
     intervals from it covered 84 % instead of 95.
     """
-    theta, C = sample.theta[0], sample.covariance[0]
-    a, b = float(constant @ theta), float(slope @ theta)
+    q = line.shape[1]
+    theta, covariance = sample.theta[:, :q], sample.covariance[:, :q, :q]
+    a, b = line @ theta[0]
     value = -a / b
-    at_root = constant + value * slope
-    pivots = sample.theta @ at_root  # 0 for the fit itself
-    errors = np.sqrt(np.maximum(np.einsum("p,bpq,q->b", at_root, sample.covariance, at_root), 0))
-    _, low_q, high_q = studentized(
-        pivots / max(errors[0], 1e-300), errors / max(errors[0], 1e-300), confidence
-    )
+    at_root = line[0] + value * line[1]
+    errors = np.sqrt(np.maximum(np.einsum("p,bpq,q->b", at_root, covariance, at_root), 0))
     if errors[0] == 0:
-        return value, value, value
-    ends = []
-    for q, unbounded in ((-high_q, -np.inf), (-low_q, np.inf)):  # quantiles of t, low and high
-        v_aa, v_ab, v_bb = (
-            float(left @ C @ right)
-            for left, right in ((constant, constant), (constant, slope), (slope, slope))
-        )
-        A, B, D = b * b - q * q * v_bb, a * b - q * q * v_ab, a * a - q * q * v_aa
-        roots = (
-            (-B + np.array([-1.0, 1.0]) * np.sqrt(max(B * B - A * D, 0.0))) / A
-            if A > 0
-            else np.empty(0)
-        )
-        fits = [root for root in roots if (a + b * root) * q >= 0]
-        ends.append(
-            float(min(fits, key=lambda root: abs(root - value)))
-            if np.isfinite(q) and fits
-            else unbounded
-        )
-    return value, ends[0], ends[1]
+        return Estimate(*map(float, (value, value, value)))
+    low_t, high_t = _quantiles(theta @ at_root, errors, confidence)
+    (v_aa, v_ab), (_, v_bb) = line @ covariance[0] @ line.T
+
+    def end(t: float, unbounded: float) -> float:
+        """The η on t's side at which (a + b η)² is t² times its variance."""
+        A, B, C = b * b - t * t * v_bb, a * b - t * t * v_ab, a * a - t * t * v_aa
+        if not A > 0:
+            return unbounded
+        return float((-B + np.copysign(np.sqrt(max(B * B - A * C, 0.0)), t)) / A)
+
+    return Estimate(float(value), end(low_t, -np.inf), end(high_t, np.inf))
 
 
-def studentized(values: Array, errors: Array, confidence: float) -> tuple[float, float, float]:
-    """(value, low, high) from (1 + B,) values and standard errors, the fit first.
+def _quantiles(values: Array, errors: Array, confidence: float) -> tuple[float, float]:
+    """The lower and the upper quantile of the replicates' studentized deviations from the fit;
+    `values` and `errors` are (1 + B,), the fit first.
 
     Replicates in which the figure does not exist count as unboundedly far off on either side.
     """
-    value, error = float(values[0]), float(errors[0])
     with np.errstate(all="ignore"):
-        t = (values[1:] - value) / errors[1:]
-    t = t[~((values[1:] == value) & (errors[1:] == 0))]  # a perfect fit: every replicate is the fit
-    if not len(t):
-        return value, value, value
-    lost = ~np.isfinite(t)
-    tail = (1 - confidence) / 2
-    ends = []
-    for side, level in ((np.inf, 1 - tail), (-np.inf, tail)):
-        q = float(
-            np.quantile(
-                np.where(lost, side, t), level, method="inverted_cdf" if lost.any() else "weibull"
-            )
-        )
-        ends.append(value - error * q if np.isfinite(q) else -side)
-    return value, ends[0], ends[1]
+        t = (values[1:] - values[0]) / errors[1:]
+    t = t[(values[1:] != values[0]) | (errors[1:] != 0)]
+    if not len(t):  # a perfect fit: every replicate is the fit
+        return 0.0, 0.0
+    lost, tail = ~np.isfinite(t), (1 - confidence) / 2
+    method = "inverted_cdf" if lost.any() else "weibull"
+    low, high = (
+        float(np.quantile(np.where(lost, side, t), level, method=method))  # type: ignore[call-overload]
+        for side, level in ((-np.inf, tail), (np.inf, 1 - tail))
+    )
+    return low, high

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from archscale.errors import DataError
-from archscale.fit.fit import Estimate, Fit
-from archscale.fit.intervals import interval
+from archscale.fit.fit import Fit
+from archscale.fit.intervals import Estimate, interval
 from archscale.fit.least_squares import Array
 
 CURVES = ("power", "power_irreducible")
@@ -38,6 +39,11 @@ class Leverage:
     ratio: Estimate
     extrapolated: tuple[str, ...]
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: a ratio that is infinite is null."""
+        start = {"x": self.x, "loss": self.loss}
+        return start | self.ratio.as_dict() | {"extrapolated": list(self.extrapolated)}
+
 
 def leverage(
     a: Fit, b: Fit, at: Sequence[float], names: tuple[str, str], where: str
@@ -46,8 +52,8 @@ def leverage(
     both cover.
 
     Raises:
-        DataError: a form that is not a curve over one x, a curve that does not fall, ranges without
-            overlap.
+        DataError: a form that is not a curve over one x, a curve that does not fall, an x without
+            a logarithm, ranges without overlap.
     """
     for fit, name in zip((a, b), names):
         if fit.form not in CURVES:
@@ -60,39 +66,34 @@ def leverage(
                 where,
                 "choose x and y so that loss falls with compute",
             )
-        if min(at, default=1.0) <= 0:
-            raise DataError(
-                f"{min(at):g} FLOPs have no logarithm", where, "give --at a number above 0"
-            )
+    if min(at, default=1.0) <= 0:
+        raise DataError(f"{min(at):g} FLOPs have no logarithm", where, "give --at a number above 0")
     low, high = max(a.lows[0], b.lows[0]), min(a.highs[0], b.highs[0])
     if not at and low >= high:
         raise DataError(
             f"{names[0]} and {names[1]} have no x in common",
             where,
-            f"say where with --at, such as --at {min(a.highs[0], b.highs[0]):.3g}; it extrapolates",
+            f"say where with --at, such as --at {high:.3g}; it extrapolates",
         )
     return [_at(a, b, float(x), names) for x in at or np.geomspace(low, high, POINTS)]
 
 
 def _at(a: Fit, b: Fit, x: float, names: tuple[str, str]) -> Leverage:
-    u = a.centred(x)
+    u, p = a.centred(x), a.law.parameters
 
-    def log_ratio(theta_a: Array, theta_b: Array) -> Array:
-        loss = a.law.predict(theta_a, u)[0][:, 0]
-        if b.form == "power":
-            level, slope, left = theta_b[:, 0], theta_b[:, 1], loss
-        else:
-            level, slope, left = theta_b[:, 1], theta_b[:, 2], loss - theta_b[:, 0]
-        left = np.where(left > 0, left, np.nan)  # below B's irreducible term
-        return b.centre[0] + (np.log(left) - level) / slope - np.log(x)
+    def log_ratio(theta: Array) -> Array:
+        theta_b = theta[:, p:]
+        loss = a.law.predict(theta[:, :p], u)[0][:, 0]
+        irreducible = theta_b[:, 0] if b.form == "power_irreducible" else 0.0
+        level, slope = theta_b[:, -2], theta_b[:, -1]
+        reducible = np.where(loss > irreducible, loss - irreducible, np.nan)  # else never reached
+        return b.centre[0] + (np.log(reducible) - level) / slope - np.log(x)
 
-    ends = interval(log_ratio, [a.sample, b.sample], a.confidence)
-    with np.errstate(all="ignore"):
-        value, below, above = (float(end) for end in np.exp(ends))
-    if not np.isfinite(value):
-        value, below, above = np.inf, 0.0, np.inf
-    outside = [(names[0], a, x), (names[1], b, value * x)]
+    ratio = interval(log_ratio, a.sample.beside(b.sample), a.confidence).exp()
+    if not np.isfinite(ratio.value):
+        ratio = Estimate(np.inf, 0.0, np.inf)
+    used = [(names[0], a, x), (names[1], b, ratio.value * x)]
     extrapolated = tuple(
-        name for name, fit, c in outside if not 0.999 * fit.lows[0] <= c <= 1.001 * fit.highs[0]
+        name for name, fit, c in used if not 0.999 * fit.lows[0] <= c <= 1.001 * fit.highs[0]
     )
-    return Leverage(x, float(a.predict(x)[0]), Estimate(value, below, above), extrapolated)
+    return Leverage(x, float(a.predict(x)[0]), ratio, extrapolated)

@@ -1,14 +1,5 @@
-"""Rows to fit: CSV files (also exports of W&B), and directories of runs.
-
-A run directory has config.yaml and metrics.jsonl. Its row has the columns
-
-    run                      its path
-    model.width, seed, …     the keys of the config, dotted
-    val_loss, tokens, …      the last value of each metric
-    parameters, active_parameters, published_parameters, flops_per_token, flops, published_flops
-                             from the model's structure (`archscale.plan.counting`); flops of all
-                             tokens trained
-"""
+"""Rows to fit: named columns, from CSV files (also exports of W&B) or from runs
+(`archscale.sweep.table`)."""
 
 from __future__ import annotations
 
@@ -17,23 +8,15 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from archscale.errors import DataError, explain_os_error, nearest, show
 
-if TYPE_CHECKING:
-    pass
-
 Cell = float | str | None  # None: missing
-SEPARATORS = (
-    "/",
-    ".",
-    " - ",
-    " ",
-    ":",
-    "_",
-)  # before a name that has a prefix, as in W&B's exports
+# Before a name that has a prefix, as in W&B's exports.
+SEPARATORS = ("/", ".", " - ", " ", ":", "_")
 SHOWN = 40  # columns that an error lists
 
 
@@ -63,25 +46,21 @@ class Table:
     ) -> Table:
         """Of mappings, which need not have the same keys."""
         keys = dict.fromkeys(key for row in rows for key in row)
-        return cls(
-            source,
-            {key: [plain(row.get(key)) for row in rows] for key in keys},
-            list(names),
-            list(left_out),
-        )
+        columns = {key: [plain(row.get(key)) for row in rows] for key in keys}
+        return cls(source, columns, list(names), list(left_out))
 
     def only(self, chosen: Sequence[bool]) -> Table:
         """The rows for which `chosen` is true."""
-        columns = {
-            name: [cell for cell, keep in zip(cells, chosen) if keep]
-            for name, cells in self.columns.items()
-        }
-        return Table(
-            self.source,
-            columns,
-            [row for row, keep in zip(self.rows, chosen) if keep],
-            self.left_out,
-        )
+        columns = {name: list(compress(cells, chosen)) for name, cells in self.columns.items()}
+        return Table(self.source, columns, list(compress(self.rows, chosen)), self.left_out)
+
+    def numbers(self, name: str) -> list[float]:
+        """A column, NaN where a cell is missing.
+
+        Raises:
+            DataError: a cell is text.
+        """
+        return [number(cell, name, row) for cell, row in zip(self.columns[name], self.rows)]
 
     def find(self, name: str) -> str:
         """The column that `name` means: that name, else the only one that is it in other case or
@@ -93,25 +72,23 @@ class Table:
         if name in self.columns:
             return name
         low = name.lower()
-        found = [column for column in self.columns if column.lower() == low]
-        found = found or [
-            c for c in self.columns if any(c.lower().endswith(s + low) for s in SEPARATORS)
+        endings = tuple(separator + low for separator in SEPARATORS)
+        matches = [column for column in self.columns if column.lower() == low] or [
+            column for column in self.columns if column.lower().endswith(endings)
         ]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise DataError(
-                f"{show(name)} could be {' or '.join(map(show, found[:SHOWN]))}",
-                self.source,
-                "give the whole name",
-            )
-        close = nearest(name, list(self.columns))
-        shown = ", ".join(list(self.columns)[:SHOWN])
-        more = f" and {len(self.columns) - SHOWN} more" if len(self.columns) > SHOWN else ""
+        if len(matches) == 1:
+            return matches[0]
+        if matches:
+            choices = " or ".join(map(show, matches[:SHOWN]))
+            raise DataError(f"{show(name)} could be {choices}", self.source, "give the whole name")
+        columns = list(self.columns)
+        close = nearest(name, columns)
+        rest = f" and {len(columns) - SHOWN} more" if len(columns) > SHOWN else ""
         raise DataError(
             f"there is no column {show(name)}",
             self.source,
-            (f"did you mean {close}? " if close else "") + f"The columns are {shown}{more}",
+            (f"did you mean {close}? " if close else "")
+            + f"The columns are {', '.join(columns[:SHOWN])}{rest}",
         )
 
 
@@ -142,31 +119,15 @@ def number(value: Cell, column: str, row: str) -> float:
 
 
 def read_csv(path: Path) -> Iterator[tuple[str, dict[str, Cell]]]:
+    """The place of each row in the file, for errors, and its cells; `file` is a column unless the
+    file has one.
+
+    Raises:
+        DataError: the file is missing, or is no table in UTF-8.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, strict=True)
-            header = [name.strip() for name in next(reader, [])]
-            if not any(header):
-                raise DataError(
-                    "the first line has no column names", str(path), "begin with a line of names"
-                )
-            twice = sorted({name for name in header if header.count(name) > 1})
-            if twice:
-                raise DataError(
-                    f"the column {show(twice[0])} is there twice", str(path), "rename one of them"
-                )
-            for values in reader:
-                if not any(value.strip() for value in values):
-                    continue
-                where = f"line {reader.line_num} of {path}"
-                if len(values) != len(header):
-                    raise DataError(
-                        f"{len(values)} values for {len(header)} columns",
-                        where,
-                        "quote values that hold a comma",
-                    )
-                row: dict[str, Cell] = {"file": str(path)}
-                yield where, row | {name: _cell(value) for name, value in zip(header, values)}
+            yield from _rows(csv.reader(stream, strict=True), path)
     except FileNotFoundError:
         raise DataError("there is no such file or directory", str(path), "check the path") from None
     except OSError as error:
@@ -179,11 +140,34 @@ def read_csv(path: Path) -> Iterator[tuple[str, dict[str, Cell]]]:
         ) from None
 
 
-def _cell(text: str) -> Cell:
+def _rows(reader: Any, path: Path) -> Iterator[tuple[str, dict[str, Cell]]]:
+    header = [name.strip() for name in next(reader, [])]
+    if not any(header):
+        raise DataError(
+            "the first line has no column names", str(path), "begin with a line of names"
+        )
+    if twice := sorted({name for name in header if header.count(name) > 1}):
+        raise DataError(
+            f"the column {show(twice[0])} is there twice", str(path), "rename one of them"
+        )
+    for values in reader:
+        where = f"line {reader.line_num} of {path}"
+        cells = [parse(value) for value in values]
+        if all(cell is None for cell in cells):
+            continue
+        if len(cells) != len(header):
+            raise DataError(
+                f"{len(cells)} values for {len(header)} columns",
+                where,
+                "quote values that hold a comma",
+            )
+        yield where, {"file": str(path), **dict(zip(header, cells))}
+
+
+def parse(text: str) -> Cell:
+    """A cell as a file has it: a number, else text; empty: missing."""
     text = text.strip()
-    if not text:
-        return None
     try:
-        return float(text)
+        return float(text) if text else None
     except ValueError:
         return text

@@ -25,7 +25,7 @@ class FitConfig(Section):
     form: Literal["power", "power_irreducible", "quadratic_log", "chinchilla"]
     """Law to fit."""
     x: Annotated[list[Text], Field(min_length=1)]
-    """Column of the law, two for chinchilla."""
+    """Column that the law is a function of; two for chinchilla: parameters, then tokens."""
     y: Text
     """Column that the law predicts."""
     where: Text | None = None

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from archscale.errors import ConfigError, DataError
-from archscale.fit.blocks import ShiftedQuadratic, fit_blocks, student
 from archscale.fit.fit import Settings, fit
 from archscale.fit.groups import FitRequest, fit_table
+from archscale.fit.laws import ShiftedQuadratic
 from archscale.fit.table import Table
 
 X = np.array([0.01, 0.02, 0.04] * 3)
@@ -21,6 +21,12 @@ def draw(generator, noise=0.002, shift=0.05):
         + 0.1 * np.log(X / 0.022) ** 2
         + generator.normal(0, shift, 3)[SEEDS]
         + generator.normal(0, noise, 9)
+    )
+
+
+def fit_blocks(x, y, blocks, settings, where, names=("x", "y"), block="block"):
+    return fit(
+        "quadratic_log", x, y, settings, blocks=blocks, block=block, where=where, names=names
     )
 
 
@@ -63,7 +69,7 @@ def test_one_seed_everywhere_and_more_of_them_near_the_optimum():
 
 def test_derivatives():
     generator = np.random.default_rng(1)
-    law = ShiftedQuadratic("", 5, "linear", ())
+    law = ShiftedQuadratic(blocks=3)
     u = np.stack([generator.normal(0, 1, 9), np.arange(9) % 3])
     theta = generator.normal(0, 1, (2, 5))
     _, jacobian = law.predict(theta, u)
@@ -99,11 +105,22 @@ def test_intervals_cover():
     assert 0.92 <= minimum <= 0.99
 
 
-def test_students_t():
-    assert [student(0.95, n) for n in (1, 2, 9)] == pytest.approx(
-        [12.7062, 4.30265, 2.26216], rel=1e-4
-    )
-    assert student(0.99, 30) == pytest.approx(2.75, rel=1e-4)
+@pytest.mark.parametrize(
+    ("confidence", "blocks", "t"),
+    [(0.95, 2, 12.7062), (0.95, 3, 4.30265), (0.95, 10, 2.26216), (0.99, 31, 2.75)],
+)
+def test_students_t(confidence, blocks, t):
+    """Points without errors of their own: what is unknown of the minimum is the mean of the
+    shifts."""
+    number = np.repeat(np.arange(blocks), 4)
+    x = np.tile([0.005, 0.01, 0.02, 0.04], blocks)
+    shifts = np.random.default_rng(0).normal(0, 0.05, blocks)
+    y = 3 + 0.1 * np.log(x / 0.022) ** 2 + shifts[number]
+    settings = Settings(confidence=confidence, replicates=99)
+    minimum = fit_blocks(x, y, number, settings, "here").estimates["minimum"]
+    error = shifts.std(ddof=1) / np.sqrt(blocks)
+    assert (minimum.high - minimum.value) / error == pytest.approx(t, rel=1e-4)
+    assert (minimum.value - minimum.low) / error == pytest.approx(t, rel=1e-4)
 
 
 def test_refusals():

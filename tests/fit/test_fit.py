@@ -6,7 +6,7 @@ import pytest
 
 from archscale.errors import DataError
 from archscale.fit.fit import Settings, fit
-from archscale.fit.laws import LAWS, joint_quadratic
+from archscale.fit.laws import LAWS, JointQuadratic
 from archscale.fit.leverage import leverage
 from archscale.fit.optima import joint_law, optimum_law
 
@@ -130,7 +130,7 @@ def test_derivatives(form):
     """Against central differences; a wrong one would only slow the fit down, and spoil the standard
     errors."""
     generator = np.random.default_rng(13)
-    law = joint_quadratic(np.zeros(8)) if form == "joint" else LAWS[form]
+    law = JointQuadratic(np.zeros(8)) if form == "joint" else LAWS[form]
     u = generator.normal(0, 1, (law.columns, 9))
     if form == "joint":
         u[2] = np.arange(9) % 3
