@@ -29,7 +29,7 @@ class Probe(Protocol):
         """Of rotated queries (B, H, T, K) and keys (B, G, T, K); scalar."""
 
     def router(self, logits: Tensor) -> Tensor:
-        """Sum of squared log-sum-exp of the router logits (N, E), scalar."""
+        """Of (N, E); scalar."""
 
     def branch(self, h: Tensor, multiplier: float) -> Tensor:
         """Of a branch's output (B, T, D) before its multiplier; (2,)."""

@@ -21,7 +21,7 @@ def run_study(
     runs/<name>.
 
     Raises:
-        ArchscaleError: user errors.
+        ArchscaleError: anything the user can mend.
     """
     study = load_study(path, overrides)
     directory = out or Path("runs") / study.name
