@@ -290,7 +290,7 @@ def fit(
         ),
     ] = None,
     joint: Annotated[
-        bool, typer.Option("--joint", help="Fit that law to all points at once, not in two stages.")
+        bool, typer.Option("--joint", help="That law by one fit of all points, not in two stages.")
     ] = False,
     block: Annotated[
         str | None,
@@ -327,17 +327,12 @@ def fit(
         float | None,
         typer.Option(
             min=1e-12,
-            help="Residual from which on Huber's loss is linear; default 1.345 standard"
-            " deviations, estimated robustly.",
+            help="Of Huber's loss; default 1.345 standard deviations, estimated robustly.",
         ),
     ] = None,
-    replicates: Annotated[
-        int, typer.Option(min=99, max=100_000, help="Replicates of the bootstrap.")
-    ] = 999,
-    confidence: Annotated[
-        float, typer.Option(min=0.5, max=0.99, help="Confidence level of the intervals.")
-    ] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, help="Random seed of the bootstrap.")] = 0,
+    replicates: Annotated[int, typer.Option(min=99, max=100_000, help="Of the bootstrap.")] = 999,
+    confidence: Annotated[float, typer.Option(min=0.5, max=0.99, help="Of the intervals.")] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, help="Of the bootstrap.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Fit a scaling law to CSV files or directories of runs, by group, with intervals.

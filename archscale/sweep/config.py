@@ -23,7 +23,7 @@ class FitConfig(Section):
     """A fit over the runs of a grid, as `archscale fit` makes it."""
 
     form: Literal["power", "power_irreducible", "quadratic_log", "chinchilla"]
-    """Law to fit."""
+    """Form of the law."""
     x: Annotated[list[Text], Field(min_length=1)]
     """Column that the law is a function of; two for chinchilla: parameters, then tokens."""
     y: Text
@@ -35,7 +35,7 @@ class FitConfig(Section):
     against: Text | None = None
     """With quadratic_log: a power law of the optimal x in this column."""
     joint: StrictBool = False
-    """Fit the law of `against` to all points at once, not in two stages."""
+    """Find the law of `against` by one fit of all points, not in two stages."""
     block: Text | None = None
     """With quadratic_log: a column whose values, such as seeds, shift whole bowls."""
     nearest: Annotated[int, Field(ge=3)] | None = None
@@ -43,18 +43,17 @@ class FitConfig(Section):
     leverage: Annotated[list[Text], Field(min_length=2, max_length=2)] | None = None
     """Two groups: how many times the x of the first the second needs for the same y."""
     at: list[float] = Field(default_factory=list)
-    """Values of x at which to take the leverage; by default over the common range."""
+    """x at which to take the leverage; empty: over the common range."""
     space: Literal["log", "linear"] | None = None
     """Residuals of ln y or of y; null: by form."""
     loss: Literal["squares", "huber"] = "squares"
-    """Least squares, or Huber's loss for data with outliers."""
+    """Loss of the residuals; huber for data with outliers."""
     delta: Annotated[float, Field(gt=0)] | None = None
-    """Residual from which on Huber's loss is linear; null: 1.345 standard deviations, estimated
-    robustly."""
+    """Residual at which Huber's loss turns linear; null: 1.345 robust standard deviations."""
     replicates: Annotated[int, Field(ge=99, le=100_000)] = 999
     """Replicates of the bootstrap."""
     confidence: Annotated[float, Field(ge=0.5, le=0.99)] = 0.95
-    """Confidence level of the intervals."""
+    """Share of intervals that hold the truth."""
     seed: CountOrZero = 0
     """Random seed of the bootstrap."""
 
