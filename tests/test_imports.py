@@ -43,7 +43,7 @@ SPEAKERS = {  # who may use torch.distributed
     "archscale.parallel",
     "archscale.optim.engine",
     "archscale.optim.examples",
-    "archscale.model.expert_parallel",
+    "archscale.model.moe",
     "archscale.checkpoint",
     "archscale.train",
 }

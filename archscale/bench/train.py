@@ -174,11 +174,10 @@ def _build(label: str, config: Config, device: torch.device) -> Arm:
     count = torch.tensor(float(targets.numel()), device=device)
 
     def passes() -> None:
-        if model.moe is None:
-            objective = engine.forward(inputs, targets) / count
-        else:
-            loss, routing, _ = engine.forward(inputs, targets, routing=True)
-            objective = loss / count + StepBalance(model.moe, count).loss(routing)
+        output = engine.forward(inputs, targets)
+        objective = output.loss / count
+        if model.moe is not None:
+            objective = objective + StepBalance(model.moe, count).loss(output.routing)
         engine.backward(objective)
 
     readings = Readings(

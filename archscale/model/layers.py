@@ -1,46 +1,41 @@
-"""Building blocks that declare the role and the initialization of their own parameters.
+"""The parts of the transformer: projection, norm, embedding, feed-forward, attention; and how their
+parameters are drawn.
 
-`parameter_roles` maps a parameter's key to a plain dict: `role` (matrix, embedding, head, vector),
-`view` of more than two dimensions, `blocks` of a fused
-projection, and `init`, a pair (distribution, scale). The optimizer and the initializer read it; see
-`optim.roles`.
+Each module says in `parameter_roles` what its own parameters are: parameter key → a plain dict with
+`role` (matrix, embedding, head, vector), `view` (of more than two dimensions), `blocks` (the
+matrices of a fused projection) and `init`, a pair (distribution, scale). The optimizer
+(`optim.roles`) and `initialize` read it, so neither guesses from names or shapes.
 
-Weights are stored in float32 and cast to the activations' dtype where they are used.
+Parameters are stored in float32 and cast to the activations' dtype where they are used.
+
+Shapes: B batch, T time, D width, V vocabulary, F hidden features of a feed-forward, H query heads,
+G key-value heads, C channels of a head.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from archscale.distributed import Fragment, fragment
+
 NORM_EPS = 1e-5
-
-
-class Probe(Protocol):
-    """What looks into a forward pass (`telemetry.stability`): each method sums something over a
-    micro-batch."""
-
-    def attention(self, q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-        """Of rotated queries (B, H, T, K) and keys (B, G, T, K); scalar."""
-
-    def router(self, logits: Tensor) -> Tensor:
-        """Of (N, E); scalar."""
-
-    def branch(self, h: Tensor, multiplier: float) -> Tensor:
-        """Of a branch's output (B, T, D) before its multiplier; (2,)."""
+BASE_HEAD_DIM = 128  # head size at which the attention scale is the usual 1/√C
 
 
 class Projection(nn.Module):
-    """x (…, fan_in) → (…, fan_out), no bias; U(−1/√fan_in, 1/√fan_in) at initialization.
+    """y = x Wᵀ, x (…, fan_in) → y (…, fan_out), no bias; W (fan_out, fan_in) starts uniform on
+    (−1/√fan_in, 1/√fan_in), as in HyperP (arXiv 2603.28743).
 
     Args:
-        blocks: (name, rows) of the logical matrices stored one below the other; None: a single
-            matrix.
+        blocks: (name, rows) of the matrices that W holds one below the other. One product computes
+            them all; the optimizer treats each as a matrix of its own. None: W is one matrix.
     """
 
     def __init__(self, fan_in: int, fan_out: int, blocks: Sequence[tuple[str, int]] | None = None):
@@ -56,7 +51,8 @@ class Projection(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / √(mean(x²) + ε) · g over the last axis, computed in x's dtype, returned in `dtype`."""
+    """x / √(mean(x²) + ε) ⊙ g over the last axis (arXiv 1910.07467, eq. 4): normalized in x's
+    dtype, returned in `dtype`."""
 
     def __init__(self, width: int, dtype: torch.dtype):
         super().__init__()
@@ -65,25 +61,37 @@ class RMSNorm(nn.Module):
         self.parameter_roles = {"weight": {"role": "vector", "init": ("constant", 1.0)}}
 
     def forward(self, x: Tensor) -> Tensor:
+        # Rounded before it is multiplied by g: the backward pass then keeps the bf16 activation,
+        # not a float32 one.
         return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS).to(self.dtype) * self.weight.to(self.dtype)
 
 
 class Embedding(nn.Module):
-    """Token ids (B, T) → float32 (B, T, D), rounded to `dtype`: the start of the float32 residual
-    stream."""
+    """Token ids (B, T) int64 → (B, T, D) float32, the start of the residual stream.
+
+    Args:
+        std: standard deviation at the start.
+        dtype: the rows are rounded to it first.
+    """
 
     def __init__(self, vocab_size: int, width: int, std: float, dtype: torch.dtype):
         super().__init__()
-        self.dtype = dtype  # FSDP2 gathers the table in it; the others must round alike
+        self.dtype = dtype
         self.weight = nn.Parameter(torch.empty(vocab_size, width))
         self.parameter_roles = {"weight": {"role": "embedding", "init": ("normal", std)}}
 
     def forward(self, tokens: Tensor) -> Tensor:
+        # FSDP2 gathers the table in `dtype`. The other layouts round as well, or their residual
+        # streams would start from other numbers.
         return F.embedding(tokens, self.weight).to(self.dtype).float()
 
 
 class FeedForward(nn.Module):
-    """SwiGLU, silu(x W_gᵀ) ⊙ (x W_uᵀ), or relu(x W_uᵀ)², then W_d; hidden size F."""
+    """(B, T, D) → (B, T, D) through F hidden features.
+
+    `swiglu`: (silu(x W_gateᵀ) ⊙ x W_upᵀ) W_downᵀ (arXiv 2002.05202, eq. 6);
+    `relu2`: relu(x W_upᵀ)² W_downᵀ (arXiv 2109.08668).
+    """
 
     def __init__(self, width: int, hidden: int, kind: str):
         super().__init__()
@@ -100,3 +108,243 @@ class FeedForward(nn.Module):
             gate, up = h.chunk(2, dim=-1)
             return self.down(F.silu(gate) * up)
         return self.down(F.relu(h).square())
+
+
+# --- attention
+
+
+class Probe(Protocol):
+    """Looks into a forward pass (`telemetry.stability.Probe`), without gradient.
+
+    The blocks hand it what they compute anyway and return what it gives back beside their outputs:
+    nothing is stored on a module, so recomputation counts nothing twice.
+    """
+
+    def attention(self, q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+        """Scalar summary of the attention logits scale · q kᵀ + mask; rotated queries (B, H, T, C),
+        keys (B, G, T, C), mask as of `attention_mask`."""
+
+    def router(self, logits: Tensor) -> Tensor:
+        """Scalar summary of the router logits (N, E)."""
+
+    def block(
+        self,
+        attention: Tensor,
+        router: Tensor | None,
+        attention_output: Tensor,
+        mlp_output: Tensor,
+        multiplier: float,
+    ) -> Any:
+        """The record of one block.
+
+        Args:
+            attention, router: what the two methods above returned; no router: None.
+            attention_output, mlp_output: of the two branches, (B, T, D), before the multiplier with
+                which both enter the residual stream.
+        """
+
+
+class AttentionOutput(NamedTuple):
+    """What `Attention` returns."""
+
+    hidden: Tensor
+    """(B, T, D)."""
+    probed: Tensor | None
+    """What the probe made of the logits; None without a probe."""
+
+
+class Attention(nn.Module):
+    """Causal attention with grouped queries (arXiv 2305.13245), normalized queries and keys
+    (arXiv 2302.05442), rotary positions (arXiv 2104.09864) and a gate per head (arXiv 2505.06708).
+
+    Each head's softmax(q kᵀ √128 / C + mask) v, times the sigmoid of the head's gate, then
+    projected back to D.
+
+    Args:
+        heads, kv_heads, head_dim: H, G and C.
+        qk_norm, gated: whether queries and keys are normalized, and heads gated.
+        dtype: of the products.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        *,
+        qk_norm: bool,
+        gated: bool,
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
+        self.sizes = [heads * head_dim, kv_heads * head_dim, kv_heads * head_dim] + (
+            [heads] if gated else []
+        )
+        self.qkv = Projection(
+            width, sum(self.sizes), list(zip(("q", "k", "v", "gate"), self.sizes))
+        )
+        self.out = Projection(heads * head_dim, width)
+        self.q_norm = RMSNorm(head_dim, dtype) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(head_dim, dtype) if qk_norm else nn.Identity()
+        # q and k align as training goes on, and then q · k grows with C rather than with √C: the
+        # scale falls with C (arXiv 2203.03466, definition 4.1), and is 1/√C at C = 128.
+        self.scale = math.sqrt(BASE_HEAD_DIM) / head_dim
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        probe: Probe | None = None,
+    ) -> AttentionOutput:
+        """Attend within a micro-batch.
+
+        Args:
+            x: (B, T, D). rope: cos and sin as of `rope_table`.
+            mask: as of `attention_mask`; None: plain causal.
+        """
+        B, T, _ = x.shape
+        q, k, v, *gate = self.qkv(x).split(self.sizes, dim=-1)
+        q = rotate(self.q_norm(q.view(B, T, self.heads, self.head_dim)), rope)
+        k = rotate(self.k_norm(k.view(B, T, self.kv_heads, self.head_dim)), rope)
+        v = v.view(B, T, self.kv_heads, self.head_dim)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T, C)
+        o = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scale,
+            enable_gqa=self.heads != self.kv_heads,
+        ).transpose(1, 2)  # (B, T, H, C)
+        if gate:
+            # Softmax has to attend to something; the gate lets a head say nothing.
+            o = o * torch.sigmoid(gate[0]).unsqueeze(-1)
+        probed = None if probe is None else probe.attention(q, k, self.scale, mask)
+        return AttentionOutput(self.out(o.reshape(B, T, -1)), probed)
+
+
+def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    """x (B, T, H, C) with the pairs of channels (i, i + C/2) turned by the angles of `rope_table`
+    (arXiv 2104.09864, eq. 34, which pairs neighbours instead: the same up to the order of
+    channels)."""
+    cos, sin = (table[None, :, None, :].to(x.dtype) for table in rope)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
+
+
+def rope_table(
+    time: int, head_dim: int, theta: float, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · θ^(−2i/C), each (T, C/2) float32 (arXiv 2104.09864, eq. 15)."""
+    # Not in bf16, whose 8 bits do not tell position 256 from 257.
+    frequency = theta ** (
+        -torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    )
+    angle = torch.outer(torch.arange(time, device=device, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def attention_mask(
+    tokens: Tensor, window: int | None, eos_id: int | None, dtype: torch.dtype
+) -> Tensor | None:
+    """What is added to the attention logits, (B or 1, 1, T, T) in `dtype`: 0 where a position may
+    look, −∞ elsewhere. None where it may look at everything before it.
+
+    Args:
+        tokens: (B, T).
+        window: tokens that a position sees, itself included; None: all.
+        eos_id: token that ends a document, and belongs to it: positions see their own document
+            only. None: documents are not separated.
+    """
+    if window is None and eos_id is None:
+        return None
+    T = tokens.shape[1]
+    position = torch.arange(T, device=tokens.device)
+    distance = position[:, None] - position[None, :]
+    allowed = (distance >= 0)[None]
+    if window is not None:
+        allowed = allowed & (distance < window)[None]
+    if eos_id is not None:
+        ended = (tokens == eos_id).cumsum(1)
+        document = ended - (tokens == eos_id).to(ended.dtype)  # number of each token's document
+        allowed = allowed & (document[:, :, None] == document[:, None, :])
+    # Not bool: attention would convert it in every block, and every block would save its own copy
+    # for the backward pass.
+    mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(~allowed, -math.inf)[:, None]
+
+
+# --- initialization
+
+# Elements that one generator draws. Part of the definition of a run: another value draws other
+# weights.
+CHUNK = 1 << 18
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int, weights: Mapping[str, Fragment] | None = None) -> None:
+    """Fill every parameter of `model` (plain tensors or DTensors, on any device) as its module's
+    `parameter_roles` say.
+
+    Every element is a function of (seed, parameter name, position), so the weights do not depend on
+    how they are sharded, and a rank draws only the chunks of which it holds a part.
+
+    Args:
+        weights: what to fill instead, by parameter name, where an engine keeps the weights
+            elsewhere.
+
+    Raises:
+        ValueError: a parameter without `init`.
+    """
+    done: set[int] = set()
+    for prefix, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in done:  # a tied weight is drawn where it is first registered
+                continue
+            done.add(id(parameter))
+            name = f"{prefix}.{key}" if prefix else key
+            spec = getattr(module, "parameter_roles", {}).get(key, {})
+            if "init" not in spec:
+                raise ValueError(
+                    f"parameter {name!r} has no initialization: add 'init' to its module's"
+                    " parameter_roles"
+                )
+            held = fragment(parameter) if weights is None else weights[name]
+            hi, numel = held.lo + held.data.numel(), math.prod(held.shape)
+            held.data.copy_(
+                draw(*spec["init"], seed=seed, name=name, lo=held.lo, hi=hi, numel=numel)
+            )
+
+
+def draw(
+    distribution: str, scale: float, *, seed: int, name: str, lo: int, hi: int, numel: int
+) -> Tensor:
+    """Elements [lo, hi) of a flattened parameter of `numel` elements: (hi − lo,) float32, drawn on
+    the CPU whatever the device, because a GPU's generator draws other numbers.
+
+    Args:
+        distribution: `uniform` on (−scale, scale), `normal` with standard deviation `scale`, or
+            `constant`.
+    """
+    values = torch.empty(hi - lo)
+    if distribution == "constant":
+        return values.fill_(scale)
+    for chunk in range(lo // CHUNK, -(-hi // CHUNK)):
+        start = chunk * CHUNK
+        # The whole chunk even where only a part is held: its later elements depend on the earlier.
+        block = torch.empty(min(CHUNK, numel - start))
+        key = hashlib.blake2b(f"{seed}/{name}/{chunk}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(key, "little", signed=True))
+        if distribution == "uniform":
+            block.uniform_(-scale, scale, generator=generator)
+        elif distribution == "normal":
+            block.normal_(0.0, scale, generator=generator)
+        else:
+            raise ValueError(f"unknown distribution {distribution!r} of parameter {name!r}")
+        a, b = max(lo, start), min(hi, start + len(block))
+        values[a - lo : b - lo] = block[a - start : b - start]
+    return values

@@ -1,4 +1,8 @@
-"""Pre-norm transformer language model with a float32 residual stream.
+"""A decoder-only transformer language model, dense or with experts: embedding, blocks, head.
+
+    x = embedding(tokens)                                      # float32 residual stream
+    for each block:  x = x + a · attention(norm(x));  x = x + a · mlp(norm(x))
+    logits = head(norm(x))
 
 Shapes: B batch, T time, D width, V vocabulary, L layers, E routed experts.
 """
@@ -6,130 +10,57 @@ Shapes: B batch, T time, D width, V vocabulary, L layers, E routed experts.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from archscale.model.attention import Attention, attention_mask, rope_table
-from archscale.model.layers import Embedding, FeedForward, Probe, RMSNorm
+from archscale.model.layers import (
+    Attention,
+    Embedding,
+    FeedForward,
+    Probe,
+    RMSNorm,
+    attention_mask,
+    rope_table,
+)
 from archscale.model.loss import cross_entropy_sum
 from archscale.model.moe import MoE, Routing
 
 if TYPE_CHECKING:
     from archscale.config import ModelConfig
 
-EMBEDDING_STD = 1e-4  # HyperP; a tied embedding takes the head's
+EMBEDDING_STD = 1e-4  # HyperP (arXiv 2603.28743); a tied embedding takes the head's
 HEAD_STD = 0.02
 
 
-class Block(nn.Module):
-    """x + a · attention(norm(x)), then x + a · mlp(norm(x)); a = 1/√(2L) under Depth-μP, else 1.
-    The MLP is dense or `MoE`."""
+class ModelOutput(NamedTuple):
+    """What a forward pass of the model returns."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, router_logit_scale: float = 1.0):
-        super().__init__()
-        self.multiplier = 1 / math.sqrt(2 * config.depth) if config.depth_mup else 1.0
-        self.attention_norm = RMSNorm(config.width, dtype)
-        self.attention = Attention(
-            config.width,
-            config.heads,
-            config.kv_heads,
-            config.head_dim,
-            qk_norm=config.qk_norm,
-            gated=config.gated_attention,
-            dtype=dtype,
-        )
-        self.mlp_norm = RMSNorm(config.width, dtype)
-        self.mlp: FeedForward | MoE
-        if config.moe is None:
-            self.mlp = FeedForward(config.width, config.mlp_hidden, config.mlp)
-        else:
-            self.mlp = MoE(
-                config.width,
-                config.mlp_hidden // config.moe.top_k,
-                config.mlp,
-                *config.expert_counts,
-                shared=config.moe.shared_expert,
-                sqrt_gate=config.moe.sqrt_gate,
-                logit_scale=router_logit_scale,
-            )
-
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        probe: Probe | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-        """x (B, T, D) → the same; with experts their load and mass, (B, E) as of `MoE`; with a
-        probe its sums, (6,): attention, router (NaN without experts), Σ h² of attention and MLP,
-        outliers of attention and MLP."""
-        h, attention_seen = self.attention(self.attention_norm(x), rope, mask, probe)
-        x = torch.add(x, h, alpha=self.multiplier)
-        load = mass = router_seen = None
-        if isinstance(self.mlp, MoE):
-            y, load, mass, router_seen = self.mlp(self.mlp_norm(x), probe)
-        else:
-            y = self.mlp(self.mlp_norm(x))
-        x = torch.add(x, y, alpha=self.multiplier)
-        if probe is None:
-            return x, load, mass, None
-        assert attention_seen is not None
-        logits = torch.stack(
-            [attention_seen, attention_seen * math.nan if router_seen is None else router_seen]
-        )
-        outputs = torch.stack(
-            [probe.branch(h, self.multiplier), probe.branch(y, self.multiplier)], 1
-        )
-        return x, load, mass, torch.cat([logits.float(), outputs.flatten()])
-
-
-class Output(NamedTuple):
-    """What a forward pass returns where more than the loss is asked for."""
-
+    logits: Tensor | None
+    """(B, T, V) float32, where no targets are given."""
     loss: Tensor | None
+    """Summed cross-entropy in nats over the targets that count; scalar, where targets are given."""
     routing: Routing | None
-    seen: Tensor | None
-    """Sums of a probe, (L, 6) as of `Block`."""
-
-
-class Head(nn.Module):
-    """Final norm and output matrix (V, D): logits, or the summed cross-entropy when targets are
-    given.
-
-    A tied head has no matrix of its own and is given the embedding's at every call.
-    """
-
-    def __init__(self, config: ModelConfig, dtype: torch.dtype, scale: float):
-        super().__init__()
-        self.scale = scale
-        self.norm = RMSNorm(config.width, dtype)
-        assert config.vocab_size is not None
-        if not config.tied_embeddings:
-            self.weight = nn.Parameter(torch.empty(config.vocab_size, config.width))
-            self.parameter_roles = {"weight": {"role": "head", "init": ("normal", HEAD_STD)}}
-
-    def forward(self, x: Tensor, targets: Tensor | None, tied: Tensor | None) -> Tensor:
-        h = self.norm(x)
-        if self.scale != 1:
-            h = h * self.scale
-        weight = (self.weight if tied is None else tied).to(h.dtype)
-        if targets is None:
-            return (h @ weight.mT).float()
-        return cross_entropy_sum(h.flatten(0, 1), weight, targets.flatten())
+    """What the layers routed, (L, B, E); None in a dense model."""
+    probed: tuple[Any, ...] | None
+    """What the probe made of each of the L blocks; None without a probe."""
 
 
 class Transformer(nn.Module):
-    """A decoder-only language model.
+    """The whole model.
 
     Args:
         config: the `model` section, with `vocab_size` set.
-        dtype: of matrix products and activations (parameters and residual stream stay float32).
+        dtype: of matrix products and activations. Parameters and the residual stream stay float32:
+            L blocks add up in it, and a bf16 sum would lose what is small beside it.
         eos_id: token that separates documents; given, attention stays within a document.
-        recompute: keep only block inputs for the backward pass (activation checkpointing).
+        recompute: keep only block inputs for the backward pass (arXiv 1604.06174).
         logit_scale: multiplies the logits (μP). router_logit_scale: those of the routers.
+
+    Raises:
+        ValueError: `vocab_size` is not set.
     """
 
     def __init__(
@@ -157,36 +88,147 @@ class Transformer(nn.Module):
         tokens: Tensor,
         targets: Tensor | None = None,
         *,
-        routing: bool = False,
         probe: Probe | None = None,
-    ) -> Tensor | Output:
-        """Summed loss in nats over targets that count, or logits (B, T, V) without targets.
+        head: bool = True,
+    ) -> ModelOutput:
+        """Loss where targets are given, logits where they are not.
 
         Args:
             tokens, targets: (B, T) int64; targets of `loss.IGNORE` do not count.
-            routing: return an `Output` with what the experts' routers did; without targets no head
-                runs and its loss is None.
-            probe: return an `Output` with what this sees.
+            probe: looks into the blocks.
+            head: False: run the blocks alone, to see what they route; then there are neither logits
+                nor a loss.
         """
+        # Once for all blocks.
         rope = rope_table(
             tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device
         )
         mask = attention_mask(tokens, self.config.window, self.eos_id, self.dtype)
         x = self.embedding(tokens)
-        layers = []
+        # Kept without the layers' residual streams, which an evaluation would otherwise hold.
+        routed: list[Routing] = []
+        probed: list[Any] = []
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x, *layer = checkpoint(block, x, rope, mask, probe, use_reentrant=False)
+                layer = checkpoint(block, x, rope, mask, probe, use_reentrant=False)
             else:
-                x, *layer = block(x, rope, mask, probe)
-            layers.append(layer)
-        tied = self.embedding.weight if self.config.tied_embeddings else None
-        if not routing and probe is None:
-            return self.head(x, targets, tied)
-        loss = None if targets is None and routing else self.head(x, targets, tied)
-        loads, masses, seen = zip(*layers)
-        return Output(
+                layer = block(x, rope, mask, probe)
+            x = layer.stream
+            probed.append(layer.probed)
+            if layer.routing is not None:
+                routed.append(layer.routing)
+        logits = loss = None
+        if head:
+            tied = self.embedding.weight if self.config.tied_embeddings else None
+            if targets is None:
+                logits = self.head(x, None, tied)
+            else:
+                loss = self.head(x, targets, tied)
+        return ModelOutput(
+            logits,
             loss,
-            Routing(torch.stack(loads), torch.stack(masses)) if routing else None,
-            None if probe is None else torch.stack(seen),
+            Routing(*map(torch.stack, zip(*routed))) if routed else None,
+            None if probe is None else tuple(probed),
         )
+
+
+class BlockOutput(NamedTuple):
+    """What a `Block` returns."""
+
+    stream: Tensor
+    """The residual stream, (B, T, D) float32."""
+    routing: Routing | None
+    """What its experts' router did, (B, E); None in a dense block."""
+    probed: Any
+    """What the probe made of the block; None without a probe."""
+
+
+class Block(nn.Module):
+    """x + a · attention(norm(x)), then x + a · mlp(norm(x)), the MLP dense or `MoE`.
+
+    Norms stand before the branches (arXiv 2002.04745), so the residual stream is a plain sum.
+    a = 1/√(2L) under Depth-μP (arXiv 2310.02244): its 2L branches then add up to the same size at
+    every depth. Otherwise a = 1.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, router_logit_scale: float = 1.0):
+        super().__init__()
+        self.multiplier = 1 / math.sqrt(2 * config.depth) if config.depth_mup else 1.0
+        self.attention_norm = RMSNorm(config.width, dtype)
+        self.attention = Attention(
+            config.width,
+            config.heads,
+            config.kv_heads,
+            config.head_dim,
+            qk_norm=config.qk_norm,
+            gated=config.gated_attention,
+            dtype=dtype,
+        )
+        self.mlp_norm = RMSNorm(config.width, dtype)
+        self.mlp: FeedForward | MoE
+        if config.moe is None:
+            self.mlp = FeedForward(config.width, config.mlp_hidden, config.mlp)
+        else:
+            # K experts of 1/K of the hidden features each: as much work as the dense MLP.
+            self.mlp = MoE(
+                config.width,
+                config.mlp_hidden // config.moe.top_k,
+                config.mlp,
+                *config.expert_counts,
+                shared=config.moe.shared_expert,
+                sqrt_gate=config.moe.sqrt_gate,
+                logit_scale=router_logit_scale,
+            )
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        probe: Probe | None = None,
+    ) -> BlockOutput:
+        """Both branches on the residual stream x (B, T, D); rope and mask as of `Attention`."""
+        attended = self.attention(self.attention_norm(x), rope, mask, probe)
+        x = torch.add(x, attended.hidden, alpha=self.multiplier)
+        routing = router_probed = None
+        if isinstance(self.mlp, MoE):
+            hidden, routing, router_probed = self.mlp(self.mlp_norm(x), probe)
+        else:
+            hidden = self.mlp(self.mlp_norm(x))
+        x = torch.add(x, hidden, alpha=self.multiplier)
+        probed = None
+        if probe is not None:
+            assert attended.probed is not None
+            probed = probe.block(
+                attended.probed, router_probed, attended.hidden, hidden, self.multiplier
+            )
+        return BlockOutput(x, routing, probed)
+
+
+class Head(nn.Module):
+    """Final norm and output matrix W (V, D): logits (B, T, V) float32, or the summed cross-entropy
+    where targets are given.
+
+    A tied head has no matrix of its own and is given the embedding's at every call.
+
+    Args:
+        scale: multiplies the logits (μP).
+    """
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, scale: float):
+        super().__init__()
+        self.scale = scale
+        self.norm = RMSNorm(config.width, dtype)
+        assert config.vocab_size is not None
+        if not config.tied_embeddings:
+            self.weight = nn.Parameter(torch.empty(config.vocab_size, config.width))
+            self.parameter_roles = {"weight": {"role": "head", "init": ("normal", HEAD_STD)}}
+
+    def forward(self, x: Tensor, targets: Tensor | None, tied: Tensor | None) -> Tensor:
+        h = self.norm(x)
+        if self.scale != 1:
+            h = h * self.scale  # of (B, T, D), which is smaller than the logits
+        weight = (self.weight if tied is None else tied).to(h.dtype)
+        if targets is None:
+            return (h @ weight.mT).float()
+        return cross_entropy_sum(h.flatten(0, 1), weight, targets.flatten())

@@ -84,7 +84,7 @@ def _measure(study: GateStudy, k: int, seed: int) -> Row:
             sqrt_gate=sqrt_gate,
         )
         initialize(layer, seed)
-        found[name] = math.sqrt(layer(x)[0].square().mean().item())
+        found[name] = math.sqrt(layer(x).hidden.square().mean().item())
         gates = layer.router(x[0]).topk(k).values.softmax(-1)
     found["plain_predicted"] = found["sqrt_gate"] * math.sqrt(gates.square().sum(-1).mean().item())
     return found

@@ -89,7 +89,7 @@ class Language:
         """Mean nats per token; can be differentiated twice."""
         inputs, targets = batch
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-            logits = self.model(inputs)
+            logits = self.model(inputs).logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def gradients(self, batch: tuple[Tensor, Tensor]) -> list[Tensor]:
@@ -202,7 +202,7 @@ class Language:
         batches = [self.held_out(1 + i) for i in range(settings.samples)]
         for tokens, _ in batches:
             with sdpa_kernel(SDPBackend.MATH):
-                logits = self.model(tokens).flatten(0, 1)
+                logits = self.model(tokens).logits.flatten(0, 1)
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
             torch.autograd.grad(F.cross_entropy(logits, drawn, reduction="sum"), stored)
         for hook in hooks:

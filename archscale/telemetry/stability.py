@@ -1,4 +1,4 @@
-"""Stability indicators, layer by layer (REFERENCE 5; HyperP): Z-values, output RMS, activation
+"""Stability indicators, layer by layer (HyperP, arXiv 2603.28743): Z-values, output RMS, activation
 outliers.
 
 On the steps that are read, the trainer hands a `Probe` to the forward pass. The blocks give it what
@@ -6,32 +6,47 @@ they have anyway and return its sums beside their outputs, without gradient: rec
 counts nothing twice, a step that is not read does nothing at all, and the trajectory is the same
 with and without. Sums of all micro-batches and ranks are added once a reading.
 
-Shapes: B batch, T time, D width, H query heads, G key-value heads, K head size, E routed experts, L
-layers, N tokens.
+Shapes: B batch, T time, D width, H query heads, G key-value heads, C channels of a head, E routed
+experts, L layers, N tokens.
 """
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-INDICATORS = (
-    "attention_z",
-    "router_z",
-    "attention_output_rms",
-    "mlp_output_rms",
-    "attention_outlier_pct",
-    "mlp_outlier_pct",
-)
 OUTLIER = 5.0  # standard deviations
 CHUNK_ELEMENTS = 1 << 24  # attention logits at a time
 
 
+class LayerSums(NamedTuple):
+    """What the indicators are made of: float32 scalars of one block and micro-batch, or (L,) of all
+    blocks and a whole step.
+
+    LSE is the log-sum-exp of a softmax's logits, h a branch's output after its multiplier.
+    """
+
+    attention_lse: Tensor
+    """Σ LSE² of the attention logits over batch, heads and positions."""
+    attention_square: Tensor
+    """Σ h² of the attention branch."""
+    attention_outliers: Tensor
+    """Entries of the attention branch's output that lie more than 5 standard deviations
+    (population, over the features of their token) from their token's mean."""
+    mlp_square: Tensor
+    """Σ h² of the MLP or expert branch."""
+    mlp_outliers: Tensor
+    """As `attention_outliers`, of the MLP or expert branch."""
+    router_lse: Tensor | None = None
+    """Σ LSE² of the router logits over tokens; None in a model without experts."""
+
+
 class Probe:
-    """Sums over one micro-batch, float32 scalars on the device. Stateless, so a compiler may trace
-    through it."""
+    """Takes the sums of one micro-batch, on the device. Stateless, so a compiler may trace through
+    it."""
 
     @torch.no_grad()
     def attention(self, q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
@@ -40,20 +55,42 @@ class Probe:
 
     @torch.no_grad()
     def router(self, logits: Tensor) -> Tensor:
-        """Σ LSE² over tokens of logits (N, E)."""
+        """Σ LSE² over tokens of logits (N, E) (the router's z-loss, arXiv 2202.08906, eq. 5, before
+        the mean)."""
         return logits.detach().float().logsumexp(-1).square().sum()
 
     @torch.no_grad()
-    def branch(self, h: Tensor, multiplier: float) -> Tensor:
-        """Of a branch's output h (B, T, D) before its multiplier: Σ (multiplier · h)², and how many
-        entries lie further than 5 standard deviations (population) from their token's mean;
-        (2,)."""
-        h = h.detach().float()
-        deviation = h - h.mean(-1, keepdim=True)
-        limit = OUTLIER * deviation.square().mean(-1, keepdim=True).sqrt()
-        return torch.stack(
-            [h.square().sum() * multiplier**2, (deviation.abs() > limit).sum().float()]
+    def block(
+        self,
+        attention: Tensor,
+        router: Tensor | None,
+        attention_output: Tensor,
+        mlp_output: Tensor,
+        multiplier: float,
+    ) -> LayerSums:
+        """The sums of one block.
+
+        Args:
+            attention, router: what the methods above returned.
+            attention_output, mlp_output: (B, T, D), before they are multiplied by `multiplier`.
+        """
+        attention_output, mlp_output = (h.detach().float() for h in (attention_output, mlp_output))
+        return LayerSums(
+            attention_lse=attention.float(),
+            attention_square=attention_output.square().sum() * multiplier**2,
+            attention_outliers=outliers(attention_output),
+            mlp_square=mlp_output.square().sum() * multiplier**2,
+            mlp_outliers=outliers(mlp_output),
+            router_lse=router,
         )
+
+
+def outliers(h: Tensor) -> Tensor:
+    """How many entries of h (B, T, D) are outliers, as `LayerSums.attention_outliers` says; float32
+    scalar."""
+    deviation = h - h.mean(-1, keepdim=True)
+    limit = OUTLIER * deviation.square().mean(-1, keepdim=True).sqrt()
+    return (deviation.abs() > limit).sum().float()
 
 
 @torch.compiler.disable  # a loop as long as the context would be unrolled
@@ -65,8 +102,8 @@ def log_sum_exp(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tens
     otherwise computed by chunks of positions.
 
     Args:
-        q, k: (B, H, T, K) and (B, G, T, K), as attention takes them. mask: as of `attention_mask`;
-            None: causal.
+        q, k: (B, H, T, C) and (B, G, T, C), as attention takes them.
+        mask: as of `model.layers.attention_mask`; None: causal.
     """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     aten = torch.ops.aten
@@ -86,42 +123,47 @@ def log_sum_exp(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tens
 
 
 def chunked_log_sum_exp(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
-    """As `log_sum_exp`, for as many heads of k as of q."""
+    """`log_sum_exp` in plain PyTorch, a few positions at a time; k has as many heads as q."""
     B, H, T, _ = q.shape
     position = torch.arange(T, device=q.device)
     size = max(1, CHUNK_ELEMENTS // (B * H * T))
     parts = []
     for start in range(0, T, size):
         rows = slice(start, min(start + size, T))
-        seen = T if mask is not None else rows.stop
-        logits = q[:, :, rows].float() @ k[:, :, :seen].float().mT * scale
+        # Causal without a mask: no key after the chunk's last position can be seen.
+        keys = T if mask is not None else rows.stop
+        logits = q[:, :, rows].float() @ k[:, :, :keys].float().mT * scale
         if mask is not None:
             logits = logits + mask[:, :, rows]
         else:
-            logits = logits.masked_fill(position[:seen] > position[rows, None], -math.inf)
+            logits = logits.masked_fill(position[:keys] > position[rows, None], -math.inf)
         parts.append(logits.logsumexp(-1))
     return torch.cat(parts, -1)
 
 
 def stability_metrics(
-    sums: Tensor, tokens: int, heads: int, width: int, per_layer: bool
+    sums: LayerSums, tokens: int, heads: int, width: int, per_layer: bool
 ) -> dict[str, Tensor]:
-    """`stability/*` metrics, scalars on the device.
+    """`stability/*` metrics, scalars on the device: means over layers, then, with `per_layer`,
+    those of each layer, counted from 0.
 
     Args:
-        sums: (L, 6), in the order of `INDICATORS`, of all micro-batches and ranks; NaN in the
-            column of what a model has not.
-        tokens: of the whole step. per_layer: also one of each layer, counted from 0.
+        sums: (L,) each, of all micro-batches and ranks.
+        tokens: of the whole step. heads: H. width: D.
     """
-    counts = sums.new_tensor(
-        [tokens * heads, tokens, *[tokens * width] * 2, *[tokens * width / 100] * 2]
-    )
-    layers = sums / counts
-    layers = torch.cat([layers[:, :2], layers[:, 2:4].sqrt(), layers[:, 4:]], 1)
-    found = dict(zip((f"stability/{name}" for name in INDICATORS), layers.mean(0).unbind()))
+    entries = tokens * width
+    layers = {"attention_z": sums.attention_lse / (tokens * heads)}
+    if sums.router_lse is not None:
+        layers["router_z"] = sums.router_lse / tokens
+    layers |= {
+        "attention_output_rms": (sums.attention_square / entries).sqrt(),
+        "mlp_output_rms": (sums.mlp_square / entries).sqrt(),
+        "attention_outlier_pct": 100 * sums.attention_outliers / entries,
+        "mlp_outlier_pct": 100 * sums.mlp_outliers / entries,
+    }
+    metrics = {f"stability/{name}": values.mean() for name, values in layers.items()}
     if per_layer:
-        for number, row in enumerate(layers.unbind()):
-            found |= zip(
-                (f"stability/layer_{number:02d}/{name}" for name in INDICATORS), row.unbind()
-            )
-    return found
+        for number in range(len(sums.attention_lse)):
+            for name, values in layers.items():
+                metrics[f"stability/layer_{number:02d}/{name}"] = values[number]
+    return metrics

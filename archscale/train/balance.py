@@ -9,7 +9,8 @@ from torch import Tensor
 
 from archscale.config import MoEConfig
 from archscale.distributed import all_reduce
-from archscale.model.moe import Routing, balance_loss, load_metrics, load_share
+from archscale.model.loss import balance_loss, load_metrics, load_share
+from archscale.model.moe import Routing
 from archscale.parallel.engine import Engine
 
 
@@ -44,7 +45,7 @@ class StepBalance:
         """The counting pass, over all micro-batches but the first."""
         if self.moe.counts_first:
             for tokens in inputs:
-                self._add(engine.forward(tokens, routing=True).routing)
+                self._add(engine.forward(tokens, head=False).routing)
 
     def loss(self, routing: Routing) -> Tensor:
         """Balance loss of one micro-batch, in the order of the step: a scalar with gradient."""

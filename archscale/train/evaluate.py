@@ -32,7 +32,7 @@ def evaluate(
     for inputs, targets in batches:
         counted = targets != IGNORE
         length = token_bytes[torch.where(counted, targets, 0)] * counted
-        sums[0] += engine.forward(inputs.to(device), targets.to(device)).double()
+        sums[0] += engine.forward(inputs.to(device), targets.to(device)).loss.double()
         sums[1] += counted.sum().to(device)
         sums[2] += length.sum().to(device)
     nats, tokens, size = all_reduce(sums).tolist()

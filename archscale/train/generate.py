@@ -55,7 +55,7 @@ def generate(
     produced: list[int] = []
     for _ in range(max_tokens):
         window = torch.tensor([(given + produced)[-config.model.context :]], device=device)
-        logits = model(window)[0, -1, : tokenizer.vocab_size]
+        logits = model(window).logits[0, -1, : tokenizer.vocab_size]
         if temperature == 0:
             token = int(logits.argmax())
         else:

@@ -15,7 +15,7 @@ from torch import Tensor
 from archscale.config import ModelConfig, TelemetryConfig
 from archscale.config.batch import BatchSchedule
 from archscale.distributed import from_rank_zero
-from archscale.model.moe import load_share
+from archscale.model.loss import load_share
 from archscale.optim import MatrixOptimizer
 from archscale.optim.orthogonalize import orthogonality_residual
 from archscale.plan.counting import training_flops
@@ -165,17 +165,12 @@ class Readings:
         return self.batches.at(step)[0] * self.model.context
 
     def _seen(self, seen: Seen, applied: bool) -> dict[str, Tensor]:
-        """Of the last step: scalars, and vectors over experts."""
+        """What the last step showed: scalars, and vectors over experts."""
         step, found = self._pending[-1][0], dict[str, Tensor]()
         per_layer, model = self.telemetry.per_layer, self.model
         if seen.sums is not None:
             tokens = self._tokens(step) - self._tokens(step - 1)
-            of_layers = stability_metrics(seen.sums, tokens, model.heads, model.width, per_layer)
-            found |= {
-                key: value
-                for key, value in of_layers.items()
-                if model.moe or not key.endswith("router_z")
-            }
+            found |= stability_metrics(seen.sums, tokens, model.heads, model.width, per_layer)
         if seen.load is not None and per_layer:
             found |= {
                 f"moe/layer_{i:02d}/load": share for i, share in enumerate(load_share(seen.load))

@@ -18,19 +18,17 @@ from archscale.model.layers import Probe
 from archscale.model.loss import IGNORE
 from archscale.optim import MatrixOptimizer
 from archscale.parallel.engine import Engine
+from archscale.telemetry.stability import LayerSums
 from archscale.train.balance import StepBalance
 
 
 class Seen(NamedTuple):
-    """What a step saw of every layer, over its whole batch, on the device.
+    """What a step saw of every layer, over its whole batch, on the device."""
 
-    Attributes:
-        sums: of a probe, (L, 6) as `telemetry.stability` wants them.
-        load: assignments to each expert, (L, E) int64.
-    """
-
-    sums: Tensor | None
+    sums: LayerSums | None
+    """What a probe summed, (L,) each; None without a probe."""
     load: Tensor | None
+    """Assignments to each expert, (L, E) int64; None without experts."""
 
 
 class Supervision(NamedTuple):
@@ -86,23 +84,17 @@ def train_step(
         balance = StepBalance(moe, sizes[1])
         balance.count(engine, [inputs for inputs, _ in moved[1:]])
     total = torch.zeros((), device=device)
-    sums: list[Tensor] = []
+    probed: list[tuple[LayerSums, ...]] = []  # by micro-batch, by layer
     for i, (inputs, targets) in enumerate(moved):
         with engine.micro_batch(last=i == len(moved) - 1):
-            if balance is None and probe is None:
-                loss = engine.forward(inputs, targets)
-                objective = loss * scale
-            else:
-                loss, routing, seen = engine.forward(
-                    inputs, targets, routing=balance is not None, probe=probe
-                )
-                objective = loss * scale
-                if balance is not None:
-                    objective = objective + balance.loss(routing) * engine.gradient_scale
-                if seen is not None:
-                    sums.append(seen)
+            output = engine.forward(inputs, targets, probe=probe)
+            objective = output.loss * scale
+            if balance is not None:
+                objective = objective + balance.loss(output.routing) * engine.gradient_scale
             engine.backward(objective)
-        total += loss.detach()
+        if output.probed is not None:
+            probed.append(output.probed)
+        total += output.loss.detach()
     if balance is None:
         measured = {"loss": all_reduce(total) / sizes[0]}
     else:
@@ -111,8 +103,21 @@ def train_step(
     allow = supervision.allow
     judged = None if allow is None else lambda norm: allow(measured["loss"], norm)
     measured["grad_norm"] = engine.update(optimizer, grad_clip, judged)
-    seen_sums = all_reduce(torch.stack(sums).sum(0)) if sums else None
-    return measured, Seen(seen_sums, None if balance is None else balance.load)
+    sums = _add_up(probed) if probed else None
+    return measured, Seen(sums, None if balance is None else balance.load)
+
+
+def _add_up(probed: Sequence[tuple[LayerSums, ...]]) -> LayerSums:
+    """The sums of every layer, (L,) each, over all micro-batches and ranks: one collective."""
+    packed = torch.stack(
+        [
+            torch.stack(
+                [torch.stack([value for value in layer if value is not None]) for layer in layers]
+            )
+            for layers in probed
+        ]
+    )  # (micro-batches, L, fields); `router_lse`, which a dense model has not, is the last field
+    return LayerSums(*all_reduce(packed.sum(0)).unbind(1))
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:

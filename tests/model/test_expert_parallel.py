@@ -5,7 +5,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from archscale.distributed import rank, world_size
-from archscale.model import expert_parallel, initialize
+from archscale.model import initialize, moe
 from archscale.model.moe import MoE
 
 SHAPE = {
@@ -43,25 +43,26 @@ def passes(
     """Outputs and gradients of this rank's sequences, and rows that crossed to each rank."""
     layer = build(spread).to(dtype)
     x = tokens(dtype, one_expert).tensor_split(world_size())[rank()].clone().requires_grad_()
-    crossed, original = [], expert_parallel.all_to_all
+    crossed, original = [], moe.all_to_all
 
     def counting(send, sends, receives, group=None):
         crossed.append(list(sends))
         return original(send, sends, receives, group)
 
-    expert_parallel.all_to_all = counting
+    moe.all_to_all = counting
     try:
-        y, load, mass, _ = layer(x)
+        output = layer(x)
+        y, (load, mass) = output.hidden, output.routing
         ((y * torch.linspace(-1, 1, 16, dtype=dtype)).sum() + mass.square().sum()).backward()
     finally:
-        expert_parallel.all_to_all = original
+        moe.all_to_all = original
     local = lambda g: g.to_local() if hasattr(g, "to_local") else g  # noqa: E731
     grads = {name: local(p.grad) for name, p in layer.named_parameters()}
     return {"y": y.detach(), "load": load, "x": x.grad, "crossed": crossed, **grads}
 
 
 def together(parts: list[dict]) -> dict[str, torch.Tensor]:
-    """Of all ranks: sequences in order, experts in order, gradients of what every rank holds
+    """What all ranks have: sequences in order, experts in order, gradients of what every rank holds
     summed."""
     found = {key: torch.cat([part[key] for part in parts]) for key in ("y", "load", "x")}
     for key in parts[0].keys() - {"y", "load", "x", "crossed"}:
@@ -73,7 +74,7 @@ def together(parts: list[dict]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("one_expert", [False, True])
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_outputs_and_gradients_equal_those_of_one_process(pool, world, one_expert):
-    """In float64; also with all tokens on the same three experts (F8), so that ranks get no rows at
+    """In float64; also with all tokens on the same three experts, so that ranks get no rows at
     all. Three ranks share four sequences unevenly."""
     alone = passes(False, one_expert=one_expert)
     parts = pool(world).run(passes, True, one_expert=one_expert)

@@ -1,6 +1,7 @@
 """The transformer's parts against plain definitions, and its initialization under sharding."""
 
 import math
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,7 @@ from hypothesis import strategies as st
 
 from archscale.config import ModelConfig
 from archscale.model import Transformer, initialize
-from archscale.model.attention import attention_mask, rope_table, rotate
-from archscale.model.initialize import CHUNK, draw
-from archscale.model.layers import RMSNorm
+from archscale.model.layers import CHUNK, RMSNorm, attention_mask, draw, rope_table, rotate
 from archscale.model.loss import IGNORE, cross_entropy_sum
 from archscale.optim.roles import assign_roles
 
@@ -64,7 +63,8 @@ def test_model_loss_equals_cross_entropy_of_its_logits():
     model, x = tiny(), tokens()
     y = tokens(seed=1)
     torch.testing.assert_close(
-        model(x, y), F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction="sum")
+        model(x, y).loss,
+        F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten(), reduction="sum"),
     )
 
 
@@ -84,26 +84,26 @@ def test_causality(changes):
     model, x = tiny(**changes), tokens()
     later = x.clone()
     later[:, 9:] = (later[:, 9:] + 1) % 37
-    torch.testing.assert_close(model(x)[:, :9], model(later)[:, :9])
-    assert not torch.allclose(model(x)[:, 9:], model(later)[:, 9:])
+    torch.testing.assert_close(model(x).logits[:, :9], model(later).logits[:, :9])
+    assert not torch.allclose(model(x).logits[:, 9:], model(later).logits[:, 9:])
 
 
 def test_window_hides_old_tokens():
     model, x = tiny(window=3, depth=1), tokens()
     old = x.clone()
     old[:, 0] = (old[:, 0] + 1) % 37
-    torch.testing.assert_close(model(x)[:, 3:], model(old)[:, 3:])
-    assert not torch.allclose(model(x)[:, 2], model(old)[:, 2])
+    torch.testing.assert_close(model(x).logits[:, 3:], model(old).logits[:, 3:])
+    assert not torch.allclose(model(x).logits[:, 2], model(old).logits[:, 2])
 
 
 def test_document_mask_makes_packing_invisible():
     model = tiny(eos_id=0)
     first, second = tokens(1, 7, seed=1).clamp(min=1), tokens(1, 9, seed=2).clamp(min=1)
     first[:, -1] = 0
-    packed = model(torch.cat([first, second], dim=1))
-    torch.testing.assert_close(packed[:, :7], model(first))
+    packed = model(torch.cat([first, second], dim=1)).logits
+    torch.testing.assert_close(packed[:, :7], model(first).logits)
     torch.testing.assert_close(
-        packed[:, 7:], model(second), rtol=1e-4, atol=1e-5
+        packed[:, 7:], model(second).logits, rtol=1e-4, atol=1e-5
     )  # RoPE is relative
     assert attention_mask(first, None, None, torch.float32) is None
 
@@ -120,7 +120,7 @@ def test_grouped_queries_equal_repeated_heads():
                 )
                 p = torch.cat([q, k, v, gate])
             many.state_dict()[name].copy_(p)
-    torch.testing.assert_close(few(x), many(x))
+    torch.testing.assert_close(few(x).logits, many(x).logits)
 
 
 def test_rope_is_a_rotation_that_depends_on_distance_only():
@@ -140,23 +140,50 @@ def test_depth_mup_scales_every_branch():
             for block in model.blocks:
                 block.attention.out.weight.mul_(factor)
                 block.mlp.down.weight.mul_(factor)
-    torch.testing.assert_close(plain(x), scaled(x))
+    torch.testing.assert_close(plain(x).logits, scaled(x).logits)
 
 
 def test_recomputation_changes_nothing():
     grads = []
     for recompute in (False, True):
         model = tiny(recompute=recompute)
-        model(tokens(), tokens(seed=1)).backward()
+        model(tokens(), tokens(seed=1)).loss.backward()
         grads.append([p.grad for p in model.parameters()])
     torch.testing.assert_close(grads[0], grads[1], rtol=0, atol=0)
+
+
+def test_without_gradients_old_residual_streams_are_freed():
+    model, streams, alive = tiny(depth=4), [], []
+
+    def watch(block, inputs, output):
+        alive.append(sum(stream() is not None for stream in streams))
+        streams.append(weakref.ref(output.stream))
+
+    for block in model.blocks:
+        block.register_forward_hook(watch)
+    with torch.no_grad():
+        model(tokens())
+    assert alive == [0, 1, 1, 1]  # the block's own input
+
+
+@pytest.mark.parametrize("moe", [None, {"sparsity": 4, "top_k": 2}])
+def test_a_compiler_sees_a_block_as_one_graph(moe):
+    """Also the record that it returns, which a graph break would take apart."""
+    model = tiny(torch.bfloat16, moe=moe)
+    expected = model(tokens(), tokens(seed=1))
+    torch._dynamo.reset()
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="eager")
+    found = model(tokens(), tokens(seed=1))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert (found.logits, found.probed, found.routing is None) == (None, None, moe is None)
 
 
 def test_residual_stream_is_float32_under_bfloat16():
     model, seen = tiny(torch.bfloat16), []
     for block in model.blocks:
         block.register_forward_hook(
-            lambda m, i, o: seen.append((o[0].dtype, m.mlp.up(m.mlp_norm(o[0])).dtype))
+            lambda m, i, o: seen.append((o.stream.dtype, m.mlp.up(m.mlp_norm(o.stream)).dtype))
         )
     model(tokens(), tokens())
     assert seen == [(torch.float32, torch.bfloat16)] * 2

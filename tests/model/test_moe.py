@@ -13,7 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from archscale.config import ModelConfig
 from archscale.model import Transformer, initialize, moe
-from archscale.model.moe import MoE, balance_loss, choose, load_metrics, load_share
+from archscale.model.loss import balance_loss, load_metrics, load_share
+from archscale.model.moe import MoE, MoEOutput, Routing, choose
 from archscale.optim import MatrixOptimizer
 from archscale.optim.roles import assign_roles, parameter_groups
 from archscale.plan.counting import forward_flops, parameters, training_flops, weights
@@ -44,10 +45,8 @@ def feed_forward(x, up, down, kind):
     return down @ F.relu(up @ x) ** 2
 
 
-def reference(
-    m: MoE, x: torch.Tensor, kind: str
-) -> tuple[torch.Tensor, list[list[int]], torch.Tensor]:
-    """One token after the other: y, assignments and mass by sequence."""
+def reference(m: MoE, x: torch.Tensor, kind: str) -> MoEOutput:
+    """One token after the other."""
     out, counts, mass = torch.zeros_like(x), [[0] * len(m.router.weight) for _ in x], []
     for b, sequence in enumerate(x):
         probabilities = []
@@ -68,7 +67,7 @@ def reference(
             out[b, t] = y
             probabilities.append(torch.softmax(logits, 0))
         mass.append(torch.stack(probabilities).sum(0))
-    return out, counts, torch.stack(mass)
+    return MoEOutput(out, Routing(torch.tensor(counts), torch.stack(mass)), None)
 
 
 @pytest.mark.parametrize(("kind", "shared", "sqrt_gate"), VARIANTS)
@@ -76,14 +75,15 @@ def test_output_and_gradients_equal_the_reference(kind, shared, sqrt_gate):
     m = layer(torch.float64, shared, sqrt_gate, kind=kind, logit_scale=0.7)
     x = inputs(torch.float64).requires_grad_()
     for other in (m, lambda x: reference(m, x, kind)):
-        y, load, mass, *_ = other(x)
+        output = other(x)
+        y, (load, mass) = output.hidden, output.routing
         probe = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view_as(y)
         objective = (y * probe).sum() + (mass * torch.arange(7)).sum()
         grads = torch.autograd.grad(objective, [x, *m.parameters()])
         if other is m:
             found = (y, load, mass, grads)
     torch.testing.assert_close(found[0], y, rtol=1e-12, atol=1e-12)
-    assert found[1].tolist() == load
+    assert torch.equal(found[1], load)
     torch.testing.assert_close(found[2], mass, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(found[3], grads, rtol=1e-10, atol=1e-12)
 
@@ -91,7 +91,8 @@ def test_output_and_gradients_equal_the_reference(kind, shared, sqrt_gate):
 def passes(m: MoE, x: torch.Tensor) -> list[torch.Tensor]:
     """Outputs and gradients."""
     x = x.clone().requires_grad_()
-    y, load, mass, _ = m(x)
+    output = m(x)
+    y, (load, mass) = output.hidden, output.routing
     grads = torch.autograd.grad(
         (y.float() * y.float().detach()).sum() + mass.square().sum(), [x, *m.parameters()]
     )
@@ -119,10 +120,10 @@ def test_grouped_product_equals_the_loop(monkeypatch, dtype):
 def test_sizes_that_the_grouped_product_refuses_take_the_loop():
     assert not moe.has_grouped_product(torch.empty(4, 17), torch.empty(3, 5, 17))
     m = layer(width=17, hidden=5)
-    y, *_ = m(inputs(D=17))
+    y = m(inputs(D=17)).hidden
     double = layer(torch.float64, width=17, hidden=5)
     torch.testing.assert_close(
-        y.double(), double(inputs(torch.float64, D=17))[0], rtol=1e-5, atol=1e-6
+        y.double(), double(inputs(torch.float64, D=17)).hidden, rtol=1e-5, atol=1e-6
     )
 
 
@@ -169,7 +170,7 @@ def test_the_order_of_the_experts_means_nothing():
             (other.router, other.experts.up, other.experts.down),
         ):
             b.weight.copy_(a.weight[order])
-    (y, load, mass, _), (y2, load2, mass2, _) = m(x), other(x)
+    (y, (load, mass), _), (y2, (load2, mass2), _) = m(x), other(x)
     torch.testing.assert_close(y, y2, rtol=0, atol=1e-13)
     torch.testing.assert_close(load[:, order], load2, rtol=0, atol=0)
     torch.testing.assert_close(mass[:, order], mass2, rtol=0, atol=1e-13)
@@ -194,7 +195,7 @@ def test_logit_scale():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_idle_experts_have_zero_gradients(dtype):
-    """F8: a router of zeros sends every token to the first expert."""
+    """A router of zeros sends every token to the first expert."""
     m = layer(torch.float64 if dtype == torch.float64 else torch.float32, shared=False, active=1)
     with torch.no_grad():
         m.router.weight.zero_()
@@ -226,7 +227,7 @@ def test_sqrt_gate_keeps_the_output_rms_at_any_granularity():
         sqrt, plain = layer(**shape), layer(**shape, sqrt_gate=False)
         with torch.no_grad():
             g = plain.gates(plain.router(x.flatten(0, 1)).topk(k).values)
-            rms = [m(x)[0].square().mean().sqrt().item() for m in (sqrt, plain)]
+            rms = [m(x).hidden.square().mean().sqrt().item() for m in (sqrt, plain)]
         found.append((*rms, g.square().sum(-1).mean().sqrt().item()))
     mean = sum(sqrt for sqrt, *_ in found) / len(found)
     for sqrt, plain, shrinkage in found:
@@ -327,7 +328,7 @@ def test_flops_equal_those_of_a_counted_run(monkeypatch):
     for train in (False, True):
         counter = FlopCounterMode(display=False, custom_mapping=in_place)
         with counter, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(train):
-            loss = model(tokens, tokens)
+            loss = model(tokens, tokens).loss
             if train:
                 loss.backward()
         counts.append(counter.get_total_flops() / tokens.numel())
@@ -340,7 +341,8 @@ def test_recomputation_changes_and_counts_nothing():
     for recompute in (False, True):
         model, tokens = Transformer(small(), recompute=recompute), torch.arange(64).view(2, 32)
         initialize(model, 0)
-        loss, routing, _ = model(tokens, tokens, routing=True)
+        output = model(tokens, tokens)
+        loss, routing = output.loss, output.routing
         (loss + routing.mass.square().sum()).backward()
         assert routing.load.sum((1, 2)).tolist() == [64 * 3] * 2
         found.append([loss, *routing, *(p.grad for p in model.parameters())])
@@ -350,11 +352,11 @@ def test_recomputation_changes_and_counts_nothing():
 def test_counting_without_a_head():
     model, tokens = Transformer(small()), torch.arange(64).view(2, 32)
     initialize(model, 0)
-    _, expected, _ = model(tokens, tokens, routing=True)
+    expected = model(tokens, tokens).routing
     model.head.forward = None
-    loss, routing, _ = model(tokens, routing=True)
-    assert loss is None
-    torch.testing.assert_close(routing, expected, rtol=0, atol=0)
+    output = model(tokens, head=False)
+    assert output.loss is None
+    torch.testing.assert_close(output.routing, expected, rtol=0, atol=0)
 
 
 def test_the_optimizer_updates_every_experts_matrices_on_their_own():
@@ -378,7 +380,7 @@ def test_the_optimizer_updates_every_experts_matrices_on_their_own():
             f"blocks.0.mlp.experts.up.weight[{e}].{b}" for e in range(15) for b in ("gate", "up")
         ]
         before = up.detach().clone().view(30, 64, 64)
-        model(tokens, tokens).backward()
+        model(tokens, tokens).loss.backward()
         with torch.no_grad():
             up.grad[0, :64] *= factor
         optimizer.step()

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from archscale.config import ModelConfig
 from archscale.model import Transformer
-from archscale.model.attention import attention_mask
+from archscale.model.layers import attention_mask
 from archscale.optim import MatrixOptimizer
 from archscale.optim.orthogonalize import direct_cost
 from archscale.optim.roles import assign_roles, parameter_groups
@@ -141,7 +141,7 @@ def counted_flops(model: ModelConfig, dtype: torch.dtype, recompute: bool = Fals
     }  # the counter knows no addmm_
     counter = FlopCounterMode(display=False, custom_mapping=in_place)
     with counter, sdpa_kernel(SDPBackend.MATH):
-        built(tokens, tokens).backward()
+        built(tokens, tokens).loss.backward()
     return counter.get_total_flops() / tokens.numel()
 
 

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from archscale.config import ModelConfig
 from archscale.distributed import all_reduce, local_tensor, rank, world_size
-from archscale.model import Transformer, expert_parallel, initialize, loss
+from archscale.model import Transformer, initialize, loss, moe
 from archscale.optim import MatrixOptimizer, shards
 from archscale.optim.roles import assign_roles, parameter_groups
 from archscale.parallel import deepspeed_json
@@ -411,18 +411,18 @@ def routed(expert: int, accumulation: int) -> int:
     """Bytes of rows that this rank sends to other ranks' experts in one step."""
     engine, optimizer = build(SPREAD, "fp32", world_size(), expert=expert)
     batch = [tuple(torch.randint(1, 512, (2, 2, SPREAD.context))) for _ in range(accumulation)]
-    sent, original, me = [0], expert_parallel._exchange, rank() % expert
+    sent, original, me = [0], moe._exchange, rank() % expert
 
     def counting(x, sends, receives, group):
         if x.shape[1] > 1:  # rows, not gates
             sent[0] += x[:1].nbytes * (sum(sends) - sends[me])
         return original(x, sends, receives, group)
 
-    expert_parallel._exchange = counting
+    moe._exchange = counting
     try:
         train_step(engine, optimizer, batch, torch.device("cpu"), 1.0, SPREAD.moe)
     finally:
-        expert_parallel._exchange = original
+        moe._exchange = original
     return sent[0]
 
 

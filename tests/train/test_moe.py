@@ -312,8 +312,8 @@ def balance_gradients(
     step.count(engine, mine[1:])
     for i, tokens in enumerate(mine):
         with engine.micro_batch(last=i == accumulation - 1):
-            loss, routing, _ = engine.forward(tokens, tokens, routing=True)
-            (loss * 0 + step.loss(routing) * engine.gradient_scale).backward()
+            output = engine.forward(tokens, tokens)
+            (output.loss * 0 + step.loss(output.routing) * engine.gradient_scale).backward()
     whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g  # noqa: E731
     grads = {name: whole(p.grad) for name, p in engine.module.named_parameters()}
     return all_reduce(step.total).item(), grads
