@@ -32,6 +32,7 @@ from archscale.distributed import Fragment
 from archscale.model import initialize
 from archscale.optim import MatrixOptimizer
 from archscale.optim.roles import assign_roles
+from archscale.parallel.mesh import MeshSizes
 from archscale.parallel.native import NativeEngine
 from archscale.plan.counting import parameters, training_flops
 from archscale.plan.plan import make_plan
@@ -160,8 +161,7 @@ def _build(label: str, config: Config, device: torch.device) -> Arm:
         lambda: build_model(config, 0, transfer),
         lambda model: initialize(model, config.seed),
         device=device,
-        replicate=1,
-        shard=1,
+        sizes=MeshSizes(),
         reshard=False,
         dtype=DTYPES[config.training.precision],
         compile=config.training.compile,

@@ -11,12 +11,12 @@ from typing import Any
 from archscale.errors import ConfigError, explain_os_error
 
 WHERE = "parallel.deepspeed"
-# gradient elements reduced at a time; DeepSpeed's own 5e8 are a buffer of 2 GB, however small the
-# model
+# Gradient elements reduced at a time. DeepSpeed's own 5e8 are a buffer of 2 GB, however small the
+# model.
 BUCKET = 1 << 25
 SUGGESTED = {"zero_optimization.reduce_bucket_size"}  # what a user's JSON may set differently
-# What archscale does itself, or what takes the whole matrices from the optimizer; with what to do
-# instead.
+# Key → what to do instead. What archscale does itself, or what takes the whole matrices from the
+# optimizer.
 REFUSED = {
     "optimizer": "set the optimizer section of the config",
     "scheduler": "set the schedule section of the config",
@@ -77,9 +77,8 @@ def settings(
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": False}
     return {
         "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": (
-            1
-        ),  # the boundary is set by hand: accumulation may change during a run
+        # The boundary is set by hand: accumulation may change during a run.
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": 0.0,  # the default is 1
         "gradient_allreduce_op": "mean",
         "prescale_gradients": False,
@@ -120,6 +119,7 @@ def merge(own: dict[str, Any], path: str | Path | None) -> dict[str, Any]:
 
 
 def _conflicts(own: dict[str, Any], theirs: dict[str, Any], prefix: str) -> Iterator[ConfigError]:
+    """Each key of `theirs` that is refused or contradicts `own`; `prefix` is the path to both."""
     for name, value in theirs.items():
         key = prefix + name
         if value == "auto" or value is None or (name in own and own[name] == value):
@@ -142,12 +142,11 @@ def _conflicts(own: dict[str, Any], theirs: dict[str, Any], prefix: str) -> Iter
 
 
 def _merged(own: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    """`own` with what `theirs` sets; there are no conflicts."""
     merged = dict(own)
     for name, value in theirs.items():
         if isinstance(value, dict):
             merged[name] = _merged(own.get(name) or {}, value)
-        elif (
-            value != "auto" and value is not None
-        ):  # no conflict, so it is equal, new, or only suggested
+        elif value != "auto" and value is not None:
             merged[name] = value
     return merged

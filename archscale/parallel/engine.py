@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from archscale.distributed import Fragment, all_reduce, local_tensor
 
 Allow = Callable[[Tensor], bool]
+"""Decides by the global gradient norm whether an update is made; the same on all ranks."""
 
 
 class Optimizer(Protocol):
@@ -49,8 +50,7 @@ class Engine(Protocol):
         on the device.
 
         Args:
-            allow: told the norm; where it says no, the optimizer does nothing. All ranks must say
-                the same.
+            allow: where it says no, the optimizer does nothing.
         """
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -69,13 +69,17 @@ class Engine(Protocol):
 def clip_gradients(
     grads: Iterable[Tensor], max_norm: float | None, shard_group: object = None
 ) -> Tensor:
-    """Scale all gradients so that their global norm is at most `max_norm`; returns the norm before.
+    """Scale all gradients in place so that their global L2 norm is at most `max_norm`; returns the
+    norm before, a float32 scalar on the device.
 
     Args:
+        grads: plain tensors or DTensors, of which each rank has its part.
+        max_norm: None: only the norm.
         shard_group: group over which gradients are sharded; None where every rank has them whole.
             Replicas hold the same gradients and are not reduced over.
     """
-    grads = [here for g in grads if (here := local_tensor(g)).numel()]
+    # A rank can hold nothing of a short parameter, and norms of nothing fail.
+    grads = [part for grad in grads if (part := local_tensor(grad)).numel()]
     device = grads[0].device if grads else torch.device("cpu")
     total = torch.zeros((), device=device)
     if grads:
@@ -84,8 +88,8 @@ def clip_gradients(
         total = all_reduce(total, group=shard_group)
     norm = total.sqrt()
     if max_norm is not None and grads:
-        # A norm that is not finite drops the whole gradient; what is left, nan · 0, the optimizer
-        # does not apply.
+        # A norm that is not finite drops the whole gradient; what is left of it, nan · 0 = nan, the
+        # optimizer does not apply.
         factor = torch.where(norm.isfinite(), (max_norm / (norm + 1e-6)).clamp(max=1.0), 0.0)
         torch._foreach_mul_(grads, factor)
     return norm

@@ -1,5 +1,5 @@
-"""The native engine: a plain module on one process, DDP when shard is 1, FSDP2 when replicate is 1,
-HSDP otherwise.
+"""The native engine: a plain module on one process, DDP (arXiv 2006.15704) when `shard` is 1, FSDP2
+(arXiv 2304.11277) when `replicate` is 1, HSDP otherwise.
 
 Experts may be spread over part of the ranks of a shard group (`expert`); FSDP2 then shards each
 one's part over the rest. Gradients are SUMMED over ranks whatever the layout; the step divides by
@@ -20,24 +20,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from archscale.distributed import Fragment, fragment, world_size
 from archscale.parallel.engine import Allow, Optimizer, clip_gradients
-from archscale.parallel.mesh import build_expert_mesh, build_mesh
+from archscale.parallel.mesh import MeshSizes, build_expert_mesh, build_mesh
 
 
 class NativeEngine:
-    """Owns a model's layout.
+    """`parallel.engine.Engine` on torch's own wrappers.
 
     Args:
-        build: makes the model; called on the meta device. What can spread experts over ranks has a
-            method `spread_experts(mesh)`, which returns the module that FSDP2 is to shard over the
-            others.
+        build: makes the model, whose layers are its `blocks`; called on the meta device. What can
+            spread experts over ranks has a method `spread_experts(mesh)`, which returns the module
+            that FSDP2 is to shard over the others.
         initialize: fills its parameters, which are by then plain tensors or DTensors on `device`.
-        replicate, shard: mesh sizes; their product is the world size. expert: divides shard.
         reshard: free a block's gathered parameters between its forward and backward pass.
         dtype: of matrix products; FSDP2 gathers parameters in it and reduces gradients in float32.
+        compile: compile each block. Not the whole model: FSDP2 gathers between the blocks, and
+            that would break its graph.
 
     Attributes:
         module: the bare model: names, parameters, state dicts.
         forward: what a training step calls.
+        gradient_scale: multiplies the loss so that the reduction becomes a sum.
         keeps_gradients: they are to be zeroed instead of freed.
         shard_group: process group over which parameters are sharded, None where they are whole.
     """
@@ -48,66 +50,31 @@ class NativeEngine:
         initialize: Callable[[nn.Module], None],
         *,
         device: torch.device,
-        replicate: int,
-        shard: int,
+        sizes: MeshSizes,
         reshard: bool,
         dtype: torch.dtype,
         compile: bool,
-        expert: int = 1,
     ):
         with torch.device("meta"):
             self.module = build()
         blocks: Any = self.module.blocks
-        world = world_size()
+        sharded = world_size() > 1 and sizes.shard > 1
         self.shard_group: Any = None
-        if world > 1 and shard > 1:
-            mesh = build_mesh(device, replicate, shard)
-            self.shard_group = mesh["shard"].get_group()
-            policy = MixedPrecisionPolicy(
-                param_dtype=None if dtype == torch.float32 else dtype,
-                reduce_dtype=torch.float32,
-                cast_forward_inputs=False,  # the residual stream stays float32
-            )
-
-            def sharded(mesh: DeviceMesh) -> DeviceMesh:
-                return mesh["replicate", "shard"] if replicate > 1 else mesh["shard"]
-
-            if expert > 1:
-                experts = build_expert_mesh(device, replicate, shard, expert)
-                spreading: list[Any] = [
-                    m for m in self.module.modules() if hasattr(m, "spread_experts")
-                ]
-                for module in spreading:
-                    part = module.spread_experts(experts["expert"])
-                    fully_shard(
-                        part, mesh=sharded(experts), mp_policy=policy, reshard_after_forward=reshard
-                    )
-            for block in blocks:
-                fully_shard(
-                    block, mesh=sharded(mesh), mp_policy=policy, reshard_after_forward=reshard
-                )
-            fully_shard(
-                self.module, mesh=sharded(mesh), mp_policy=policy
-            )  # embedding, head and final norm
-            for module in self.module.modules():
-                if isinstance(module, FSDPModule):
-                    module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
-                    module.set_gradient_divide_factor(1.0)
+        if sharded:
+            self.shard_group = _shard(self.module, device, sizes, reshard, dtype)
         self.module.to_empty(device=device)
         initialize(self.module)
         if compile:
             for block in blocks:
                 block.compile()
         self.forward: Callable[..., Any] = self.module
-        self.gradient_scale = (
-            1.0  # multiplies the loss so that the engine's reduction becomes a sum
-        )
+        self.gradient_scale = 1.0
         # DDP's gradients are views of its buckets. Without them, accumulation would have gradients
         # of its own beside these.
-        self.keeps_gradients = world > 1 and shard == 1
+        self.keeps_gradients = world_size() > 1 and not sharded
         if self.keeps_gradients:
             self.forward = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
-            self.gradient_scale = float(world)  # DDP averages
+            self.gradient_scale = float(world_size())  # DDP averages
 
     def backward(self, objective: Tensor) -> None:
         objective.backward()
@@ -140,3 +107,42 @@ class NativeEngine:
                 yield
         else:
             yield
+
+
+def _shard(
+    module: nn.Module, device: torch.device, sizes: MeshSizes, reshard: bool, dtype: torch.dtype
+) -> Any:
+    """Put `module`, on the meta device, under FSDP2: experts, blocks, then the rest; returns the
+    process group over which parameters are sharded."""
+    mesh = build_mesh(device, sizes)
+    policy = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the residual stream stays float32
+    )
+
+    def data_parallel(mesh: DeviceMesh) -> DeviceMesh:
+        return mesh["replicate", "shard"] if sizes.replicate > 1 else mesh["shard"]
+
+    if sizes.expert > 1:
+        expert_mesh = build_expert_mesh(device, sizes)
+        # A list first: spreading replaces parameters while the modules are walked.
+        spreading: list[Any] = [m for m in module.modules() if hasattr(m, "spread_experts")]
+        for layer in spreading:
+            fully_shard(
+                layer.spread_experts(expert_mesh["expert"]),
+                mesh=data_parallel(expert_mesh),
+                mp_policy=policy,
+                reshard_after_forward=reshard,
+            )
+    blocks: Any = module.blocks
+    for block in blocks:
+        fully_shard(
+            block, mesh=data_parallel(mesh), mp_policy=policy, reshard_after_forward=reshard
+        )
+    fully_shard(module, mesh=data_parallel(mesh), mp_policy=policy)  # embedding, final norm, head
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+            part.set_gradient_divide_factor(1.0)
+    return mesh["shard"].get_group()

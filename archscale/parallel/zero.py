@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: ZeRO 1, 2, 3 around the same model and the same optimizer.
+"""The DeepSpeed engine: ZeRO 1, 2, 3 (arXiv 1910.02054) around the same model and optimizer.
 
 DeepSpeed shards, gathers and reduces; the update is ours. It is given a client optimizer
 (`_Client`) with one parameter group, whose `step` it calls exactly once per accumulated batch: once
@@ -30,10 +30,8 @@ from archscale.distributed import Fragment, is_distributed, rank, world_size
 from archscale.errors import ConfigError
 from archscale.parallel.engine import Allow, Optimizer, clip_gradients
 
-TESTED = (
-    (0, 19, 8),
-    (0, 19, 9),
-)  # versions from the first to before the second; patches change configuration keys
+# Versions from the first to before the second. So narrow because patches change configuration keys.
+TESTED = ((0, 19, 8), (0, 19, 9))
 
 
 def check_deepspeed() -> None:
@@ -49,15 +47,19 @@ def check_deepspeed() -> None:
         int(part) if part.isdigit() else 0 for part in version.split("+")[0].split(".")[:3]
     )
     if not TESTED[0] <= numbers < TESTED[1]:
-        what = (
+        problem = (
             f"deepspeed {version} is installed, this version of archscale is tested with {low} up"
             f" to before {high}"
         )
-        raise ConfigError(what, "parallel.engine", remedy)
+        raise ConfigError(problem, "parallel.engine", remedy)
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """The package, told to use `device` and not to compile its own communication."""
+    """The package, set to use `device` and not to compile its own communication.
+
+    Raises:
+        ConfigError: as `check_deepspeed`.
+    """
     check_deepspeed()
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -66,9 +68,8 @@ def import_deepspeed(device: torch.device) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.ERROR)
-    __compatible_ops__["deepspeed_shm_comm"] = (
-        False  # compiled at the first start, for a minute, and needs a compiler
-    )
+    # It would be compiled at the first start, for a minute, and needs a compiler.
+    __compatible_ops__["deepspeed_shm_comm"] = False
     # Names that DeepSpeed calls and torch has renamed.
     warnings.filterwarnings("ignore", r".*`torch.distributed.\w+` is deprecated", FutureWarning)
     return deepspeed
@@ -77,7 +78,7 @@ def import_deepspeed(device: torch.device) -> Any:
 @dataclass(frozen=True)
 class Part:
     """What this rank owns of a parameter: elements [lo, lo + numel) of its row-major flattening, at
-    `start` of `flat`."""
+    `start` of `flat`, DeepSpeed's float32 partition."""
 
     shape: tuple[int, ...]
     lo: int
@@ -85,7 +86,9 @@ class Part:
     flat: Tensor
     start: int
 
-    def of(self, flat: Tensor) -> Tensor:
+    def view(self, flat: Tensor) -> Tensor:
+        """The part (numel,) of a tensor laid out like `flat`: the partition itself, or its
+        gradient."""
         return flat.detach()[self.start : self.start + self.numel]
 
 
@@ -131,10 +134,8 @@ class ZeroEngine:
             backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         if stage == 3:
-            with (
-                _mended_by_the_user(),
-                deepspeed.zero.Init(config_dict_or_path=config),
-            ):  # dtype is ignored on a CPU
+            # Its own argument for the dtype is ignored on a CPU; the config's is not.
+            with _refusals_as_config_errors(), deepspeed.zero.Init(config_dict_or_path=config):
                 self.module = build()
         else:
             with torch.device("meta"):
@@ -145,7 +146,7 @@ class ZeroEngine:
             for block in blocks:
                 block.compile()
         client = _Client(list(self.module.parameters()), self._apply)
-        with _mended_by_the_user():
+        with _refusals_as_config_errors():
             self._engine, self._zero, *_ = deepspeed.initialize(
                 model=self.module, optimizer=client, config=config, dist_init_required=False
             )
@@ -155,7 +156,7 @@ class ZeroEngine:
             name: self._part(parameter) for name, parameter in self.module.named_parameters()
         }
         self._parameters = {
-            name: nn.Parameter(part.of(part.flat)) for name, part in self._parts.items()
+            name: nn.Parameter(part.view(part.flat)) for name, part in self._parts.items()
         }
         self._step: tuple[Optimizer, float | None, Allow | None] | None = None
         self._norm: Tensor | None = None
@@ -187,7 +188,7 @@ class ZeroEngine:
 
     def weights(self) -> dict[str, Fragment]:
         return {
-            name: Fragment(part.shape, part.lo, part.of(part.flat))
+            name: Fragment(part.shape, part.lo, part.view(part.flat))
             for name, part in self._parts.items()
         }
 
@@ -229,7 +230,7 @@ class ZeroEngine:
         grads: list[Tensor] = []
         for name, part in self._parts.items():
             assert part.flat.grad is not None
-            grads.append(part.of(part.flat.grad))
+            grads.append(part.view(part.flat.grad))
             self._parameters[name].grad = grads[-1]
         self._norm = clip_gradients(grads, grad_clip, dist.group.WORLD).to(self._device)
         if allow is None or allow(self._norm):
@@ -238,24 +239,25 @@ class ZeroEngine:
 
 
 @contextlib.contextmanager
-def _mended_by_the_user() -> Iterator[None]:
-    """DeepSpeed judges its own configuration, which may hold a user's keys: what it refuses is one
-    line."""
+def _refusals_as_config_errors() -> Iterator[None]:
+    """DeepSpeed checks its own configuration, which may hold a user's keys: what it refuses becomes
+    a ConfigError."""
     try:
         yield
     except (ValueError, TypeError, AssertionError) as error:  # pydantic's among them
         text = " ".join(str(error).split())[:300] or type(error).__name__
-        what = f"DeepSpeed refuses its configuration: {text}"
         refused = ConfigError(
-            what, "parallel.deepspeed", "correct the JSON, or set parallel.deepspeed: null"
+            f"DeepSpeed refuses its configuration: {text}",
+            "parallel.deepspeed",
+            "correct the JSON, or set parallel.deepspeed: null",
         )
         refused.on_every_rank = True
         raise refused from None
 
 
 def _leave_norms_to_us(zero: Any) -> None:
-    """DeepSpeed's own gradient norm costs a collective, and it skips a step whose norm is not
-    finite: give it a zero."""
+    """Make DeepSpeed's own gradient norm a constant zero: it costs a collective, and a step whose
+    norm is not finite would be skipped."""
     name = type(zero).__name__
     nothing = torch.zeros(())
     if name == "DeepSpeedZeroOptimizer_Stage3":

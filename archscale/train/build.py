@@ -15,6 +15,7 @@ from archscale.optim import MatrixOptimizer
 from archscale.optim.roles import ParameterRole, parameter_groups
 from archscale.parallel.deepspeed_json import merge, settings
 from archscale.parallel.engine import Engine
+from archscale.parallel.mesh import MeshSizes
 from archscale.parallel.native import NativeEngine
 from archscale.parallel.zero import ZeroEngine, check_deepspeed
 from archscale.plan import counting
@@ -86,12 +87,10 @@ def build_engine(
         lambda: build_model(config, eos_id, transfer),
         lambda model: initialize(model, config.seed),
         device=device,
-        replicate=parallel.replicate,
-        shard=shard,
+        sizes=MeshSizes(parallel.replicate, shard, parallel.expert),
         reshard=parallel.reshard_after_forward,
         dtype=dtype,
         compile=training.compile,
-        expert=parallel.expert,
     )
 
 

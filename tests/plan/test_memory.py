@@ -15,6 +15,7 @@ from archscale.model import Transformer, initialize, loss, moe
 from archscale.optim import MatrixOptimizer, shards
 from archscale.optim.roles import assign_roles, parameter_groups
 from archscale.parallel import deepspeed_json
+from archscale.parallel.mesh import MeshSizes
 from archscale.parallel.native import NativeEngine
 from archscale.parallel.zero import ZeroEngine
 from archscale.plan import memory
@@ -131,12 +132,10 @@ def build(
             transformer,
             lambda module: initialize(module, 0),
             device=cpu,
-            replicate=world_size() // shard,
-            shard=shard,
+            sizes=MeshSizes(world_size() // shard, shard, expert),
             reshard=reshard,
             dtype=dtype,
             compile=False,
-            expert=expert,
         )
     element = {"rule": "adamw", "lr": 1e-3}
     options = dict.fromkeys(("embedding", "head", "vector"), element)

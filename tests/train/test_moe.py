@@ -11,6 +11,7 @@ from archscale.config import ModelConfig, MoEConfig, dump_config
 from archscale.distributed import all_reduce, rank, world_size
 from archscale.model import Transformer, initialize
 from archscale.model.transformer import Block
+from archscale.parallel.mesh import MeshSizes
 from archscale.parallel.native import NativeEngine
 from archscale.plan.transfer import resolve
 from archscale.train import balance as balance_module
@@ -300,12 +301,10 @@ def balance_gradients(
         lambda: Transformer(model, recompute=recompute),
         lambda module: initialize(module, 0),
         device=torch.device("cpu"),
-        replicate=world_size() // shard,
-        shard=shard,
+        sizes=MeshSizes(world_size() // shard, shard, expert),
         reshard=True,
         dtype=torch.float32,
         compile=False,
-        expert=expert,
     )
     mine = GLOBAL_BATCH.chunk(world_size())[rank()].chunk(accumulation)
     step = StepBalance(moe, torch.tensor(float(GLOBAL_BATCH.numel())))
