@@ -1,5 +1,5 @@
-"""A guard over training: what is not finite, spikes, saturates or runs away is an event, and may be
-acted upon.
+"""A guard over training: what is not finite, spikes, saturates or runs away is an event, and a bad
+step may be skipped.
 
 Decisions rest on numbers that all ranks share (global loss and gradient norm), so all ranks take
 them together. `warn` judges what is read anyway. `act` has to know before the update, so it waits
@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
-MIN_HISTORY = 16  # steps before a spike can be told
+MIN_HISTORY = 16  # steps before anything counts as a spike
 SATURATED = 0.9  # share of matrices whose trust ratio is clipped
 RUNAWAY = 9.0  # ‖W‖ / ‖W₀‖ − 1
 NORMAL = 1.4826  # standard deviation over median absolute deviation of a normal distribution
@@ -78,25 +78,32 @@ class Guard:
         return self.skipped > self.max_skips
 
     def watch(self, metrics: Mapping[str, Any]) -> str | None:
-        """What has gone wrong with the optimizer since the last reading: told once, until it is
-        over."""
-        drift, clipped = (
-            metrics.get("optimizer/weight_norm_drift", 0.0),
-            metrics.get("optimizer/clip_fraction", 0.0),
-        )
-        states = {
-            f"{clipped:.0%} of the trust ratios are clipped": ("saturation", clipped >= SATURATED),
-            f"a matrix has grown to {1 + drift:.1f} times its initial norm": (
-                "runaway",
-                not drift < RUNAWAY,
+        """What has gone wrong with the optimizer since the last reading, or None. A state that
+        lasts is reported once.
+
+        Args:
+            metrics: of the step that was read; those that are missing are in order.
+        """
+        drift = metrics.get("optimizer/weight_norm_drift", 0.0)
+        clipped = metrics.get("optimizer/clip_fraction", 0.0)
+        states = [
+            (
+                "saturation",
+                clipped >= SATURATED,
+                f"{clipped:.0%} of the trust ratios are clipped",
             ),
-        }
-        told = []
-        for text, (name, bad) in states.items():
-            if bad and name not in self._raised:
-                told.append(text)
-            (self._raised.add if bad else self._raised.discard)(name)
-        return "; ".join(told) or None
+            (
+                "runaway",
+                not drift < RUNAWAY,  # also where it is NaN
+                f"a matrix has grown to {1 + drift:.1f} times its initial norm",
+            ),
+        ]
+        events = []
+        for name, present, text in states:
+            if present and name not in self._raised:
+                events.append(text)
+            (self._raised.add if present else self._raised.discard)(name)
+        return "; ".join(events) or None
 
     def state(self) -> dict[str, Any]:
         """Plain data for a checkpoint: a resumed run judges as this one would."""
@@ -115,8 +122,9 @@ class Guard:
 
 
 def robust_z(value: float, history: deque[float]) -> float:
-    """(value − median) / (1.4826 · median absolute deviation). The deviation is at least 1e-3 of
-    the median's size, so that a window that hardly moves makes no spike of a rounding."""
+    """(value − median) / (1.4826 · median absolute deviation). Median and not mean: a spike in the
+    window would raise both mean and standard deviation, and hide the next one."""
     median = statistics.median(history)
     deviation = NORMAL * statistics.median(abs(x - median) for x in history)
+    # At least 1e-3 of the median's size: in a window that hardly moves, rounding is no spike.
     return (value - median) / max(deviation, 1e-3 * abs(median), 1e-30)

@@ -33,16 +33,17 @@ class MetricsFile:
 
     def write(self, step: int, tokens: int, **values: Any) -> dict[str, Any]:
         """Append a line; returns it as it was written."""
-        bad = [
+        # JSON has no NaN, and readers that take it all the same differ in what they make of it.
+        non_finite = [
             key
             for key, value in values.items()
             if isinstance(value, float) and not math.isfinite(value)
         ]
         line: dict[str, Any] = {"step": step, "tokens": tokens, "time": round(time.time(), 3)}
-        line |= {key: None if key in bad else value for key, value in values.items()}
-        told = line.get("event", "")
-        if untold := [key for key in bad if key not in told]:
-            line["event"] = "; ".join(filter(None, [told, f"non-finite {', '.join(untold)}"]))
+        line |= {key: None if key in non_finite else value for key, value in values.items()}
+        event = line.get("event", "")
+        if unnamed := [key for key in non_finite if key not in event]:
+            line["event"] = "; ".join(filter(None, [event, f"non-finite {', '.join(unnamed)}"]))
         self._file.write(json.dumps(line) + "\n")
         return line
 
@@ -54,7 +55,7 @@ class MetricsFile:
 
 
 def _step(line: str, resume_step: int) -> int:
-    """Step of a line; one cut short by a crash counts as lost."""
+    """Step of a line; one that a crash cut short counts as later than `resume_step`."""
     try:
         return int(json.loads(line)["step"]) if line.endswith("\n") else resume_step + 1
     except (ValueError, KeyError, TypeError):

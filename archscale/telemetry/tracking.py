@@ -27,7 +27,7 @@ PATIENCE = 30.0  # seconds that the end of a run waits for what is left
 
 
 class Tracker(Protocol):
-    """A service that is connected."""
+    """A service that is connected. Its methods may block, and may raise."""
 
     def log(self, line: dict[str, Any]) -> None: ...
 
@@ -38,7 +38,10 @@ class BestEffort:
     """Runs a tracker on a thread.
 
     Args:
-        connect: called on the thread; may block and may raise. name: for warnings.
+        name: of the service, for warnings.
+        connect: called on the thread; may block and may raise.
+        waiting: lines that wait at most.
+        patience: seconds that `close` waits for what is left.
     """
 
     def __init__(
@@ -98,7 +101,11 @@ class BestEffort:
 
 
 def check_wandb(mode: str) -> None:
-    """Raises ConfigError where W&B is wanted and missing."""
+    """Check that W&B is there where it is wanted.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
     if mode != "disabled" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             "wandb is not installed",
@@ -166,6 +173,9 @@ def has_wandb_key() -> bool:
 def tags(config: dict[str, Any]) -> list[str]:
     """Rule, parameterization, size and experts of a resolved config."""
     model, moe = config["model"], config["model"]["moe"]
-    found = [config["optimizer"]["matrix"]["rule"], config["parameterization"]["kind"]]
-    found.append(f"d{model['depth']}w{model['width']}")
-    return found + ([f"moe{moe['sparsity']}x{moe['top_k']}"] if moe else ["dense"])
+    return [
+        config["optimizer"]["matrix"]["rule"],
+        config["parameterization"]["kind"],
+        f"d{model['depth']}w{model['width']}",
+        f"moe{moe['sparsity']}x{moe['top_k']}" if moe else "dense",
+    ]
