@@ -33,7 +33,10 @@ from tests.commands import ROOT, launch
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
+    "archscale/model/README.md",
     "archscale/optim/README.md",
+    "archscale/parallel/README.md",
+    "archscale/telemetry/README.md",
     "configs/README.md",
     "configs/studies/README.md",
     "data_prep/README.md",
@@ -97,6 +100,7 @@ NOT_RUN = {
 # Pattern of the first line of an indented block that is not commands.
 NOT_COMMANDS = [
     r"^[MD] .*[←=] ",  # formulas
+    r"^tokens \(B, T\)",  # the figure of the model
     r"^archscale/cli\.py ",  # the layout of the repository
     r"^Rule\(",  # a row of a Python table
     r"^dataset\.json ",  # files of a data set
