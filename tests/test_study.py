@@ -304,10 +304,12 @@ def test_the_output_covariance_is_that_of_a_tokens_derivatives(data):
     derivative by that sum."""
     of = language(data)
     seen: list[torch.Tensor] = []
-    hook = of.model.blocks[-1].register_forward_hook(lambda module, given, out: seen.append(out[0]))
+    hook = of.model.blocks[-1].register_forward_hook(
+        lambda module, given, out: seen.append(out.stream)
+    )
     generator, deltas = torch.Generator().manual_seed(0), []
     for i in range(2):
-        logits = of.model(of.held_out(1 + i)[0]).flatten(0, 1)
+        logits = of.model(of.held_out(1 + i)[0]).logits.flatten(0, 1)
         drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
         loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
         deltas += [torch.autograd.grad(loss, seen[-1])[0].flatten(0, 1).double()]
