@@ -19,7 +19,7 @@ CURVE_POINTS = 25_000  # of all small charts together; a point takes about 13 by
 CELLS = 600_000  # of all maps together; a cell takes at most 4/3 bytes
 MOST_COLUMNS, FEWEST_COLUMNS = 160, 24
 TALLEST_OF_MANY = 200  # pixels, of one of a series of maps
-MOST_ROWS = 400  # of a map; with more, the experts of a layer share a row
+MOST_ROWS = 400  # of a map; with more, the experts of a layer or neighbours share a row
 WIDE_BUCKETS, MOST_BUCKETS, FEWEST_BUCKETS = 400, 180, 30
 
 Elements = dict[str, Series]  # by name of layer or matrix
@@ -308,10 +308,22 @@ def _list_maps(metrics: _Metrics) -> Iterator[tuple[Key, HeatMap]]:
         for run, series in enumerate(by_run):
             if series is None:
                 continue
-            table, steps = series.values.T, series.steps
-            names = [str(row) for row in range(len(table))]
+            names, table = _some_rows(series.values.T)
             element = re.sub(r"_0*(\d)", r" \1", key.element or "")
             title = f"{key.title}, {element}" if element else key.title
-            about = key.definition + (f"; even is 1/{len(table)}" if key.metric == "load" else "")
+            about = key.definition + (
+                f"; even is 1/{series.values.shape[1]}" if key.metric == "load" else ""
+            )
             bands, tallest = _some_labels(names, 8, 4), TALLEST_OF_MANY
-            yield key, HeatMap(name, run, title, about, names, bands, table, steps, tallest)
+            yield key, HeatMap(name, run, title, about, names, bands, table, series.steps, tallest)
+
+
+def _some_rows(table: np.ndarray) -> tuple[list[str], np.ndarray]:
+    """Neighbours in one row where there are more than `MOST_ROWS`."""
+    every = -(-len(table) // MOST_ROWS)
+    if every <= 1:
+        return [str(row) for row in range(len(table))], table
+    parts = [
+        list(range(len(table)))[start : start + every] for start in range(0, len(table), every)
+    ]
+    return [f"{part[0]}-{part[-1]}" for part in parts], merge_rows(table, parts)

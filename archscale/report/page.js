@@ -30,6 +30,7 @@
   };
   const ticks = (lo, hi, log, count) => {
     const out = [];
+    if (!(hi > lo)) return [[lo, label(lo)]];
     if (log && hi / lo >= 8) {
       const decades = Math.log10(hi / lo), every = Math.max(1, Math.ceil(decades / count));
       const digits = decades > count / 1.5 ? [1] : decades > 1.5 ? [1, 3] : [1, 2, 5];
@@ -168,7 +169,7 @@
     const level = rgba[3] ? colors.get(hex) : undefined, name = plot.closest('figure').dataset.rows.split(' ')[row];
     const v = level === undefined ? 'no value'
       : '≈ ' + shown(+value((level + 0.5) / colors.size, {lo: +lo, hi: +hi, log: log === 'true'}).toPrecision(3));
-    return [line(`${/^\d+$/.test(name) ? 'entry ' : ''}${name}: ${v}`), line('from ' + where(+run, Math.ceil(start + column / w * (span + 1))))];
+    return [line(`${/^\d+(-\d+)?$/.test(name) ? 'entry ' : ''}${name}: ${v}`), line('from ' + where(+run, Math.ceil(start + column / w * (span + 1))))];
   };
   let latest = 0;
   const show = async event => {

@@ -228,6 +228,7 @@ def ticks(scale: Scale, count: int = 5) -> list[tuple[float, str]]:
     else:
         locator = MaxNLocator(count + 2, steps=[1, 2, 5, 10])
     marks = np.asarray(locator.tick_values(scale.lo, scale.hi))
+    marks = marks[(marks > 0) | (not scale.log)]
     places = marks[np.abs(scale.fraction(marks) - 0.5) <= 0.5 + 1e-9]
     step = places[1] - places[0] if decades < 0.9 and len(places) > 1 else 0.0
     return [(float(place), tick_label(float(place), float(step))) for place in places]

@@ -3,6 +3,7 @@ without JavaScript."""
 
 import base64
 import copy
+import itertools
 import re
 import subprocess
 
@@ -168,6 +169,36 @@ def test_the_switches_redraw_and_bring_everything_back(browser, two):
         [place for _, place, _ in before], abs=0.1
     )
     assert browser.evaluate(paths) == drawn
+    assert browser.messages == []
+
+
+EXTREMES = [0.0, -0.0, 1e-320, 1e300, -1e300, None, 5e-324, 1.0, 123456789.123]
+
+
+@pytest.mark.parametrize("which", ["one step", "extremes", "no plan", "all beside an empty one"])
+def test_strange_runs_are_drawn_on_every_axis(browser, tmp_path, which):
+    """No axis without an end, no coordinate that is not a number."""
+    lines = {
+        "one step": metrics(1, layers=2, experts=2),
+        "extremes": [
+            {"step": s, "tokens": s, "time": 1.0, "loss": y, "group/x/m": y, "list": [y, 1.0]}
+            for s, y in enumerate(EXTREMES)
+        ],
+        "no plan": metrics(30, layers=2),
+    }
+    runs = [
+        make_run(tmp_path / name, own, None if name == "no plan" else PLAN)
+        for name, own in lines.items()
+    ]
+    chosen = [run for run in runs if run.name == which] or [*runs, make_run(tmp_path / "e", [])]
+    browser.messages.clear()
+    browser.open(write_report(chosen))
+    for name, value in itertools.product("xy", ("tokens", "flops", "log", "linear", "step")):
+        browser.evaluate(f"document.querySelector('input[name={name}][value={value}]')?.click()")
+        paths = "[...document.querySelectorAll('.plot path')].map(path => path.getAttribute('d'))"
+        drawn = browser.evaluate(paths)
+        assert len(drawn) > 2
+        assert not [d for d in drawn if "NaN" in d or "Infinity" in d]
     assert browser.messages == []
 
 

@@ -520,6 +520,22 @@ def test_a_map_s_colors_are_its_values(tmp_path):
             assert abs((level + 0.5) / LEVELS - value) <= 0.5 / LEVELS + 1e-9
 
 
+def test_a_very_long_list_shares_rows(tmp_path):
+    lines = [
+        {"step": s, "tokens": s, "loss": 1.0, "long": [float(i == 12_345) for i in range(20_000)]}
+        for s in (1, 2)
+    ]
+    page, _ = report(tmp_path, lines)
+    [figure] = [figure for figure in page.figures if figure["data-key"] == "long"]
+    assert figure["data-rows"].split()[246:248] == ["12300-12349", "12350-12399"]
+    [(_, heat)] = [
+        (section, heat)
+        for section in make_figures([read_run(tmp_path / "run")])
+        for heat in section.maps
+    ]
+    assert np.flatnonzero(heat.table[:, 0]).tolist() == [246]
+
+
 def test_the_style_has_the_colors_of_the_figures():
     css = (ROOT / "archscale" / "report" / "page.css").read_text()
     light = css.partition(":root {")[2].partition("}")[0]
