@@ -34,6 +34,7 @@ PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "archscale/optim/README.md",
+    "archscale/optim/examples/README.md",
     "configs/README.md",
     "configs/studies/README.md",
     "data_prep/README.md",
@@ -106,7 +107,7 @@ NOT_COMMANDS = [
 
 # Page → Python that stands for what the reader's own program has.
 READERS_PROGRAM = {
-    "archscale/optim/README.md": (
+    "archscale/optim/examples/README.md": (
         "from archscale.optim.examples.digits import ConvNet\nmodel = ConvNet()"
     )
 }
