@@ -260,12 +260,12 @@ class MatrixOptimizer(LaidOutOptimizer):
         layout, products = self._planned, sums.products
         for part in plan.orthogonalizations:
             stacks = part.exchange.whole_matrices(
-                look_aheads, shards.directions, part.use.wire_dtype
+                look_aheads, shards.directions, part.method.wire_dtype
             )
             for stack, views in stacks:
                 owned = layout.indices([part.views[v] for v in views])
                 momentum = stack.clone() if self.watch else None  # the iteration overwrites it
-                norm = orthogonalize_(stack, part.use.scheme, part.use.compute_dtype)
+                norm = orthogonalize_(stack, part.method.scheme, part.method.compute_dtype)
                 products.not_finite[owned] = (~norm.isfinite()).to(layout.dtype)
                 if products.momentum is not None:
                     products.momentum[owned] = norm.square().to(layout.dtype)

@@ -11,8 +11,12 @@ from archscale.optim import RULES, MatrixOptimizer
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_keeps_the_moments_that_it_names(name):
     p = nn.Parameter(torch.ones(4, 6))
-    (state,) = MatrixOptimizer([p], lr=0.1, rule=name).state.values()
+    optimizer = MatrixOptimizer([p], lr=0.1, rule=name)
+    p.grad = torch.ones(4, 6)
+    optimizer.step()
+    state = optimizer.state[p]
     per_element = [key for key, value in state.items() if value.shape == p.shape]
+    assert all(state[key].all() for key in per_element)  # none is there for nothing
     assert tuple(per_element) == RULES[name].moments
     assert len(per_element) == RULES[name].moment_buffers
 
