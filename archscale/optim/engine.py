@@ -10,7 +10,7 @@ and M a rank's flat local shards:
     W ← keep · W − apply · Q                  `_update`
 
 M̂ and then Q overwrite the gradient that they came from. A single process is the degenerate case: it
-owns every matrix and the exchange is a copy.
+owns every matrix and the exchange is a copy. Groups, copies and saved states are in `contract.py`.
 """
 
 from __future__ import annotations
