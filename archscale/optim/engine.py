@@ -74,6 +74,7 @@ class Sums:
 
     @classmethod
     def zeros(cls, layout: Layout, keys: int) -> Sums:
+        """Sums to add to; `keys` is how many numbers a watch measures of each matrix."""
         matrices = len(layout.views)
         with_momentum = any(group.rule.ratio == "momentum" for group in layout.groups)
         rows = 4 + with_momentum + keys
