@@ -103,7 +103,7 @@ NOT_COMMANDS = [
 
 # Page → Python that stands for what the reader's own program has.
 READERS_PROGRAM = {
-    "archscale/optim/README.md": (
+    "archscale/optim/examples/README.md": (
         "from archscale.optim.examples.digits import ConvNet\nmodel = ConvNet()"
     )
 }

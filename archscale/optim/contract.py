@@ -54,7 +54,7 @@ class LaidOutOptimizer(torch.optim.Optimizer):
 
     Args:
         params: as of torch, or `named_parameters()`.
-        defaults: of the options of a group. more_defaults: those that torch's schedulers must not
+        defaults: of the options of a group. hidden_defaults: those that torch's schedulers must not
             see among the defaults.
         process_group: the ranks that hold the parameters; None: the default group.
 
@@ -69,10 +69,10 @@ class LaidOutOptimizer(torch.optim.Optimizer):
         self,
         params: Iterable,
         defaults: dict[str, Any],
-        more_defaults: dict[str, Any],
+        hidden_defaults: dict[str, Any],
         process_group: Any,
     ):
-        self._process_group, self._more_defaults = process_group, more_defaults
+        self._process_group, self._hidden_defaults = process_group, hidden_defaults
         self._layout: Layout | None = None
         self._specs: list[GroupSpec] = []  # by group: what cannot be read off its parameters
         self._constructed = False
@@ -111,7 +111,7 @@ class LaidOutOptimizer(torch.optim.Optimizer):
                 first = sum(len(own.parameters) for own in self._specs)
                 given = named(group["params"], first)
                 check_distinct(self._present() + given)
-        for key, value in self._more_defaults.items():
+        for key, value in self._hidden_defaults.items():
             group.setdefault(key, value)
         if "rule" in group and not get_rule(group["rule"]).has_trust_ratio:
             group.setdefault("clip", None)  # the optimizer's bounds are for rules with a ratio
@@ -132,7 +132,7 @@ class LaidOutOptimizer(torch.optim.Optimizer):
     # --- copies and saved states
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_specs", "_more_defaults", "_process_group")
+        own = ("_specs", "_hidden_defaults", "_process_group")
         return super().__getstate__() | {key: self.__dict__[key] for key in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

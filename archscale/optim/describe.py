@@ -95,7 +95,7 @@ def fragments(layout: Layout, state: State) -> dict[str, dict[str, Fragment | Te
 def bytes_sent(plan: StepPlan) -> int:
     """See `MatrixOptimizer.bytes_sent`."""
     return sum(
-        part.exchange.elements_sent * part.use.wire_dtype.itemsize
+        part.exchange.elements_sent * part.method.wire_dtype.itemsize
         for part in plan.orthogonalizations
     )
 
@@ -121,7 +121,9 @@ def measure_gradients(
         # What the exchange brings back nobody reads.
         params = {layout.views[v].param for v in part.views}
         returned = {i: torch.empty_like(gradients[i]) for i in params}
-        for stack, views in part.exchange.whole_matrices(gradients, returned, part.use.wire_dtype):
+        for stack, views in part.exchange.whole_matrices(
+            gradients, returned, part.method.wire_dtype
+        ):
             owned = layout.indices([part.views[v] for v in views])
             measured[:, owned] = watch.of_gradient(stack).to(measured.dtype)
     return measured

@@ -10,7 +10,7 @@ and M a rank's flat local shards:
     W ← keep · W − apply · Q                  `_update`
 
 M̂ and then Q overwrite the gradient that they came from. A single process is the degenerate case: it
-owns every matrix and the exchange is a copy.
+owns every matrix and the exchange is a copy. Groups, copies and saved states are in `contract.py`.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class Sums:
 
     @classmethod
     def zeros(cls, layout: Layout, keys: int) -> Sums:
+        """Sums to add to; `keys` is how many numbers a watch measures of each matrix."""
         matrices = len(layout.views)
         with_momentum = any(group.rule.ratio == "momentum" for group in layout.groups)
         rows = 4 + with_momentum + keys
@@ -260,12 +261,12 @@ class MatrixOptimizer(LaidOutOptimizer):
         layout, products = self._planned, sums.products
         for part in plan.orthogonalizations:
             stacks = part.exchange.whole_matrices(
-                look_aheads, shards.directions, part.use.wire_dtype
+                look_aheads, shards.directions, part.method.wire_dtype
             )
             for stack, views in stacks:
                 owned = layout.indices([part.views[v] for v in views])
                 momentum = stack.clone() if self.watch else None  # the iteration overwrites it
-                norm = orthogonalize_(stack, part.use.scheme, part.use.compute_dtype)
+                norm = orthogonalize_(stack, part.method.scheme, part.method.compute_dtype)
                 products.not_finite[owned] = (~norm.isfinite()).to(layout.dtype)
                 if products.momentum is not None:
                     products.momentum[owned] = norm.square().to(layout.dtype)

@@ -234,9 +234,9 @@ class _Claims:
     def check(self, ask_for_head: bool) -> None:
         """Raise for kinds that match nothing, for what nobody claims, and for a likely head."""
         for key in self._unused:
-            what = f"type {key.__name__}" if isinstance(key, type) else f"parameter {key!r}"
+            label = f"type {key.__name__}" if isinstance(key, type) else f"parameter {key!r}"
             raise ValueError(
-                f"kinds: no weight of the model has {what}: take it out, or give a full name as "
+                f"kinds: no weight of the model has {label}: take it out, or give a full name as "
                 "named_parameters() has it or the type of the module that owns the weight"
             )
         unknown = [entry for number, entry in self._unknown.items() if number not in self.by_id]
@@ -304,10 +304,10 @@ def _row(name: str, kind: Kind, parameter: nn.Parameter, shape: tuple[int, ...])
 def _unknown_text(unknown: Sequence[tuple[str, nn.Module, tuple[int, ...]]]) -> str:
     first, module, shape = unknown[0]
     types = ", ".join(dict.fromkeys(f"{_own_type(owner).__name__}: ..." for _, owner, _ in unknown))
-    more = f" (and {len(unknown) - 1} more parameters)" if len(unknown) > 1 else ""
+    rest = f" (and {len(unknown) - 1} more parameters)" if len(unknown) > 1 else ""
     return (
         f"parameter {first!r} of shape {shape} belongs to a {_own_type(module).__name__}, a module "
-        f"of unknown kind{more}: say what it is with matrix_groups(model, kinds={{{types}}}), each "
+        f"of unknown kind{rest}: say what it is with matrix_groups(model, kinds={{{types}}}), each "
         "'matrix' (m, n), 'stack' (E, m, n), 'flatten' (m, ...) or, for elementwise updates, "
         "'embedding', 'head' or 'vector'; a parameter's full name as a key tells of it alone"
     )
@@ -342,5 +342,7 @@ def _module(model: nn.Module, choice: nn.Module | str) -> nn.Module:
     for name, module in model.named_modules(remove_duplicate=False):
         if module is choice or clean_name(f"{name}.")[:-1] == choice:
             return module
-    what = repr(choice) if isinstance(choice, str) else f"this {type(choice).__name__}"
-    raise ValueError(f"head: {what} is no module of the model: give one of its modules or its name")
+    given = repr(choice) if isinstance(choice, str) else f"this {type(choice).__name__}"
+    raise ValueError(
+        f"head: {given} is no module of the model: give one of its modules or its name"
+    )

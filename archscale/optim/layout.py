@@ -61,8 +61,8 @@ class GroupSpec:
     parameters: Sequence[ParameterSpec]
 
 
-class MatrixUse(NamedTuple):
-    """How the matrices of a group are orthogonalized; those of one use travel together."""
+class Method(NamedTuple):
+    """How the matrices of a group are orthogonalized; those of one method travel together."""
 
     scheme: str
     compute_dtype: torch.dtype
@@ -71,9 +71,9 @@ class MatrixUse(NamedTuple):
 
 @dataclass(frozen=True)
 class Orthogonalization:
-    """The matrices of one use, and how their shards come together."""
+    """The matrices of one method, and how their shards come together."""
 
-    use: MatrixUse
+    method: Method
     exchange: Exchange
     views: list[int]  # the optimizer's numbers of the exchange's views
 
@@ -117,9 +117,9 @@ class Group:
         return Hyperparameters(options["lr"], options["weight_decay"], clip, options["eps"])
 
     @property
-    def use(self) -> MatrixUse:
+    def method(self) -> Method:
         compute, wire = self.options["compute_dtype"], self.options["wire_dtype"]
-        return MatrixUse(
+        return Method(
             self.options["orthogonalizer"], getattr(torch, compute), getattr(torch, wire or compute)
         )
 
@@ -270,7 +270,7 @@ class Layout:
 
     def plan(self, members: tuple[int, ...]) -> StepPlan:
         """What a step of these parameters exchanges and runs over; kept for the next one."""
-        key = members, tuple(group.use for group in self.groups)
+        key = members, tuple(group.method for group in self.groups)
         plan = self._plans.pop(key, None) or self._make_plan(members)
         if len(self._plans) >= MAX_PLANS:
             self._plans.pop(next(iter(self._plans)))
@@ -279,18 +279,18 @@ class Layout:
 
     def _make_plan(self, members: tuple[int, ...]) -> StepPlan:
         plan, present = StepPlan(members), set(members)
-        travelling: dict[MatrixUse, list[int]] = {}  # views by use
+        travelling: dict[Method, list[int]] = {}  # views
         staying: list[int] = []
         for group in self.groups:
-            views = staying if group.rule.elementwise else travelling.setdefault(group.use, [])
+            views = staying if group.rule.elementwise else travelling.setdefault(group.method, [])
             views += [
                 v
                 for v in range(group.views.start, group.views.stop)
                 if self.views[v].param in present
             ]
-        for use, views in travelling.items():
+        for method, views in travelling.items():
             exchange = self._exchange(views)
-            plan.orthogonalizations.append(Orthogonalization(use, exchange, views))
+            plan.orthogonalizations.append(Orthogonalization(method, exchange, views))
             plan.runs += exchange.runs(views)
         plan.runs += self._exchange(staying, batches=False).runs(staying)
         if self.world == 1 and len(present) < len(self.params):
@@ -299,7 +299,8 @@ class Layout:
         return plan
 
     def _exchange(self, views: Sequence[int], batches: bool = True) -> Exchange:
-        """Args: batches: whether the matrices travel, and are not only cut into pieces."""
+        """Plan the exchange of some views; without `batches` they are cut into pieces, and nothing
+        travels."""
         plan = plan_exchange([self.views[v] for v in views], self.pieces)
         if not batches:
             plan.batches = []

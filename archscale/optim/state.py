@@ -134,7 +134,12 @@ class Replacement:
 def replacements(
     before: Layout | None, present: Sequence[tuple[str, Tensor]], state: State
 ) -> list[Replacement]:
-    """Args: before: the layout planned last. present: (name, parameter) in the groups now."""
+    """Parameters in the groups now that stand in the place of others.
+
+    Args:
+        before: the layout planned last.
+        present: (name, parameter) in the groups now.
+    """
     old = dict(zip(before.names, before.params)) if before else {}
     return [
         Replacement(name, old[name], p)

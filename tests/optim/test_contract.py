@@ -884,3 +884,27 @@ def test_a_state_of_another_view_is_refused():
     stack = build([nn.Parameter(torch.ones(4, 3, 3))], "muon").state_dict()
     with pytest.raises(ValueError, match="saved.*view 'stack'.*'flatten'"):
         build([nn.Parameter(torch.ones(4, 3, 3))], "muon", view="flatten").load_state_dict(stack)
+
+
+def test_construction_looks_at_each_parameter_once(monkeypatch):
+    from archscale.optim import contract, layout, state
+
+    checked, norms = [], []
+    check, take = layout.check_parameter, state.weight_norms
+    monkeypatch.setattr(
+        layout, "check_parameter", lambda name, *rest: checked.append(name) or check(name, *rest)
+    )
+    for module in (contract, state):
+        monkeypatch.setattr(
+            module, "weight_norms", lambda *where: norms.append(where) or take(*where)
+        )
+    build([("a", nn.Parameter(torch.ones(4, 6))), ("b", nn.Parameter(torch.ones(3, 5)))])
+    assert (checked, len(norms)) == (["a", "b"], 1)
+
+
+def test_a_copy_refuses_a_wrong_group_at_once():
+    optimizer = copy.deepcopy(build(parameters((6, 8))))
+    with pytest.raises(ValueError, match="parameter group 1: parameter 'parameter 1' is not co"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(4, 6).mT)]})
+    assert len(optimizer.param_groups) == 1
+    train(optimizer.param_groups[0]["params"], optimizer, range(1))

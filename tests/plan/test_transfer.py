@@ -1,6 +1,8 @@
 """Every rule of the transfer, with numbers worked by hand."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -255,6 +257,34 @@ def test_one_table_says_what_goes_together(rule):
         assert bool(found) == (rule not in known)
         assert all(problem.where == "optimizer.matrix.rule" for problem in found)
     assert set(TABLE["hyperp"]) == set(SPHERE_RULES)
+
+
+def test_a_page_shows_the_table():
+    """Its rows of rules, widths, clips and heads, in whatever order."""
+    root = Path(__file__).resolve().parents[2]
+    pages = [root / "README.md", *root.glob("archscale/*/README.md")]
+    rows = {
+        cells[0]: dict(zip(TABLE, cells[1:3]))
+        for page in pages
+        for line in page.read_text().splitlines()
+        if len(cells := line.strip("| ").split(" | ")) == 4
+    }
+    factors = {0.0: "1", -0.5: "√(w0/w)", -1.0: "w0/w"}
+    for kind, known in TABLE.items():
+        assert set(re.findall(r"`(\w+)`", rows["matrix rules"][kind])) == set(known)
+        widths = rows["width, matrices (w0 base, w model)"][kind]
+        shown = {
+            rule: value.partition(" (")[0] if value != "√(w0/w)" else value
+            for part in widths.split("; ")
+            for rules, value in [part.rsplit(": ", 1)]
+            for rule in re.findall(r"`(\w+)`", rules)
+        }
+        assert shown == {rule: factors[own.width] for rule, own in known.items()}
+        heads = set(re.findall(r"`(\w+)`", rows["untied head"][kind]))
+        assert heads == {own.head for own in known.values()}
+    without = re.match(r"(.*) none;", rows["clip"]["hyperp"])[1]
+    clipless = {rule for known in TABLE.values() for rule, own in known.items() if not own.clip}
+    assert set(re.findall(r"`(\w+)`", without)) == clipless
 
 
 @pytest.mark.parametrize(
