@@ -33,6 +33,7 @@ from tests.commands import ROOT, launch
 PAGES = [
     "README.md",
     "CONTRIBUTING.md",
+    "archscale/bench/README.md",
     "archscale/optim/README.md",
     "configs/README.md",
     "configs/studies/README.md",
@@ -71,6 +72,7 @@ SHORTER = {
 
 # Pattern of a command → what the default suite runs in its place; None: only the slow tests run it.
 SLOW: dict[str, str | None] = {
+    r"bench optimizer ": "bench optimizer --shape 2x32x32 --rounds 2 --no-peers",
     r"sweep lr_width\.yaml$": "sweep lr_width.yaml --index 0",
     r"study configs/studies/spectral_flattening\.yaml": None,
     r"parallel\.engine=deepspeed": None,
@@ -91,6 +93,7 @@ NOT_RUN = {
     r"^sbatch ": "needs Slurm",
     r"--launcher slurm --jobs 16$": "needs Slurm",
     r"^kubectl ": "needs Kubernetes",
+    r"bench gpu (all|mfu)": "needs a GPU",
     r"^bash runs/my_grid/skypilot\.sh": "needs SkyPilot and a cloud",
 }
 
