@@ -68,19 +68,17 @@ class _Region:
         self._inside: dict[int, tuple[StorageWeakRef, int]] = {}  # storage → bytes
         self.launches = False
 
-    def add(self, operands: Sequence[Tensor], written: Sequence[Tensor], free: bool) -> None:
-        self.launches |= not free
-        for tensor in () if free else operands:
-            if tensor.untyped_storage()._cdata not in self._inside:
-                self._outside[_identity(tensor)] = _size(tensor)
-        mine = {tensor.untyped_storage()._cdata for tensor in operands}
-        for tensor in written:
+    def add(
+        self, read: Sequence[Tensor], changed: Sequence[Tensor], made: Sequence[Tensor]
+    ) -> None:
+        """One operator: what it reads, changes in place, and makes."""
+        for kind, tensors in (("read", read), ("changed", changed)):
+            for tensor in tensors:
+                if tensor.untyped_storage()._cdata not in self._inside:
+                    self._outside[(kind, *_identity(tensor))] = _size(tensor)
+        for tensor in made:
             storage = tensor.untyped_storage()
-            if storage._cdata in mine:
-                if storage._cdata not in self._inside:  # changed in place
-                    self._outside[(*_identity(tensor), "written")] = _size(tensor)
-            else:
-                self._inside[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+            self._inside[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
 
     def bytes(self) -> int:
         """Read from outside, and written to what is still there."""
@@ -140,14 +138,18 @@ class LaunchCounter(TorchDispatchMode):
             if frame is not None:
                 self.begin_region(part)
                 self._frame = frame
+        free = name in FREE
         operands = _tensors((args, kwargs | {"out": None}))
-        changed = args[:1] if name.endswith("_") else []  # a tensor or a list of them
-        read = operands[1:] if name in WRITE_ONLY else operands
-        written = _tensors((result, changed))
+        read = [] if free else operands[1:] if name in WRITE_ONLY else operands
+        # The first argument is a tensor, or a list of them; `out` is given and returned.
+        changed = _tensors(args[0] if name.endswith("_") else kwargs.get("out"))
+        old = {tensor.untyped_storage()._cdata for tensor in operands + changed}
+        made = [t for t in _tensors(result) if t.untyped_storage()._cdata not in old]
         if self._region is not None:
-            self._region.add(operands, written, name in FREE)
-        elif name not in FREE:
-            self._add(part, name, _total(read) + _total(written))
+            self._region.launches |= not free
+            self._region.add(read, changed, made)
+        elif not free:
+            self._add(part, name, _total(read) + _total(changed) + _total(made))
         return result
 
     def _add(self, part: str, name: str, size: int) -> None:

@@ -438,8 +438,7 @@ def moe(bench: Bench) -> None:
         more = {"model": {"moe": experts}}
         values = values_of(bench, "moe", bench.micro_batch, accumulation, more)
         work = Workload(values, bench.device, fill=fill_on_device)
-        row = {"first step, s": bench.seconds(work.step)} | training_row(bench, work)
-        return row
+        return {"first step, s": bench.seconds(work.step)} | training_row(bench, work)
 
     for label, experts, accumulation in (
         ("dense", None, 1),

@@ -86,6 +86,17 @@ def test_bytes_in_place_written_only_and_expanded(run, elements):
     assert (tally.launches, tally.bytes) == (1, 4 * elements)
 
 
+def test_what_a_compiled_region_only_overwrites_is_not_read():
+    @torch.compile
+    def update(x, y):
+        x.copy_((x + y) * 2)
+        y.zero_()
+
+    x, y = empty(8), empty(8)
+    assert counted(lambda: update(x, y)).bytes == 4 * (2 * 8 + 2 * 8)
+    assert counted(lambda: torch.compile(torch.Tensor.zero_)(x)).bytes == 4 * 8
+
+
 def test_views_and_allocations_launch_nothing():
     x = empty(4, 8)
     assert counted(lambda: (x.T, x[1:], x.view(-1), x.detach(), torch.empty_like(x))) is None
@@ -191,12 +202,12 @@ def test_a_batch_of_several_micro_batches():
 
 
 def test_collectives_of_replicas():
-    parallel = {"replicate": 2, "shard": 1}
-    _, collectives = by_part(tiny(training={"batch_tokens": 128}, parallel=parallel), processes=2)
+    parallel = {"replicate": 4, "shard": 1}
+    _, collectives = by_part(tiny(training={"batch_tokens": 256}, parallel=parallel), processes=4)
     assert collectives["gradients: all-reduce"]["calls"] is None
-    # Each rank orthogonalizes one of the long matrices and two of the square ones, and sends what
-    # it makes of them, in bf16, to the other. Momentum is at hand.
-    sent = {"calls": 2, "bytes": 2 * (LONG + 2 * SQUARE)}
+    # The longest work goes round first: rank 0 orthogonalizes one long matrix and sends what it
+    # makes of it, in bf16, to the three others. Momentum is at hand.
+    sent = {"calls": 2, "bytes": 3 * 2 * LONG}
     assert collectives["update: all-to-all"] == {"collective": "update: all-to-all"} | sent
     assert collectives["update: all-reduce"]["calls"] == 1
 
