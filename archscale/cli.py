@@ -195,10 +195,10 @@ def plan(
         room = None if memory is None else round(memory * 2**30)
         chosen = find_device(device, peak=None if peak is None else peak * 1e12, memory=room)
     try:
-        found = plan_config(
+        planned = plan_config(
             load_config(config, set or []), world_size=processes, device=chosen, mfu=mfu
         )
-        problems, content = found.problems, found.as_dict()
+        problems, content = planned.problems, planned.as_dict()
     except ConfigError as error:  # not a config, so there is nothing to plan
         problems, content = error.all or [error], {}
         if json:
@@ -352,7 +352,7 @@ def fit(
     settings = Settings(
         space and space.value, loss.value, delta, replicates, confidence, seed, nearest
     )
-    found = fit_table(
+    fits = fit_table(
         read_table(targets),
         FitRequest(
             form.value,
@@ -367,8 +367,8 @@ def fit(
             settings=settings,
         ),
     )
-    print(encoder.dumps(found.as_dict(), indent=1) if json else render(found))
-    if refusal := found.refusal:
+    print(encoder.dumps(fits.as_dict(), indent=1) if json else render(fits))
+    if refusal := fits.refusal:
         raise refusal
 
 

@@ -349,7 +349,7 @@ class Fragment:
 
 
 def fragment(tensor: Tensor) -> Fragment:
-    """Of a plain tensor or a DTensor."""
+    """What this rank holds of a plain tensor or a DTensor."""
     return Fragment(
         tuple(tensor.shape), local_interval(tensor)[0], local_tensor(tensor).detach().view(-1)
     )

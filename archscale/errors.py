@@ -44,8 +44,12 @@ class ConfigError(ArchscaleError):
     def several(cls, problems: "list[ConfigError]", hint: str = "") -> "ConfigError":
         """The first of `problems` in one line, which says how many more there are, and then
         `hint`."""
-        first, more = problems[0], len(problems) - 1
-        tail = f" (and {more} more {'problem' if more == 1 else 'problems'}{hint})" if more else ""
+        first, others = problems[0], len(problems) - 1
+        tail = (
+            f" (and {others} more {'problem' if others == 1 else 'problems'}{hint})"
+            if others
+            else ""
+        )
         summary = cls(first.what, first.where, first.remedy + tail)
         summary.all = problems
         return summary

@@ -43,3 +43,22 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def checkpoint_steps(directory: Path) -> list[int]:
+    """Steps of the complete checkpoints under `directory`, ascending by step, never by clock."""
+    directories = directory.glob("step_*") if directory.is_dir() else ()
+    return sorted(
+        int(d.name[5:])
+        for d in directories
+        if d.name[5:].isdigit() and (d / "state.json").is_file()
+    )
+
+
+def step_directory(directory: Path, step: int) -> Path:
+    return directory / f"step_{step:08d}"
+
+
+def newest_step(run_dir: Path) -> int:
+    """Step of a run's newest complete checkpoint; 0 without one."""
+    return max(checkpoint_steps(run_dir / CHECKPOINTS), default=0)

@@ -187,19 +187,7 @@ class Pool:
             )
         # Plain pickle: multiprocessing's own would send tensors as shared-memory file descriptors.
         request = pickle.dumps((fn.__module__, fn.__qualname__, pickle.dumps((args, kwargs))))
-        if self._is_worn():
-            self.close()
-        for attempt in range(3):
-            if self._conns:
-                break
-            try:
-                self._start()
-            except WorkerDied:  # another program may have taken the free port meanwhile
-                if attempt == 2:
-                    raise
-        assert self._folder is not None
-        for path in self._folder.glob("log_*"):
-            os.truncate(path, 0)
+        self._make_ready()
         try:
             for conn in self._conns:
                 with contextlib.suppress(OSError):  # a dead worker: the collection reports it
@@ -218,6 +206,22 @@ class Pool:
             if isinstance(answer, _Raised):
                 raise self._error(rank, answer, f"{len(raised)} of {self.world_size} ranks raised")
         return answers
+
+    def _make_ready(self) -> None:
+        """Workers that listen, with empty logs."""
+        if self._is_worn():
+            self.close()
+        for attempt in range(3):
+            if self._conns:
+                break
+            try:
+                self._start()
+            except WorkerDied:  # another program may have taken the free port meanwhile
+                if attempt == 2:
+                    raise
+        assert self._folder is not None
+        for path in self._folder.glob("log_*"):
+            os.truncate(path, 0)
 
     def close(self) -> None:
         """Kills the workers and what they started; the next run starts new ones."""

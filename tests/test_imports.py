@@ -34,6 +34,9 @@ ONLY = {  # all of archscale that these import
     "model": {"model", "config", "distributed"},
     "telemetry": {"telemetry", "errors", "files"},
 }
+# Components get their section of the config, never the whole.
+SECTIONS_ONLY = {"data", "model", "optim", "parallel", "telemetry", "fit", "report"}
+WHOLE_CONFIG = {"archscale.config.Config", "archscale.config.schema.Config"}
 WITHOUT_TORCH = ["rules", "errors", "files", "config", "fit", "plan", "report", "cli"]
 SPEAKERS = {  # who may use torch.distributed
     "archscale.distributed",
@@ -122,6 +125,8 @@ def _import_problem(own: str | None, other: str, name: str) -> str | None:
         return f"{own} imports only {', '.join(sorted(ONLY[own]))}"
     if FLOOR[other] > FLOOR[own]:
         return "upwards"
+    if own in SECTIONS_ONLY and name in WHOLE_CONFIG:
+        return f"{own} takes sections of the config"
     if own != other and FLOOR[own] == FLOOR[other] and FLOOR[own] not in CONNECTED:
         return "rooms of this floor do not import each other"
     return None
@@ -199,6 +204,7 @@ def test_the_drawing_in_contributing_is_the_floors():
         ("archscale.model.moe", "from ..parallel.mesh import build_mesh"),
         ("archscale.model.moe", "if TYPE_CHECKING:\n    from archscale.data import shards"),
         ("archscale.model.moe", "from archscale.plan.counting import parameters"),
+        ("archscale.model.moe", "from archscale.config import Config"),
         ("archscale.data.loader", "from .. import telemetry"),
         (
             "archscale.data.loader",

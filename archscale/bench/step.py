@@ -97,15 +97,13 @@ def count_step(
             raise ConfigError(f"{value} is not counted", key, f"set it to {only}")
     group = CountedGroup(processes, config.shard_size(processes))
     accumulation = config.accumulation(processes)
-    counter = LaunchCounter(PLACES)
+    counter, transfer = LaunchCounter(PLACES), transfer_of(config)
     with torch.device(META):
-        module = build_model(config, EOS)
+        module = build_model(config, EOS, transfer)
     shards: Any = _Shards(module, group)
     with group.active():
         with _without_values():
-            optimizer = build_optimizer(
-                config, assign_roles(module), transfer_of(config).roles, shards
-            )
+            optimizer = build_optimizer(config, assign_roles(module), transfer.roles, shards)
         group.calls.clear()
         _count_passes(counter, module, config, accumulation)
         _count_update(counter, shards, optimizer, config, group)

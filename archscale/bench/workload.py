@@ -94,10 +94,11 @@ class Workload:
     ):
         plan = plan_one_process(values)
         self.config = config = plan.config
+        transfer = transfer_of(config)
         self.planned: int = plan.figures["memory"]["peak"]
         self.device = device
         self.engine = NativeEngine(
-            lambda: build_model(config, EOS),
+            lambda: build_model(config, EOS, transfer),
             fill or (lambda model: initialize(model, config.seed)),
             device=device,
             replicate=1,
@@ -107,10 +108,16 @@ class Workload:
             compile=config.training.compile,
         )
         roles = assign_roles(self.engine.module)
-        self.optimizer = build_optimizer(config, roles, transfer_of(config).roles)
+        self.optimizer = build_optimizer(config, roles, transfer.roles)
         self.batch = random_batch(config)
         self._first = [tokens.to(device) for tokens in self.batch[0]]
-        self._readings = Readings(config, self.optimizer)
+        self._readings = Readings(
+            config.model,
+            config.telemetry,
+            config.batches,
+            config.optimizer.grad_clip,
+            self.optimizer,
+        )
 
     def passes(self) -> None:
         """Forward and backward pass of the first micro-batch."""

@@ -15,16 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from archscale.errors import CheckpointError, explain_os_error
+from archscale.files import checkpoint_steps, step_directory
 
 FORMAT = 2
-
-
-def checkpoint_steps(directory: Path) -> list[int]:
-    """Steps of the complete checkpoints under `directory`, ascending by step, never by clock."""
-    found = directory.glob("step_*") if directory.is_dir() else ()
-    return sorted(
-        int(d.name[5:]) for d in found if d.name[5:].isdigit() and (d / "state.json").is_file()
-    )
 
 
 def newest_valid(
@@ -64,10 +57,6 @@ def damage(path: Path) -> str | None:
                 f" {size}"
             )
     return None
-
-
-def step_directory(directory: Path, step: int) -> Path:
-    return directory / f"step_{step:08d}"
 
 
 def read_state(path: Path) -> dict[str, Any]:

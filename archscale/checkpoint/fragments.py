@@ -38,10 +38,10 @@ def boxes(shape: Sequence[int], lo: int, hi: int) -> list[Box]:
     first, last = -(-lo // row), hi // row  # whole rows are [first, last)
     if first > last:  # within one row
         return _inside(last, rest, lo - last * row, hi - last * row)
-    found = _inside(first - 1, rest, lo - (first - 1) * row, row) if lo < first * row else []
+    pieces = _inside(first - 1, rest, lo - (first - 1) * row, row) if lo < first * row else []
     if first < last:
-        found.append(((first, *(0 for _ in rest)), (last - first, *rest)))
-    return found + (_inside(last, rest, 0, hi - last * row) if last * row < hi else [])
+        pieces.append(((first, *(0 for _ in rest)), (last - first, *rest)))
+    return pieces + (_inside(last, rest, 0, hi - last * row) if last * row < hi else [])
 
 
 def _inside(row: int, rest: tuple[int, ...], lo: int, hi: int) -> list[Box]:

@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from archscale.checkpoint.directory import checkpoint_steps, newest_valid, read_state
+from archscale.checkpoint.directory import newest_valid, read_state
 from archscale.config import Config
+from archscale.config.layers import flatten
 from archscale.data.shards import TokenSplit
 from archscale.errors import CheckpointError, ConfigError, explain_os_error
-from archscale.files import CHECKPOINTS, METRICS
+from archscale.files import CHECKPOINTS, METRICS, checkpoint_steps
 
 # May differ between a checkpoint and the run that resumes it: they do not change the trajectory.
 FREE_KEYS = (
@@ -66,8 +67,8 @@ def choose_checkpoint(config: Config, data: TokenSplit, run_dir: Path, resume: s
         before, now = (
             # Through the present schema: keys that are newer than the checkpoint have their
             # defaults.
-            _flat({**Config.from_dict(saved["config"]).resolved(), "data_set": saved["data"]}),
-            _flat({**config.resolved(), "data_set": identity(data)}),
+            flatten({**Config.from_dict(saved["config"]).resolved(), "data_set": saved["data"]}),
+            flatten({**config.resolved(), "data_set": identity(data)}),
         )
         for key in other_trajectory(before, now):
             raise ConfigError(
@@ -93,14 +94,4 @@ def identity(data: TokenSplit) -> dict[str, Any]:
         "tokenizer": data.fingerprint,
         "tokens": data.num_tokens,
         "origin": data.manifest.origin,
-    }
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {
-        key: value
-        for name, child in tree.items()
-        for key, value in _flat(child, f"{prefix}.{name}" if prefix else name).items()
     }

@@ -22,17 +22,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from archscale.checkpoint.directory import (
-    FORMAT,
-    checkpoint_steps,
-    discard,
-    read_state,
-    step_directory,
-)
+from archscale.checkpoint.directory import FORMAT, discard, read_state
 from archscale.checkpoint.fragments import Stored
 from archscale.distributed import Fragment, agree, on_rank_zero, rank, world_size
 from archscale.errors import CheckpointError, explain_os_error
-from archscale.files import sync
+from archscale.files import checkpoint_steps, step_directory, sync
 from archscale.optim import MatrixOptimizer
 
 

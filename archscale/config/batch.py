@@ -39,15 +39,15 @@ class BatchSchedule:
     def _stages(self) -> list[Stage]:
         """Where each size begins. Stage k of n ends with the first step past k / (n − 1) of the
         ramp."""
-        found, step, sample = [], 0, 0
+        stages, step, sample = [], 0, 0
         count = self.stages if self.ramp else 1
         for k in range(1, count):
             size = self.size * k // count
             steps = max(0, -(-(self.ramp * k // (count - 1) - sample) // size))
             if steps:
-                found.append(Stage(step, sample, size))
+                stages.append(Stage(step, sample, size))
             step, sample = step + steps, sample + steps * size
-        return [*found, Stage(step, sample, self.size)]
+        return [*stages, Stage(step, sample, self.size)]
 
     @property
     def sizes(self) -> list[int]:

@@ -25,17 +25,19 @@ def explain(error: ValidationError, root: type[BaseModel], layers: Sequence[Laye
 
     Unknown keys come first: a misspelt key is often the reason why another one is missing.
     """
-    found = [item for detail in error.errors(include_url=False) for item in _problems(detail, root)]
-    found.sort(key=lambda item: not item.what.startswith("unknown key"))
+    problems = [
+        item for detail in error.errors(include_url=False) for item in _problems(detail, root)
+    ]
+    problems.sort(key=lambda item: not item.what.startswith("unknown key"))
     if layers:
-        found = [
+        problems = [
             ConfigError(item.what, f"{item.where} in {_origin(item.where, layers)}", item.remedy)
-            for item in found
+            for item in problems
         ]
     return ConfigError.several(
         [
             ConfigError(*(one_line(part) for part in (item.what, item.where, item.remedy)))
-            for item in found
+            for item in problems
         ]
     )
 
@@ -132,7 +134,7 @@ def _owner(root: type[BaseModel], loc: tuple[Any, ...]) -> tuple[type[BaseModel]
 def _model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((found for part in typing.get_args(annotation) if (found := _model_in(part))), None)
+    return next((model for part in typing.get_args(annotation) if (model := _model_in(part))), None)
 
 
 def _literals(annotation: Any) -> Iterator[Any]:

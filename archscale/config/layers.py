@@ -63,6 +63,17 @@ def _merged(old: Any, new: Any) -> Any:
     return below | {key: _merged(below.get(key), value) for key, value in new.items()}
 
 
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and values; lists and empty mappings are values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
 def write_yaml(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Atomically, with the folders that lead to it."""
     target = Path(path)
@@ -109,17 +120,17 @@ def _parse_yaml(text: str, where: str) -> Any:
             if error.problem_mark and "\n" in text.strip()
             else ""
         )
-        what = one_line(error.problem or error.context or "cannot be read")
+        problem = one_line(error.problem or error.context or "cannot be read")
         raise ConfigError(
-            f"not valid YAML: {what}", f"{where}{line}", "correct the YAML there"
+            f"not valid YAML: {problem}", f"{where}{line}", "correct the YAML there"
         ) from error
     except (
         yaml.YAMLError,
         ValueError,
         RecursionError,
     ) as error:  # ValueError: an impossible date or number
-        what = one_line(str(error))
-        raise ConfigError(f"not valid YAML: {what}", where, "correct the YAML there") from error
+        problem = one_line(str(error))
+        raise ConfigError(f"not valid YAML: {problem}", where, "correct the YAML there") from error
 
 
 def read_file(
@@ -140,8 +151,10 @@ def read_file(
             f"cannot read {path}: {cause}", included_from or str(path), remedy
         ) from error
     except UnicodeDecodeError as error:
-        what = f"cannot read {path}: {one_line(str(error))}"
-        raise ConfigError(what, included_from or str(path), "name a YAML file in UTF-8") from error
+        problem = f"cannot read {path}: {one_line(str(error))}"
+        raise ConfigError(
+            problem, included_from or str(path), "name a YAML file in UTF-8"
+        ) from error
     data = _parse_yaml(text, str(path))
     if data is None:
         raise ConfigError("the file is empty", str(path), f"give at least {needs}")

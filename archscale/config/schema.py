@@ -124,27 +124,32 @@ class Config(Section):
                 f"set it to {choice(divisors(self.batch_size), schedule.batch_ramp_stages)}",
             )
         if tokens != "auto":
-            decay = schedule.decay_ratio if schedule.kind == "wsd" else 0.0
-            for key in ("warmup_tokens", "batch_ramp_tokens"):
-                share = decay if key == "warmup_tokens" else 0.0
-                room, given = int(tokens * (1 - share)), getattr(schedule, key)
-                if given > room:
-                    before = "before the wsd decay" if share else "of training.tokens"
-                    yield ConfigError(
-                        f"{key} {given} exceeds the {room} tokens {before}",
-                        f"schedule.{key}",
-                        f"set it to {room} or less",
-                    )
+            yield from self._schedule_problems(tokens)
+
+    def _schedule_problems(self, tokens: int) -> Iterator[ConfigError]:
+        """Parts of the schedule that are longer than a run of `tokens`."""
+        schedule = self.schedule
+        decay = schedule.decay_ratio if schedule.kind == "wsd" else 0.0
+        for key in ("warmup_tokens", "batch_ramp_tokens"):
+            share = decay if key == "warmup_tokens" else 0.0
+            room, given = int(tokens * (1 - share)), getattr(schedule, key)
+            if given > room:
+                before = "before the wsd decay" if share else "of training.tokens"
+                yield ConfigError(
+                    f"{key} {given} exceeds the {room} tokens {before}",
+                    f"schedule.{key}",
+                    f"set it to {room} or less",
+                )
 
     def unavailable(self) -> Iterator[ConfigError]:
         """What the schema has and the code has not: can be planned, is refused by training."""
         values = self.resolved()
-        for key, refused, what, remedy in NOT_YET:
+        for key, refused, feature, remedy in NOT_YET:
             value: Any = values
             for part in key.split("."):
                 value = value[part]
             if refused(value):
-                yield ConfigError(f"{what} is not available yet", key, remedy)
+                yield ConfigError(f"{feature} is not available yet", key, remedy)
 
     # Derived numbers.
 
@@ -215,7 +220,7 @@ class Config(Section):
             )
         moe, expert = self.model.moe, self.parallel.expert
         routed = moe.routed_experts if moe else 0
-        for total, what in (
+        for total, counted in (
             (shard, f"the {shard} ranks of a shard group"),
             (routed, f"the {routed} routed experts"),
         ):
@@ -223,7 +228,7 @@ class Config(Section):
                 works = [divisor for divisor in divisors(math.gcd(shard, routed)) if routed]
                 raise ConfigError(
                     (
-                        f"expert {expert} does not divide {what}"
+                        f"expert {expert} does not divide {counted}"
                         if total
                         else "a model without experts has none to spread"
                     ),
@@ -276,6 +281,20 @@ class Config(Section):
             f"set training.batch_tokens: {whole}{other}",
         )
 
+    def with_numbers(self, tokens: int, batch_tokens: int) -> Self:
+        """A copy with these in place of `auto`; itself where nothing changes.
+
+        Raises:
+            ConfigError: a schedule that does not fit into so many tokens.
+        """
+        numbers = {"tokens": tokens, "batch_tokens": batch_tokens}
+        training = self.training.model_copy(update=numbers)
+        if training == self.training:
+            return self
+        if problems := list(self._schedule_problems(tokens)):
+            raise ConfigError.several(problems)
+        return self.model_copy(update={"training": training})
+
     def with_vocab(self, size: int) -> Self:
         """A copy whose vocabulary holds `size` tokens. A larger one stays: its rest is padding."""
         wanted = self.model.vocab_size
@@ -309,8 +328,8 @@ class Config(Section):
             raise explain(error, cls, layers) from None
 
 
-def nearest_multiple(value: int, of: int) -> int:
-    return max(1, (2 * value + of) // (2 * of)) * of
+def nearest_multiple(value: int, factor: int) -> int:
+    return max(1, (2 * value + factor) // (2 * factor)) * factor
 
 
 def _largest_divisor(value: int, limit: int) -> int:

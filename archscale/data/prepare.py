@@ -232,14 +232,14 @@ def prepare(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         remedy = "prepare into another directory with --set output=DIR"
         if not (output / MANIFEST).is_file():
-            what = f"output exists and is not a prepared data set: it has no {MANIFEST}"
-            raise DataError(what, str(output), remedy)
+            problem = f"output exists and is not a prepared data set: it has no {MANIFEST}"
+            raise DataError(problem, str(output), remedy)
         manifest = read_manifest(output)
         if manifest.origin != origin:
-            what = (
+            problem = (
                 "output holds a dataset made from another recipe, or its source files changed since"
             )
-            raise DataError(what, str(output), remedy)
+            raise DataError(problem, str(output), remedy)
         say(f"{output} is already there, made from this recipe and these sources")
         return _summary(output, manifest, already=True)
     try:
@@ -272,9 +272,9 @@ def _build(recipe: Recipe, origin: str, directory: Path, shard_tokens: int, say:
         writer.close()
         if writer.entry.documents == 0:
             total = sum(w.entry.documents for w in writers.values())
-            what = f"split {split!r} is empty: {total} documents, validation {recipe.validation}"
+            problem = f"split {split!r} is empty: {total} documents, validation {recipe.validation}"
             raise DataError(
-                what, recipe.name, "change validation, or give more and smaller documents"
+                problem, recipe.name, "change validation, or give more and smaller documents"
             )
     table = io.BytesIO()
     np.save(table, tokenizer.token_bytes())

@@ -76,16 +76,18 @@ def _recipe_error(error: ValidationError, where: str) -> DataError:
         parent = TrainTokenizer if loc[1] == "train" and len(loc) > 2 else TokenizerRecipe
     key = ".".join(map(str, loc))
     message = first["msg"].removeprefix("Value error, ")
-    what = f"{key}: {message}" if key else message
+    problem = f"{key}: {message}" if key else message
     remedy = "correct the recipe; data_prep/README.md lists the keys"
     if first["type"] in ("extra_forbidden", "union_tag_invalid"):
         unknown_kind = first["type"] == "union_tag_invalid"
         known = list(SOURCES if unknown_kind else parent.model_fields)
         word = str(first["ctx"]["tag"]) if unknown_kind else str(loc[-1])
-        what = f"{key}: unknown kind of source {word!r}" if unknown_kind else f"unknown key {key!r}"
+        problem = (
+            f"{key}: unknown kind of source {word!r}" if unknown_kind else f"unknown key {key!r}"
+        )
         near = difflib.get_close_matches(word, known, n=1)
         remedy = (f"did you mean {near[0]!r}? " if near else "") + "known here: " + ", ".join(known)
-    return DataError(what, where, remedy)
+    return DataError(problem, where, remedy)
 
 
 def _override(recipe: dict, assignment: str) -> None:

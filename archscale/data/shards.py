@@ -267,8 +267,8 @@ def read_manifest(directory: str | Path) -> Manifest:
     try:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        what = f"this directory is not a prepared data set: it has no {MANIFEST}"
-        raise DataError(what, str(directory), _GIVE_PREPARED) from error
+        problem = f"this directory is not a prepared data set: it has no {MANIFEST}"
+        raise DataError(problem, str(directory), _GIVE_PREPARED) from error
     except OSError as error:
         cause, remedy = explain_os_error(error, _GIVE_PREPARED)
         raise DataError(f"cannot read the manifest: {cause}", str(path), remedy) from error
@@ -276,17 +276,17 @@ def read_manifest(directory: str | Path) -> Manifest:
         raise DataError(f"the manifest is not JSON: {error}", str(path), _REMEDY) from error
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if version != DATASET_VERSION:
-        what = f"dataset format {version}, but this archscale reads {DATASET_VERSION}"
+        problem = f"dataset format {version}, but this archscale reads {DATASET_VERSION}"
         remedy = (
             f"use the archscale that wrote it, or this one: {AGAIN}" if version else _GIVE_PREPARED
         )
-        raise DataError(what, str(path), remedy)
+        raise DataError(problem, str(path), remedy)
     try:
         return Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        what = f"foreign manifest: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise DataError(what, str(path), _GIVE_PREPARED) from error
+        problem = f"foreign manifest: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        raise DataError(problem, str(path), _GIVE_PREPARED) from error
 
 
 class TokenSplit:
@@ -337,12 +337,12 @@ class TokenSplit:
         path = self.path / shard.file
         header = read_header(path)
         if header.tokens != shard.tokens:
-            what = f"the shard has {header.tokens} tokens, {MANIFEST} says {shard.tokens}"
-            raise DataError(what, str(path), _REMEDY)
+            problem = f"the shard has {header.tokens} tokens, {MANIFEST} says {shard.tokens}"
+            raise DataError(problem, str(path), _REMEDY)
         if header.fingerprint != self.fingerprint:
             ours, theirs = self.fingerprint[:12], header.fingerprint[:12]
-            what = f"the shard was made with tokenizer {theirs}, the dataset with {ours}"
-            raise DataError(what, str(path), _REMEDY)
+            problem = f"the shard was made with tokenizer {theirs}, the dataset with {ours}"
+            raise DataError(problem, str(path), _REMEDY)
         return header
 
     def _open_uncached(self, number: int) -> np.ndarray:
@@ -361,8 +361,8 @@ class TokenSplit:
                 f"cannot read the token lengths: {error}", str(path), _REMEDY
             ) from error
         if table.shape != (self.vocab_size,):
-            what = f"{table.shape} token lengths for a vocabulary of {self.vocab_size}"
-            raise DataError(what, str(path), _REMEDY)
+            problem = f"{table.shape} token lengths for a vocabulary of {self.vocab_size}"
+            raise DataError(problem, str(path), _REMEDY)
         return table
 
     def tokens(self, start: int, stop: int) -> np.ndarray:

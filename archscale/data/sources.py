@@ -38,18 +38,18 @@ class _Source(BaseModel):
 
 
 def _glob(pattern: str) -> list[tuple[str, Path]]:
-    found = [
+    paths = [
         (name, Path(name))
         for name in sorted(glob.glob(pattern, recursive=True))
         if Path(name).is_file()
     ]
-    if not found:
+    if not paths:
         raise DataError(
             "no file matches",
             pattern,
             "correct the source's path; relative ones start at the current directory",
         )
-    return found
+    return paths
 
 
 def _whole_lines(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
@@ -57,9 +57,9 @@ def _whole_lines(lines: Iterable[bytes], path: Path) -> Iterator[bytes]:
     try:
         yield from lines
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        what = f"not a whole gzip file: {error}"
+        problem = f"not a whole gzip file: {error}"
         raise DataError(
-            what, str(path), "copy the file again, or leave it out of the source's path"
+            problem, str(path), "copy the file again, or leave it out of the source's path"
         ) from error
 
 
@@ -131,16 +131,16 @@ class PythonStdlibSource(_Source):
             skipped |= {"test", "tests", "idle_test"}
         names = sorted(path.relative_to(root) for path in root.rglob("*.py"))
         # _sysconfigdata is generated when Python is built, and differs from machine to machine.
-        found = [
+        names = [
             n
             for n in names
             if not skipped.intersection(n.parts) and not n.name.startswith("_sysconfigdata")
         ]
-        if not found:
+        if not names:
             raise DataError(
                 "this Python has no source files", str(root), "use another kind of source"
             )
-        return [(name.as_posix(), root / name) for name in found]
+        return [(name.as_posix(), root / name) for name in names]
 
     def documents(self) -> Iterator[str]:
         for _, path in self.files():

@@ -28,7 +28,7 @@ def render(summary: Mapping[str, Any]) -> str:
         key.replace("_", " "): _text(value) for key, value in summary.items() if key not in _DETAILS
     }
     facts["documents left out"] = ", ".join(
-        f"{count:,} {why}" for why, count in summary["dropped"].items()
+        f"{count:,} {reason}" for reason, count in summary["dropped"].items()
     )
     lines = _aligned([[key, value] for key, value in facts.items()])
     splits = [name for name in summary if name in SPLITS]

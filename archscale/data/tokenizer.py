@@ -149,8 +149,8 @@ class HuggingFaceTokenizer(Tokenizer):
             names = (eos,) if eos else _EOS_NAMES
             eos_id = next((vocabulary[name] for name in names if name in vocabulary), None)
         if eos_id is None:
-            what = f"no end-of-document token: none of {', '.join(names)} is in the vocabulary"
-            raise DataError(what, where, "name it as tokenizer.eos in the recipe")
+            problem = f"no end-of-document token: none of {', '.join(names)} is in the vocabulary"
+            raise DataError(problem, where, "name it as tokenizer.eos in the recipe")
         super().__init__(content, max(vocabulary.values()) + 1, eos_id)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
@@ -184,8 +184,8 @@ def _import(package: str, where: str):
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        what = f"the package {package!r} is not installed"
-        raise DataError(what, where, "pip install transformers datasets") from error
+        problem = f"the package {package!r} is not installed"
+        raise DataError(problem, where, "pip install transformers datasets") from error
 
 
 def _from_hub(name: str, eos: str | None) -> Tokenizer:

@@ -75,11 +75,11 @@ class Weight:
             per_head: rows of one attention head, where q, k and v are orthogonalized head by head.
         """
         *_, rows, cols = self.shape
-        found = []
+        groups = []
         for block, size in self.blocks or (("", rows),):
             heads = size // per_head if per_head and block in ("q", "k", "v") else 1
-            found.append((self.copies * self.stack * heads, size // heads, cols))
-        return found
+            groups.append((self.copies * self.stack * heads, size // heads, cols))
+        return groups
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def weights(model: ModelConfig) -> list[Weight]:
     qkv = (("q", query), ("k", key), ("v", key)) + (
         (("gate", model.heads),) if model.gated_attention else ()
     )
-    found = [
+    stored = [
         Weight("embedding.weight", "embedding", "embedding", 1, (V, D)),
         Weight("blocks.*.attention_norm.weight", "norm", "vector", L, (D,)),
         Weight(
@@ -127,24 +127,24 @@ def weights(model: ModelConfig) -> list[Weight]:
         Weight("blocks.*.attention.out.weight", "projections", "matrix", L, (D, query)),
     ]
     if model.qk_norm:
-        found += [
+        stored += [
             Weight(f"blocks.*.attention.{n}_norm.weight", "norm", "vector", L, (K,))
             for n in ("q", "k")
         ]
-    found.append(Weight("blocks.*.mlp_norm.weight", "norm", "vector", L, (D,)))
+    stored.append(Weight("blocks.*.mlp_norm.weight", "norm", "vector", L, (D,)))
     if model.moe is None:
-        found += _feed_forward(model, "mlp", model.mlp_hidden)
+        stored += _feed_forward(model, "mlp", model.mlp_hidden)
     else:
         hidden = model.mlp_hidden // model.moe.top_k
         E, active = model.expert_counts
-        found.append(Weight("blocks.*.mlp.router.weight", "router", "matrix", L, (E, D)))
-        found += _feed_forward(model, "experts", hidden, E, active)
+        stored.append(Weight("blocks.*.mlp.router.weight", "router", "matrix", L, (E, D)))
+        stored += _feed_forward(model, "experts", hidden, E, active)
         if model.moe.shared_expert:
-            found += _feed_forward(model, "shared_expert", hidden)
-    found.append(Weight("head.norm.weight", "norm", "vector", 1, (D,)))
+            stored += _feed_forward(model, "shared_expert", hidden)
+    stored.append(Weight("head.norm.weight", "norm", "vector", 1, (D,)))
     if not model.tied_embeddings:
-        found.append(Weight("head.weight", "head", "head", 1, (V, D)))
-    return found
+        stored.append(Weight("head.weight", "head", "head", 1, (V, D)))
+    return stored
 
 
 def _feed_forward(
@@ -204,32 +204,17 @@ def parameters(model: ModelConfig) -> Parameters:
 # --- published formulas
 
 
-def published_parameters(
-    model: ModelConfig,
-    *,
-    depth: int | None = None,
-    width: int | None = None,
-    heads: int | None = None,
-    kv_heads: int | None = None,
-    head_dim: int | None = None,
-    vocab_size: int | None = None,
-    mlp: str | None = None,
-    mlp_ratio: float | None = None,
-) -> int:
+def published_parameters(model: ModelConfig) -> int:
     """N of HyperP, from which its token budgets follow: 12 w² d + 2 w V + 2 w d n_head d_head + 2 w
     d n_kv d_head.
 
     12 = 3 matrices × ratio 4 of SwiGLU; here matrices × mlp_ratio. Embedding and head always count,
-    tied or not; norms, gates and the router do not; of experts only the active ones. An argument
-    replaces the model's own value, so that a base model of the same kind can be counted.
+    tied or not; norms, gates and the router do not; of experts only the active ones.
     """
-    d, w = depth or model.depth, width or model.width
-    V = vocab_size or vocabulary(model)
-    attention = ((heads or model.heads) + (kv_heads or model.kv_heads)) * (
-        head_dim or model.head_dim
-    )
-    mlp_per_width = matrices_of_mlp(mlp or model.mlp) * (mlp_ratio or model.mlp_ratio)
-    return round(mlp_per_width * w * w * d) + 2 * w * V + 2 * w * d * attention
+    d, w = model.depth, model.width
+    attention = (model.heads + model.kv_heads) * model.head_dim
+    mlp_per_width = matrices_of_mlp(model.mlp) * model.mlp_ratio
+    return round(mlp_per_width * w * w * d) + 2 * w * vocabulary(model) + 2 * w * d * attention
 
 
 def published_flops_per_token(model: ModelConfig) -> int:

@@ -71,7 +71,7 @@ def find_device(name: str, *, peak: float | None = None, memory: int | None = No
         device = DEVICES.get(DRIVER_NAMES.get(lowered, lowered)) or Device(name, None, None, listed)
     if peak is None and memory is None:
         return device
-    told = " and ".join(
+    given = " and ".join(
         word for word, value in (("peak", peak), ("memory", memory)) if value is not None
     )
     return dataclasses.replace(
@@ -79,7 +79,7 @@ def find_device(name: str, *, peak: float | None = None, memory: int | None = No
         peak=device.peak if peak is None else peak,
         memory=device.memory if memory is None else memory,
         source=(
-            f"{told} as given" if device.source == listed else f"{told} as given; {device.source}"
+            f"{given} as given" if device.source == listed else f"{given} as given; {device.source}"
         ),
     )
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from archscale.plan.counting import Weight, vocabulary, weights
@@ -60,21 +60,60 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """Which rank holds what. Expert groups divide the experts; the rest of sharding divides
-    rows."""
+class Execution:
+    """How a training step runs: its numerics, its micro-batches, and which rank holds what.
 
-    engine: Engine
-    replicate: int
-    shard: int
-    expert: int
-    zero_stage: int
+    Expert groups divide the experts; the rest of sharding divides rows.
+
+    Attributes:
+        micro_batch: sequences per forward pass.
+        accumulation: forward passes per step.
+        engine, replicate, shard, expert, zero_stage, reshard_after_forward: as in the `parallel`
+            section; world size is replicate × shard.
+        recompute: only the blocks' inputs are kept for the backward pass.
+        document_mask: attention has a mask of its own per sequence, and all blocks the same.
+        offload: float32 masters, optimizer state and the update are in host memory, which is not
+            counted (DeepSpeed).
+        state_bytes: optimizer state per element, by role.
+        orthogonal: roles whose rule orthogonalizes whole matrices.
+        compute_bytes, wire_bytes: per element, of the orthogonalization and of its exchange; None:
+            by precision.
+        watched: as on steps that telemetry reads: whole matrices are kept beside their directions.
+    """
+
+    precision: Precision
+    micro_batch: int
+    accumulation: int = 1
+    engine: Engine = "native"
+    replicate: int = 1
+    shard: int = 1
+    expert: int = 1
+    zero_stage: int = 1
+    reshard_after_forward: bool = True
+    recompute: bool = False
+    document_mask: bool = False
+    offload: bool = False
+    state_bytes: Mapping[str, int] = field(default_factory=lambda: STATE_BYTES)
+    orthogonal: Collection[str] = ("matrix",)
+    compute_bytes: int | None = None
+    wire_bytes: int | None = None
+    watched: bool = True
 
     def __post_init__(self) -> None:
         if self.shard % self.expert:
             raise ValueError(
                 f"expert {self.expert} does not divide shard {self.shard}: set it to a divisor"
             )
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of an activation."""
+        return 2 if self.precision == "bf16" else FP32
+
+    @property
+    def exchanged_bytes(self) -> int:
+        """Bytes of an element that the optimizer sends."""
+        return self.wire_bytes or self.element_bytes
 
     @property
     def world(self) -> int:
@@ -110,71 +149,38 @@ class _Layout:
         return math.ceil(w.shape[0] / self.expert) if w.part == "experts" else w.shape[0]
 
 
-def memory(
-    model: ModelConfig,
-    *,
-    precision: Precision,
-    micro_batch: int,
-    accumulation: int = 1,
-    engine: Engine = "native",
-    replicate: int = 1,
-    shard: int = 1,
-    expert: int = 1,
-    zero_stage: int = 1,
-    reshard_after_forward: bool = True,
-    recompute: bool = False,
-    document_mask: bool = False,
-    offload: bool = False,
-    state_bytes: Mapping[str, int] = STATE_BYTES,
-    orthogonal: Collection[str] = ("matrix",),
-    compute_bytes: int | None = None,
-    wire_bytes: int | None = None,
-    watched: bool = True,
-) -> Memory:
+def memory(model: ModelConfig, step: Execution) -> Memory:
     """Bytes on the fullest rank over a training step.
 
     Measured on CPU: for one process, DDP and FSDP2 to a few per cent; for DeepSpeed what stays
     between steps to 5 %, the fullest moment to about 25 %. Expert parallelism is taken with equal
     loads.
-
-    Args:
-        micro_batch: sequences per forward pass. accumulation: forward passes per step.
-        replicate, shard, expert, zero_stage, reshard_after_forward, engine: as in the `parallel`
-            section; world size is replicate × shard.
-        recompute: only the blocks' inputs are kept for the backward pass.
-        document_mask: attention has a mask of its own per sequence, and all blocks the same.
-        offload: float32 masters, optimizer state and the update are in host memory, which is not
-            counted (DeepSpeed).
-        state_bytes: optimizer state per element, by role.
-        orthogonal: roles whose rule orthogonalizes whole matrices.
-        compute_bytes, wire_bytes: per element, of the orthogonalization and of its exchange; None:
-            by precision.
-        watched: as on steps that telemetry reads: whole matrices are kept beside their directions.
     """
-    layout = _Layout(engine, replicate, shard, expert, zero_stage)
-    c = 2 if precision == "bf16" else FP32
+    engine, zero_stage, micro_batch = step.engine, step.zero_stage, step.micro_batch
+    reshard_after_forward, recompute = step.reshard_after_forward, step.recompute
+    c, state_bytes = step.element_bytes, step.state_bytes
     V, D, L, N = vocabulary(model), model.width, model.depth, micro_batch * model.context
     stored = weights(model)
-    part, whole = ({w.name: of(w) for w in stored} for of in (layout.part, layout.whole))
+    part, whole = ({w.name: elements(w) for w in stored} for elements in (step.part, step.whole))
     local, block = sum(part.values()), sum(whole[w.name] for w in stored if w.in_blocks) // L
     root, table = sum(whole[w.name] for w in stored if not w.in_blocks), V * D
     zero = engine == "deepspeed"
     # another of DeepSpeed's classes: float32 gradients that stay
     fused = zero and zero_stage == 1 and c < FP32
     parameters = sum(whole.values())
-    sharded_gradients = layout.gathers or (zero and zero_stage > 1)
+    sharded_gradients = step.gathers or (zero and zero_stage > 1)
     # A weight that is float32 where it is used is cast there, and the cast is saved; FSDP2 and ZeRO
     # hold bf16 instead.
-    casts = int(c < FP32 and not zero and not layout.gathers)
+    casts = int(c < FP32 and not zero and not step.gathers)
     cast = casts * c * sum(whole[w.name] for w in stored if w.role == "matrix") // L
 
     # What the blocks save, and what their backward pass holds on top of it: gradients of the
     # residual stream, of a branch and of the hidden features, less what they have already freed.
-    stream, saved = FP32 * D * N, block_activations(model, c, micro_batch, expert > 1)
+    stream, saved = FP32 * D * N, block_activations(model, c, micro_batch, step.expert > 1)
     hidden = N * c * model.mlp_hidden * (2 if model.mlp == "swiglu" else 3)
     backward = stream + N * c * D + hidden
     # One mask of attention for all blocks.
-    masks = micro_batch if document_mask else 1 if model.window else 0
+    masks = micro_batch if step.document_mask else 1 if model.window else 0
     mask = masks * c * model.context**2
     # The loss: gradients of its input and of the head are taken in the forward pass. Logits exist
     # by chunks, beside their softmax.
@@ -194,9 +200,7 @@ def memory(
         "loss": loss + max(head_input + logits + casts * c * table, loss + (c < FP32) * c * table),
         # Two blocks at a time (one in use, one arriving), or all; embedding and head throughout.
         "gathered": (
-            layout.gathers
-            * c
-            * (root + block * (min(2, L) if reshard_after_forward or zero else L))
+            step.gathers * c * (root + block * (min(2, L) if reshard_after_forward or zero else L))
         ),
         # Gradients of one block or of embedding and head, and their float32 copy that travels.
         "reduction": sharded_gradients * (c + FP32) * max(block, root),
@@ -206,34 +210,30 @@ def memory(
             zero * min(ZERO_BUCKET, parameters) * (FP32 if zero_stage == 3 else 0 if fused else c)
         ),
         "persistent": (
-            layout.gathers
+            step.gathers
             * zero
             * c
             * sum(whole[w.name] for w in stored if w.numel <= ZERO_PERSISTENT)
         ),
         "optimizer_buffers": _optimizer_buffers(
             stored,
-            layout,
-            orthogonal,
-            compute_bytes or c,
-            wire_bytes or c,
+            step,
             max(part[w.name] for w in stored),
-            watched,
         ),
     }
-    if offload:
+    if step.offload:
         terms |= dict.fromkeys(("parameters", "optimizer_state", "optimizer_buffers"), 0)
     gradients, gathered = terms["gradients"], terms["gathered"]
     fixed = terms["parameters"] + terms["model_copy"] + terms["optimizer_state"]
-    resident = layout.is_ddp or fused or (zero and zero_stage == 3)
+    resident = step.is_ddp or fused or (zero and zero_stage == 3)
     if resident:  # gradients, or the buckets that they are views of, are there all the time
         fixed, gradients = fixed + gradients, 0
     if zero and zero_stage == 3:
         fixed += terms["bucket"] + terms["persistent"]
     bucket = terms["bucket"] if zero_stage < 3 else 0
-    kept = gradients if accumulation > 1 or zero else 0  # from earlier micro-batches
+    kept = gradients if step.accumulation > 1 or zero else 0  # from earlier micro-batches
     # a new gradient lies beside where it is summed
-    collected = layout.is_ddp or sharded_gradients or kept > 0
+    collected = step.is_ddp or sharded_gradients or kept > 0
     fresh = (
         FP32 * max(w.numel for w in stored if w.in_blocks)
         if collected and not sharded_gradients
@@ -268,7 +268,7 @@ def memory(
             + backward
             + fresh
             + reducing
-            + layout.gathers * c * (root + min(2, L) * block)
+            + step.gathers * c * (root + min(2, L) * block)
             + sharded_gradients * c * table
             + bucket
         ),
@@ -277,13 +277,13 @@ def memory(
             + gradients
             + 2 * stream
             + (0 if embedding_last or sharded_gradients else FP32 * table)
-            + layout.gathers * c * root
+            + step.gathers * c * root
             + sharded_gradients * (c + FP32) * root
             + bucket
         ),
         "optimizer": (
             fixed
-            + (FP32 * local * (not fused and not offload) if zero else gradients)
+            + (FP32 * local * (not fused and not step.offload) if zero else gradients)
             + terms["optimizer_buffers"]
         ),
     }
@@ -339,35 +339,31 @@ def _lag(gradients: list[int], cast: float) -> int:
     )
 
 
-def _optimizer_buffers(
-    stored: list[Weight],
-    layout: _Layout,
-    orthogonal: Collection[str],
-    compute: int,
-    wire: int,
-    largest: int,
-    watched: bool,
-) -> int:
+def _optimizer_buffers(stored: list[Weight], step: Execution, largest: int) -> int:
     """What `MatrixOptimizer.step` holds at its fullest: two exchange batches and an
-    orthogonalization, or a temporary."""
+    orthogonalization, or a temporary.
+
+    Args:
+        largest: elements of the largest part of a parameter that a rank stores.
+    """
+    compute, wire = (step.compute_bytes or step.element_bytes), step.exchanged_bytes
+    watched = step.watched
     shapes: dict[tuple[int, int], int] = {}
     for w in stored:
-        if w.role in orthogonal:
+        if w.role in step.orthogonal:
             for count, rows, cols in w.matrices():
                 shapes[rows, cols] = shapes.get((rows, cols), 0) + count
     temporary = FP32 * largest  # √v of Adam; W ∘ Q of fused matrices of equal shape
     if not shapes:
         return temporary
-    inward, outward = _exchanged(
-        stored, layout, orthogonal
-    )  # of all batches and all ranks, in elements
-    owned = sum(count * m * n for (m, n), count in shapes.items()) / layout.world
-    batches = math.ceil(max(owned, outward / layout.world) / EXCHANGE_BATCH)
-    batches = max(1, min(batches, math.ceil(sum(shapes.values()) / layout.world)))
+    inward, outward = _exchanged(stored, step)  # of all batches and all ranks, in elements
+    owned = sum(count * m * n for (m, n), count in shapes.items()) / step.world
+    batches = math.ceil(max(owned, outward / step.world) / EXCHANGE_BATCH)
+    batches = max(1, min(batches, math.ceil(sum(shapes.values()) / step.world)))
     batch = max(owned / batches, *(m * n for m, n in shapes))
     work = 0.0
     for (m, n), count in shapes.items():
-        stack = max(1, min(math.ceil(count / layout.world), batch // (m * n)))
+        stack = max(1, min(math.ceil(count / step.world), batch // (m * n)))
         short, long = sorted((m, n))
         # The iteration: X, a spare one unless the stage serves, and square matrices; before it, two
         # float32 copies.
@@ -380,7 +376,7 @@ def _optimizer_buffers(
             stack * (watched * wire * m * n + max(2 * FP32 * m * n, iterating)),
             stack * watching,
         )
-    sent, back = inward / layout.world / batches, outward / layout.world / batches
+    sent, back = inward / step.world / batches, outward / step.world / batches
     # While it works on one batch, the next one's momentum has arrived and the last one's directions
     # are under way; when it returns one, the stage of the last one is still there.
     orthogonalizing = (
@@ -390,9 +386,7 @@ def _optimizer_buffers(
     return math.ceil(max(temporary, orthogonalizing, returning))
 
 
-def _exchanged(
-    stored: list[Weight], layout: _Layout, orthogonal: Collection[str]
-) -> tuple[float, float]:
+def _exchanged(stored: list[Weight], step: Execution) -> tuple[float, float]:
     """Elements that all ranks together send to the owners of matrices, and that these send back to
     every holder.
 
@@ -402,10 +396,10 @@ def _exchanged(
     """
     inward = outward = 0.0
     for w in stored:
-        if w.role not in orthogonal:
+        if w.role not in step.orthogonal:
             continue
-        ways = layout.world if layout.engine == "deepspeed" else layout.shard
-        copies = layout.world // ways
+        ways = step.world if step.engine == "deepspeed" else step.shard
+        copies = step.world // ways
         *_, rows, cols = w.shape
         chunk = (
             math.ceil(w.stack * rows / ways) if w.stack == 1 else math.ceil(w.stack / ways) * rows
@@ -421,50 +415,34 @@ def _exchanged(
     return inward, outward
 
 
-def communication(
-    model: ModelConfig,
-    *,
-    precision: Precision,
-    micro_batch: int,
-    accumulation: int = 1,
-    engine: Engine = "native",
-    replicate: int = 1,
-    shard: int = 1,
-    expert: int = 1,
-    zero_stage: int = 1,
-    reshard_after_forward: bool = True,
-    recompute: bool = False,
-    orthogonal: Collection[str] = ("matrix",),
-    wire_bytes: int | None = None,
-) -> dict[str, int]:
+def communication(model: ModelConfig, step: Execution) -> dict[str, int]:
     """Bytes that a rank sends in one optimizer step, on average over ranks, by purpose; ring
-    collectives. Arguments as for `memory`.
+    collectives.
 
     parameters: all-gathers for the forward pass, and for the backward pass of blocks that were
     freed. gradients: float32, reduced at every micro-batch, by DDP and by ZeRO-1 once. optimizer:
     momentum to the owners of matrices and directions back. experts: rows to their experts and back,
     with equal loads; one gate a row left out.
     """
-    layout = _Layout(engine, replicate, shard, expert, zero_stage)
-    c = 2 if precision == "bf16" else FP32
+    c, accumulation, expert = step.element_bytes, step.accumulation, step.expert
     stored = weights(model)
     sent = dict.fromkeys(("parameters", "gradients", "optimizer", "experts"), 0.0)
-    world, zero = layout.world, engine == "deepspeed"
+    world, zero = step.world, step.engine == "deepspeed"
     for w in stored:
-        elements, ways = layout.whole(w), layout.ways(w)
+        elements, ways = step.whole(w), step.ways(w)
         copies = world // (ways * (expert if w.part == "experts" else 1))  # replicas of each shard
         ring, over_replicas = (ways - 1) / ways, (copies - 1) / copies
-        if layout.gathers:
-            twice = w.in_blocks and (reshard_after_forward or zero)
+        if step.gathers:
+            twice = w.in_blocks and (step.reshard_after_forward or zero)
             sent["parameters"] += accumulation * (2 if twice else 1) * c * elements * ring
         elif zero:  # the updated model copy
             sent["parameters"] += c * elements * ring
-        reductions = 1 if layout.is_ddp or (zero and zero_stage == 1) else accumulation
+        reductions = 1 if step.is_ddp or (zero and step.zero_stage == 1) else accumulation
         sent["gradients"] += reductions * FP32 * elements * (ring + 2 * over_replicas / ways)
-    sent["optimizer"] = (wire_bytes or c) * sum(_exchanged(stored, layout, orthogonal)) / world
-    tokens = micro_batch * model.context * model.expert_counts[1] * (1 - 1 / expert)
+    sent["optimizer"] = step.exchanged_bytes * sum(_exchanged(stored, step)) / world
+    tokens = step.micro_batch * model.context * model.expert_counts[1] * (1 - 1 / expert)
     passes = accumulation * (
-        6 if recompute else 4
+        6 if step.recompute else 4
     )  # there and back, in the forward and the backward pass
     if model.moe and model.moe.counts_first:
         passes += 2 * (accumulation - 1)  # the counting pass

@@ -16,8 +16,9 @@ from archscale.errors import ConfigError
 from archscale.plan import counting
 from archscale.plan import transfer as rules
 from archscale.plan.devices import Device
-from archscale.plan.memory import Memory, checkpoint_bytes, communication, memory
+from archscale.plan.memory import Execution, Memory, checkpoint_bytes, communication, memory
 from archscale.plan.text import size
+from archscale.plan.transfer import Transfer
 
 # Float32 buffers per element that a rule keeps; a test compares them with the optimizer's.
 STATE_BUFFERS = {"adamw": 2, "adamh": 2, "lamb": 2}
@@ -37,13 +38,28 @@ INITIALIZATION = {
 
 @dataclass
 class Plan:
-    """What a config amounts to. A section of `figures` is missing where a problem keeps it from
-    being known."""
+    """What a config amounts to on a number of devices.
 
-    config: Config  # resolved as far as possible
+    Attributes:
+        config: resolved as far as possible.
+        world_size: devices, one process each.
+        device: what it will run on, where that is known.
+        shard: ranks over which parameters are sharded; None where a problem keeps it from being
+            known, as with all that follows.
+        transfer: rule, rate and decay of each role.
+        figures: for people and JSON, by section.
+        problems: what training refuses.
+        advice: worth a change, refused by nobody.
+    """
+
+    config: Config
+    world_size: int = 1
+    device: Device | None = None
+    shard: int | None = None
+    transfer: Transfer | None = None
     figures: dict[str, Any] = field(default_factory=dict)
     problems: list[ConfigError] = field(default_factory=list)
-    advice: list[ConfigError] = field(default_factory=list)  # worth a change, refused by nobody
+    advice: list[ConfigError] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -73,10 +89,10 @@ def make_plan(
         data_tokens: tokens of the training split; None where it is not known, as before the data
             set is prepared.
     """
-    plan = Plan(config)
+    plan = Plan(config, world_size, device)
     unknown = list(rules.problems(config.model, config.parameterization, config.optimizer))
     plan.problems += [*config.unavailable(), *unknown]
-    shard = _attempt(plan, lambda: config.shard_size(world_size))
+    plan.shard = shard = _attempt(plan, lambda: config.shard_size(world_size))
     accumulation = _attempt(plan, lambda: config.accumulation(world_size))
     if config.model.vocab_size is None:
         plan.problems.append(
@@ -105,7 +121,7 @@ def make_plan(
     if resolved is None:
         return plan
     plan.config = config = resolved
-    transfer = None if unknown else rules.transfer_of(config)
+    plan.transfer = transfer = None if unknown else rules.transfer_of(config)
     plan.figures["parameterization"] = _parameterization(config, transfer)
     plan.figures["training"] = _training(config, world_size, accumulation)
     plan.figures["data"] = _data(plan, data_tokens)
@@ -182,19 +198,19 @@ def _attempt(plan: Plan, compute: Callable[[], Any]) -> Any:
         return None
 
 
-def _parameterization(config: Config, transfer: rules.Transfer | None) -> dict[str, Any]:
+def _parameterization(config: Config, transfer: Transfer | None) -> dict[str, Any]:
     model, kind = config.model, config.parameterization.kind
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "kind": kind,
         "base": config.parameterization.base.model_dump(),
         "residual_multiplier": 1 / math.sqrt(2 * model.depth) if model.depth_mup else 1.0,
     }
     if transfer:
-        found |= {
+        figures |= {
             "logit_scale": transfer.logit_scale,
             "router_logit_scale": transfer.router_logit_scale,
         }
-        found["roles"] = {
+        figures["roles"] = {
             role: {
                 **asdict(settings),
                 "initialization": INITIALIZATION[
@@ -203,7 +219,7 @@ def _parameterization(config: Config, transfer: rules.Transfer | None) -> dict[s
             }
             for role, settings in transfer.roles.items()
         }
-    return found
+    return figures
 
 
 def _training(config: Config, world_size: int, accumulation: int | None) -> dict[str, Any]:
@@ -285,7 +301,7 @@ def _flops(config: Config, accumulation: int) -> dict[str, Any]:
 
 def _memory(
     plan: Plan,
-    transfer: rules.Transfer,
+    transfer: Transfer,
     world_size: int,
     shard: int,
     accumulation: int,
@@ -298,35 +314,34 @@ def _memory(
     """
     config, model = plan.config, plan.config.model
     matrix, parallel = config.optimizer.matrix, config.parallel
-    state = {role: 4 * STATE_BUFFERS.get(of.rule, 1) for role, of in transfer.roles.items()}
+    state = {
+        role: 4 * STATE_BUFFERS.get(settings.rule, 1) for role, settings in transfer.roles.items()
+    }
     state["matrix"] -= 2 * (
         matrix.momentum_dtype == "bfloat16"
     )  # of Adam's two buffers only the first one
-    step: dict[str, Any] = {
-        "precision": config.training.precision,
-        "micro_batch": config.training.micro_batch,
-        "accumulation": accumulation,
-        "engine": parallel.engine,
-        "replicate": parallel.replicate,
-        "shard": shard,
-        "expert": parallel.expert,
-        "zero_stage": parallel.zero_stage,
-        "reshard_after_forward": parallel.reshard_after_forward,
-        "orthogonal": () if matrix.rule in ELEMENTWISE else ("matrix",),
-        "recompute": config.training.activation_checkpoint == "block",
-        "wire_bytes": 4 if config.wire_dtype == "float32" else 2,
-    }
-    need = memory(
-        model,
-        **step,
+    step = Execution(
+        precision=config.training.precision,
+        micro_batch=config.training.micro_batch,
+        accumulation=accumulation,
+        engine=parallel.engine,
+        replicate=parallel.replicate,
+        shard=shard,
+        expert=parallel.expert,
+        zero_stage=parallel.zero_stage,
+        reshard_after_forward=parallel.reshard_after_forward,
+        recompute=config.training.activation_checkpoint == "block",
         document_mask=config.data.document_mask,
-        state_bytes=state,
         offload=parallel.offload_optimizer and not on_host,
+        state_bytes=state,
+        orthogonal=() if matrix.rule in ELEMENTWISE else ("matrix",),
         compute_bytes=4 if config.compute_dtype == "float32" else 2,
+        wire_bytes=4 if config.wire_dtype == "float32" else 2,
     )
+    need = memory(model, step)
     each = checkpoint_bytes(model, state)
     plan.figures["memory"] = {"peak": need.peak, "phases": need.phases, "terms": need.terms}
-    plan.figures["communication"] = communication(model, **step)
+    plan.figures["communication"] = communication(model, step)
     plan.figures["checkpoint"] = {
         "bytes": each,
         "kept": config.checkpoint.keep,

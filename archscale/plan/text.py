@@ -205,8 +205,7 @@ def _flops_rows(f: dict[str, Any]) -> dict[str, str]:
 
 
 def counting_pass_share(flops: Mapping[str, Any]) -> float:
-    """Of the FLOPs section: what the counting pass of a global balance loss adds to training's
-    work."""
+    """What the counting pass of a global balance loss adds to training's work."""
     return flops["counting_pass_per_token"] / flops["training_per_token"]
 
 

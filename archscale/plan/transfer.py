@@ -1,5 +1,5 @@
 """Hyperparameter transfer: from the base model's learning rate to every role's at another size
-(REFERENCE 3).
+(HyperP, arXiv 2603.28743; μP).
 
     η(role) = base.lr · lr_ratio · width · depth · tokens · batch
 
@@ -252,9 +252,8 @@ def budget(model: ModelConfig, parameterization: ParameterizationConfig) -> int:
         )
     heads = base.heads or heads
     kv_heads = base.kv_heads or (heads if model.kv_heads == model.heads else model.kv_heads)
-    n0 = published_parameters(
-        model, depth=base.depth, width=base.width, heads=heads, kv_heads=kv_heads
-    )
+    size = {"depth": base.depth, "width": base.width, "heads": heads, "kv_heads": kv_heads}
+    n0 = published_parameters(model.model_copy(update=size))
     return base.tokens * published_parameters(model) // n0
 
 
@@ -265,14 +264,9 @@ def resolve(config: Config) -> Config:
         ConfigError: as `budget`, or a schedule that does not fit into the budget.
     """
     training = config.training
-    numbers = {"batch_tokens": config.batch_tokens}
-    numbers["tokens"] = (
+    tokens = (
         budget(config.model, config.parameterization)
         if training.tokens == "auto"
         else training.tokens
     )
-    if {key: getattr(training, key) for key in numbers} == numbers:
-        return config
-    return Config.from_dict(
-        {**config.resolved(), "training": {**config.resolved()["training"], **numbers}}
-    )
+    return config.with_numbers(tokens, config.batch_tokens)

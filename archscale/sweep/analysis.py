@@ -42,42 +42,50 @@ def analyse(sweep: SweepRecord) -> Analysis:
     """Everything that the finished runs allow; what they do not is left out, or there with the
     reason."""
     axes = find_axes(sweep)
-    found = Analysis(axes, [], [], make_fits(sweep.table, sweep.fits))
+    analysis = Analysis(axes, [], [], make_fits(sweep.table, sweep.fits))
     if axes.y is None:
-        return found
-    _combine(found, sweep.table)
-    if axes.tuned and found.combinations:
-        _bowls(found, sweep.table)
+        return analysis
+    _combine(analysis, sweep.table)
+    if axes.tuned and analysis.combinations:
+        _bowls(analysis, sweep.table)
     best = Table.from_rows(
-        [one.row | {"loss at the best": one.loss} for one in found.combinations],
         [
-            ", ".join([one.arm, *(value_of(key, one.row.get(key)) for key in axes.numbers)])
-            for one in found.combinations
+            combination.row | {"loss at the best": combination.loss}
+            for combination in analysis.combinations
+        ],
+        [
+            ", ".join(
+                [
+                    combination.arm,
+                    *(value_of(key, combination.row.get(key)) for key in axes.numbers),
+                ]
+            )
+            for combination in analysis.combinations
         ],
         sweep.table.source,
     )
     if axes.scale and "flops" in best.columns:
-        found.curves = _try(
-            found,
+        analysis.curves = _try(
+            analysis,
             lambda: fit_table(
                 best, FitRequest("power", ["flops"], "loss at the best", _curve_keys(axes))
             ),
         )
-        _leverage(found)
-    _indicators(found, best)
-    return found
+        _leverage(analysis)
+    _indicators(analysis, best)
+    return analysis
 
 
 def _curve_keys(axes: Axes) -> list[str]:
     return [*axes.arms, *axes.others]
 
 
-def _try(found: Analysis, make):  # type: ignore[no-untyped-def]
+def _try(analysis: Analysis, make):  # type: ignore[no-untyped-def]
     """None with a note where it is refused."""
     try:
         return make()
     except ArchscaleError as error:
-        found.notes.append(str(error))
+        analysis.notes.append(str(error))
         return None
 
 
@@ -85,13 +93,13 @@ def _finite(value: Cell) -> float | None:
     return value if isinstance(value, float) and math.isfinite(value) else None
 
 
-def _combine(found: Analysis, table: Table) -> None:
-    axes = found.axes
+def _combine(analysis: Analysis, table: Table) -> None:
+    axes = analysis.axes
     y = table.columns[str(axes.y)]
     groups: dict[Key, list[int]] = {}
     for row, name in enumerate(table.rows):
         if _finite(y[row]) is None:
-            found.diverged.append(
+            analysis.diverged.append(
                 (name, f"{axes.y} is {'missing' if y[row] is None else 'not finite'}")
             )
         else:
@@ -115,7 +123,7 @@ def _combine(found: Analysis, table: Table) -> None:
         points = [np.array([_finite(y[row]) for row in by_x[x]], dtype=float) for x in xs]
         best = lowest(points)
         mean = _mean_row(table, by_x[xs[best]])
-        found.combinations.append(
+        analysis.combinations.append(
             Combination(key, axes.arm(mean), mean, np.array(xs), points, best)
         )
 
@@ -133,15 +141,17 @@ def _mean_row(table: Table, rows: Sequence[int]) -> dict[str, Cell]:
     return out
 
 
-def _bowls(found: Analysis, table: Table) -> None:
+def _bowls(analysis: Analysis, table: Table) -> None:
     """A bowl for each combination and, for each numeric key, the law of their optima.
 
     The grid's own fits where they are of these points, so that page and command say the same; fits
     with their settings for all others.
     """
-    axes = found.axes
+    axes = analysis.axes
     asked = [
-        fit for fit in found.fits if fit.asked.form == "quadratic_log" and _is_bowl(fit.fits, axes)
+        fit
+        for fit in analysis.fits
+        if fit.asked.form == "quadratic_log" and _is_bowl(fit.fits, axes)
     ]
     settings = asked[0].asked.settings if asked else Settings()
     block = next((fit.fits.block for fit in asked[:1] if fit.fits), None)
@@ -149,7 +159,7 @@ def _bowls(found: Analysis, table: Table) -> None:
     alongs: list[str | None] = [*axes.numbers] or [None]
     own = [
         _try(
-            found,
+            analysis,
             lambda along=along: fit_table(  # type: ignore[misc]
                 table,
                 FitRequest(
@@ -170,21 +180,22 @@ def _bowls(found: Analysis, table: Table) -> None:
             continue
         members: dict[Key, list[Combination]] = {}
         for group in fits.groups:
-            told = dict(zip([*fits.group, *([fits.against] if fits.against else [])], group.key))
-            ones = [
-                one
-                for one in found.combinations
-                if one.has(group) and all(one.row.get(k) == v for k, v in told.items())
+            values = dict(zip([*fits.group, *([fits.against] if fits.against else [])], group.key))
+            matches = [
+                combination
+                for combination in analysis.combinations
+                if combination.has(group)
+                and all(combination.row.get(k) == v for k, v in values.items())
             ]
-            if len(ones) != 1:
+            if len(matches) != 1:
                 continue  # it mixes combinations
-            [one] = ones
-            one.bowl = one.bowl or group
-            members.setdefault(group.key[:-1], []).append(one)
+            [combination] = matches
+            combination.bowl = combination.bowl or group
+            members.setdefault(group.key[:-1], []).append(combination)
         for law in fits.laws:
-            _add_drift(found, fits, law, members.get(law.key, []), known)
-    found.drifts.sort(
-        key=lambda drift: (axes.numbers.index(drift.along), found.arms.index(drift.arm))
+            _add_drift(analysis, fits, law, members.get(law.key, []), known)
+    analysis.drifts.sort(
+        key=lambda drift: (axes.numbers.index(drift.along), analysis.arms.index(drift.arm))
     )
 
 
@@ -197,7 +208,7 @@ def _is_bowl(fits: TableFits | None, axes: Axes) -> bool:
 
 
 def _add_drift(
-    found: Analysis,
+    analysis: Analysis,
     fits: TableFits,
     law: Group,
     members: Sequence[Combination],
@@ -205,11 +216,11 @@ def _add_drift(
 ) -> None:
     """`law` as a drift, if its combinations differ in nothing else and no earlier one is of
     them."""
-    axes, along = found.axes, fits.against
+    axes, along = analysis.axes, fits.against
     if along not in axes.numbers or not members:
         return
     columns = [key for key in axes.cell if key != along]
-    keys = {tuple(one.row[key] for key in columns) for one in members}
+    keys = {tuple(combination.row[key] for key in columns) for combination in members}
     if len(keys) != 1 or (along, *keys) in known:
         return
     [key] = keys
@@ -217,7 +228,7 @@ def _add_drift(
     row = members[0].row
     label = label_in(axes, row, [key for key in axes.numbers if key != along])
     reference = _reference(along, row) if axes.tuned == LR else None
-    found.drifts.append(Drift(along, columns, key, members[0].arm, label, law, reference))
+    analysis.drifts.append(Drift(along, columns, key, members[0].arm, label, law, reference))
 
 
 def _reference(along: str, row: Mapping[str, Cell]) -> float | None:
@@ -238,9 +249,9 @@ def _reference(along: str, row: Mapping[str, Cell]) -> float | None:
     return 0.0 if transferred else None
 
 
-def _leverage(found: Analysis) -> None:
-    """Of every curve over the one that needs most FLOPs in the middle of their common range."""
-    fits = found.curves
+def _leverage(analysis: Analysis) -> None:
+    """Leverage of every curve over the one that needs most FLOPs in the middle of their range."""
+    fits = analysis.curves
     groups = [group for group in (fits.groups if fits else []) if group.fit]
     if len(groups) < 2:
         return
@@ -249,7 +260,7 @@ def _leverage(found: Analysis) -> None:
     high = min(float(group.fit.highs[0]) for group in groups if group.fit)
     middle = math.sqrt(low * high)
     base = max(groups, key=lambda group: float(group.fit.predict(middle)[0]) if group.fit else 0.0)
-    names = {group.key: label for _, label, group in curve_names(found, fits)}
+    names = {group.key: label for _, label, group in curve_names(analysis, fits)}
     for group in sorted(groups, key=lambda group: list(names).index(group.key)):
         if group is base:
             continue
@@ -257,15 +268,15 @@ def _leverage(found: Analysis) -> None:
         assert base.fit is not None
         pair = (names[group.key], names[base.key])
         try:
-            found.leverage.append(
+            analysis.leverage.append(
                 (*pair, leverage(group.fit, base.fit, [], pair, "the curves over FLOPs"))
             )
         except ArchscaleError as error:
-            found.leverage.append((*pair, str(error)))
+            analysis.leverage.append((*pair, str(error)))
 
 
-def _indicators(found: Analysis, best: Table) -> None:
-    axes = found.axes
+def _indicators(analysis: Analysis, best: Table) -> None:
+    axes = analysis.axes
     for name, column in best.columns.items():
         if not INDICATORS.fullmatch(name):
             continue
@@ -273,14 +284,14 @@ def _indicators(found: Analysis, best: Table) -> None:
         if not values:
             continue
         if max(values) - min(values) <= 1e-12 * max(map(abs, values)):
-            found.constant[name] = values[0]
+            analysis.constant[name] = values[0]
             continue
-        found.indicators.append(name)
+        analysis.indicators.append(name)
         if axes.scale:
             try:
-                found.growth[name] = fit_table(
+                analysis.growth[name] = fit_table(
                     best, FitRequest("power", ["flops"], name, _curve_keys(axes))
                 )
             except ArchscaleError as error:
-                found.notes.append(str(error))
-                found.unfitted[name] = error.what
+                analysis.notes.append(str(error))
+                analysis.unfitted[name] = error.what

@@ -110,10 +110,10 @@ def _follows(key: str, others: Sequence[str], runs: Sequence[Mapping[str, Any]])
     """Whether the values of `others` tell that of `key`."""
     if not others:
         return False
-    found: dict[tuple[str, ...], str] = {}
+    seen: dict[tuple[str, ...], str] = {}
     for run in runs:
         value = _plain(run.get(key))
-        if found.setdefault(tuple(_plain(run.get(other)) for other in others), value) != value:
+        if seen.setdefault(tuple(_plain(run.get(other)) for other in others), value) != value:
             return False
     return True
 

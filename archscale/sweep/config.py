@@ -114,7 +114,7 @@ class GridConfig(ClusterSections):
     `archscale.sweep.launchers.config`."""
 
     name: Text
-    """Of the sweep and of its directory, runs/<name>."""
+    """Name of the sweep and of its directory, runs/<name>."""
     base: Text
     """Config of all runs, relative to the grid file."""
     axes: dict[str, list[Any]] = Field(default_factory=dict)

@@ -81,14 +81,14 @@ class Expression:
             ConfigError: it has none, such as a division by zero.
         """
         try:
-            found = self._evaluate(self._tree, value)
+            result = self._evaluate(self._tree, value)
         except (ArithmeticError, TypeError, ValueError) as error:
             named = ", ".join(f"{name} {show(value(name))}" for name in sorted(self.names))
             what = f"{show(self.text)} has no value{' with ' if named else ''}{named}: {error}"
             raise ConfigError(
                 what, self.where, "correct it, or drop these runs with `where`"
             ) from None
-        return found
+        return result
 
     def _check(self, node: ast.AST, keys: Collection[str]) -> None:
         match node:
@@ -126,8 +126,8 @@ class Expression:
                 self._check(child, keys)
 
     def _refuse(self, node: ast.AST) -> None:
-        what = show(ast.unparse(node)) if isinstance(node, ast.expr) else type(node).__name__
-        raise ConfigError(f"{what} is not allowed in {show(self.text)}", self.where, ALLOWED)
+        text = show(ast.unparse(node)) if isinstance(node, ast.expr) else type(node).__name__
+        raise ConfigError(f"{text} is not allowed in {show(self.text)}", self.where, ALLOWED)
 
     def _evaluate(self, node: ast.AST, value: Callable[[str], Any]) -> Any:
         match node:
@@ -137,34 +137,45 @@ class Expression:
                 name = _dotted(node)
                 assert name is not None
                 return CONSTANTS[name] if name in CONSTANTS else as_number(value(name))
-            case ast.BinOp(left=left, op=op, right=right):
-                a, b = (_number(self._evaluate(side, value)) for side in (left, right))
-                if isinstance(op, ast.Pow) and abs(b) > HIGHEST_POWER:
-                    raise ValueError(f"the power {b} is too high")
-                return _number(ARITHMETIC[type(op)](a, b))
+            case ast.BinOp():
+                return self._arithmetic(node, value)
             case ast.UnaryOp(op=op, operand=operand):
                 inner = self._evaluate(operand, value)
                 return SIGNS[type(op)](inner if isinstance(op, ast.Not) else _number(inner))
-            case ast.BoolOp(op=op, values=values):
-                found = None
-                for part in values:
-                    found = self._evaluate(part, value)
-                    if bool(found) == isinstance(op, ast.Or):
-                        break
-                return found
+            case ast.BoolOp():
+                return self._and_or(node, value)
             case ast.IfExp(test=test, body=body, orelse=orelse):
                 return self._evaluate(body if self._evaluate(test, value) else orelse, value)
             case ast.List(elts=elements) | ast.Tuple(elts=elements):
                 return [self._evaluate(element, value) for element in elements]
-            case ast.Compare(left=left, ops=ops, comparators=comparators):
-                a = self._evaluate(left, value)
-                for comparison, comparator in zip(ops, comparators):
-                    b = self._evaluate(comparator, value)
-                    if not COMPARISONS[type(comparison)](a, b):
-                        return False
-                    a = b
-                return True
+            case ast.Compare():
+                return self._comparison(node, value)
         raise AssertionError(f"{node} was checked")
+
+    def _arithmetic(self, node: ast.BinOp, value: Callable[[str], Any]) -> Any:
+        left, right = (_number(self._evaluate(side, value)) for side in (node.left, node.right))
+        if isinstance(node.op, ast.Pow) and abs(right) > HIGHEST_POWER:
+            raise ValueError(f"the power {right} is too high")
+        return _number(ARITHMETIC[type(node.op)](left, right))
+
+    def _and_or(self, node: ast.BoolOp, value: Callable[[str], Any]) -> Any:
+        """As Python: the part that decides, no part behind it is looked at."""
+        part = None
+        for operand in node.values:
+            part = self._evaluate(operand, value)
+            if bool(part) == isinstance(node.op, ast.Or):
+                break
+        return part
+
+    def _comparison(self, node: ast.Compare, value: Callable[[str], Any]) -> bool:
+        """As Python: a < b < c compares each with its neighbour."""
+        left = self._evaluate(node.left, value)
+        for comparison, comparator in zip(node.ops, node.comparators):
+            right = self._evaluate(comparator, value)
+            if not COMPARISONS[type(comparison)](left, right):
+                return False
+            left = right
+        return True
 
 
 def as_number(value: Any) -> Any:

@@ -32,7 +32,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -42,7 +42,7 @@ from pydantic import ValidationError
 
 from archscale.config import Config
 from archscale.config.explain import all_keys, explain, our_name
-from archscale.config.layers import Layer, read_file, read_layers
+from archscale.config.layers import Layer, flatten, read_file, read_layers
 from archscale.errors import ConfigError, nearest, show
 from archscale.fit.fit import window
 from archscale.sweep.config import MOST_RUNS, GridConfig, RefineConfig
@@ -88,7 +88,7 @@ class Grid:
         self._derived = self._in_order()
         self._where = self._expression(content.where, "where") if content.where else None
         for layer in self._layers[len(self._layers) - len(overrides) :]:
-            key = next(_leaves(layer.data))
+            key = next(iter(flatten(layer.data)))
             if taken := next((k for k in self.keys if _overlap(k, key)), None):
                 raise ConfigError(
                     f"the grid sets {taken}", layer.origin, f"change {taken} in {path}"
@@ -126,9 +126,9 @@ class Grid:
             return []
         losses: dict[str, dict[Any, list[float]]] = {}  # of each combination, by x
         for run in self.runs():
-            found = losses.setdefault(self._others(run), {}).setdefault(run.values[refine.x], [])
+            measured = losses.setdefault(self._others(run), {}).setdefault(run.values[refine.x], [])
             if math.isfinite(y.get(run.name, math.nan)):
-                found.append(y[run.name])
+                measured.append(y[run.name])
         windows = {}
         for others, by_x in losses.items():
             values = sorted(by_x, key=as_number)
@@ -167,7 +167,7 @@ class Grid:
             raise ConfigError(
                 f"{count:,} combinations are more than {MOST_RUNS:,}", str(self.path), remedy
             )
-        found, problems, causes = [], [], set()
+        runs, problems, causes = [], [], set()
         for combination in itertools.product(*parts):
             point = {key: value for part in combination for key, value in part.items()}
             where = f"{describe(point)} in {self.path}"
@@ -184,16 +184,16 @@ class Grid:
                     raise  # not the fault of one combination: say where it stands
                 continue
             if run is not None:
-                found.append(run)
+                runs.append(run)
         if problems:
             raise ConfigError.several(problems)
-        if not found:
+        if not runs:
             raise ConfigError(
                 f"`where` drops all {count} combinations",
                 f"where in {self.path}",
                 "loosen it, or add values",
             )
-        return found
+        return runs
 
     def _run(self, point: Point, name: str, where: str) -> GridRun | None:
         values = dict(point)
@@ -206,11 +206,11 @@ class Grid:
                 return values[key]
             if not resolved:
                 resolved.append(self._config(values, name).resolved())
-            found: Any = resolved[0]
+            part_value: Any = resolved[0]
             for part in key.split("."):
                 # keys of a section that is null are null
-                found = None if found is None else found[part]
-            return found
+                part_value = None if part_value is None else part_value[part]
+            return part_value
 
         for key, derived in self._derived:
             values[key] = derived(value) if isinstance(derived, Expression) else derived
@@ -232,11 +232,11 @@ class Grid:
     def _name(self, combination: Sequence[Point]) -> str:
         """Such as `width64_lr0.01_seed0`. Of keys that move together as few as tell them apart."""
         zips = self.content.zip
-        told: list[str] = []
+        parts: list[str] = []
         for i, part in enumerate(combination):
             keys = _telling(zips[i]) if i < len(zips) else list(part)
-            told += [f"{self._short(key)}{_value_text(part[key])}" for key in keys]
-        name = "_".join(told) or self.content.name
+            parts += [f"{self._short(key)}{_value_text(part[key])}" for key in keys]
+        name = "_".join(parts) or self.content.name
         exact = json.dumps(combination, sort_keys=True, default=str)
         if len(name) > LONGEST_NAME or any(
             isinstance(v, dict | list) for part in combination for v in part.values()
@@ -266,7 +266,7 @@ class Grid:
             for key, value in pending.items()
         }
         own = set(self.keys) - pending.keys()
-        found: list[tuple[str, Any]] = []
+        ordered: list[tuple[str, Any]] = []
         while pending:
             ready = [key for key in pending if not names[key] & pending.keys()]
             if not ready:
@@ -277,67 +277,35 @@ class Grid:
                     "break the circle",
                 )
             key = next((key for key in ready if names[key] <= own), ready[0])
-            found.append((key, pending.pop(key)))
+            ordered.append((key, pending.pop(key)))
             own.add(key)
-        return found
+        return ordered
 
     def _expression(self, text: str, where: str) -> Expression:
         return Expression(text, f"{where} in {self.path}", KEYS)
 
     def _check_keys(self) -> None:
         content, path = self.content, self.path
-        named = [("axes", key) for key in content.axes] + [
-            ("derive", key) for key in content.derive
-        ]
+        named = [("axes", key) for key in content.axes]
+        named += [("derive", key) for key in content.derive]
         for number, part in enumerate(content.zip):
-            which = f"zip.{number}" if len(content.zip) > 1 else "zip"
-            if not part[0]:
-                raise ConfigError(
-                    "there is nothing in it",
-                    f"{which} in {path}",
-                    "give `key: value` pairs, or remove it",
-                )
-            for point in part[1:]:
-                if point.keys() != part[0].keys():
-                    odd = sorted(point.keys() ^ part[0].keys())[0]
-                    raise ConfigError(
-                        f"{odd} is not in all of its entries",
-                        f"{which} in {path}",
-                        "give it in all",
-                    )
-            if twice := _twice(part):
-                raise ConfigError(
-                    f"{describe(twice)} is there twice", f"{which} in {path}", "remove one of them"
-                )
-            named += [(which, key) for key in part[0]]
+            section_name = f"zip.{number}" if len(content.zip) > 1 else "zip"
+            self._check_zip(part, f"{section_name} in {path}")
+            named += [(section_name, key) for key in part[0]]
         if not content.axes and not content.zip and content.seeds is None:
             raise ConfigError(
                 "the grid has no axes",
                 str(path),
                 "give `axes:`, `zip:` or `seeds:`, or use archscale train",
             )
-        if content.seeds is not None and len(set(content.seeds)) < len(content.seeds):
-            raise ConfigError("a seed is there twice", f"seeds in {path}", "remove one of them")
         if content.seeds is not None:
+            if len(set(content.seeds)) < len(content.seeds):
+                raise ConfigError("a seed is there twice", f"seeds in {path}", "remove one of them")
             named.append(("seeds", "seed"))
         if content.refine is not None:
             self._check_refine(content.refine)
         for section, key in named:
-            where = f"{section}.{key} in {path}"
-            if key in ("name", "base"):
-                raise ConfigError(
-                    f"a grid cannot set {key}",
-                    where,
-                    "leave it out: runs are named by their values",
-                )
-            if key not in KEYS:
-                keys = sorted(KEYS)
-                close = our_name(key, keys) or next(
-                    (k for k in keys if k.endswith(f".{key}")), None
-                )
-                close = close or nearest(key, keys)
-                remedy = f"did you mean {close}?" if close else "give dotted keys of the config"
-                raise ConfigError(f"unknown key {show(key)}", where, remedy)
+            _check_key(key, f"{section}.{key} in {path}")
         for (_, first), (section, second) in itertools.combinations(named, 2):
             if _overlap(first, second):
                 what = (
@@ -354,6 +322,19 @@ class Grid:
                 )
             if twice := _twice([{key: value} for value in values]):
                 raise ConfigError(f"{show(twice[key])} is there twice", where, "remove one of them")
+
+    def _check_zip(self, part: Sequence[Point], where: str) -> None:
+        """Entries of one `zip` have the same keys, and no two the same values."""
+        if not part[0]:
+            raise ConfigError(
+                "there is nothing in it", where, "give `key: value` pairs, or remove it"
+            )
+        for point in part[1:]:
+            if point.keys() != part[0].keys():
+                odd = sorted(point.keys() ^ part[0].keys())[0]
+                raise ConfigError(f"{odd} is not in all of its entries", where, "give it in all")
+        if twice := _twice(part):
+            raise ConfigError(f"{describe(twice)} is there twice", where, "remove one of them")
 
     def _check_refine(self, refine: RefineConfig) -> None:
         where = f"refine in {self.path}"
@@ -401,6 +382,23 @@ def read_grid(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Gr
     return Grid(file, content, overrides)
 
 
+def _check_key(key: str, where: str) -> None:
+    """Refuses what is no key of the config, or none that a grid may set."""
+    if key in ("name", "base"):
+        raise ConfigError(
+            f"a grid cannot set {key}", where, "leave it out: runs are named by their values"
+        )
+    if key not in KEYS:
+        keys = sorted(KEYS)
+        meant = (
+            our_name(key, keys)
+            or next((known for known in keys if known.endswith(f".{key}")), None)
+            or nearest(key, keys)
+        )
+        remedy = f"did you mean {meant}?" if meant else "give dotted keys of the config"
+        raise ConfigError(f"unknown key {show(key)}", where, remedy)
+
+
 def describe(point: Mapping[str, Any]) -> str:
     """Such as `model.width 64, seed 0`."""
     return ", ".join(
@@ -445,12 +443,3 @@ def _value_text(value: Any) -> str:
 
 def _overlap(a: str, b: str) -> bool:
     return a == b or a.startswith(b + ".") or b.startswith(a + ".")
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted keys of an override, which sets one."""
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key

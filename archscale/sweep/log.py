@@ -52,7 +52,7 @@ def open_log(path: Path) -> Iterator[IO[str]]:
 
 
 def line_of(event: Event) -> dict[str, Any]:
-    """Of sweep.jsonl."""
+    """An event as a line of sweep.jsonl."""
     line: dict[str, Any] = {"event": event.what, "run": event.job.name, "attempt": event.attempt}
     if event.what in ("finished", "failed"):
         line["seconds"] = round(event.seconds, 3)

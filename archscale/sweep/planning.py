@@ -6,17 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from archscale.checkpoint.directory import checkpoint_steps
 from archscale.checkpoint.history import other_trajectory
 from archscale.config import load_config
 from archscale.data.shards import read_manifest
 from archscale.errors import ArchscaleError, ConfigError, DataError
-from archscale.files import CHECKPOINTS, CONFIG, METRICS
+from archscale.files import CONFIG, METRICS, newest_step
 from archscale.fit.groups import text_of
 from archscale.plan.devices import Device
 from archscale.plan.plan import Plan, make_plan
 from archscale.sweep.grid import Grid, GridRun
-from archscale.sweep.table import flat
+from archscale.sweep.table import config_cells
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class SweepRun:
 
 
 def run_directories(directory: Path) -> set[str]:
-    """Of the run directories that are there."""
+    """Names of the run directories that are there."""
     return (
         {path.name for path in directory.iterdir() if path.is_dir()}
         if directory.is_dir()
@@ -76,7 +75,7 @@ def plan_runs(
             values.
     """
     vocabularies: dict[str, int | ArchscaleError] = {}
-    found, problems = [], []
+    planned_runs, problems = [], []
     for run in grid.runs() if runs is None else runs:
         config, data = run.config, run.config.data.train
         for part in filter(None, (data, run.config.data.val)):
@@ -97,10 +96,10 @@ def plan_runs(
         except ConfigError as error:
             problems.append(ConfigError(f"{error.what}, {error.where}", run.where, error.remedy))
             continue
-        found.append(planned)
+        planned_runs.append(planned)
     if problems:
         raise ConfigError.several(problems)
-    return found
+    return planned_runs
 
 
 def _vocabulary(data: str) -> int | ArchscaleError:
@@ -116,7 +115,7 @@ def _check_same(run: SweepRun) -> None:
     path = run.directory / CONFIG
     if not path.exists():
         return
-    before, now = (dict(flat(config.resolved())) for config in (load_config(path), run.plan.config))
+    before, now = (config_cells(config) for config in (load_config(path), run.plan.config))
     for key in other_trajectory(before, now):
         raise ConfigError(
             f"{key} is {text_of(now.get(key))}, the run in {run.directory} has"
@@ -124,8 +123,3 @@ def _check_same(run: SweepRun) -> None:
             key,
             "restore the value, or give another --sweep-dir",
         )
-
-
-def newest_step(run_dir: Path) -> int:
-    """Step of a run's newest checkpoint; 0 without one."""
-    return (checkpoint_steps(run_dir / CHECKPOINTS) or [0])[-1]

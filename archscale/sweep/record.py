@@ -55,7 +55,9 @@ def read_sweep(directory: Path) -> SweepRecord:
         name: failed[name] for name, _ in reasons if name in failed
     }  # a run may have been finished since, by other hands
     environments = {
-        name: found for name in runs if (found := _environment(directory / name, warnings))
+        name: environment
+        for name in runs
+        if (environment := _environment(directory / name, warnings))
     }
     name = str(content.get("name") or directory.resolve().name)
     return SweepRecord(directory, name, content, fits, runs, table, failed, environments, warnings)
@@ -63,14 +65,14 @@ def read_sweep(directory: Path) -> SweepRecord:
 
 def _failed(path: Path, runs: Mapping[str, Any]) -> dict[str, str]:
     """Runs whose last event is a failure that is not tried again."""
-    found: dict[str, str] = {}
+    reasons: dict[str, str] = {}
     for event in events_of(path):
         if (run := event.get("run", "")) not in runs:
             continue
-        found.pop(run, None)
+        reasons.pop(run, None)
         if event["event"] == "failed" and not event.get("again"):
-            found[run] = str(event.get("reason") or "ended without success")
-    return found
+            reasons[run] = str(event.get("reason") or "ended without success")
+    return reasons
 
 
 def _with_grid_keys(table: Table, runs: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -96,10 +98,10 @@ def _cell(value: Any) -> Cell:
 
 def _environment(run: Path, warnings: list[str]) -> dict[str, Any]:
     try:
-        found = json.loads((run / ENVIRONMENT).read_bytes())
+        content = json.loads((run / ENVIRONMENT).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError):
         warnings.append(f"{run.name}: environment.json is not readable: left out")
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

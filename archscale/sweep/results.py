@@ -21,7 +21,7 @@ from archscale.fit.text import render
 from archscale.report.records import GridFit
 from archscale.sweep.expressions import Expression
 from archscale.sweep.grid import Grid
-from archscale.sweep.table import flat, read_table
+from archscale.sweep.table import config_cells, read_table
 
 # Columns that every run has beside its config keys; those with a slash, such as
 # optimizer/clip_fraction, depend on the run.
@@ -80,7 +80,7 @@ def check_fits(grid: Grid, configs: Sequence[Config]) -> None:
         ConfigError: a column that no run will have, arguments that do not go together, or a group
             of too few runs.
     """
-    rows = [dict(flat(config.resolved())) for config in configs]
+    rows = [config_cells(config) for config in configs]
     if (refine := grid.content.refine) and "/" not in refine.y:
         where = f"refine.y in {grid.path}"
         if refine.y not in KNOWN_COLUMNS:
@@ -166,14 +166,14 @@ def _check_counts(
         ):  # wherever the best one is, no more than the fullest of them count
             most = sorted(set(points), key=points.count)[-asked.settings.nearest :]
             points = [point for point in points if point in most]
-        of = f" of {label_of(keys, key)}" if keys else ""
+        of_group = f" of {label_of(keys, key)}" if keys else ""
         distinct = len(set(points)) if all(name in rows[0] for name in x) else len(points)
         if asked.block:  # each but one has a shift to be found
             least = needed(asked.form, asked.settings) + len(blocks[key]) - 1
         if len(points) < least or distinct < parameters:
             raise ConfigError(
-                f"{len(points)} runs{of} at {distinct} different {' and '.join(x)} are too few for"
-                f" {asked.form}, which needs {least} at {parameters} different ones",
+                f"{len(points)} runs{of_group} at {distinct} different {' and '.join(x)} are"
+                f" too few for {asked.form}, which needs {least} at {parameters} different ones",
                 "",
                 "add values or seeds to the grid, or remove the fit",
             )
@@ -196,7 +196,7 @@ def collect(directory: Path, runs: Mapping[str, Path], failed: Mapping[str, str]
         runs: directories by name, in the order of the rows.
         failed: reasons by name.
     """
-    names, found, left_out = [], [], []
+    names, rows, left_out = [], [], []
     for name, run in runs.items():
         reasons, table = [], Table("", {}, [])
         if any((run / file).exists() for file in (CONFIG, METRICS)):
@@ -209,12 +209,12 @@ def collect(directory: Path, runs: Mapping[str, Path], failed: Mapping[str, str]
                 reasons = [str(error)]
         if table.rows and name not in failed:
             names.append(name)
-            found.append(
+            rows.append(
                 {column: cells[0] for column, cells in table.columns.items()} | {"run": name}
             )
         else:
             left_out.append((name, failed.get(name) or (reasons or ["was not started"])[0]))
-    return Table.from_rows(found, names, str(directory), left_out)
+    return Table.from_rows(rows, names, str(directory), left_out)
 
 
 def write_results(
@@ -226,14 +226,14 @@ def write_results(
     The same for the same runs, however often they were interrupted: nothing in it depends on the
     clock.
     """
-    rows = {name: dict(flat(config.resolved())) for name, config in configs.items()}
+    rows = {name: config_cells(config) for name, config in configs.items()}
     all_keys = dict.fromkeys(key for row in rows.values() for key in row)
     differing = [
         key
         for key in all_keys
         if len({repr(row.get(key)) for row in rows.values()}) > 1 and key != "name"
     ]
-    told = list(dict.fromkeys([*(key for key in keys if key in all_keys), *differing]))
+    keys_shown = list(dict.fromkeys([*(key for key in keys if key in all_keys), *differing]))
     metrics = [c for c in table.columns if c not in all_keys and not UNSHARED.fullmatch(c)]
     status = dict.fromkeys(table.rows, "finished") | {
         name: f"failed: {reason}" for name, reason in table.left_out
@@ -241,11 +241,11 @@ def write_results(
     at = {name: number for number, name in enumerate(table.rows)}
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["run", "status", *told, *metrics])
+    writer.writerow(["run", "status", *keys_shown, *metrics])
     for name, config in rows.items():
         last = [table.columns[c][at[name]] if name in at else None for c in metrics]
         writer.writerow(
-            [name, status[name], *map(_text, [*(config.get(key) for key in told), *last])]
+            [name, status[name], *map(_text, [*(config.get(key) for key in keys_shown), *last])]
         )
     write_atomically(path, stream.getvalue())
 
@@ -258,7 +258,7 @@ def _text(cell: Cell) -> str:
 
 def make_fits(table: Table, fits: Sequence[FitRequest]) -> list[GridFit]:
     """Each of the fits, or why it was refused."""
-    found = []
+    results = []
     for asked in fits:
         fitted: TableFits | None = None
         refusal: ArchscaleError | None = None
@@ -274,8 +274,8 @@ def make_fits(table: Table, fits: Sequence[FitRequest]) -> list[GridFit]:
             refusal = fitted.refusal
         except ArchscaleError as error:
             refusal = error
-        found.append(GridFit(asked, fitted, refusal))
-    return found
+        results.append(GridFit(asked, fitted, refusal))
+    return results
 
 
 def write_fits(fits: Sequence[GridFit], path: Path) -> None:

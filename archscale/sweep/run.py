@@ -10,7 +10,7 @@ The sweep directory holds
     <run>/            run directories
     results.csv       a row for each run, written at the end
     fits.json         the grid's fits, written at the end
-    slurm             on a cluster: what is submitted, what the tasks print, and word of how they
+    slurm             on a cluster: what is submitted, what the tasks print, and records of how they
                       ended
 """
 
@@ -29,14 +29,15 @@ import torch
 from archscale.config import Config, dump_config
 from archscale.config.layers import write_yaml
 from archscale.errors import ArchscaleError, ConfigError, TrainingError
+from archscale.files import newest_step
 from archscale.fit.table import number
-from archscale.plan.devices import Device, this_device
+from archscale.plan.devices import this_device
 from archscale.sweep.grid import Grid, read_grid
 from archscale.sweep.launchers.choice import GENERATED, How, job_of, train_one
-from archscale.sweep.launchers.local import Event, Launcher
+from archscale.sweep.launchers.local import Event
 from archscale.sweep.launchers.slurm import LeftToSlurm, unseen
 from archscale.sweep.log import line_of, locked, open_log, write
-from archscale.sweep.planning import SweepRun, newest_step, plan_runs, run_directories
+from archscale.sweep.planning import SweepRun, plan_runs, run_directories
 from archscale.sweep.results import (
     check_fits,
     collect,
@@ -79,223 +80,276 @@ def sweep(
     how = how or How()
     grid = read_grid(path, overrides)
     how.check(grid)
-    if (index is not None or collect_only) and (
-        how != How() or dry_run or (index is not None and collect_only)
-    ):
-        what, option = (
-            ("it trains nothing", "--collect")
-            if collect_only
-            else ("it trains one run, here and once", "--index")
+    alone = how == How() and not dry_run
+    if collect_only and (not alone or index is not None):
+        raise ConfigError(
+            "it trains nothing", "--collect", "give it with --set and --sweep-dir only"
         )
-        raise ConfigError(what, option, "give it with --set and --sweep-dir only")
+    if index is not None and not alone:
+        raise ConfigError(
+            "it trains one run, here and once", "--index", "give it with --set and --sweep-dir only"
+        )
+    whole = Sweep(grid, overrides, sweep_dir or Path("runs") / grid.content.name, how)
     if index is not None:
-        return _train_one(grid, index, sweep_dir or Path("runs") / grid.content.name)
-    directory = sweep_dir or Path("runs") / grid.content.name
-    device = how.device(grid)
-    needed = not dry_run and how.launcher not in GENERATED
-    runs, more = _stages(grid, directory, device, data_needed=needed, partly=collect_only)
-    check_fits(grid, [run.plan.config for run in [*runs, *more]])
-    left = [run for run in runs if not run.finished]
-    room = _room(grid, left or runs, how, device)
-    if not collect_only:
-        print(plan_text(grid, runs, more, directory, room, list_runs=dry_run), flush=True)
-    if dry_run:
-        return
-    with locked(directory, wait=how.continued):
-        _describe(grid, runs, directory)
-        if how.launcher in GENERATED:
-            print(how.write(grid, overrides, directory, runs, len(more)))
-            return
-        failed: dict[str, str] = {}
-        if not collect_only:
-            start = how.start(grid, overrides, directory, room)
-            try:
-                failed = _train(
-                    runs, left, directory, room, start, grid.content.processes, how.continued
-                )
-                if more:
-                    runs = _with_second_stage(grid, runs, directory, device, failed)
-                    _describe(grid, runs, directory)
-                    left = [run for run in runs if not run.finished and run.name not in failed]
-                    room = _room(grid, left or runs, how, device)
-                    print(
-                        "\n" + plan_text(grid, runs, [], directory, room, list_runs=False),
-                        flush=True,
-                    )
-                    start = how.start(grid, overrides, directory, room)
-                    failed |= _train(
-                        runs, left, directory, room, start, grid.content.processes, how.continued
-                    )
-            except LeftToSlurm as told:
-                print(f"\n{told}")
-                return
-        _finish(grid, runs, directory, failed, whole=not collect_only)
-
-
-def _room(grid: Grid, runs: Sequence[SweepRun], how: How, device: Device | None) -> Slots:
-    if how.launcher == "local":
-        return slots([run.plan for run in runs], grid.content.processes, how.jobs, this_device())
-    return Slots(
-        [{}] * min(how.jobs or len(runs), len(runs)), how.text(grid), here=False, device=device
-    )
-
-
-def _stages(
-    grid: Grid,
-    directory: Path,
-    device: Device | None,
-    *,
-    data_needed: bool = True,
-    partly: bool = False,
-) -> tuple[list[SweepRun], list[SweepRun]]:
-    """The runs that are known, and as many of their size as `refine` will add once these are
-    finished.
-
-    Args:
-        partly: although some are not finished, take what `refine` has added to the others for
-            known.
-    """
-    runs = plan_runs(grid, directory, device, data_needed=data_needed)
-    there = run_directories(directory)
-    if all(run.finished for run in runs):
-        more = grid.refined(_losses(grid, runs, {}), there)
-        return [*runs, *plan_runs(grid, directory, device, more, data_needed=data_needed)], []
-    if partly:
-        return [
-            *runs,
-            *plan_runs(grid, directory, device, grid.refined({}, there), data_needed=data_needed),
-        ], []
-    more = grid.refined({run.name: 0.0 for run in runs})
-    return runs, plan_runs(grid, directory, device, more, data_needed=data_needed)
-
-
-def _with_second_stage(
-    grid: Grid,
-    runs: Sequence[SweepRun],
-    directory: Path,
-    device: Device | None,
-    failed: Mapping[str, str],
-) -> list[SweepRun]:
-    runs = [replace(run, step=newest_step(run.directory)) for run in runs]
-    try:
-        more = grid.refined(_losses(grid, runs, failed), run_directories(directory))
-    except ConfigError:
-        _finish(grid, runs, directory, failed)
-        raise
-    return [*runs, *plan_runs(grid, directory, device, more)]
-
-
-def _train_one(grid: Grid, index: int, directory: Path) -> None:
-    """Trains run `index` of the grid; the one that finishes last of all tabulates and fits them."""
-    device = How().device(grid)
-    runs, more = _stages(grid, directory, device)
-    if index >= len(runs):
-        later = f"; {len(more)} more of `refine` once these are finished" if more else ""
-        raise ConfigError(
-            f"there is no run {index}: the {len(runs)} runs of {grid.path} count from 0{later}",
-            "--index",
-            f"give at most {len(runs) - 1}",
-        )
-    run = runs[index]
-    if run.finished:
-        print(f"{run.name}: already finished")
+        whole.train_one(index)
+    elif collect_only:
+        whole.collect()
     else:
-        dump_config(run.grid.config, directory / "configs" / f"{run.name}.yaml")
-        with _terminable():
-            train_one(
-                job_of(run, directory, grid.content.processes), cpu=not torch.cuda.is_available()
-            )
-    if not all(newest_step(other.directory) >= other.steps for other in runs):
-        return
-    with locked(directory, wait=True):
-        runs, _ = _stages(grid, directory, device)
-        if left := sum(not run.finished for run in runs):
-            print(f"{left} more runs follow from `refine`: give the command of the sweep again")
-            return
-        _describe(grid, runs, directory)
-        try:
-            _finish(grid, runs, directory, {})
-        except ArchscaleError as error:  # of a fit: this run is finished all the same
-            print(f"archscale: warning: {error}", file=sys.stderr)
+        whole.train(dry_run)
 
 
-def _losses(grid: Grid, runs: Sequence[SweepRun], failed: Mapping[str, str]) -> dict[str, float]:
-    """What `refine` chooses by, of each run that has it.
+class Sweep:
+    """A grid, where its runs lie, and who trains them.
 
-    Raises:
-        ConfigError: none has it.
+    The grid's first runs are known; `refine` adds more once these are finished.
     """
-    if grid.content.refine is None:
-        return {}
-    table = collect(Path(), {run.name: run.directory for run in runs}, failed)
-    column = grid.content.refine.y
-    if table.rows and column not in table.columns:
-        raise ConfigError(
-            f"no run has {column}", f"refine.y in {grid.path}", "give a column of results.csv"
-        )
-    return {
-        name: number(cell, column, name)
-        for name, cell in zip(table.rows, table.columns.get(column, []))
-    }
 
+    def __init__(self, grid: Grid, overrides: Sequence[str], directory: Path, how: How):
+        self.grid, self.overrides, self.directory, self.how = grid, overrides, directory, how
+        self.device = how.device(grid)
 
-def _describe(grid: Grid, runs: Sequence[SweepRun], directory: Path) -> None:
-    """sweep.yaml, and the config of each run."""
-    content = grid.content.model_dump(mode="json")
-    write_yaml(
-        content | {"runs": {run.name: run.grid.values for run in runs}}, directory / "sweep.yaml"
-    )
-    for run in runs:
-        dump_config(run.grid.config, directory / "configs" / f"{run.name}.yaml")
+    # --- what a user asks for
 
+    def train(self, dry_run: bool) -> None:
+        """All runs that are left, then tables and fits."""
+        generated = self.how.launcher in GENERATED
+        runs, refined = self._plan(data_needed=not dry_run and not generated)
+        check_fits(self.grid, [run.plan.config for run in [*runs, *refined]])
+        room = self._print_plan(runs, refined, list_runs=dry_run)
+        if dry_run:
+            return
+        with locked(self.directory, wait=self.how.continued):
+            self._describe(runs)
+            if generated:
+                print(self.how.write(self.grid, self.overrides, self.directory, runs, len(refined)))
+                return
+            try:
+                failed = self._launch(runs, room)
+                if refined:
+                    runs = self._refine(runs, failed)
+                    self._describe(runs)
+                    print()
+                    room = self._print_plan(runs, [], failed=failed)
+                    failed |= self._launch(runs, room, failed)
+            except LeftToSlurm as message:
+                print(f"\n{message}")
+                return
+            self._finish(runs, failed)
 
-def _train(
-    runs: Sequence[SweepRun],
-    left: Sequence[SweepRun],
-    directory: Path,
-    room: Slots,
-    launch: Launcher,
-    processes: int,
-    continued: bool,
-) -> dict[str, str]:
-    """Trains the runs that are left, the longest first, so that none is alone at the end; returns
-    why some failed."""
-    with open_log(directory / "sweep.jsonl") as log:
-        for event in unseen(directory, [run.name for run in runs if run.finished]):
-            write(log, **line_of(event))
-    if not left:
-        return {}
-    order = sorted(left, key=lambda run: -run.plan.figures["flops"]["executed"])
-    jobs = [job_of(run, directory, processes) for run in order]
-    done = sum(run.finished for run in runs)
-    view = View({run.name: (run.directory, run.steps) for run in runs}, done)
-    with open_log(directory / "sweep.jsonl") as log, view, _terminable():
-        write(
-            log,
-            event="sweep",
-            runs=len(runs),
-            finished=done,
-            at_once=len(room.variables),
-            continued=continued,
-        )
+    def collect(self) -> None:
+        """Tables and fits of the runs that are finished."""
+        runs, refined = self._plan(include_unfinished=True)
+        check_fits(self.grid, [run.plan.config for run in [*runs, *refined]])
+        with locked(self.directory):
+            self._describe(runs)
+            self._finish(runs, {}, all_were_to_finish=False)
 
-        def tell(event: Event) -> None:
-            write(log, **line_of(event))
-            view.tell(event)
+    def train_one(self, index: int) -> None:
+        """Run `index` of the grid; the one that finishes last of all tabulates and fits them."""
+        runs, refined = self._plan()
+        if index >= len(runs):
+            later = f"; {len(refined)} more of `refine` once these are finished" if refined else ""
+            raise ConfigError(
+                f"there is no run {index}: the {len(runs)} runs of {self.grid.path} count from"
+                f" 0{later}",
+                "--index",
+                f"give at most {len(runs) - 1}",
+            )
+        run = runs[index]
+        if run.finished:
+            print(f"{run.name}: already finished")
+        else:
+            dump_config(run.grid.config, self.directory / "configs" / f"{run.name}.yaml")
+            job = job_of(run, self.directory, self.grid.content.processes)
+            with _terminable():
+                train_one(job, cpu=not torch.cuda.is_available())
+        if not all(newest_step(other.directory) >= other.steps for other in runs):
+            return
+        with locked(self.directory, wait=True):
+            runs, _ = self._plan()
+            if left := sum(not run.finished for run in runs):
+                print(f"{left} more runs follow from `refine`: give the command of the sweep again")
+                return
+            self._describe(runs)
+            try:
+                self._finish(runs, {})
+            except ArchscaleError as error:  # of a fit: this run is finished all the same
+                print(f"archscale: warning: {error}", file=sys.stderr)
 
+    # --- which runs
+
+    def _plan(
+        self, *, data_needed: bool = True, include_unfinished: bool = False
+    ) -> tuple[list[SweepRun], list[SweepRun]]:
+        """The runs that are known, and as many of their size as `refine` will add once these are
+        finished.
+
+        Args:
+            data_needed: whether each run's data have to be there.
+            include_unfinished: although some are not finished, take what `refine` has added to the
+                others for known.
+        """
+
+        def planned(runs: Sequence[Any] | None = None) -> list[SweepRun]:
+            return plan_runs(self.grid, self.directory, self.device, runs, data_needed=data_needed)
+
+        runs, existing = planned(), run_directories(self.directory)
+        if all(run.finished for run in runs):
+            return [*runs, *planned(self.grid.refined(self._losses(runs, {}), existing))], []
+        if include_unfinished:
+            return [*runs, *planned(self.grid.refined({}, existing))], []
+        return runs, planned(self.grid.refined({run.name: 0.0 for run in runs}))
+
+    def _refine(self, runs: Sequence[SweepRun], failed: Mapping[str, str]) -> list[SweepRun]:
+        """The runs, now that the first ones have ended, and those that `refine` adds to them."""
+        runs = [replace(run, step=newest_step(run.directory)) for run in runs]
         try:
-            return launch(jobs, tell, view.tick)
-        except KeyboardInterrupt:
-            done = sum(replace(run, step=newest_step(run.directory)).finished for run in runs)
+            refined = self.grid.refined(self._losses(runs, failed), run_directories(self.directory))
+        except ConfigError:
+            self._finish(runs, failed)
+            raise
+        return [*runs, *plan_runs(self.grid, self.directory, self.device, refined)]
+
+    def _losses(self, runs: Sequence[SweepRun], failed: Mapping[str, str]) -> dict[str, float]:
+        """What `refine` chooses by, of each run that has it.
+
+        Raises:
+            ConfigError: none has it.
+        """
+        refine = self.grid.content.refine
+        if refine is None:
+            return {}
+        table = collect(Path(), {run.name: run.directory for run in runs}, failed)
+        if table.rows and refine.y not in table.columns:
+            raise ConfigError(
+                f"no run has {refine.y}",
+                f"refine.y in {self.grid.path}",
+                "give a column of results.csv",
+            )
+        cells = table.columns.get(refine.y, [])
+        return {name: number(cell, refine.y, name) for name, cell in zip(table.rows, cells)}
+
+    def _print_plan(
+        self,
+        runs: Sequence[SweepRun],
+        refined: Sequence[SweepRun],
+        *,
+        list_runs: bool = False,
+        failed: Mapping[str, str] | None = None,
+    ) -> Slots:
+        """What will be trained and cost; returns the room that there is for it."""
+        left = [run for run in runs if not run.finished and run.name not in (failed or {})]
+        room = self._room(left or runs)
+        text = plan_text(self.grid, runs, refined, self.directory, room, list_runs=list_runs)
+        print(text, flush=True)
+        return room
+
+    def _room(self, runs: Sequence[SweepRun]) -> Slots:
+        how = self.how
+        if how.launcher == "local":
+            plans = [run.plan for run in runs]
+            return slots(plans, self.grid.content.processes, how.jobs, this_device())
+        at_once = min(how.jobs or len(runs), len(runs))
+        return Slots([{}] * at_once, how.text(self.grid), here=False, device=self.device)
+
+    # --- training and what comes of it
+
+    def _describe(self, runs: Sequence[SweepRun]) -> None:
+        """sweep.yaml, and the config of each run."""
+        content = self.grid.content.model_dump(mode="json")
+        values = {run.name: run.grid.values for run in runs}
+        write_yaml(content | {"runs": values}, self.directory / "sweep.yaml")
+        for run in runs:
+            dump_config(run.grid.config, self.directory / "configs" / f"{run.name}.yaml")
+
+    def _launch(
+        self, runs: Sequence[SweepRun], room: Slots, failed: Mapping[str, str] | None = None
+    ) -> dict[str, str]:
+        """Trains the runs that are left, the longest first, so that none is alone at the end.
+
+        Args:
+            failed: runs that are not tried again.
+
+        Returns:
+            Why some failed, by name.
+        """
+        log_path = self.directory / "sweep.jsonl"
+        with open_log(log_path) as log:
+            for event in unseen(self.directory, [run.name for run in runs if run.finished]):
+                write(log, **line_of(event))
+        left = [run for run in runs if not run.finished and run.name not in (failed or {})]
+        if not left:
+            return {}
+        launch = self.how.start(self.grid, self.overrides, self.directory, room)
+        longest_first = sorted(left, key=lambda run: -run.plan.figures["flops"]["executed"])
+        jobs = [job_of(run, self.directory, self.grid.content.processes) for run in longest_first]
+        finished = sum(run.finished for run in runs)
+        view = View({run.name: (run.directory, run.steps) for run in runs}, finished)
+        with open_log(log_path) as log, view, _terminable():
+            write(
+                log,
+                event="sweep",
+                runs=len(runs),
+                finished=finished,
+                at_once=len(room.variables),
+                continued=self.how.continued,
+            )
+
+            def tell(event: Event) -> None:
+                write(log, **line_of(event))
+                view.tell(event)
+
+            try:
+                return launch(jobs, tell, view.tick)
+            except KeyboardInterrupt:
+                now = [replace(run, step=newest_step(run.directory)) for run in runs]
+                raise TrainingError(
+                    f"interrupted with {sum(run.finished for run in now)} of {len(runs)} runs"
+                    " finished",
+                    str(self.directory),
+                    (
+                        "the same command continues"
+                        if room.here
+                        else "the jobs stay in the queue; the same command goes on with them"
+                    ),
+                ) from None
+
+    def _finish(
+        self,
+        runs: Sequence[SweepRun],
+        failed: Mapping[str, str],
+        all_were_to_finish: bool = True,
+    ) -> None:
+        """results.csv, fits.json, the summary and the report.
+
+        Raises:
+            TrainingError: one for all that failed, where all were to finish.
+            DataError: a fit was refused.
+        """
+        directory, content = self.directory, self.grid.content
+        configs: dict[str, Config] = {run.name: run.plan.config for run in runs}
+        table = collect(directory, {run.name: run.directory for run in runs}, failed)
+        write_results(table, self.grid.keys, configs, directory / "results.csv")
+        fits = make_fits(table, [fit.request() for fit in content.fit])
+        write_fits(fits, directory / "fits.json")
+        print(
+            f"\n{content.name}: {len(table.rows)} of {len(runs)} runs finished;"
+            f" {directory}/results.csv, fits.json"
+        )
+        if fits:
+            print("\n" + fits_text(fits), flush=True)
+        _report(directory)
+        if table.left_out and all_were_to_finish:
+            (name, reason), *others = table.left_out
+            also = f" (also failed: {', '.join(other for other, _ in others)})" if others else ""
             raise TrainingError(
-                f"interrupted with {done} of {len(runs)} runs finished",
-                str(directory),
-                (
-                    "the same command continues"
-                    if room.here
-                    else "the jobs stay in the queue; the same command goes on with them"
-                ),
-            ) from None
+                f"{len(table.left_out)} of {len(runs)} runs failed: {name}: {reason}",
+                f"{directory}/logs/{name}.log",
+                f"mend it and give the same command again{also}",
+            )
+        for fit in fits:
+            if fit.refusal:
+                raise fit.refusal
 
 
 @contextlib.contextmanager
@@ -310,42 +364,6 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _finish(
-    grid: Grid,
-    runs: Sequence[SweepRun],
-    directory: Path,
-    failed: Mapping[str, str],
-    whole: bool = True,
-) -> None:
-    """results.csv, fits.json, the summary; then one error for all that failed, where all were to be
-    trained (`whole`)."""
-    configs: dict[str, Config] = {run.name: run.plan.config for run in runs}
-    table = collect(directory, {run.name: run.directory for run in runs}, failed)
-    write_results(table, grid.keys, configs, directory / "results.csv")
-    fits = make_fits(table, [asked.request() for asked in grid.content.fit])
-    write_fits(fits, directory / "fits.json")
-    print(
-        f"\n{grid.content.name}: {len(table.rows)} of {len(runs)} runs finished;"
-        f" {directory}/results.csv, fits.json"
-    )
-    if fits:
-        print("\n" + fits_text(fits), flush=True)
-    _report(directory)
-    if table.left_out and whole:
-        (name, reason), more = table.left_out[0], len(table.left_out) - 1
-        others = (
-            f" (also failed: {', '.join(other for other, _ in table.left_out[1:])})" if more else ""
-        )
-        raise TrainingError(
-            f"{len(table.left_out)} of {len(runs)} runs failed: {name}: {reason}",
-            f"{directory}/logs/{name}.log",
-            f"mend it and give the same command again{others}",
-        )
-    for fit in fits:
-        if fit.refusal:
-            raise fit.refusal
 
 
 def _report(directory: Path) -> None:

@@ -15,11 +15,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from archscale.config import Config, load_config
+from archscale.config.layers import flatten
 from archscale.errors import ConfigError, DataError
 from archscale.files import CONFIG, METRICS
 from archscale.fit.table import Cell, Table, plain, read_csv
@@ -39,8 +39,8 @@ def read_table(paths: Sequence[str | os.PathLike[str]]) -> Table:
     left_out: list[tuple[str, str]] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = list(_runs(path, left_out))
-            if not found and not left_out:
+            new_rows = list(_runs(path, left_out))
+            if not new_rows and not left_out:
                 raise DataError(
                     "there is no run directory in it",
                     str(path),
@@ -48,8 +48,8 @@ def read_table(paths: Sequence[str | os.PathLike[str]]) -> Table:
                     " file",
                 )
         else:
-            found = list(read_csv(path))
-        for name, row in found:
+            new_rows = list(read_csv(path))
+        for name, row in new_rows:
             names.append(name)
             rows.append(row)
     return Table.from_rows(rows, names, " and ".join(map(str, paths)), left_out)
@@ -69,7 +69,7 @@ def _runs(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, 
         inner.clear()  # nothing below a run is a run
         config = load_config(run / CONFIG)
         metrics = _last_values(run / METRICS)
-        row: dict[str, Cell] = {"run": path, **dict(flat(config.resolved())), **metrics}
+        row: dict[str, Cell] = {"run": path, **config_cells(config), **metrics}
         row |= _structure(config, metrics.get("tokens"))
         step = metrics.get("step")
         try:
@@ -87,11 +87,11 @@ def _runs(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, 
 def _last_values(path: Path) -> dict[str, Cell]:
     """The last value of each metric; NaN where it was not finite. A last line cut short by a crash
     is lost."""
-    found: dict[str, Cell] = {}
+    last: dict[str, Cell] = {}
     for count, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         try:
             values = json.loads(line)
-            found |= {k: math.nan if v is None else plain(v) for k, v in values.items()}
+            last |= {k: math.nan if v is None else plain(v) for k, v in values.items()}
         except (ValueError, TypeError, AttributeError):
             if line.endswith("\n"):
                 raise DataError(
@@ -99,16 +99,15 @@ def _last_values(path: Path) -> dict[str, Cell]:
                     f"line {count} of {path}",
                     "correct the line, or name the other runs only",
                 ) from None
-    return found
+    return last
 
 
-def flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Cell]]:
-    """Dotted keys and values of a config, lists as JSON."""
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, json.dumps(value) if isinstance(value, list) else plain(value)
+def config_cells(config: Config) -> dict[str, Cell]:
+    """The config's dotted keys and values, lists as JSON."""
+    return {
+        key: json.dumps(value) if isinstance(value, list) else plain(value)
+        for key, value in flatten(config.resolved()).items()
+    }
 
 
 def _structure(config: Config, tokens: Cell) -> dict[str, Cell]:
@@ -118,12 +117,12 @@ def _structure(config: Config, tokens: Cell) -> dict[str, Cell]:
         return {}
     count = counting.parameters(model)
     useful, published = counting.training_flops(model), counting.published_flops_per_token(model)
-    found: dict[str, Cell] = {
+    columns: dict[str, Cell] = {
         "parameters": float(count.total),
         "active_parameters": float(count.active),
         "published_parameters": float(counting.published_parameters(model)),
         "flops_per_token": useful,
     }
     if isinstance(tokens, float):
-        found |= {"flops": useful * tokens, "published_flops": float(published) * tokens}
-    return found
+        columns |= {"flops": useful * tokens, "published_flops": float(published) * tokens}
+    return columns

@@ -31,14 +31,14 @@ TAIL = 1 << 16  # bytes of metrics.jsonl in which the last whole line is looked 
 def plan_text(
     grid: Grid,
     runs: Sequence[SweepRun],
-    more: Sequence[SweepRun],
+    refined: Sequence[SweepRun],
     directory: Path,
     room: Slots,
     *,
     list_runs: bool,
 ) -> str:
-    """What the sweep will train and cost; with `list_runs` a row for each run. `more`: as many as
-    `refine` will choose."""
+    """What the sweep will train and cost; with `list_runs` a row for each run. `refined`: as many
+    as `refine` will choose."""
     finished = sum(run.finished for run in runs)
     lines = [
         (
@@ -77,12 +77,12 @@ def plan_text(
         ),
         f"  {room.text}{_estimate(runs, directory, room, grid.content.processes)}",
     ]
-    if more and (refine := grid.content.refine):
-        seeds = sorted({run.grid.config.seed for run in more})
+    if refined and (refine := grid.content.refine):
+        seeds = sorted({run.grid.config.seed for run in refined})
         lines.append(
             f"  then {'seeds' if len(seeds) > 1 else 'seed'} {', '.join(map(str, seeds))} at the"
-            f" {refine.points} best {refine.x} by {refine.y}: {len(more)} more runs, about"
-            f" {sum(run.plan.figures['flops']['executed'] for run in more):.3g} FLOPs"
+            f" {refine.points} best {refine.x} by {refine.y}: {len(refined)} more runs, about"
+            f" {sum(run.plan.figures['flops']['executed'] for run in refined):.3g} FLOPs"
         )
     for asked in grid.content.fit:
         by = f" for each {', '.join(asked.group)}" if asked.group else ""
@@ -155,7 +155,7 @@ class View:
         self._runs, self._finished = dict(runs), finished
         self._running: dict[str, float] = {}  # when each was started
         self._failed: dict[str, str] = {}
-        self._told = time.monotonic()
+        self._printed = time.monotonic()
         self._live: Any = None
         if sys.stdout.isatty():
             from rich.live import Live
@@ -204,9 +204,9 @@ class View:
 
     def tick(self) -> None:
         now = time.monotonic()
-        if now - self._told < (0.5 if self._live else OFTEN):
+        if now - self._printed < (0.5 if self._live else OFTEN):
             return
-        self._told = now
+        self._printed = now
         if self._live:
             self._live.update(self._table(), refresh=True)
         else:

@@ -47,7 +47,7 @@ class StepBalance:
                 self._add(engine.forward(tokens, routing=True).routing)
 
     def loss(self, routing: Routing) -> Tensor:
-        """Of one micro-batch, in the order of the step: a scalar with gradient."""
+        """Balance loss of one micro-batch, in the order of the step: a scalar with gradient."""
         if not self._reduced:
             self._add(routing)
         if self.moe.counts_first:
@@ -59,7 +59,8 @@ class StepBalance:
         return loss
 
     def metrics(self) -> dict[str, Tensor]:
-        """Of the whole step's loads, once every micro-batch has passed; scalars on the device."""
+        """Metrics of the whole step's loads, once every micro-batch has passed; scalars on the
+        device."""
         return load_metrics(self._reduce())
 
     def _add(self, routing: Routing) -> None:

@@ -18,7 +18,7 @@ from archscale.parallel.engine import Engine
 from archscale.parallel.native import NativeEngine
 from archscale.parallel.zero import ZeroEngine, check_deepspeed
 from archscale.plan import counting
-from archscale.plan.transfer import RoleSettings, transfer_of
+from archscale.plan.transfer import RoleSettings, Transfer
 
 DTYPES = {
     "float32": torch.float32,
@@ -28,9 +28,8 @@ DTYPES = {
 }
 
 
-def build_model(config: Config, eos_id: int) -> Transformer:
+def build_model(config: Config, eos_id: int, transfer: Transfer) -> Transformer:
     """The model of a resolved config, on the current default device."""
-    transfer = transfer_of(config)
     return Transformer(
         config.model,
         DTYPES[config.training.precision],
@@ -64,7 +63,9 @@ def _deepspeed_config(config: Config) -> dict[str, Any]:
     return merge(own, parallel.deepspeed)
 
 
-def build_engine(config: Config, eos_id: int, device: torch.device, shard: int) -> Engine:
+def build_engine(
+    config: Config, eos_id: int, transfer: Transfer, device: torch.device, shard: int
+) -> Engine:
     """The engine of a resolved config, with an initialized model.
 
     Args:
@@ -74,7 +75,7 @@ def build_engine(config: Config, eos_id: int, device: torch.device, shard: int) 
     dtype = DTYPES[training.precision]
     if parallel.engine == "deepspeed":
         return ZeroEngine(
-            lambda: build_model(config, eos_id),
+            lambda: build_model(config, eos_id, transfer),
             lambda model, weights: initialize(model, config.seed, weights),
             config=_deepspeed_config(config),
             device=device,
@@ -82,7 +83,7 @@ def build_engine(config: Config, eos_id: int, device: torch.device, shard: int) 
             compile=training.compile,
         )
     return NativeEngine(
-        lambda: build_model(config, eos_id),
+        lambda: build_model(config, eos_id, transfer),
         lambda model: initialize(model, config.seed),
         device=device,
         replicate=parallel.replicate,
@@ -109,13 +110,13 @@ def build_optimizer(
     matrix, element = config.optimizer.matrix, config.optimizer.element
     options: dict[str, dict[str, Any]] = {
         role: {
-            "rule": of.rule,
-            "lr": of.lr,
-            "weight_decay": of.weight_decay,
+            "rule": role_settings.rule,
+            "lr": role_settings.lr,
+            "weight_decay": role_settings.weight_decay,
             "betas": element.betas,
             "adam_eps": element.eps,
         }
-        for role, of in settings.items()
+        for role, role_settings in settings.items()
     }
     options["matrix"] |= {
         "momentum": matrix.momentum,

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import torch
 
-from archscale.checkpoint.directory import checkpoint_steps, step_directory
 from archscale.checkpoint.saving import load_checkpoint
 from archscale.config import Config, load_config
 from archscale.data.tokenizer import Tokenizer, load_tokenizer
 from archscale.distributed import fragment
 from archscale.errors import CheckpointError
-from archscale.files import CHECKPOINTS, CONFIG
+from archscale.files import CHECKPOINTS, CONFIG, checkpoint_steps, step_directory
 from archscale.model import Transformer
+from archscale.plan.transfer import transfer_of
 from archscale.train.build import build_model
 
 
@@ -33,7 +33,7 @@ def load_run(run_dir: Path) -> tuple[Config, Transformer, Tokenizer]:
         )
     config = load_config(run_dir / CONFIG)
     tokenizer = load_tokenizer(config.data.train)
-    model = build_model(config, tokenizer.eos_id)
+    model = build_model(config, tokenizer.eos_id, transfer_of(config))
     weights = {name: fragment(parameter) for name, parameter in model.named_parameters()}
     load_checkpoint(step_directory(run_dir / CHECKPOINTS, steps[-1]), weights)
     return config, model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer

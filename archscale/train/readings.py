@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from archscale.config import Config
+from archscale.config import ModelConfig, TelemetryConfig
 from archscale.config.batch import BatchSchedule
 from archscale.distributed import from_rank_zero
 from archscale.model.moe import load_share
@@ -76,16 +76,26 @@ class Readings:
     """Collects steps, and turns them into lines.
 
     Args:
-        config: resolved. optimizer: whose `watch` is set on the steps that are looked into.
+        batches: sequences of every step.
+        grad_clip: as the step clips gradients, which spectra are freed of.
+        optimizer: whose `watch` is set on the steps that are looked into.
         peak: dense FLOP/s of all devices together; None where it is not known: then there is no
             `mfu`.
     """
 
-    def __init__(self, config: Config, optimizer: MatrixOptimizer, peak: float | None = None):
-        self._clip = config.optimizer.grad_clip
-        self._per_token = None if peak is None else training_flops(config.model) / peak
-        self.model, self.telemetry, self.optimizer = config.model, config.telemetry, optimizer
-        self.batches: BatchSchedule = config.batches
+    def __init__(
+        self,
+        model: ModelConfig,
+        telemetry: TelemetryConfig,
+        batches: BatchSchedule,
+        grad_clip: float | None,
+        optimizer: MatrixOptimizer,
+        peak: float | None = None,
+    ):
+        self._clip = grad_clip
+        self._per_token = None if peak is None else training_flops(model) / peak
+        self.model, self.telemetry, self.optimizer = model, telemetry, optimizer
+        self.batches = batches
         self._pending: list[tuple[int, float, dict[str, Tensor]]] = []
         self._rows: tuple[Tensor, list[str], Tensor] | None = None
         self._short: Tensor | None = None
@@ -273,7 +283,7 @@ class Judgement:
         """Whether the last step was."""
         return not self._causes or self._causes[-1] is None
 
-    def told(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def annotate_events(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """The lines with an `event` each where something was wrong."""
         if self._guard is None:
             return lines

@@ -4,12 +4,13 @@ service if there is one."""
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from archscale import distributed
-from archscale.config import Config
+from archscale.config import WandbConfig
 from archscale.files import METRICS
 from archscale.telemetry.sinks import MetricsFile
 from archscale.telemetry.tracking import wandb_tracker
@@ -20,22 +21,28 @@ class Recorder:
     """Writes on rank 0; on the other ranks it does nothing.
 
     Args:
+        resolved: the run's config as plain data.
+        wandb: the tracking service.
+        steps: of the whole run.
         step: lines of later steps belong to a lost part of the run.
     """
 
-    def __init__(self, config: Config, run_dir: Path, step: int):
+    def __init__(
+        self,
+        resolved: Mapping[str, Any],
+        wandb: WandbConfig,
+        steps: int,
+        run_dir: Path,
+        step: int,
+    ):
         self._here = distributed.rank() == 0
         self._event = ""
         if self._here:
-            self._path, self._metrics = (
-                run_dir / METRICS,
-                MetricsFile(run_dir / METRICS, step),
-            )
-            self._progress = Progress(config.steps, step, config.name)
-            of = config.telemetry.wandb
-            self._tracker = wandb_tracker(
-                of.mode, of.project, config.name, config.resolved(), run_dir
-            )
+            name = resolved["name"]
+            self._path = run_dir / METRICS
+            self._metrics = MetricsFile(self._path, step)
+            self._progress = Progress(steps, step, name)
+            self._tracker = wandb_tracker(wandb.mode, wandb.project, name, dict(resolved), run_dir)
 
     def __enter__(self) -> Recorder:
         return self

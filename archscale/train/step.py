@@ -22,7 +22,7 @@ from archscale.train.balance import StepBalance
 
 
 class Seen(NamedTuple):
-    """Of every layer, over the whole step's batch, on the device.
+    """What a step saw of every layer, over its whole batch, on the device.
 
     Attributes:
         sums: of a probe, (L, 6) as `telemetry.stability` wants them.
@@ -33,6 +33,20 @@ class Seen(NamedTuple):
     load: Tensor | None
 
 
+class Supervision(NamedTuple):
+    """Who watches a step.
+
+    Attributes:
+        allow: asked with the loss and the gradient norm; where it says no, the update is left out.
+            All ranks must say the same. None: every update is made.
+        first_reduce: sums over ranks in the step's first collective (who times it sees which rank
+            arrives last).
+    """
+
+    allow: Callable[[Tensor, Tensor], bool] | None = None
+    first_reduce: Callable[[Tensor], Tensor] = all_reduce
+
+
 def train_step(
     engine: Engine,
     optimizer: MatrixOptimizer,
@@ -41,8 +55,7 @@ def train_step(
     grad_clip: float | None,
     moe: MoEConfig | None = None,
     probe: Probe | None = None,
-    allow: Callable[[Tensor, Tensor], bool] | None = None,
-    first_reduce: Callable[[Tensor], Tensor] = all_reduce,
+    supervision: Supervision = Supervision(),  # noqa: B008  frozen
 ) -> tuple[dict[str, Tensor], Seen]:
     """One update from this rank's share of the batch. Waits for nothing on the host.
 
@@ -51,10 +64,6 @@ def train_step(
         grad_clip: largest global gradient norm; None: no clipping.
         moe: of a model with experts: their load balance joins the objective.
         probe: looks into the forward passes.
-        allow: told the loss and the gradient norm; where it says no, the update is left out. All
-            ranks must say the same.
-        first_reduce: sums over ranks in the step's first collective (who times it sees which rank
-            arrives last).
 
     Returns:
         `loss` (nats per target token, global) and `grad_norm` (before clipping), scalars on the
@@ -67,7 +76,7 @@ def train_step(
         sum((targets != IGNORE).sum().item() for _, targets in micro_batches)
     )  # on the host: no waiting
     tokens = float(sum(inputs.numel() for inputs, _ in micro_batches))
-    sizes = first_reduce(
+    sizes = supervision.first_reduce(
         torch.stack([torch.full((), here, device=device), torch.full((), tokens, device=device)])
     )
     scale = engine.gradient_scale / sizes[0]
@@ -99,6 +108,7 @@ def train_step(
     else:
         total, auxiliary = all_reduce(torch.stack([total, balance.total]))
         measured = {"loss": total / sizes[0], "aux_loss": auxiliary, **balance.metrics()}
+    allow = supervision.allow
     judged = None if allow is None else lambda norm: allow(measured["loss"], norm)
     measured["grad_norm"] = engine.update(optimizer, grad_clip, judged)
     seen_sums = all_reduce(torch.stack(sums).sum(0)) if sums else None

@@ -17,11 +17,7 @@ import torch
 
 import archscale
 from archscale import distributed
-from archscale.checkpoint.directory import (
-    discard_after,
-    newest_valid,
-    step_directory,
-)
+from archscale.checkpoint.directory import discard_after, newest_valid
 from archscale.checkpoint.history import choose_checkpoint, identity
 from archscale.checkpoint.saving import load_checkpoint, save_checkpoint
 from archscale.config import Config, dump_config
@@ -35,15 +31,15 @@ from archscale.files import (
     MANIFEST,
     METRICS,
     PLAN,
+    step_directory,
     write_atomically,
 )
 from archscale.optim.roles import assign_roles
 from archscale.optim.schedule import lr_multiplier
 from archscale.plan.devices import this_device
-from archscale.plan.plan import make_plan
+from archscale.plan.plan import Plan, make_plan
 from archscale.plan.preflight import refuse
 from archscale.plan.text import counting_pass_share
-from archscale.plan.transfer import transfer_of
 from archscale.telemetry.guard import Guard
 from archscale.telemetry.tracking import check_wandb
 from archscale.train.build import (
@@ -56,7 +52,7 @@ from archscale.train.build import (
 from archscale.train.evaluate import evaluate
 from archscale.train.readings import FallBack, Judgement, Readings
 from archscale.train.record import Recorder
-from archscale.train.step import train_step
+from archscale.train.step import Supervision, train_step
 from archscale.train.watchdog import Arrivals, Watchdog
 
 
@@ -82,7 +78,7 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
         data_tokens=data.num_tokens,
     )
     refuse(plan)  # before any process group starts
-    config, shard = plan.config, plan.config.shard_size(world)
+    config = plan.config
     if config.training.compile and not torch.cuda.is_available() and not cpp_compiler():
         raise ConfigError(
             "there is no C++ compiler", "training.compile", "install g++, or set it to false"
@@ -100,7 +96,7 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
     for split in (data, validation):
         if split is not None:
             distributed.on_rank_zero(lambda: split.check(split.vocab_size))  # noqa: B023
-    run = Run(config, run_dir, data, validation, device, shard=shard)
+    run = Run(plan, run_dir, data, validation, device)
     summary = run.go(source)
     distributed.stop()
     return summary
@@ -111,28 +107,23 @@ class Run:
 
     def __init__(
         self,
-        config: Config,
+        plan: Plan,
         run_dir: Path,
         data: TokenSplit,
         validation: TokenSplit | None,
         device: torch.device,
-        *,
-        shard: int,
     ):
-        self.config, self.run_dir, self.data, self.validation, self.device = (
-            config,
-            run_dir,
-            data,
-            validation,
-            device,
-        )
+        assert plan.transfer is not None, "a plan without problems has them"
+        assert plan.shard is not None
+        self.plan, self.config, self.transfer = plan, plan.config, plan.transfer
+        self.run_dir, self.data, self.validation, self.device = run_dir, data, validation, device
+        config = self.config
         self.batches = config.batches
-        self.transfer = transfer_of(config)
-        self.engine = build_engine(config, data.eos_id, device, shard)
+        self.engine = build_engine(config, data.eos_id, self.transfer, device, plan.shard)
         self.roles = assign_roles(self.engine.module)
         self.optimizer = build_optimizer(config, self.roles, self.transfer.roles, self.engine)
-        of = config.telemetry.guard
-        self.guard = None if of.mode == "off" else Guard(**of.model_dump())
+        guard = config.telemetry.guard
+        self.guard = None if guard.mode == "off" else Guard(**guard.model_dump())
         self._fallen: int | None = None  # step that the last fall-back went to
         if validation is not None:
             self.token_bytes = torch.from_numpy(validation.token_bytes.astype("int64"))
@@ -151,7 +142,11 @@ class Run:
             return self._summary(step, started, already_done=True)
         distributed.on_rank_zero(self._describe)
         watchdog = Watchdog(self.run_dir, self.config.telemetry.stuck_after)
-        with contextlib.closing(watchdog), Recorder(self.config, self.run_dir, step) as recorder:
+        config = self.config
+        recorder = Recorder(
+            config.resolved(), config.telemetry.wandb, config.steps, self.run_dir, step
+        )
+        with contextlib.closing(watchdog), recorder:
             while step < self.config.steps:
                 try:
                     step = self._train(step, recorder, watchdog)
@@ -171,9 +166,14 @@ class Run:
             distributed.world_size(),
             step,
         )
-        device = this_device()
+        peak = self.plan.device.peak if self.plan.device else None
         readings = Readings(
-            config, self.optimizer, device.peak and device.peak * distributed.world_size()
+            config.model,
+            config.telemetry,
+            self.batches,
+            config.optimizer.grad_clip,
+            self.optimizer,
+            peak and peak * distributed.world_size(),
         )
         arrivals, judged = Arrivals(self.device), Judgement(guard)
         interval = time.monotonic()
@@ -194,15 +194,16 @@ class Run:
                     config.optimizer.grad_clip,
                     config.model.moe,
                     probe,
-                    judged.allow if guard and guard.acts else None,
-                    arrivals.all_reduce,
+                    Supervision(
+                        judged.allow if guard and guard.acts else None, arrivals.all_reduce
+                    ),
                 )
                 readings.add(step, lr, measured)
                 watchdog.pat()
                 exhausted = guard is not None and guard.exhausted
                 if not reading and not exhausted:
                     continue
-                lines = judged.told(
+                lines = judged.annotate_events(
                     readings.read(seen, time.monotonic() - interval, judged.applied)
                 )
                 if exhausted:
@@ -251,7 +252,7 @@ class Run:
         self.guard.fallbacks += 1
         if source is None or self.guard.fallbacks > self.guard.max_fallbacks:
             spent = self.guard.fallbacks > self.guard.max_fallbacks
-            why = (
+            reason = (
                 f"{self.guard.max_fallbacks} fall-backs did not help"
                 if spent
                 else "there is no older checkpoint"
@@ -259,7 +260,7 @@ class Run:
             raise distributed.same_everywhere(
                 TrainingError(
                     f"{self.guard.skipped} steps in a row were skipped at step {cause.step}"
-                    f" ({cause}), and {why}",
+                    f" ({cause}), and {reason}",
                     str(self.run_dir),
                     "lower the learning rate or look at the data of these steps; the checkpoints"
                     " are kept",
@@ -319,13 +320,7 @@ class Run:
         """What a run directory says of the run before its first step."""
         config = self.config
         dump_config(config, self.run_dir / CONFIG)
-        plan = make_plan(
-            config,
-            world_size=distributed.world_size(),
-            device=this_device(),
-            data_tokens=self.data.num_tokens,
-        )
-        write_atomically(self.run_dir / PLAN, json.dumps(plan.as_dict(), indent=1))
+        write_atomically(self.run_dir / PLAN, json.dumps(self.plan.as_dict(), indent=1))
         write_atomically(self.run_dir / ENVIRONMENT, json.dumps(environment(self.device), indent=1))
         write_atomically(
             self.run_dir / MANIFEST, json.dumps(manifest(self.roles, self.optimizer), indent=1)
@@ -339,7 +334,7 @@ class Run:
             f" tokens on {layout}, run directory {self.run_dir}",
             flush=True,
         )
-        if share := counting_pass_share(plan.figures["flops"]):
+        if share := counting_pass_share(self.plan.figures["flops"]):
             print(
                 "balance over the whole batch at accumulation > 1: a counting pass adds"
                 f" {share:.1%} to the work"

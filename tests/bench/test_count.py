@@ -236,9 +236,10 @@ def test_shards_by_rows_are_chunked_by_ceiling():
 def bytes_sent(values):
     """Bytes that each rank's optimizer really sends in a step under FSDP2."""
     config = Config.from_dict(values)
-    engine = build_engine(config, 0, torch.device("cpu"), 2)
+    transfer = transfer_of(config)
+    engine = build_engine(config, 0, transfer, torch.device("cpu"), 2)
     roles = assign_roles(engine.module)
-    optimizer = build_optimizer(config, roles, transfer_of(config).roles, engine)
+    optimizer = build_optimizer(config, roles, transfer.roles, engine)
     return distributed.rank(), optimizer.bytes_sent()
 
 

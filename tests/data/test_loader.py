@@ -67,7 +67,7 @@ def test_the_batch_does_not_depend_on_world_or_accumulation(
 
 
 def test_resuming_on_another_world_continues_the_order(split: TokenSplit) -> None:
-    """F10: 2 → 1 → 4 processes."""
+    """2 → 1 → 4 processes."""
     with Loader(split, 0, BatchSchedule(8), 8) as straight:
         expected = _rows([next(straight) for _ in range(9)])
     for start, world in ((0, 2), (3, 1), (6, 4)):

@@ -100,19 +100,12 @@ def test_published_counts():
     assert published_parameters(member(8)) == 208_142_336
     tokens = 10.4e9 * published_parameters(member(12)) / published_parameters(member(8))
     assert int(tokens) == 28_488_664_987
-    base = published_parameters(member(12), depth=8, width=1024, heads=16, kv_heads=4)
+    size = {"depth": 8, "width": 1024, "heads": 16, "kv_heads": 4}
+    base = published_parameters(member(12).model_copy(update=size))
     assert base == 208_142_336
-    small_family = published_parameters(
-        member(12),
-        depth=8,
-        width=1024,
-        heads=8,
-        kv_heads=2,
-        head_dim=64,
-        vocab_size=100,
-        mlp="relu2",
-        mlp_ratio=2.0,
-    )
+    other = {"heads": 8, "kv_heads": 2, "head_dim": 64, "vocab_size": 100}
+    shape = size | other | {"mlp": "relu2", "mlp_ratio": 2.0}
+    small_family = published_parameters(member(12).model_copy(update=shape))
     assert small_family == 2 * 2 * 1024**2 * 8 + 2 * 1024 * 100 + 2 * 1024 * 8 * (8 + 2) * 64
     flops = published_flops_per_token(member(8))
     assert flops == 3 * (2 * 208_142_336 + 4 * 8 * 16 * 128 * 1024)

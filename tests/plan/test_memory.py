@@ -19,7 +19,7 @@ from archscale.parallel.native import NativeEngine
 from archscale.parallel.zero import ZeroEngine
 from archscale.plan import memory
 from archscale.plan.counting import parameters, weights
-from archscale.plan.memory import block_activations, checkpoint_bytes, communication
+from archscale.plan.memory import Execution, block_activations, checkpoint_bytes, communication
 from archscale.train.readings import MatrixWatch
 from archscale.train.step import train_step
 
@@ -306,7 +306,7 @@ def check(
 )
 def test_one_process_takes_the_planned_memory(name, precision, options):
     model, options = MODELS[name], {"micro_batch": MICRO_BATCH[name], **options}
-    planned = memory.memory(model, precision=precision, **options, watched=False)
+    planned = memory.memory(model, Execution(precision=precision, **options, watched=False))
     terms = planned.terms
     resident = terms["parameters"] + terms["optimizer_state"]
     check(
@@ -319,7 +319,7 @@ def test_one_process_takes_the_planned_memory(name, precision, options):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_step_that_is_watched_takes_the_planned_memory(precision):
-    planned = memory.memory(MODELS["optimizer"], precision=precision, micro_batch=1)
+    planned = memory.memory(MODELS["optimizer"], Execution(precision=precision, micro_batch=1))
     measured = measure(MODELS["optimizer"], precision, micro_batch=1, watched=True)
     assert planned.phases["optimizer"] == pytest.approx(measured["optimizer"], rel=0.03)
 
@@ -346,7 +346,7 @@ def test_replicas_take_the_planned_memory(pool, accumulation):
     """DDP's buckets stay, and gradients accumulate in them, also those of micro-batches without
     synchronization."""
     options = {"precision": "fp32", "micro_batch": 4, "accumulation": accumulation}
-    planned = memory.memory(MODELS["activations"], replicate=2, **options, watched=False)
+    planned = memory.memory(MODELS["activations"], Execution(replicate=2, **options, watched=False))
     resident = sum(planned.terms[key] for key in ("parameters", "optimizer_state", "gradients"))
     check_ranks(MODELS["activations"], resident, planned, pool(2).run, **options)
 
@@ -362,7 +362,7 @@ def test_shards_take_the_planned_memory(pool, name, reshard, precision):
         "shard": 2,
         "reshard_after_forward": reshard,
     }
-    planned = memory.memory(MODELS[name], **options, watched=False)
+    planned = memory.memory(MODELS[name], Execution(**options, watched=False))
     resident = planned.terms["parameters"] + planned.terms["optimizer_state"]
     check_ranks(MODELS[name], resident, planned, pool(2).run, **options)
 
@@ -374,7 +374,7 @@ def test_spread_experts_take_the_planned_memory(pool, precision, expert):
     """With spread experts gloo keeps more buffers through the optimizer's phase, which is not the
     fullest: it is left out."""
     options = {"precision": precision, "micro_batch": 4, "shard": 2, "expert": expert}
-    planned = memory.memory(SPREAD, **options, watched=False)
+    planned = memory.memory(SPREAD, Execution(**options, watched=False))
     resident = planned.terms["parameters"] + planned.terms["optimizer_state"]
     check_ranks(SPREAD, resident, planned, pool(2).run, **options)
 
@@ -389,7 +389,7 @@ def test_zero_takes_the_planned_memory(pool, stage, precision):
     moment roughly, as DeepSpeed's buckets happen to fall."""
     model, options = MODELS["activations"], {"precision": precision, "micro_batch": 2}
     planned = memory.memory(
-        model, engine="deepspeed", shard=2, zero_stage=stage, **options, watched=False
+        model, Execution(engine="deepspeed", shard=2, zero_stage=stage, **options, watched=False)
     )
     stays = ["parameters", "model_copy", "optimizer_state"]
     stays += ["bucket", "persistent"] if stage == 3 else []
@@ -437,7 +437,9 @@ def test_experts_are_sent_the_planned_bytes(pool, world, accumulation):
         "shard": world,
         "expert": 2,
     }
-    assert sum(ranks) / world == pytest.approx(communication(SPREAD, **layout)["experts"], rel=0.1)
+    assert sum(ranks) / world == pytest.approx(
+        communication(SPREAD, Execution(**layout))["experts"], rel=0.1
+    )
 
 
 class Traffic(TorchDispatchMode):
@@ -491,7 +493,10 @@ def test_shards_hold_and_send_the_planned_bytes(
     layout = {"replicate": world // shard, "shard": shard, "precision": precision, "micro_batch": 1}
     layout |= {"accumulation": accumulation, "reshard_after_forward": reshard}
     ranks = pool(world).run(traffic, model, precision, shard, reshard, accumulation)
-    planned, terms = communication(model, **layout), memory.memory(model, **layout).terms
+    planned, terms = (
+        communication(model, Execution(**layout)),
+        memory.memory(model, Execution(**layout)).terms,
+    )
     assert planned["parameters"] == pytest.approx(ranks[0][0]["parameters"], rel=0.01)
     # C++ reduces, out of sight
     between_replicas = accumulation * 2 * (1 - shard / world) * terms["gradients"]
@@ -545,12 +550,12 @@ def test_the_optimizer_sends_the_planned_bytes(pool, name, world, shard, toleran
     model = MODELS[name]
     ranks = pool(world).run(optimizer_sends, model, "bf16", shard)
     layout = {"replicate": world // shard, "shard": shard, "precision": "bf16", "micro_batch": 1}
-    planned = communication(model, **layout)["optimizer"]
+    planned = communication(model, Execution(**layout))["optimizer"]
     assert planned == pytest.approx(sum(ranks) / world, rel=tolerance)
-    assert communication(model, **layout, wire_bytes=4)["optimizer"] == pytest.approx(
+    assert communication(model, Execution(**layout, wire_bytes=4))["optimizer"] == pytest.approx(
         2 * planned, abs=1
     )
-    assert communication(model, **layout, orthogonal=())["optimizer"] == 0
+    assert communication(model, Execution(**layout, orthogonal=()))["optimizer"] == 0
 
 
 def test_constants_and_state_are_those_of_the_code():
@@ -571,7 +576,7 @@ def test_collectives_by_their_definitions():
     options = {"precision": "bf16", "micro_batch": 4, "accumulation": 3}
 
     def sent(**layout) -> dict[str, int]:
-        return communication(model, **options, **layout)
+        return communication(model, Execution(**options, **layout))
 
     assert set(sent().values()) == {0}
     assert sent(replicate=4)["gradients"] == pytest.approx(2 * 3 / 4 * 4 * P, abs=1)
@@ -589,7 +594,7 @@ def test_collectives_by_their_definitions():
 def test_experts_and_their_tokens_are_spread():
     _, active = MOE.expert_counts
     layout = {"precision": "bf16", "micro_batch": 4, "shard": 8}
-    none, four = (communication(MOE, expert=ways, **layout) for ways in (1, 4))
+    none, four = (communication(MOE, Execution(expert=ways, **layout)) for ways in (1, 4))
     tokens = 4 * MOE.context * active * 3 / 4
     assert none["experts"] == 0
     assert (
@@ -597,16 +602,16 @@ def test_experts_and_their_tokens_are_spread():
     )  # there and back, forward and backward
     assert four["parameters"] < none["parameters"]
     thrice = communication(
-        MOE, expert=4, accumulation=3, **layout
+        MOE, Execution(expert=4, accumulation=3, **layout)
     )  # two of the three micro-batches pass once more
     assert thrice["experts"] == four["experts"] * (3 + 2 * 2 / 4)
-    alone = memory.memory(MOE, precision="bf16", micro_batch=4)
-    spread = memory.memory(MOE, precision="bf16", micro_batch=4, shard=8, expert=4)
+    alone = memory.memory(MOE, Execution(precision="bf16", micro_batch=4))
+    spread = memory.memory(MOE, Execution(precision="bf16", micro_batch=4, shard=8, expert=4))
     assert alone.terms["parameters"] == 4 * parameters(MOE).total
     assert spread.terms["parameters"] < alone.terms["parameters"] / 7
     assert (
         spread.terms["gathered"]
-        < memory.memory(MOE, precision="bf16", micro_batch=4, shard=8).terms["gathered"]
+        < memory.memory(MOE, Execution(precision="bf16", micro_batch=4, shard=8)).terms["gathered"]
     )
     assert spread.peak < alone.peak
 
@@ -615,7 +620,10 @@ def test_zero_stages_hold_what_they_are_defined_to_hold():
     model, P = MODELS["activations"], parameters(MODELS["activations"]).total
     one, two, three = (
         memory.memory(
-            model, precision="bf16", micro_batch=4, engine="deepspeed", shard=4, zero_stage=stage
+            model,
+            Execution(
+                precision="bf16", micro_batch=4, engine="deepspeed", shard=4, zero_stage=stage
+            ),
         ).terms
         for stage in (1, 2, 3)
     )
@@ -632,13 +640,15 @@ def test_zero_stages_hold_what_they_are_defined_to_hold():
 def test_sharding_takes_ceilings_and_no_rank_is_forgotten():
     """Three rows over two ranks are two and one: the fullest rank counts."""
     model = ModelConfig(depth=1, width=12, head_dim=6, context=8, vocab_size=7, qk_norm=False)
-    planned = memory.memory(model, precision="fp32", micro_batch=1, shard=5)
+    planned = memory.memory(model, Execution(precision="fp32", micro_batch=1, shard=5))
     rows = {w.name: (-(-w.shape[0] // 5), w.numel // w.shape[0]) for w in weights(model)}
     assert planned.terms["parameters"] == 4 * sum(mine * row for mine, row in rows.values())
 
 
 def test_what_cannot_be_planned_is_refused():
     with pytest.raises(ValueError, match="take it from the data set"):
-        memory.memory(ModelConfig(depth=2, width=64, head_dim=16), precision="fp32", micro_batch=1)
+        memory.memory(
+            ModelConfig(depth=2, width=64, head_dim=16), Execution(precision="fp32", micro_batch=1)
+        )
     with pytest.raises(ValueError, match="expert 3 does not divide shard 4"):
-        memory.memory(MOE, precision="fp32", micro_batch=1, shard=4, expert=3)
+        memory.memory(MOE, Execution(precision="fp32", micro_batch=1, shard=4, expert=3))

@@ -376,7 +376,9 @@ def test_a_time_limit_without_a_checkpoint_ends_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(submitit, "JobEnvironment", lambda: type("Here", (), {"job_id": "7_0"}))
     run = tmp_path / "run"
-    (run / "checkpoints" / "step_00000005").mkdir(parents=True)
+    checkpoint = run / "checkpoints" / "step_00000005"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "state.json").touch()
     task = Task(
         Job("a", ("train", "c.yaml", "--run-dir", str(run)), tmp_path / "a.log"),
         1,

@@ -499,7 +499,7 @@ def test_killed_with_9_and_started_again(tmp_path, data):
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "seeds", "kills"), [(1, 3, (3, 11, 19)), (2, 1, (1, 3, 5))])
 def test_a_sweep_killed_three_times_ends_as_if_left_alone(tmp_path, data, processes, seeds, kills):
-    """F1 for a whole sweep: 24 runs, and 8 of two processes each; killed with -9 after so many
+    """24 runs, and 8 of two processes each; the sweep is killed with -9 after so many
     finished runs."""
     path = grid(
         tmp_path,

@@ -1,4 +1,4 @@
-"""F12, F19, F20: what goes wrong on one rank is everybody's business, and what goes wrong elsewhere
+"""What goes wrong on one rank is everybody's business, and what goes wrong elsewhere
 nobody's."""
 
 import json
@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from archscale.checkpoint.directory import checkpoint_steps
 from archscale.distributed import local_tensor, rank, world_size
 from archscale.errors import ConfigError, TrainingError
+from archscale.files import checkpoint_steps
 from archscale.parallel import native
 from archscale.telemetry.tracking import BestEffort, has_wandb_key, wandb_tracker
 from archscale.train import trainer
@@ -212,7 +212,7 @@ def fake_wandb(behaviour: str) -> types.ModuleType:
 
 @pytest.mark.parametrize("behaviour", ["works", "raises", "raises later", "blocks"])
 def test_a_service_that_is_down_costs_a_warning(monkeypatch, capfd, data, tmp_path, behaviour):
-    """F19: training goes on, metrics.jsonl is complete, and the curve is the same."""
+    """Training goes on, metrics.jsonl is complete, and the curve is the same."""
     fake = fake_wandb(behaviour)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     monkeypatch.setattr("archscale.telemetry.tracking.PATIENCE", 0.5)
@@ -290,7 +290,6 @@ def slow_run(data: str, folder: str) -> list[dict]:
 
 
 def test_the_rank_that_arrives_last_is_named(pool, data, tmp_path):
-    """F20."""
     for lines in pool(2).run(slow_run, data, str(tmp_path)):
         for line in (lines[1], lines[3]):
             assert line["straggler/rank"] == 1

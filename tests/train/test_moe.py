@@ -264,7 +264,7 @@ def test_a_trained_model_generates(data, tmp_path):
 @pytest.mark.parametrize("recompute", ["none", "block"])
 @pytest.mark.parametrize("micro_batch", [24, 6])
 def test_every_assignment_is_counted_once(data, tmp_path, micro_batch, recompute):
-    """F7: Σ counts = tokens · k in every layer and step; accumulation 1 and 4."""
+    """Σ counts = tokens · k in every layer and step; accumulation 1 and 4."""
     training = {"micro_batch": micro_batch, "activation_checkpoint": recompute}
     for balance in ("global", "sequence"):
         found = watched(
@@ -341,7 +341,7 @@ def definition(balance: str) -> tuple[float, dict]:
 
 @pytest.mark.parametrize("balance", ["global", "sequence"])
 def test_balance_loss_and_its_gradient_know_no_ranks_and_no_micro_batches(pool, balance):
-    """F6: processes × accumulation ∈ {1, 2}², DDP and FSDP2, recomputation."""
+    """Processes × accumulation ∈ {1, 2}², DDP and FSDP2, recomputation."""
     value, expected = definition(balance)
     found = [
         balance_gradients(balance, 1, 1),

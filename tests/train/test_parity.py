@@ -1,4 +1,4 @@
-"""Invariant 1: one process, DDP, FSDP2 and HSDP give the same losses, step by step."""
+"""One trajectory: one process, DDP, FSDP2 and HSDP give the same losses, step by step."""
 
 import json
 from pathlib import Path
@@ -61,7 +61,7 @@ def test_every_rule_on_every_layout(pool, data, alone, tmp_path, rule, layout):
 
 @pytest.mark.parametrize("micro_batch", [3, pytest.param(12, marks=pytest.mark.slow)])
 def test_accumulation_changes_nothing(pool, data, alone, tmp_path, micro_batch):
-    """F4: the same samples in other micro-batches, on one process and under DDP and FSDP2."""
+    """The same samples in other micro-batches, on one process and under DDP and FSDP2."""
     training = {"micro_batch": micro_batch}
     curve = losses(data, str(tmp_path / "one"), "orscale_lm", STEPS, training=training)
     assert furthest(curve, alone("orscale_lm")) < TOLERANCE
@@ -192,14 +192,14 @@ def count_orthogonalizations(data: str, folder: str) -> int:
 
 
 def test_every_matrix_is_orthogonalized_once_a_step(pool, data, tmp_path):
-    """F3, F4: matrices × steps, whatever the accumulation; the ranks share them."""
+    """Matrices × steps, whatever the accumulation; the ranks share them."""
     matrices = 2 * (4 + 1 + 2 + 1)  # per block: q k v gate, out, gate up, down
     assert count_orthogonalizations(data, str(tmp_path / "one")) == 5 * matrices
     assert sum(pool(2).run(count_orthogonalizations, data, str(tmp_path / "two"))) == 5 * matrices
 
 
 def test_the_manifest_is_the_golden_one(data, tmp_path):
-    """F3: parameter → role → rule; a change of this file is a change of what trains how."""
+    """Parameter → role → rule; a change of this file is a change of what trains how."""
     run(config(data, "orscale_lm", 1, model={"tied_embeddings": False}), str(tmp_path / "r"))
     rows = json.loads((tmp_path / "r" / "manifest.json").read_text())
     found = "".join(

@@ -1,4 +1,4 @@
-"""Invariant 3 and F1: a crash changes nothing."""
+"""A crash changes nothing."""
 
 import json
 import signal
@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from archscale.checkpoint.directory import checkpoint_steps, step_directory
 from archscale.checkpoint.saving import load_checkpoint
 from archscale.config import dump_config
 from archscale.errors import CheckpointError, ConfigError
+from archscale.files import checkpoint_steps, step_directory
 from tests.pool import start
 from tests.train.tiny import LAYOUTS, config, crash_after, run, tiny_data
 
@@ -55,7 +55,7 @@ def test_ten_steps_equal_five_and_a_crash_and_five_bitwise(pool, data, tmp_path,
 
 
 def test_other_world_sizes_continue_the_same_curve(pool, data, tmp_path):
-    """F10, F15: 2 → 1 → 4 processes."""
+    """2 → 1 → 4 processes."""
     made = config(data, "orscale_lm", 12, checkpoint={"every": 4})
     expected = run(made, str(tmp_path / "alone"))
     folder = str(tmp_path / "moving")
@@ -101,7 +101,7 @@ def test_a_half_written_checkpoint_is_not_one(data, tmp_path):
 
 @pytest.mark.parametrize("harm", ["truncate", "remove"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(data, tmp_path, capfd, harm):
-    """F13: the next newest whole one is used, and the bad file is named."""
+    """The next newest whole one is used, and the bad file is named."""
     made = config(data, steps=6, checkpoint={"every": 2, "keep": 5})
     straight = run(made, str(tmp_path / "r"))
     bad = next(step_directory(tmp_path / "r" / "checkpoints", 6).glob("*.distcp"))

@@ -145,7 +145,8 @@ def test_mup_scales_the_logits(data):
             parameterization={"kind": "mup++", "base": base},
             optimizer={"matrix": {"rule": "adamw"}},
         )
-        model = build_model(resolve(made.with_vocab(300)), 0)
+        resolved = resolve(made.with_vocab(300))
+        model = build_model(resolved, 0, transfer_of(resolved))
         initialize(model, seed=0)
         logits.append(model(torch.arange(16)[None]))
     torch.testing.assert_close(logits[1], logits[0] / 2)
@@ -161,7 +162,7 @@ def test_every_role_decays_as_the_transfer_says(data):
         optimizer={"matrix": {"rule": "orscale_lm"}, "weight_decay": 0.1},
     )
     made = resolve(made.with_vocab(300))
-    model = build_model(made, 0)
+    model = build_model(made, 0, transfer_of(made))
     initialize(model, seed=0)
     optimizer = build_optimizer(made, assign_roles(model), transfer_of(made).roles)
     decays = {group["role"]: group["weight_decay"] for group in optimizer.param_groups}

@@ -1,5 +1,5 @@
-"""DeepSpeed ZeRO 1, 2, 3 against one process: the same losses, the same checkpoints (invariant 1,
-F3, F4, F15)."""
+"""DeepSpeed ZeRO 1, 2, 3 against one process: the same losses, the same
+checkpoints."""
 
 import importlib.util
 import itertools
@@ -15,13 +15,13 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from archscale.checkpoint.directory import step_directory
 from archscale.checkpoint.saving import load_checkpoint, save_checkpoint
 from archscale.config import dump_config
 from archscale.data.shards import TokenSplit
 from archscale.distributed import gather_objects, rank, world_size
+from archscale.files import step_directory
 from archscale.parallel import zero
-from archscale.plan.transfer import resolve
+from archscale.plan.plan import make_plan
 from archscale.train import trainer
 from tests.commands import MASTER_VARIABLES, RANK_VARIABLES, ROOT, Launched, launch
 from tests.pool import WorkerError
@@ -145,7 +145,7 @@ PAIRWISE = [
 def test_the_losses_are_those_of_one_process(
     pool, data, alone, tmp_path, layout, accumulation, model, rule
 ):
-    """F4: also 1 and 4 micro-batches."""
+    """Also 1 and 4 micro-batches."""
     world, stage = LAYOUTS[layout]
     training = {"training": {"micro_batch": 24 // world // accumulation}}
     sections = merge(MODELS[model], training, stage_of(stage))
@@ -277,10 +277,8 @@ def test_what_deepspeed_refuses_of_a_users_json_is_one_line(pool, data, tmp_path
 def build(data: str, stage: int | None, rule: str = "orscale_lm") -> trainer.Run:
     made = config(data, rule, 8, **stage_of(stage))
     split = TokenSplit(made.data.train, "train", made.model.context)
-    made = resolve(made.with_vocab(split.vocab_size))
-    return trainer.Run(
-        made, Path("unused"), split, None, torch.device("cpu"), shard=made.shard_size(world_size())
-    )
+    plan = make_plan(made.with_vocab(split.vocab_size), world_size=world_size())
+    return trainer.Run(plan, Path("unused"), split, None, torch.device("cpu"))
 
 
 def layout(data: str, stage: int) -> list[dict[str, tuple]]:
@@ -320,14 +318,14 @@ def count_orthogonalizations(data: str, folder: str, stage: int) -> int:
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_every_matrix_is_orthogonalized_once_a_step(pool, data, tmp_path, stage):
-    """F3, F4: matrices × steps at four micro-batches a step."""
+    """Matrices × steps at four micro-batches a step."""
     matrices = 2 * (4 + 1 + 2 + 1)
     assert sum(pool(2).run(count_orthogonalizations, data, str(tmp_path), stage)) == 5 * matrices
 
 
 @pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
 def test_every_parameter_keeps_its_role(pool, data, tmp_path, stage):
-    """F3: under `zero.Init` parameters are flat and empty when roles are assigned."""
+    """Under `zero.Init` parameters are flat and empty when roles are assigned."""
     sections = merge({"model": {"tied_embeddings": False}}, stage_of(stage))
     pool(2).run(losses, data, str(tmp_path), "orscale_lm", 1, **sections)
     rows = json.loads((tmp_path / "manifest.json").read_text())
@@ -447,7 +445,6 @@ def guarded_run(data: str, folder: str, stage: int) -> tuple[list[dict], list[fl
     "stage", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
 )
 def test_a_guarded_step_leaves_the_state_untouched(pool, data, tmp_path, stage):
-    """F12."""
     for lines, sums in pool(2).run(guarded_run, data, str(tmp_path), stage):
         assert lines[2]["event"].startswith("skipped: non-finite grad_norm")
         assert [a == b for a, b in itertools.pairwise(sums)] == [False, True, False, False]
@@ -458,7 +455,7 @@ def test_a_guarded_step_leaves_the_state_untouched(pool, data, tmp_path, stage):
 
 @pytest.mark.parametrize("rule", ["orscale_lm", pytest.param("muonh", marks=pytest.mark.slow)])
 def test_a_run_moves_between_engines(pool, data, tmp_path, rule):
-    """F15: ZeRO-3 on 2 → one native process → ZeRO-1 on 3 → FSDP2 on 2 → ZeRO-2 on 2."""
+    """ZeRO-3 on 2 → one native process → ZeRO-1 on 3 → FSDP2 on 2 → ZeRO-2 on 2."""
     every = {"checkpoint": {"every": 3}, "training": {"micro_batch": 4}}
     made = {
         stage: config(data, rule, 15, **merge(every, stage_of(stage))) for stage in (None, 1, 2, 3)

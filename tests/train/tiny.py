@@ -10,7 +10,7 @@ from archscale.config import Config
 from archscale.data.prepare import prepare
 from archscale.data.shards import TokenSplit
 from archscale.distributed import on_rank_zero, rank, world_size
-from archscale.plan.transfer import resolve
+from archscale.plan.plan import make_plan
 from archscale.train import trainer
 
 RULES = ["muon", "moonlight", "orscale", "orscale_lm", "muonh", "orscale_lm_sphere", "adamw"]
@@ -86,15 +86,8 @@ def run(config: Config, run_dir: str, resume: str = "auto") -> list[dict]:
     validation = (
         TokenSplit(config.data.val, "validation", config.model.context) if config.data.val else None
     )
-    world = world_size()
-    run = trainer.Run(
-        resolve(config.with_vocab(data.vocab_size)),
-        Path(run_dir),
-        data,
-        validation,
-        torch.device("cpu"),
-        shard=config.shard_size(world),
-    )
+    plan = make_plan(config.with_vocab(data.vocab_size), world_size=world_size())
+    run = trainer.Run(plan, Path(run_dir), data, validation, torch.device("cpu"))
     source = on_rank_zero(
         lambda: trainer.choose_checkpoint(run.config, data, Path(run_dir), resume)
     )

@@ -131,7 +131,7 @@ class How:
         overrides: Sequence[str],
         directory: Path,
         runs: Sequence[SweepRun],
-        more: int,
+        refined: int,
     ) -> str:
         """Writes the files of a generated launcher; returns what to do next. `more`: runs that
         `refine` will add."""
@@ -155,18 +155,18 @@ class How:
             left = {index: run.name for index, run in enumerate(runs) if not run.finished}
             submit = write_skypilot(directory, content.skypilot, name, command, left, self.retries)
         last = "the run that finishes last writes results.csv and the fits"
-        if more:
+        if refined:
             last = (
-                f"{more} more runs follow from `refine`: once these are finished, give this command"
-                " again where it sees them"
+                f"{refined} more runs follow from `refine`: once these are finished, give this"
+                " command again where it sees them"
             )
         return (
             f"\nnothing is started yet: {submit}\n{last}; --collect tabulates whatever is finished"
         )
 
 
-def _count(number: int, one: str, more: str = "") -> str:
-    return f"{number} {one if number == 1 else more or one + 's'}"
+def _count(number: int, singular: str, plural: str = "") -> str:
+    return f"{number} {singular if number == 1 else plural or singular + 's'}"
 
 
 def _command(grid: Grid, overrides: Sequence[str]) -> list[str]:

@@ -46,17 +46,17 @@ class SlurmConfig(Section):
     """Time limit of a task; a run that needs longer is requeued and goes on from its newest
     checkpoint."""
     partition: Text | None = None
-    """Of the tasks; null: the cluster's default, as for the next two."""
+    """Partition of the tasks; null: the cluster's default, as for the next two."""
     account: Text | None = None
-    """That is charged."""
+    """Account that is charged."""
     qos: Text | None = None
     """Quality of service."""
     nodes: Count = 1
-    """Of a run; divides processes."""
+    """Nodes of a run; divides processes."""
     gpus_per_node: CountOrZero = 0
-    """Of a run; 0 trains on CPUs."""
+    """GPUs of a run on each node; 0 trains on CPUs."""
     cpus_per_task: Count = 1
-    """Of a run on each of its nodes."""
+    """Cores of a run on each of its nodes."""
     mem_gb: Positive | None = None
     """Main memory on each node, in GiB; null: the cluster's default."""
     setup: list[Text] = Field(default_factory=list)
@@ -101,16 +101,16 @@ class KubernetesConfig(Section):
     workdir: Text | None = None
     """Where they start, and what the paths of grid and data are relative to; null: `mount`."""
     namespace: Text | None = None
-    """Of the Job; null: kubectl's own."""
+    """Namespace of the Job; null: kubectl's own."""
     gpus: CountOrZero = 0
-    """Of a run; 0 trains on CPUs."""
+    """GPUs of a run; 0 trains on CPUs."""
     gpu_resource: Text = "nvidia.com/gpu"
     """What the cluster calls them."""
     device: Text | None = None
     """What they are, as `archscale plan --device` calls it: memory and time are planned for it;
     null: for none."""
     cpus: Positive | None = None
-    """Of a run; null leaves it to the cluster, as with memory."""
+    """Cores of a run; null leaves it to the cluster, as with memory."""
     memory_gb: Positive | None = None
     """Main memory of a run, in GiB."""
     env: dict[str, str] = Field(default_factory=dict)
@@ -148,7 +148,7 @@ class SkyPilotConfig(Section):
     memory: Text | int | None = None
     """In GB, such as 64+."""
     disk_gb: Count | None = None
-    """Of a machine's own disk."""
+    """Size of a machine's own disk, in GB."""
     infra: Text | None = None
     """Such as aws/us-east-1 or k8s; null: the cheapest."""
     use_spot: StrictBool = False
@@ -166,7 +166,7 @@ class SkyPilotConfig(Section):
 
     @property
     def gpus(self) -> int:
-        """Of a machine."""
+        """Accelerators of a machine."""
         if self.accelerators is None:
             return 0
         count = self.accelerators.partition(":")[2]
@@ -213,7 +213,7 @@ class ClusterSections(Section):
     """The sections of a grid file about clusters."""
 
     processes: Count = 1
-    """Of each run."""
+    """Processes of each run."""
     slurm: SlurmConfig | None = None
     """For --launcher slurm."""
     kubernetes: KubernetesConfig | None = None

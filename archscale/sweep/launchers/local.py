@@ -136,39 +136,40 @@ def run_local(
                 job, attempt = waiting.pop(0)
                 running.append(_start(job, attempt, free[0], slots[free.pop(0)]))
                 tell(Event("started", job, attempt))
-            for one in [one for one in running if one.process.poll() is not None]:
-                running.remove(one)
-                free.append(one.slot)
-                seconds = time.monotonic() - one.started
-                if one.process.returncode == 0:
-                    tell(Event("finished", one.job, one.attempt, seconds))
+            for ended in [ended for ended in running if ended.process.poll() is not None]:
+                running.remove(ended)
+                free.append(ended.slot)
+                seconds = time.monotonic() - ended.started
+                if ended.process.returncode == 0:
+                    tell(Event("finished", ended.job, ended.attempt, seconds))
                     continue
-                reason, refused = why(one.job.log, one.offset, one.process.returncode)
-                again = not refused and one.attempt <= retries
-                tell(Event("failed", one.job, one.attempt, seconds, reason, again))
+                reason, refused = why(ended.job.log, ended.offset, ended.process.returncode)
+                again = not refused and ended.attempt <= retries
+                tell(Event("failed", ended.job, ended.attempt, seconds, reason, again))
                 if again:
                     waiting.append(
-                        (one.job, one.attempt + 1)
+                        (ended.job, ended.attempt + 1)
                     )  # behind the others, who need not wait for it
                 else:
-                    failed[one.job.name] = reason
+                    failed[ended.job.name] = reason
             tick()
             time.sleep(POLL)
     finally:
-        end([one.process for one in running])
+        end([ended.process for ended in running])
     return failed
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Of a job: this process's, without the traces of a torchrun around it, and `variables`."""
+    """A job's environment: this process's, without the traces of a torchrun around it, and
+    `variables`."""
     return {key: value for key, value in os.environ.items() if key not in FOREIGN} | dict(variables)
 
 
 def threads() -> str:
     """OMP_NUM_THREADS of a run on CPUs: one unless told, as torchrun does, so that sums are the
     same wherever it trains."""
-    told = os.environ.get("OMP_NUM_THREADS", "")
-    return told if told.isdigit() and int(told) else "1"
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return given if given.isdigit() and int(given) else "1"
 
 
 def _start(job: Job, attempt: int, slot: int, variables: Mapping[str, str]) -> _Running:
@@ -210,16 +211,16 @@ def why(log: Path, offset: int, status: int) -> tuple[str, bool]:
             for line in stream.read().decode(errors="replace").splitlines()
             if line.strip()
         ]
-    told = [
+    messages = [
         line
         for line in lines
         if line.startswith("archscale: ") and not line.startswith("archscale: warning")
     ]
     stuck = [
-        line for line in told if "made no progress" in line
+        line for line in messages if "made no progress" in line
     ]  # the watchdog's: a hang, worth another try
-    if told and not stuck:
-        return told[-1].removeprefix("archscale: "), True
+    if messages and not stuck:
+        return messages[-1].removeprefix("archscale: "), True
     if stuck:
         return stuck[-1].removeprefix("archscale: "), False
     if status < 0:

@@ -127,7 +127,7 @@ class SlurmLauncher:
 
     @property
     def name(self) -> str:
-        """Of all jobs of this sweep: that of the grid, and what no other sweep's jobs have."""
+        """Name of all jobs of this sweep: that of the grid, and a suffix of its own."""
         path = self.folder / "name"
         if not path.exists():
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -148,31 +148,31 @@ class SlurmLauncher:
         failed = {name: history.failed[name] for name in by_name if name in history.failed}
         self._adopt(history, by_name, tell)
         running = [history.running[name] for name in by_name if name in history.running]
-        for one in running:
-            if one.trains:
-                tell(Event("attached", one.job, one.attempt, task=one.task))
+        for active in running:
+            if active.trains:
+                tell(Event("attached", active.job, active.attempt, task=active.task))
         waiting = [
             (job, history.attempts.get(name, 1))
             for name, job in by_name.items()
             if name not in failed and name not in history.running
         ]
         while True:
-            for one in list(running):
-                if (ending := self._look(one, tell)) is None:
+            for active in list(running):
+                if (ending := self._look(active, tell)) is None:
                     continue
                 self._pause = QUEUE[0]
-                running.remove(one)
+                running.remove(active)
                 tell(ending)
                 if ending.again:
-                    waiting.append((one.job, one.attempt + 1))
+                    waiting.append((active.job, active.attempt + 1))
                 elif ending.what == "failed":
-                    failed[one.job.name] = ending.reason
+                    failed[active.job.name] = ending.reason
             while waiting and (self.at_once is None or len(running) < self.at_once):
                 batch, waiting = waiting[:MOST], waiting[MOST:]
                 running += self._submit(batch, (self.at_once or MOST) - len(running), tell)
             if not running:
                 return failed
-            if self.follow is not None and all(one.gone is None for one in running):
+            if self.follow is not None and all(active.gone is None for active in running):
                 self._go_on_later(running)
                 raise LeftToSlurm(
                     f"{len(running)} runs are in Slurm's queue as {self.name}, and a job that goes"
@@ -183,47 +183,52 @@ class SlurmLauncher:
 
     # --- what tasks do
 
-    def _look(self, one: _Running, tell: Callable[[Event], None]) -> Event | None:
+    def _look(self, active: _Running, tell: Callable[[Event], None]) -> Event | None:
         """Tells what a task has begun since the last look; returns how it ended, if it did."""
-        told = words(self.folder / f"{one.task}.jsonl")
-        starts = [word for word in told if word["what"] == "started"]
-        end = told[-1] if told and told[-1]["what"] == "ended" else None
-        if len(starts) > one.starts:
-            if one.trains:
-                tell(Event("requeued", one.job, one.attempt, task=one.task))
-            one.starts, one.trains, one.since = len(starts), True, time.monotonic()
-            tell(Event("started", one.job, one.attempt, task=one.task))
+        records = words(self.folder / f"{active.task}.jsonl")
+        starts = [word for word in records if word["what"] == "started"]
+        end = records[-1] if records and records[-1]["what"] == "ended" else None
+        if len(starts) > active.starts:
+            if active.trains:
+                tell(Event("requeued", active.job, active.attempt, task=active.task))
+            active.starts, active.trains, active.since = len(starts), True, time.monotonic()
+            tell(Event("started", active.job, active.attempt, task=active.task))
             self._pause = QUEUE[0]
         if end and end["status"] == 0:
-            return Event("finished", one.job, one.attempt, end["seconds"], task=one.task)
+            return Event("finished", active.job, active.attempt, end["seconds"], task=active.task)
         if not self._refresh(at_once=end is not None):
             return None
-        state = self._queue.get(one.task)
+        state = self._queue.get(active.task)
         if state is not None and state not in ENDED:
-            if one.trains and state == "PENDING" and end is None and self._queued_at > one.since:
-                one.trains = False
-                tell(Event("requeued", one.job, one.attempt, task=one.task))
-            one.gone = None
+            if (
+                active.trains
+                and state == "PENDING"
+                and end is None
+                and self._queued_at > active.since
+            ):
+                active.trains = False
+                tell(Event("requeued", active.job, active.attempt, task=active.task))
+            active.gone = None
             return None
         now = time.monotonic()
-        one.gone = one.gone or now
-        if end is None and now - one.gone < GONE:
+        active.gone = active.gone or now
+        if end is None and now - active.gone < GONE:
             return None
         reason, refused = (end["reason"], end["refused"]) if end else _silence(state)
         seconds = end["seconds"] if end else 0.0
-        again = not refused and one.attempt <= self.retries
-        return Event("failed", one.job, one.attempt, seconds, reason, again, one.task)
+        again = not refused and active.attempt <= self.retries
+        return Event("failed", active.job, active.attempt, seconds, reason, again, active.task)
 
     def _refresh(self, at_once: bool = False) -> bool:
         """Looks at the queue where it is time to; False while it cannot be seen."""
         now = time.monotonic()
         if now - self._queued_at < (QUEUE[0] if at_once else self._pause):
             return bool(self._queued_at > 0)
-        found = self._squeue(self.name)
-        if found is None:
+        states = self._squeue(self.name)
+        if states is None:
             self._queued_at = float("-inf")
             return False
-        self._queue, self._queued_at = found, now
+        self._queue, self._queued_at = states, now
         self._pause = min(QUEUE[1], self._pause * 1.2)
         return True
 
@@ -324,7 +329,7 @@ class SlurmLauncher:
         name = f"{self.name}-next"
         if "PENDING" in (self._squeue(name) or {}).values():
             return
-        arrays = sorted({one.task.partition("_")[0] for one in running}, key=int)
+        arrays = sorted({active.task.partition("_")[0] for active in running}, key=int)
         work = Again(list(self.follow or ()), self.directory.absolute() / "logs" / "sweep.log")
         self._sbatch([work], name, dependency=f"afterany:{':'.join(arrays)}", use_srun=False)
 
@@ -366,42 +371,42 @@ class SlurmLauncher:
 
 def unseen(directory: Path, finished: Iterable[str]) -> list[Event]:
     """The ends of these runs that no sweep was there to tell of."""
-    found, running = [], _history(directory, {}).running
+    events, running = [], _history(directory, {}).running
     for name in finished:
-        one = running.get(name)
-        if one and (
-            told := words(directory / "slurm" / f"{one.task}.jsonl")
+        active = running.get(name)
+        if active and (
+            records := words(directory / "slurm" / f"{active.task}.jsonl")
         ):  # its last may still be that it started
-            seconds = told[-1].get("seconds", time.time() - told[-1]["time"])
-            found.append(Event("finished", one.job, one.attempt, seconds, task=one.task))
-    return found
+            seconds = records[-1].get("seconds", time.time() - records[-1]["time"])
+            events.append(Event("finished", active.job, active.attempt, seconds, task=active.task))
+    return events
 
 
 def _history(directory: Path, jobs: Mapping[str, Job]) -> _History:
-    found = _History(set(), {}, {}, {})
+    history = _History(set(), {}, {}, {})
     for line in events_of(directory / "sweep.jsonl"):
         event, name = line["event"], line.get("run", "")
         if event == "sweep" and not line.get("continued"):
-            found.attempts.clear()
-            found.failed.clear()
+            history.attempts.clear()
+            history.failed.clear()
         elif event == "submitted":
-            found.tasks.add(line["task"])
-            found.attempts.pop(name, None)
-            found.failed.pop(name, None)
+            history.tasks.add(line["task"])
+            history.attempts.pop(name, None)
+            history.failed.pop(name, None)
             job = jobs.get(name) or Job(name, (), Path())
-            found.running[name] = _Running(job, line["attempt"], line["task"])
-        elif event == "started" and name in found.running:
-            found.running[name].starts += 1
-            found.running[name].trains = True
-        elif event == "requeued" and name in found.running:
-            found.running[name].trains = False
+            history.running[name] = _Running(job, line["attempt"], line["task"])
+        elif event == "started" and name in history.running:
+            history.running[name].starts += 1
+            history.running[name].trains = True
+        elif event == "requeued" and name in history.running:
+            history.running[name].trains = False
         elif event in ("finished", "failed"):
-            found.running.pop(name, None)
+            history.running.pop(name, None)
             if event == "failed" and line["again"]:
-                found.attempts[name] = line["attempt"] + 1
+                history.attempts[name] = line["attempt"] + 1
             elif event == "failed":
-                found.failed[name] = line["reason"]
-    return found
+                history.failed[name] = line["reason"]
+    return history
 
 
 def _silence(state: str | None) -> tuple[str, bool]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from archscale.files import CHECKPOINTS
+from archscale.files import newest_step
 from archscale.sweep.launchers.local import Job, environment, threads, why
 
 PATIENCE = 600.0  # seconds that Slurm has to end a task which it has told to
@@ -131,8 +131,8 @@ class Task:
         import submitit
         from submitit.helpers import DelayedSubmission
 
-        told = words(self.folder / f"{submitit.JobEnvironment().job_id}.jsonl")
-        began = next((word for word in reversed(told) if word["what"] == "started"), None)
+        records = words(self.folder / f"{submitit.JobEnvironment().job_id}.jsonl")
+        began = next((word for word in reversed(records) if word["what"] == "started"), None)
         if (
             began
             and time.time() - began["time"] > self.limit / 2
@@ -149,8 +149,7 @@ class Task:
         arguments = list(self.job.arguments)
         if "--run-dir" not in arguments:
             return 0
-        steps = Path(arguments[arguments.index("--run-dir") + 1], CHECKPOINTS).glob("step_*")
-        return max((int(path.name[5:]) for path in steps if path.name[5:].isdigit()), default=0)
+        return newest_step(Path(arguments[arguments.index("--run-dir") + 1]))
 
 
 @dataclass(frozen=True)
@@ -201,9 +200,9 @@ def _say(word: Path | None, **line: Any) -> None:
 
 def words(word: Path) -> list[dict[str, Any]]:
     """What a task has left so far."""
-    found = []
+    records = []
     with contextlib.suppress(OSError):
         for line in word.read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    return found
+                records.append(json.loads(line))
+    return records
