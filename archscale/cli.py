@@ -24,7 +24,16 @@ data_app = typer.Typer(
     help="Turn text into token shards and look at them.", invoke_without_command=True
 )
 app.add_typer(data_app, name="data")
-bench_app = typer.Typer(help="Measure on this machine.", invoke_without_command=True)
+bench_app = typer.Typer(
+    help="""Measure on this machine; count what a step takes on another.
+
+    Example: archscale bench train configs/small/hyperp_moe.yaml --set training.micro_batch=8
+
+    Example: archscale bench step configs/orscale/1b.yaml --count --processes 8 --device h100
+
+    Example: archscale bench gpu""",
+    invoke_without_command=True,
+)
 app.add_typer(bench_app, name="bench")
 
 Overrides = Annotated[
@@ -39,6 +48,8 @@ Form = StrEnum("Form", ["power", "power_irreducible", "quadratic_log", "chinchil
 Space = StrEnum("Space", ["log", "linear"])
 Loss = StrEnum("Loss", ["squares", "huber"])
 Cluster = StrEnum("Cluster", ["local", "slurm", "kubernetes", "skypilot"])
+# Names of `archscale.bench.gpu.CHECKS`, compared likewise.
+Check = StrEnum("Check", ["attention", "kernel", "smoke", "mfu", "optimizer", "moe", "hf", "all"])
 
 
 def _version(asked: bool) -> None:
@@ -570,6 +581,86 @@ def bench_train(
     from archscale.config import load_config
 
     print(report(load_config(config, set or []), rounds=rounds, telemetry=telemetry, as_json=json))
+
+
+@bench_app.command("step")
+def bench_step(
+    config: Annotated[Path, typer.Argument(help="YAML config.")],
+    set: Overrides = None,
+    count: Annotated[
+        bool,
+        typer.Option("--count", help="Count launches, bytes and collectives; nothing is computed."),
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Devices, one process each.")] = 1,
+    device: Annotated[
+        str | None,
+        typer.Option(help="Turn bytes into milliseconds at this one's bandwidth, such as h100."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """What one training step launches, reads, writes and sends on an accelerator, counted without
+    it.
+
+    Example: archscale bench step configs/orscale/1b.yaml --count --processes 8 --device h100
+    """
+    if not count:
+        raise ArchscaleError(
+            "a step is counted here, not timed",
+            "archscale bench step",
+            "add --count, or time steps on this machine with `archscale bench train`",
+        )
+    from archscale.bench.step import report
+    from archscale.config import load_config
+    from archscale.plan.devices import DEVICES, find_device
+
+    chosen = None if device is None else find_device(device)
+    if chosen is not None and chosen.bandwidth is None:
+        raise ArchscaleError(
+            f"the memory bandwidth of {device} is not known",
+            "--device",
+            f"give one of {', '.join(DEVICES)}, or leave it out",
+        )
+    resolved = load_config(config, set or [])
+    print(report(resolved, processes=processes, device=chosen, as_json=json))
+
+
+@bench_app.command("gpu")
+def bench_gpu(
+    checks: Annotated[
+        list[Check] | None,
+        typer.Argument(metavar="[CHECK]...", help="What to run, or all; none: list them."),
+    ] = None,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="Sizes for a CPU, not compiled: does it run?")
+    ] = False,
+    micro_batch: Annotated[
+        int, typer.Option(min=1, help="Sequences per forward pass of the large models.")
+    ] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements of each time.")] = 10,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """The first hours on a GPU: attention, kernel, smoke, mfu, optimizer, moe and hf, each a table.
+    Its lines for CUDA have not yet run on a GPU. Rows also go to stderr as they are measured; the
+    exit status is 1 where a case failed.
+
+    Example: archscale bench gpu attention kernel
+    """
+    if not checks:
+        from archscale.bench.gpu import listing
+
+        print(listing())
+        return
+    import torch
+
+    from archscale.bench.gpu import CHECKS, Bench, report, run_checks
+
+    names = list(CHECKS) if Check.all in checks else [check.value for check in checks]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    bench = Bench(device, tiny, micro_batch, repeats)
+    rows = run_checks(names, bench)
+    print(report(rows, bench, as_json=json))
+    if any("failed" in row for table in rows.values() for row in table):
+        raise typer.Exit(1)
 
 
 def _print_data_set(summary: dict[str, Any], as_json: bool) -> None:

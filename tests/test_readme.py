@@ -87,6 +87,7 @@ NOT_RUN = {
     r"^sbatch ": "needs Slurm",
     r"--launcher slurm --jobs 16$": "needs Slurm",
     r"^kubectl ": "needs Kubernetes",
+    r"bench gpu (all|mfu)": "needs a GPU",
     r"^bash runs/my_grid/skypilot\.sh": "needs SkyPilot and a cloud",
 }
 

@@ -27,47 +27,23 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from archscale.bench.timing import machine, matmul_rate, paired_ratio, spread, synchronize
+from archscale.bench.workload import Workload
 from archscale.config import Config
-from archscale.distributed import Fragment
-from archscale.model import initialize
-from archscale.optim import MatrixOptimizer
-from archscale.optim.roles import assign_roles
-from archscale.parallel.mesh import MeshSizes
-from archscale.parallel.native import NativeEngine
 from archscale.plan.counting import parameters, training_flops
-from archscale.plan.plan import make_plan
-from archscale.plan.preflight import plan_config, refuse
-from archscale.plan.transfer import transfer_of
-from archscale.train.balance import StepBalance
-from archscale.train.build import DTYPES, build_model, build_optimizer
-from archscale.train.readings import Readings
-from archscale.train.step import train_step
+from archscale.train.build import DTYPES
 
 OPTIMIZER_SHARE = 0.02  # of a step
+MATMUL_ROWS = 1024  # of the products that a CPU's rate is taken from
 
 
 @dataclass
 class Arm:
-    """One model with its optimizer on the device."""
+    """One model, and its times in seconds."""
 
     label: str
-    config: Config
-    planned: int  # bytes at the peak
-    engine: NativeEngine
-    optimizer: MatrixOptimizer
-    passes: Callable[[], Any]  # forward and backward of one micro-batch
-    step: Callable[[bool], Any]  # a whole training step; whether to look into it and read it
-    seconds: list[float] = field(default_factory=list)
+    work: Workload
+    seconds: list[float] = field(default_factory=list)  # forward and backward
     updates: list[float] = field(default_factory=list)
-
-    def update(self) -> None:
-        self.engine.update(self.optimizer, self.config.optimizer.grad_clip)
-
-    def resident(self) -> int:
-        """Bytes that stay between steps."""
-        state = [t for of in self.optimizer.fragments().values() for t in of.values()]
-        tensors = [t.data if isinstance(t, Fragment) else t for t in state]
-        return sum(t.nbytes for t in (*self.engine.module.parameters(), *tensors))
 
 
 @dataclass
@@ -102,20 +78,20 @@ def bench_train(config: Config, *, rounds: int = 7, telemetry: bool = False) -> 
     labels = ("dense", "experts") if config.model.moe else ("dense",)
     arms = [_build(label, config, device) for label in labels]
     peaks = [_peak_bytes(arm, device) for arm in arms]  # warms up too
-    model, dtype = arms[0].config.model, DTYPES[config.training.precision]
+    model, dtype = arms[0].work.config.model, DTYPES[config.training.precision]
     rates = []
     order = list(arms)
     for round_ in range(rounds):
         random.Random(round_).shuffle(order)
         for arm in order:
-            arm.seconds.append(_time(arm.passes, device))
-            arm.updates.append(_time(arm.update, device))
-        rates.append(matmul_rate(1024, dtype, device))
+            arm.seconds.append(_time(arm.work.passes, device))
+            arm.updates.append(_time(arm.work.update, device))
+        rates.append(matmul_rate(MATMUL_ROWS, dtype, device))
     rate, tokens = statistics.median(rates), config.training.micro_batch * model.context
     rows = []
     for arm, peak in zip(arms, peaks):
         seconds, update = statistics.median(arm.seconds), statistics.median(arm.updates)
-        count = parameters(arm.config.model)
+        count = parameters(arm.work.config.model)
         rows.append(
             Row(
                 arm.label,
@@ -124,12 +100,12 @@ def bench_train(config: Config, *, rounds: int = 7, telemetry: bool = False) -> 
                 seconds,
                 spread(arm.seconds),
                 tokens / seconds,
-                training_flops(arm.config.model) * tokens / seconds / rate,
+                training_flops(arm.work.config.model) * tokens / seconds / rate,
                 paired_ratio(arms[0].seconds, arm.seconds) if arm is not arms[0] else None,
                 update,
                 round(update * (1 / OPTIMIZER_SHARE - 1) * tokens / seconds),
                 peak,
-                arm.planned,
+                arm.work.planned,
             )
         )
     looks = {arm.label: _telemetry(arm, rounds, device) for arm in arms} if telemetry else {}
@@ -148,66 +124,14 @@ def _build(label: str, config: Config, device: torch.device) -> Arm:
     values = config.resolved()
     values["model"]["moe"] = values["model"]["moe"] if label == "experts" else None
     values["training"]["batch_tokens"] = config.training.micro_batch * config.model.context
-    values["schedule"]["batch_ramp_tokens"] = 0
-    values["parallel"] = {}
-    config = Config.from_dict(
-        values
-    )  # random tokens need no data, unless the vocabulary is to come from there
-    plan = make_plan(config) if config.model.vocab_size else plan_config(config, world_size=1)
-    refuse(plan)
-    config = plan.config
-    transfer = transfer_of(config)
-    engine = NativeEngine(
-        lambda: build_model(config, 0, transfer),
-        lambda model: initialize(model, config.seed),
-        device=device,
-        sizes=MeshSizes(),
-        reshard=False,
-        dtype=DTYPES[config.training.precision],
-        compile=config.training.compile,
-    )
-    optimizer = build_optimizer(config, assign_roles(engine.module), transfer.roles)
-    model, micro_batch = config.model, config.training.micro_batch
-    assert model.vocab_size is not None
-    tokens = torch.randint(1, model.vocab_size, (micro_batch, model.context + 1)).to(device)
-    inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    count = torch.tensor(float(targets.numel()), device=device)
-
-    def passes() -> None:
-        output = engine.forward(inputs, targets)
-        objective = output.loss / count
-        if model.moe is not None:
-            objective = objective + StepBalance(model.moe, count).loss(output.routing)
-        engine.backward(objective)
-
-    readings = Readings(
-        config.model,
-        config.telemetry,
-        config.batches,
-        config.optimizer.grad_clip,
-        optimizer,
-    )
-    clip = config.optimizer.grad_clip
-
-    def step(looking: bool) -> None:
-        probe = readings.look(1, looking)
-        measured, seen = train_step(
-            engine, optimizer, [(inputs, targets)], device, clip, model.moe, probe
-        )
-        readings.add(1, 0.0, measured)
-        if looking:
-            readings.read(seen, 1.0)
-        else:
-            readings.forget()
-
-    return Arm(label, config, plan.figures["memory"]["peak"], engine, optimizer, passes, step)
+    return Arm(label, Workload(values, device))
 
 
 def _telemetry(arm: Arm, rounds: int, device: torch.device) -> dict[str, Any]:
     times: dict[bool, list[float]] = {False: [], True: []}
     for round_ in range(-1, rounds):
         for looking in random.Random(round_).sample((False, True), 2):
-            seconds = _time(lambda: arm.step(looking), device)  # noqa: B023
+            seconds = _time(lambda: arm.work.step(looking), device)  # noqa: B023
             if round_ >= 0:
                 times[looking].append(seconds)
     ratio = paired_ratio(times[True], times[False])
@@ -216,7 +140,7 @@ def _telemetry(arm: Arm, rounds: int, device: torch.device) -> dict[str, Any]:
         "plain": plain,
         "read": read,
         "ratio": ratio,
-        "share": (ratio[0] - 1) / arm.config.telemetry.every,
+        "share": (ratio[0] - 1) / arm.work.config.telemetry.every,
     }
 
 
@@ -231,16 +155,16 @@ def _time(run: Callable[[], Any], device: torch.device) -> float:
 def _peak_bytes(arm: Arm, device: torch.device) -> int:
     """Live bytes at the fullest moment of a step that is read, parameters and optimizer state
     included; other arms' left out."""
-    arm.step(True)
-    held = arm.resident()
+    arm.work.step(True)
+    held = arm.work.resident()
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        arm.step(True)
+        arm.work.step(True)
         torch.cuda.synchronize()
         return held + torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        arm.step(True)
+        arm.work.step(True)
     assert record.profiler is not None
     changes = [
         (e.start_ns(), e.nbytes())
@@ -281,11 +205,11 @@ def report(config: Config, *, rounds: int, telemetry: bool, as_json: bool) -> st
             f" {row.optimizer * 1e3:,.1f} | {row.batch:,} tokens | {row.peak / 1e6:,.1f} |"
             f" {row.planned / 1e6:,.1f} |"
         )
-    for label, of in measured["telemetry"].items():
-        ratio = "{:.3f} [{:.3f}, {:.3f}]".format(*of["ratio"])
+    for label, look in measured["telemetry"].items():
+        ratio = "{:.3f} [{:.3f}, {:.3f}]".format(*look["ratio"])
         lines.append(
-            f"telemetry, {label}: a step that is read takes {of['read'] * 1e3:,.1f} ms against"
-            f" {of['plain'] * 1e3:,.1f} ms ({ratio}); every {config.telemetry.every} steps that is"
-            f" {of['share']:.1%} of training"
+            f"telemetry, {label}: a step that is read takes {look['read'] * 1e3:,.1f} ms against"
+            f" {look['plain'] * 1e3:,.1f} ms ({ratio}); every {config.telemetry.every} steps that"
+            f" is {look['share']:.1%} of training"
         )
     return "\n".join(lines)

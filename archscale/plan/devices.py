@@ -1,5 +1,5 @@
-"""What accelerators can do: dense bf16 peak (without sparsity) and memory, as their makers' data
-sheets say.
+"""What accelerators can do: dense bf16 peak (without sparsity), memory and its bandwidth, as their
+makers' data sheets say.
 
 A device that is not here has no peak: its time is n/a, never a guess. `cpu` is measured when it is
 asked for.
@@ -15,13 +15,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Device:
-    """One accelerator. `peak`: dense bf16 FLOP/s; `memory`: bytes; either None where it is not
-    known."""
+    """One accelerator. `peak`: dense bf16 FLOP/s; `memory`: bytes; `bandwidth`: of the memory,
+    bytes/s; each None where it is not known."""
 
     name: str
     peak: float | None
     memory: int | None
     source: str
+    bandwidth: float | None = None
 
     @property
     def room(self) -> int | None:
@@ -36,11 +37,11 @@ RESERVED = 2 * 10**9
 DEVICES = {
     device.name: device
     for device in (
-        Device("a100", 312e12, 80 * 10**9, "NVIDIA A100 80GB SXM data sheet"),
-        Device("h100", 989.4e12, 80 * 10**9, "NVIDIA H100 SXM data sheet"),
-        Device("h200", 989.4e12, 141 * 10**9, "NVIDIA H200 SXM data sheet"),
-        Device("b200", 2250e12, 180 * 10**9, "NVIDIA HGX B200 data sheet"),
-        Device("mi300x", 1307.4e12, 192 * 10**9, "AMD Instinct MI300X data sheet"),
+        Device("a100", 312e12, 80 * 10**9, "NVIDIA A100 80GB SXM data sheet", 2.039e12),
+        Device("h100", 989.4e12, 80 * 10**9, "NVIDIA H100 SXM data sheet", 3.35e12),
+        Device("h200", 989.4e12, 141 * 10**9, "NVIDIA H200 SXM data sheet", 4.8e12),
+        Device("b200", 2250e12, 180 * 10**9, "NVIDIA HGX B200 data sheet", 8e12),
+        Device("mi300x", 1307.4e12, 192 * 10**9, "AMD Instinct MI300X data sheet", 5.3e12),
     )
 }
 # What drivers call exactly these; their PCIe, NVL, 40 GB, Grace and sliced relatives have other
