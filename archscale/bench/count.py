@@ -246,7 +246,6 @@ class CountedGroup:
 
     def _gather(self, values: list[Any], own: Any, **_: Any) -> None:
         """Every rank describes the parameters as rank 0 does, but for the pieces that it holds."""
-        error, entries, lost = own
         for rank in range(self.world):
-            described = [(*entry[:-1], [self.held(entry[1], rank)]) for entry in entries]
-            values[rank] = error, described, lost
+            pieces = [[self.held(entry.shape, rank)] for entry in own.descriptions]
+            values[rank] = type(own)(own.error, own.descriptions, pieces, own.in_the_way)

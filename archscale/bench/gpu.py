@@ -32,7 +32,7 @@ from archscale.bench.workload import DOCUMENT_TOKENS, EOS, Workload
 from archscale.config.layers import Layer, merge
 from archscale.errors import ArchscaleError
 from archscale.model import transformer
-from archscale.model.attention import attention_mask
+from archscale.model.layers import attention_mask
 from archscale.model.loss import cross_entropy_sum
 from archscale.optim import engine, layout
 from archscale.optim.orthogonalize import plain_symmetric_product, symmetric_product

@@ -37,15 +37,19 @@ from archscale.train.build import build_model, build_optimizer
 
 META = torch.device("meta")
 ENGINE, MODEL = "archscale.optim.engine", "archscale.model.transformer"
+ELEMENTWISE = "archscale.optim.elementwise"
 PLACES = {
     (MODEL, "Block.forward"): "forward: blocks",
     (MODEL, "Head.forward"): "forward: head and loss",
     ("archscale.optim.orthogonalize", "orthogonalize_"): "optimizer: orthogonalize",
-    (ENGINE, "MatrixOptimizer._whole_matrix_directions"): "optimizer: momentum and pack",
-    (ENGINE, "MatrixOptimizer._elementwise_directions"): "optimizer: elementwise",
+    (ELEMENTWISE, "momentum_"): "optimizer: momentum and pack",
+    (ELEMENTWISE, "look_ahead"): "optimizer: momentum and pack",
+    (ENGINE, "MatrixOptimizer._orthogonalize"): "optimizer: momentum and pack",
+    (ENGINE, "MatrixOptimizer._directions"): "optimizer: elementwise",
     (ENGINE, "MatrixOptimizer._update_elements"): "optimizer: elementwise",
+    (ENGINE, "MatrixOptimizer._coefficients"): "optimizer: update",
     (ENGINE, "MatrixOptimizer._update"): "optimizer: update",
-    (ENGINE, "MatrixOptimizer.step"): "optimizer: inner products",
+    (ENGINE, "MatrixOptimizer._step"): "optimizer: inner products",
 }
 BACKWARD, BACKWARD_BLOCKS = "backward: rest", "backward: blocks"
 COUNTING = "counting pass"
@@ -132,7 +136,7 @@ def _count_passes(counter: LaunchCounter, module: Any, config: Config, accumulat
         if moe is not None and moe.counts_first and accumulation > 1:
             alone = LaunchCounter({})
             with torch.no_grad(), alone.part(COUNTING):
-                module(tokens, routing=True)
+                module(tokens, head=False)
             counter.tallies |= alone.tallies
         with counter.part("forward: rest"):
             loss = objective(module, moe, tokens, tokens)

@@ -67,10 +67,10 @@ def objective(
     """Loss per token of one micro-batch that is a whole step's batch; with experts their balance
     loss joins it."""
     count = torch.full((), float(targets.numel()), device=inputs.device)
+    output = forward(inputs, targets)
     if moe is None:
-        return forward(inputs, targets) / count
-    loss, routing, _ = forward(inputs, targets, routing=True)
-    return loss / count + StepBalance(moe, count).loss(routing)
+        return output.loss / count
+    return output.loss / count + StepBalance(moe, count).loss(output.routing)
 
 
 class Workload:

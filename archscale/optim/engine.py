@@ -126,7 +126,7 @@ class MatrixOptimizer(LaidOutOptimizer):
         ValueError: naming the parameter and the remedy.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  the options of a `torch.optim.Optimizer`
         self,
         params: Iterable,
         lr: float,

@@ -3,6 +3,7 @@ collectives."""
 
 import gc
 import importlib.util
+from typing import Any
 
 import pytest
 import torch
@@ -105,16 +106,18 @@ def _one_thread():
 def build(
     model: ModelConfig,
     precision: str,
-    shard: int,
-    reshard: bool = True,
+    shard: int = 1,
+    reshard_after_forward: bool = True,
     recompute: bool = False,
-    eos=None,
+    document_mask: bool = False,
     expert: int = 1,
     zero_stage: int | None = None,
 ):
     """Engine and optimizer as a run has them, on all ranks of this process's group."""
     dtype, cpu = DTYPES[precision], torch.device("cpu")
-    transformer = lambda: Transformer(model, dtype, recompute=recompute, eos_id=eos)  # noqa: E731
+    transformer = lambda: Transformer(
+        model, dtype, recompute=recompute, eos_id=0 if document_mask else None
+    )  # noqa: E731
     if zero_stage:
         config = deepspeed_json.settings(
             stage=zero_stage,
@@ -133,7 +136,7 @@ def build(
             lambda module: initialize(module, 0),
             device=cpu,
             sizes=MeshSizes(world_size() // shard, shard, expert),
-            reshard=reshard,
+            reshard=reshard_after_forward,
             dtype=dtype,
             compile=False,
         )
@@ -197,35 +200,21 @@ def measure(
     *,
     micro_batch: int,
     accumulation: int = 1,
-    shard: int = 1,
-    reshard_after_forward: bool = True,
-    recompute: bool = False,
-    document_mask: bool = False,
-    expert: int = 1,
-    zero_stage: int | None = None,
     watched: bool = False,
     steps: int = 2,
+    **layout: Any,
 ) -> dict[str, int]:
     """Live bytes on this rank from the profiler: what stays between steps, and the peaks of forward
     and backward (`passes`) and of `optimizer`. Least of all steps but the first, because gloo frees
     buffers late."""
     gc.collect()  # an earlier engine must not be freed meanwhile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        engine, optimizer = build(
-            model,
-            precision,
-            shard,
-            reshard_after_forward,
-            recompute,
-            0 if document_mask else None,
-            expert,
-            zero_stage,
-        )
+        engine, optimizer = build(model, precision, **layout)
         optimizer.watch = MatrixWatch(spectrum=False) if watched else None
         step = optimizer.step
 
         def marked() -> None:
-            if expert > 1:
+            if layout.get("expert", 1) > 1:
                 release(engine)
             with record_function("OPTIMIZER"):
                 step()
