@@ -115,9 +115,11 @@ def build(
 ):
     """Engine and optimizer as a run has them, on all ranks of this process's group."""
     dtype, cpu = DTYPES[precision], torch.device("cpu")
-    transformer = lambda: Transformer(
-        model, dtype, recompute=recompute, eos_id=0 if document_mask else None
-    )  # noqa: E731
+    eos = 0 if document_mask else None
+
+    def transformer() -> Transformer:
+        return Transformer(model, dtype, recompute=recompute, eos_id=eos)
+
     if zero_stage:
         config = deepspeed_json.settings(
             stage=zero_stage,
