@@ -88,7 +88,7 @@ def make_figures(runs: Sequence[RunRecord]) -> list[Section]:
             sections[key.section].maps.append(figure)
         else:
             sections[key.section].constants.append(figure)
-    return [one for one in sections.values() if one.charts or one.maps or one.constants]
+    return [s for s in sections.values() if s.charts or s.maps or s.constants]
 
 
 def _values(named: Sequence[tuple[str, str]]) -> str:
@@ -100,19 +100,19 @@ def _values(named: Sequence[tuple[str, str]]) -> str:
 
 def _sort(runs: Sequence[RunRecord]) -> _Metrics:
     metrics = _Metrics()
-    for number_, run in enumerate(runs):
+    for index, run in enumerate(runs):
         for name, series in run.series.items():
             key = parse_key(name)
             if series.values.ndim == 2:
                 metrics.keys[name] = key
-                metrics.tables.setdefault(name, [None] * len(runs))[number_] = series
+                metrics.tables.setdefault(name, [None] * len(runs))[index] = series
             elif key.element is None:
                 metrics.keys[name] = key
-                metrics.lines.setdefault(name, [None] * len(runs))[number_] = series
+                metrics.lines.setdefault(name, [None] * len(runs))[index] = series
             else:
                 metrics.keys[key.pattern] = key
                 by_run = metrics.maps.setdefault(key.pattern, [{} for _ in runs])
-                by_run[number_][key.element] = series
+                by_run[index][key.element] = series
     for pattern in [pattern for pattern in metrics.maps if pattern.endswith("/sigma_max")]:
         _add_flattening(metrics, pattern.removesuffix("sigma_max"))
     return metrics
@@ -182,16 +182,16 @@ def _losses(metrics: _Metrics, runs: Sequence[RunRecord]) -> Iterator[Chart]:
         lines = []
         for place, key in enumerate(keys):
             word = "training" if key == "loss" else "validation"
-            for number_, (run, series) in enumerate(zip(runs, metrics.lines[key])):
+            for index, (run, series) in enumerate(zip(runs, metrics.lines[key])):
                 if series is None or (axis == "flops" and not run.flops_per_token):
                     continue
                 name = f"{run.name}, {word}" if len(runs) > 1 else word
                 tokens = np.interp(series.steps, run.steps, run.tokens)
                 places = np.log(np.maximum(tokens, 1)) if axis else None
-                color = number_ if len(runs) > 1 else place
+                color = index if len(runs) > 1 else place
                 dots = key == "val_loss"
                 lines.append(
-                    Line(name, number_, series.steps, series.values, places, color, dots=dots)
+                    Line(name, index, series.steps, series.values, places, color, dots=dots)
                 )
         if not lines:
             continue

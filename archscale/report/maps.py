@@ -99,7 +99,7 @@ class HeatMap:
         shares = np.ma.masked_invalid(self.scale.fraction(self.table))
         pixels = colormaps[COLORMAP].resampled(LEVELS)(shares, bytes=True)
         stream = io.BytesIO()
-        imsave(stream, pixels, format="webp", pil_kwargs={"lossless": True})
+        imsave(stream, pixels, format="webp", pil_kwargs={"lossless": True, "method": 2})
         return f"data:image/webp;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 

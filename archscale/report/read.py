@@ -90,10 +90,9 @@ def read_run(directory: Path) -> RunRecord:
         inside = f"it holds runs, name one or more of them: {', '.join(runs[:3])}" + (
             " …" if len(runs) > 3 else ""
         )
-        what = (
-            "an empty directory" if not any(directory.iterdir()) else "not a run or sweep directory"
-        )
-        raise DataError(what, str(directory), inside if runs else _REMEDY)
+        empty = not any(directory.iterdir())
+        problem = "an empty directory" if empty else "not a run or sweep directory"
+        raise DataError(problem, str(directory), inside if runs else _REMEDY)
     run = RunRecord(
         directory, directory.resolve().name, np.zeros(0, dtype=int), np.zeros(0), np.zeros(0)
     )
@@ -134,8 +133,8 @@ def _parse(run: RunRecord, lines: list[bytes]) -> None:
     rows = {number: _line(raw) for number, raw in enumerate(lines, 1) if raw.strip()}
     bad = [number for number, row in rows.items() if row is None]
     for number in bad[:SHOWN_WARNINGS]:
-        what = "cut short" if number == len(lines) else "damaged or foreign"
-        run.warnings.append(f"metrics.jsonl: line {number} is {what}: skipped")
+        state = "cut short" if number == len(lines) else "damaged or foreign"
+        run.warnings.append(f"metrics.jsonl: line {number} is {state}: skipped")
     if len(bad) > SHOWN_WARNINGS:
         run.warnings.append(f"metrics.jsonl: {len(bad) - SHOWN_WARNINGS} more such lines skipped")
     columns: dict[str, dict[int, Any]] = {}

@@ -395,13 +395,13 @@ def _look(
 ) -> dict[str, Any]:
     """Color by arm, mark by the place among values where curves of an arm differ in one; color by
     place too where an arm is alone, in the sweep or (`by_place`) in the panel."""
-    number_ = analysis.arms.index(arm)
+    color = analysis.arms.index(arm)
     if place is None:
-        return {"color": number_, "marker": MARKERS[number_ % len(MARKERS)]}
+        return {"color": color, "marker": MARKERS[color % len(MARKERS)]}
     mark = MARKERS[place % len(MARKERS)]
     if by_place or len(analysis.arms) == 1:
         return {"color": place, "marker": mark}
-    return {"color": number_, "marker": mark, "strength": max(0.4, 1 - 0.12 * place)}
+    return {"color": color, "marker": mark, "strength": max(0.4, 1 - 0.12 * place)}
 
 
 def _place(analysis: Analysis, member: Combination, keys: Sequence[str]) -> int | None:
