@@ -117,7 +117,7 @@ class Bench:
         return torch.cuda.max_memory_allocated() / 1e9 if self.cuda else None
 
     def seconds(self, run: Callable[[], Any]) -> float:
-        """Of one run, to the end of what it has started on the device."""
+        """Seconds of one run, to the end of what it has started on the device."""
         began = time.perf_counter()
         run()
         synchronize(self.device)
@@ -125,7 +125,7 @@ class Bench:
 
 
 def values_of(
-    bench: Bench, shape: str, micro_batch: int, accumulation: int, more: Values
+    bench: Bench, shape: str, micro_batch: int, accumulation: int, changes: Values
 ) -> Values:
     """Keys of a config: a shape of `SHAPES`, a batch of so many sequences and micro-batches, and
     `more`. Every rule can train it."""
@@ -139,7 +139,7 @@ def values_of(
         "parameterization": {"kind": "standard", "base": {"lr": 1e-3}},
     }
     eager = {"training": {"compile": False}} if bench.tiny else {}
-    return merge([Layer("", base), Layer("", more), Layer("", eager)])
+    return merge([Layer("", base), Layer("", changes), Layer("", eager)])
 
 
 @torch.no_grad()
@@ -387,12 +387,12 @@ def optimizer(bench: Bench) -> None:
     """The optimizer alone on the matrices of that model."""
 
     def rule(name: str, patch: Any) -> Row:
-        more = {
+        changes = {
             "optimizer": {"matrix": {"rule": name}, "weight_decay": 0.0},
             "training": {"compile": False, "activation_checkpoint": "block"},
         }
         with patch:
-            values = values_of(bench, "1b", bench.micro_batch, 2, more)
+            values = values_of(bench, "1b", bench.micro_batch, 2, changes)
             work = Workload(values, bench.device, fill=fill_on_device)
             for parameter in work.engine.module.parameters():
                 parameter.grad = torch.randn_like(parameter) * 1e-4
@@ -435,8 +435,8 @@ def moe(bench: Bench) -> None:
     coarse = fine | {"top_k": 2}
 
     def model(experts: Values | None, accumulation: int) -> Row:
-        more = {"model": {"moe": experts}}
-        values = values_of(bench, "moe", bench.micro_batch, accumulation, more)
+        changes = {"model": {"moe": experts}}
+        values = values_of(bench, "moe", bench.micro_batch, accumulation, changes)
         work = Workload(values, bench.device, fill=fill_on_device)
         return {"first step, s": bench.seconds(work.step)} | training_row(bench, work)
 
@@ -457,11 +457,11 @@ def hf(bench: Bench) -> None:
     T = shape["context"]
 
     def ours(rule: str) -> Row:
-        more = {
+        changes = {
             "model": {"tied_embeddings": True, "gated_attention": False},
             "optimizer": {"matrix": {"rule": rule}},
         }
-        values = values_of(bench, "hf", B, 1, more)
+        values = values_of(bench, "hf", B, 1, changes)
         work = Workload(values, bench.device, fill=fill_on_device)
         row = training_row(bench, work)
         return {"tokens/s": B * T / row["step, ms"] * 1e3} | row

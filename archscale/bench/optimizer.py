@@ -88,7 +88,7 @@ def parse_shapes(texts: Sequence[str]) -> list[Shape]:
 
 
 def nominal_flops(shapes: Sequence[Shape]) -> int:
-    """Of orthogonalizing every matrix once: 5 (4 m² n + 2 m³), m the short side."""
+    """FLOPs of orthogonalizing every matrix once: 5 (4 m² n + 2 m³), m the short side."""
     return sum(
         count * 5 * (4 * min(m, n) ** 2 * max(m, n) + 2 * min(m, n) ** 3) for count, m, n in shapes
     )
@@ -366,7 +366,7 @@ def _table(measured: dict[str, Any]) -> str:
             f"| {row.label} | {row.dtype} | {row.seconds * 1e3:,.1f} | {row.spread:.0%} |"
             f" {row.fastest * 1e3:,.1f} | {ratio} | {paired} | {rest} | {rate} |"
         )
-    lines += [f"not measured: {label} ({why})" for label, why in measured["missing"].items()]
+    lines += [f"not measured: {label} ({reason})" for label, reason in measured["missing"].items()]
     for d in measured.get("distributed", []):
         lines.append(
             f"{d['processes']} ranks, {d['dtype']}: {d['many'] * 1e3:,.1f} ms against"

@@ -74,7 +74,7 @@ class Points:
 
     @classmethod
     def at(cls, x: Array, y: Array, *numbers: NDArray[Any]) -> Points:
-        """Of x (c, n), y (n,) and further rows of u (n,)."""
+        """The points that the law is fitted to: x (c, n), y (n,) and further rows of u (n,)."""
         centre = np.log(x).mean(1)
         u = np.vstack([np.log(x) - centre[:, None], *numbers])
         return cls(u, y, centre, x.min(1), x.max(1))
@@ -389,7 +389,7 @@ def _minimum(problem: Problem, starts: Array, settings: Settings) -> tuple[Probl
 
 
 def _errors(problem: Problem, best: Minima, scale: float, settings: Settings) -> Array:
-    """Of the replicates, (replicates, n), as `fit` describes them."""
+    """Errors of the replicates, (replicates, n), as `fit` describes them."""
     generator = np.random.default_rng(settings.seed)
     shape = (settings.replicates, len(problem.z))
     if settings.loss == "squares":

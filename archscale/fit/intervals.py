@@ -34,7 +34,7 @@ class Estimate:
     high: float
 
     def exp(self) -> Estimate:
-        """Of the exponential of the figure."""
+        """The estimate of the figure's exponential."""
         with np.errstate(over="ignore"):
             return Estimate(*(float(np.exp(end)) for end in vars(self).values()))
 
@@ -90,8 +90,8 @@ def standard_errors(figure: Figure, sample: Sample) -> tuple[Array, Array]:
 
 
 def root_interval(sample: Sample, line: Array, confidence: float) -> Estimate:
-    """Of the root η of a + b η, where (a, b) is `line` (2, q) times the first q entries of θ, and b
-    is above 0.
+    """Interval of the root η of a + b η, where (a, b) is `line` (2, q) times the first q entries of
+    θ, and b is above 0.
 
     Fieller's: η belongs to the interval if a + b η does not differ from 0, judged by the
     replicates' quantiles of its studentized value. A root whose slope is badly determined is no

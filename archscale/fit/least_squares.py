@@ -32,7 +32,7 @@ TOLERANCE = 1e-12  # relative, of scipy's loss and θ
 
 @dataclass(frozen=True)
 class Minima:
-    """Of B fits.
+    """Where B fits have their least squares.
 
     Attributes:
         theta: (B, p).

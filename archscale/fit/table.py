@@ -44,7 +44,7 @@ class Table:
         source: str,
         left_out: Sequence[tuple[str, str]] = (),
     ) -> Table:
-        """Of mappings, which need not have the same keys."""
+        """A table of mappings, which need not have the same keys."""
         keys = dict.fromkeys(key for row in rows for key in row)
         columns = {key: [plain(row.get(key)) for row in rows] for key in keys}
         return cls(source, columns, list(names), list(left_out))

@@ -217,7 +217,7 @@ def _compare(
 
 
 def _progress_of(name: str, planned: float | None, measured: float | None) -> Comparison:
-    """Of what grows until the run ends."""
+    """Comparison of a figure that grows until the run ends."""
     row = _compare(name, planned, measured, tolerance=1e-6)
     if planned and measured is not None and row.note != "as planned":
         return replace(row, note=f"{measured / planned:.1%}")

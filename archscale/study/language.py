@@ -105,7 +105,7 @@ class Language:
         return self.loss(batch).item()
 
     def gradients(self, batch: Batch) -> list[Tensor]:
-        """Of every view, (m, n)."""
+        """Gradient of every view, (m, n)."""
         return derivatives(self.views, self.loss(batch))
 
     def rise(self, views: list[View], batch: Batch, *D: Tensor) -> Callable[[float], float]:

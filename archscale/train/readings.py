@@ -61,15 +61,15 @@ class MatrixWatch:
             momentum.flatten(1).float().square().sum(-1),
         )
         rank = torch.where(square == 0, 0.0, nuclear.square() / square)
-        found = [orthogonality_residual(direction), nuclear / min(momentum.shape[-2:]), rank]
+        measured = [orthogonality_residual(direction), nuclear / min(momentum.shape[-2:]), rank]
         if self.spectrum:
-            of = spectrum_of(momentum)
-            found += [of[key] for key in DECOMPOSED]
-        return torch.stack(found)
+            spectrum = spectrum_of(momentum)
+            measured += [spectrum[key] for key in DECOMPOSED]
+        return torch.stack(measured)
 
     def of_gradient(self, gradient: Tensor) -> Tensor:
-        of = spectrum_of(gradient)
-        return torch.stack([of[key] for key in SPECTRUM])
+        spectrum = spectrum_of(gradient)
+        return torch.stack([spectrum[key] for key in SPECTRUM])
 
 
 class Readings:
@@ -166,22 +166,22 @@ class Readings:
 
     def _seen(self, seen: Seen, applied: bool) -> dict[str, Tensor]:
         """What the last step showed: scalars, and vectors over experts."""
-        step, found = self._pending[-1][0], dict[str, Tensor]()
+        step, metrics = self._pending[-1][0], dict[str, Tensor]()
         per_layer, model = self.telemetry.per_layer, self.model
         if seen.sums is not None:
             tokens = self._tokens(step) - self._tokens(step - 1)
-            found |= stability_metrics(seen.sums, tokens, model.heads, model.width, per_layer)
+            metrics |= stability_metrics(seen.sums, tokens, model.heads, model.width, per_layer)
         if seen.load is not None and per_layer:
-            found |= {
+            metrics |= {
                 f"moe/layer_{i:02d}/load": share for i, share in enumerate(load_share(seen.load))
             }
-        return found | (self._of_optimizer(self.optimizer.diagnostics()) if applied else {})
+        return metrics | (self._of_optimizer(self.optimizer.diagnostics()) if applied else {})
 
     def _of_optimizer(self, seen: dict[str, Tensor]) -> dict[str, Tensor]:
         """`optimizer/*` and `spectrum/*`, over all matrices whose rule uses norms."""
         if not seen:
             return {}
-        found = {
+        metrics = {
             "optimizer/trust_ratio_mean": seen["trust_ratio"].mean(),
             "optimizer/trust_ratio_min": seen["trust_ratio"].min(),
             "optimizer/trust_ratio_max": seen["trust_ratio"].max(),
@@ -194,8 +194,8 @@ class Readings:
         }
         orthogonal = self.optimizer.orthogonal()
         if not orthogonal.numel():
-            return found
-        found["optimizer/orthogonality_residual"] = seen["orthogonality_residual"][
+            return metrics
+        metrics["optimizer/orthogonality_residual"] = seen["orthogonality_residual"][
             orthogonal
         ].mean()
         spectral = {f"spectrum/{key}": seen[key] for key in SPECTRUM if key in seen}
@@ -207,12 +207,12 @@ class Readings:
             for key in SPECTRUM:
                 scale = clipped_by if key.startswith("sigma") else 1.0
                 spectral[f"spectrum/gradient/{key}"] = seen[f"gradient_{key}"] * scale
-        found |= {key: values[orthogonal].mean() for key, values in spectral.items()}
+        metrics |= {key: values[orthogonal].mean() for key, values in spectral.items()}
         if "gradient_sigma_mean" in seen:
             rank = self._ranks(orthogonal)
             nuclear = spectral["spectrum/gradient/sigma_mean"][orthogonal].float() * rank
-            found["spectrum/gradient/nuclear_norm"] = nuclear.sum()
-            found["spectrum/gradient/heterogeneity_gain"] = heterogeneity_gain(nuclear, rank)
+            metrics["spectrum/gradient/nuclear_norm"] = nuclear.sum()
+            metrics["spectrum/gradient/heterogeneity_gain"] = heterogeneity_gain(nuclear, rank)
         if self.telemetry.per_layer:
             names, index, counts = self._matrices(orthogonal.device)
             each = {f"optimizer/matrix/{key}": seen[key] for key in PER_MATRIX} | spectral
@@ -220,12 +220,12 @@ class Readings:
                 means = counts.new_zeros(len(names)).index_add_(0, index, values.float()) / counts
                 path, key = group.rsplit("/", 1)
                 shown = set(names) if path == "optimizer/matrix" else self._orthogonal
-                found |= {
+                metrics |= {
                     f"{path}/{name}/{key}": mean
                     for name, mean in zip(names, means.unbind())
                     if name in shown
                 }
-        return found
+        return metrics
 
     def _ranks(self, matrices: Tensor) -> Tensor:
         """min(m, n) of each."""
