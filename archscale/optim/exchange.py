@@ -8,7 +8,7 @@ at most two batches are in flight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -239,46 +239,59 @@ class Exchange:
 
     def _route(self, batch: Batch) -> _Route:
         """Everything that this rank copies and sends for one batch."""
-        plan, me = self.plan, self._rank
-        route = _Route()
-        place: dict[int, int] = {}  # view → offset in the stage
+        plan, me, route = self.plan, self._rank, _Route()
+        offsets: dict[int, int] = {}  # view → where it begins in the stage
         for v in batch.views[me]:
             view = plan.views[v]
             if not route.stacks or route.stacks[-1][1:3] != (view.rows, view.cols):
                 route.stacks.append(Stack(route.stage, view.rows, view.cols, []))
             route.stacks[-1].views.append(v)
-            place[v] = route.stage
+            offsets[v] = route.stage
             route.stage += view.numel
 
-        def staged(s: Segment) -> Block:
-            cols = plan.views[s.view].cols
-            return _block(place[s.view] + s.area.top * cols + s.area.left, s, cols)
+        def held(s: Segment) -> tuple[int, Block]:
+            return plan.views[s.view].param, self._local(s)
 
+        def staged(s: Segment) -> tuple[int, Block]:
+            cols = plan.views[s.view].cols
+            return 0, _block(offsets[s.view] + s.area.top * cols + s.area.left, s, cols)
+
+        for s in plan.inbound(batch, me, me):
+            _append(route.stay, *held(s), staged(s)[1])
+        for s in plan.outbound(batch, me, me):
+            _append(route.return_stay, *held(s), staged(s)[1])
         for other in range(plan.world):
-            if other == me:
-                for moves, segments in (
-                    (route.stay, plan.inbound(batch, me, me)),
-                    (route.return_stay, plan.outbound(batch, me, me)),
-                ):
-                    for s in segments:
-                        _append(moves, plan.views[s.view].param, self._local(s), staged(s))
-            inward, outward = plan.inbound(batch, me, other), plan.outbound(batch, other, me)
-            from_other, to_other = plan.inbound(batch, other, me), plan.outbound(batch, me, other)
-            for elements, moves, segments, held_here in (
-                (route.sends, route.pack, inward, True),
-                (route.restores, route.unpack, outward, True),
-                (route.receives, route.assemble, from_other, False),
-                (route.returns, route.scatter, to_other, False),
-            ):
-                at = begin = sum(elements)
-                for s in segments if other != me else ():
-                    param, here = (
-                        (plan.views[s.view].param, self._local(s)) if held_here else (0, staged(s))
-                    )
-                    _append(moves, param, here, _block(at, s, s.area.right - s.area.left))
-                    at += s.numel
-                elements.append(at - begin)
+            legs = (
+                (route.sends, route.pack, plan.inbound(batch, me, other), held),
+                (route.receives, route.assemble, plan.inbound(batch, other, me), staged),
+                (route.returns, route.scatter, plan.outbound(batch, me, other), staged),
+                (route.restores, route.unpack, plan.outbound(batch, other, me), held),
+            )
+            for elements, moves, segments, place in legs:
+                begin = sum(elements)
+                travelling = segments if other != me else []
+                elements.append(_line_up(moves, travelling, begin, place))
         return route
+
+
+def _line_up(
+    moves: list[Move],
+    segments: Sequence[Segment],
+    begin: int,
+    place: Callable[[Segment], tuple[int, Block]],
+) -> int:
+    """Append the moves of segments that stand one after another in the wire; returns how many
+    elements they have.
+
+    Args:
+        begin: place of the first one in the wire.
+        place: parameter and block of a segment on the other side.
+    """
+    at = begin
+    for s in segments:
+        _append(moves, *place(s), _block(at, s, s.area.right - s.area.left))
+        at += s.numel
+    return at - begin
 
 
 def _block(offset: int, segment: Segment, stride: int) -> Block:
