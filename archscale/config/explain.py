@@ -15,9 +15,8 @@ from archscale.config.synonyms import synonym
 from archscale.config.values import EXPECTED
 from archscale.errors import ConfigError, nearest, one_line, show
 
-PROBLEMS = (  # pydantic error type; its context holds a list of ConfigErrors: key "problems"
-    "archscale_problems"
-)
+# pydantic error type; its context holds a list of ConfigErrors: key "problems"
+PROBLEMS = "archscale_problems"
 
 
 def explain(error: ValidationError, root: type[BaseModel], layers: Sequence[Layer]) -> ConfigError:

@@ -8,9 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, PlainValidator
 from pydantic_core import PydanticCustomError
 
-EXPECTED = (  # pydantic error type; its context says what was expected: key "expected"
-    "archscale_expected"
-)
+# pydantic error type; its context says what was expected: key "expected"
+EXPECTED = "archscale_expected"
 
 
 def _number(value: Any, expected: str, valid: Callable[[float], bool]) -> int | float:

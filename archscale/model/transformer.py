@@ -105,7 +105,7 @@ class Transformer(nn.Module):
         )
         mask = attention_mask(tokens, self.config.window, self.eos_id, self.dtype)
         x = self.embedding(tokens)
-        # Kept without the layers' residual streams, which an evaluation would otherwise hold.
+        # Not a list of `BlockOutput`: it would keep every layer's residual stream.
         routed: list[Routing] = []
         probed: list[Any] = []
         for block in self.blocks:
@@ -227,7 +227,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, targets: Tensor | None, tied: Tensor | None) -> Tensor:
         h = self.norm(x)
         if self.scale != 1:
-            h = h * self.scale  # of (B, T, D), which is smaller than the logits
+            h = h * self.scale  # and not the logits: (B, T, D) is smaller than (B, T, V)
         weight = (self.weight if tied is None else tied).to(h.dtype)
         if targets is None:
             return (h @ weight.mT).float()

@@ -128,8 +128,9 @@ def step_coefficients(
     keep = 1 - η * λ_d - η * clipped_ratio * λ_c
     apply = η * clipped_ratio * s
     if rule.sphere:  # W ← R W / ‖W‖
-        new_norm = (keep**2 * w - 2 * keep * apply * p + apply**2 * q).sqrt()
+        new_norm = (keep**2 * w - 2 * keep * apply * p + apply**2 * q).clamp(min=0).sqrt()
         scale = matrices.radius / new_norm
+        frozen = frozen | (new_norm == 0)  # a step that leaves nothing of W has no direction
         keep, apply = keep * scale, apply * scale
         frozen = frozen | (q == 0)  # no direction, no step: not even a rounding of the radius
     keep, apply = torch.where(frozen, 1.0, keep), torch.where(frozen, 0.0, apply)

@@ -1,4 +1,6 @@
-"""`MatrixOptimizer`: one step of every rule under any sharding, and its only collectives.
+"""`MatrixOptimizer`: one step of every rule, in order, under any sharding.
+
+What crosses ranks does so in `exchange.py` (matrices) and `layout.py` (sums).
 
 A step in the order of the papers (OrScale, arXiv 2605.07815; HyperP, arXiv 2603.28743), with W, G
 and M a rank's flat local shards:
@@ -6,6 +8,7 @@ and M a rank's flat local shards:
     M ← μ M + G,  M̂ = μ M + G                 `_directions`; elementwise rules have their Q here
     gather M̂;  Q ≈ U Vᵀ;  return Q            `_orthogonalize`: two packed all-to-alls
     w = ‖W‖², q = ‖Q‖², p = ⟨W, Q⟩            `_add_inner_products`, then ONE all-reduce
+                                              (one more where a watch measures gradients)
     keep, apply from w, q, p                  `_coefficients`
     W ← keep · W − apply · Q                  `_update`
 
@@ -73,11 +76,11 @@ class Sums:
     holders: Tensor | None
 
     @classmethod
-    def zeros(cls, layout: Layout, keys: int) -> Sums:
+    def zeros(cls, layout: Layout, watched: int) -> Sums:
         """Sums to add to; `keys` is how many numbers a watch measures of each matrix."""
         matrices = len(layout.views)
         with_momentum = any(group.rule.ratio == "momentum" for group in layout.groups)
-        rows = 4 + with_momentum + keys
+        rows = 4 + with_momentum + watched
         flags = len(layout.params) if layout.world > 1 else 0
         size = rows * matrices + flags
         buffer = torch.zeros(size, device=layout.device, dtype=layout.dtype)
@@ -85,7 +88,7 @@ class Sums:
         w, q, p, not_finite = table[:4]
         products = InnerProducts(w, q, p, not_finite, table[4] if with_momentum else None)
         holders = buffer[rows * matrices :] if layout.world > 1 else None
-        return cls(buffer, products, table[rows - keys :], holders)
+        return cls(buffer, products, table[rows - watched :], holders)
 
 
 class MatrixOptimizer(LaidOutOptimizer):
@@ -213,9 +216,9 @@ class MatrixOptimizer(LaidOutOptimizer):
         self._orthogonalize(plan, look_aheads, shards, sums)
         self._add_inner_products(plan, shards, sums)
         layout.all_reduce(sums.buffer)
-        seen = None if sums.holders is None else sums.holders > 0  # by parameter, on any rank
-        steps = self._coefficients(plan, sums.products, seen)
-        self._update(plan, shards, steps, seen)
+        has_gradient = None if sums.holders is None else sums.holders > 0  # on any rank
+        steps = self._coefficients(plan, sums.products, has_gradient)
+        self._update(plan, shards, steps, has_gradient)
 
         self._last = LastStep(steps, watched | dict(zip(keys, sums.watched)))
 
@@ -288,26 +291,29 @@ class MatrixOptimizer(LaidOutOptimizer):
             sums.holders.copy_(torch.tensor(flags, dtype=sums.holders.dtype), non_blocking=True)
 
     def _coefficients(
-        self, plan: StepPlan, products: InnerProducts, seen: Tensor | None
+        self, plan: StepPlan, products: InnerProducts, has_gradient: Tensor | None
     ) -> list[tuple[Group, Step]]:
-        """The step of every matrix, the same on each rank, by group; c and ‖W‖ are kept.
+        """The step of every matrix, the same on each rank, by group; stores c and ‖W‖
+        for the next one.
 
         Args:
-            seen: by parameter, whether any rank had a gradient; None: the plan says.
+            has_gradient: by parameter, whether any rank has one; None: the plan says.
         """
         layout, scalars = self._planned, self._scalars
-        taking_part = plan.taking_part if seen is None else seen[layout.param_of_view]
+        taking_part = (
+            plan.taking_part if has_gradient is None else has_gradient[layout.param_of_view]
+        )
         steps: list[tuple[Group, Step]] = []
         for group in layout.groups:
             if not group.has_views:
                 continue
-            here = None if taking_part is None else taking_part[group.views]
+            in_step = None if taking_part is None else taking_part[group.views]
             step = step_coefficients(
-                group.rule, group.hyperparameters, scalars.of(group), products[group.views], here
+                group.rule, group.hyperparameters, scalars.of(group), products[group.views], in_step
             )
-            if here is not None:  # ‖W‖ of the others has not been measured
+            if in_step is not None:  # ‖W‖ of the others has not been measured
                 before = scalars.weight_norm[group.views]
-                step.weight_norm = torch.where(here, step.weight_norm, before)
+                step.weight_norm = torch.where(in_step, step.weight_norm, before)
             scalars.keep(group, step)
             steps.append((group, step))
         return steps
@@ -317,18 +323,19 @@ class MatrixOptimizer(LaidOutOptimizer):
         plan: StepPlan,
         shards: Shards,
         steps: Sequence[tuple[Group, Step]],
-        seen: Tensor | None,
+        has_gradient: Tensor | None,
     ) -> None:
         """W ← keep · W − apply · Q."""
         layout = self._planned
         for group in layout.groups:
             if not group.has_views:
-                self._update_elements(group, shards, seen)
+                self._update_elements(group, shards, has_gradient)
         if steps:
             keep = torch.cat([step.keep for _, step in steps])
             apply = torch.cat([step.apply for _, step in steps])
             bad = torch.cat([step.bad for _, step in steps])
-            # An accelerator does not wait to hear whether there are any.
+            # 0 · NaN is NaN: what is not finite must leave Q, although its `apply` is 0, and the
+            # moments. To ask an accelerator whether there is any would make the host wait.
             reset = layout.device.type != "cpu" or bool(bad.any())
             for run in plan.runs:
                 Q = run.of(shards.directions[run.param])
@@ -337,11 +344,11 @@ class MatrixOptimizer(LaidOutOptimizer):
                         tensor.masked_fill_(bad[run.views, None], 0.0)
                 W = run.of(shards.weights[run.param])
                 update_(W, Q, keep[run.views, None], apply[run.views, None])
-        if seen is not None:
+        if has_gradient is not None:
             for i in shards.absent:
-                self._decay_moments(i, seen[i])
+                self._decay_moments(i, has_gradient[i])
 
-    def _update_elements(self, group: Group, shards: Shards, seen: Tensor | None) -> None:
+    def _update_elements(self, group: Group, shards: Shards, has_gradient: Tensor | None) -> None:
         """The same for a group whose step needs no inner products: keep and apply are alike for all
         its elements."""
         layout, lr = self._planned, group.options["lr"]
@@ -349,30 +356,30 @@ class MatrixOptimizer(LaidOutOptimizer):
         keep = 1 - lr * group.options["weight_decay"] if decays else 1.0
         members = [i for i in group.params if i in shards.weights]
         present = [i for i in members if layout.params[i].grad is not None]
-        here = [i for i in present if shards.weights[i].numel()]
-        if here:
-            weights = [shards.weights[i] for i in here]
-            directions = [shards.directions[i] for i in here]
-            if isinstance(lr, Tensor):
+        stored = [i for i in present if shards.weights[i].numel()]
+        if stored:
+            weights = [shards.weights[i] for i in stored]
+            directions = [shards.directions[i] for i in stored]
+            if isinstance(lr, Tensor):  # `alpha` takes numbers, and reading it would wait
                 torch._foreach_mul_(directions, lr)
             torch._foreach_mul_(weights, keep)
             torch._foreach_add_(weights, directions, alpha=-1.0 if isinstance(lr, Tensor) else -lr)
-        if seen is not None:
+        if has_gradient is not None:
             for i in shards.absent.intersection(members):
                 W, Q = shards.weights[i], shards.directions[i]
-                W.copy_(torch.where(seen[i], W * keep - lr * Q, W))
+                W.copy_(torch.where(has_gradient[i], W * keep - lr * Q, W))
 
-    def _decay_moments(self, param: int, seen: Tensor) -> None:
-        """What a zero gradient does to the moments, where another rank had a gradient (`seen`)."""
+    def _decay_moments(self, param: int, has_gradient: Tensor) -> None:
+        """What a zero gradient does to the moments, where another rank has one."""
         layout = self._planned
         group = layout.group_of[param]
         beta1, beta2 = group.options["betas"]
         first = beta2 if group.rule.direction == "lion" else beta1
         decay = {"momentum": group.options["momentum"], "exp_avg": first, "exp_avg_sq": beta2}
         for key, moment in self._moments(param).items():
-            moment.mul_(1 - (1 - decay[key]) * seen.to(layout.dtype))
+            moment.mul_(1 - (1 - decay[key]) * has_gradient.to(layout.dtype))
         if group.rule.direction == "adam":
-            self.state[layout.params[param]]["step"].add_(seen)
+            self.state[layout.params[param]]["step"].add_(has_gradient)
 
     # --- local tensors
 
@@ -428,10 +435,8 @@ class MatrixOptimizer(LaidOutOptimizer):
         while frame.f_back and frame.f_globals.get("__name__", "").startswith(
             ("torch.", "archscale.optim.engine")
         ):
-            level, frame = (
-                level + 1,
-                frame.f_back,
-            )  # the caller's line, not the profiler's around `step`
+            # Name the caller's line, not the profiler's wrapper around `step`.
+            level, frame = level + 1, frame.f_back
         warnings.warn(
             "MatrixOptimizer.step() found no gradient in any of its parameters on this rank: where"
             " a wrapper (fully_shard, DeepSpeed) has made new parameters, build the optimizer"
@@ -439,8 +444,8 @@ class MatrixOptimizer(LaidOutOptimizer):
             stacklevel=level,
         )
 
-    # --- what it tells of itself. After parameters have been replaced, and on a copy, the first
-    # call plans anew, which all ranks do together.
+    # --- introspection. The first call after parameters were replaced, or on a copy, plans anew:
+    # all ranks make it together.
 
     def diagnostics(self) -> dict[str, Tensor]:
         """What the last step did, per matrix, still on the device; `matrix_names()` gives their

@@ -14,16 +14,15 @@ from typing import Any
 from archscale.config import Config
 from archscale.errors import ConfigError
 from archscale.plan import counting
-from archscale.plan import transfer as rules
+from archscale.plan import transfer as transfers
 from archscale.plan.devices import Device
 from archscale.plan.memory import Execution, Memory, checkpoint_bytes, communication, memory
 from archscale.plan.text import size
 from archscale.plan.transfer import Transfer
 from archscale.rules import RULES
 
-MANY_PASSES = (
-    4  # over the data; up to there repeated text is about as good as new text (arXiv 2305.16264)
-)
+# Over the data; up to there repeated text is about as good as new text (arXiv 2305.16264).
+MANY_PASSES = 4
 PADDING = 128  # a multiple that matrix units like for the vocabulary
 INITIALIZATION = {
     "matrix": "U(±1/√fan_in)",
@@ -88,8 +87,10 @@ def make_plan(
             set is prepared.
     """
     plan = Plan(config, world_size, device)
-    unknown = list(rules.problems(config.model, config.parameterization, config.optimizer))
-    plan.problems += [*config.unavailable(), *unknown]
+    untransferable = list(
+        transfers.problems(config.model, config.parameterization, config.optimizer)
+    )
+    plan.problems += [*config.unavailable(), *untransferable]
     plan.shard = shard = _attempt(plan, lambda: config.shard_size(world_size))
     accumulation = _attempt(plan, lambda: config.accumulation(world_size))
     if config.model.vocab_size is None:
@@ -115,11 +116,11 @@ def make_plan(
         "parameters": asdict(counting.parameters(model)),
         "published_parameters": counting.published_parameters(model),
     }
-    resolved = _attempt(plan, lambda: rules.resolve(config))
+    resolved = _attempt(plan, lambda: transfers.resolve(config))
     if resolved is None:
         return plan
     plan.config = config = resolved
-    plan.transfer = transfer = None if unknown else rules.transfer_of(config)
+    plan.transfer = transfer = None if untransferable else transfers.transfer_of(config)
     plan.figures["parameterization"] = _parameterization(config, transfer)
     plan.figures["training"] = _training(config, world_size, accumulation)
     plan.figures["data"] = _data(plan, data_tokens)
@@ -305,7 +306,7 @@ def _memory(
     accumulation: int,
     on_host: bool,
 ) -> Memory:
-    """Memory, communication and disk; returns the first.
+    """Fill in the figures of memory, communication and disk; returns the memory.
 
     Args:
         on_host: the device has the host's memory, so that nothing is gained by offloading to it.
@@ -315,9 +316,8 @@ def _memory(
     state = {
         role: 4 * RULES[settings.rule].moment_buffers for role, settings in transfer.roles.items()
     }
-    state["matrix"] -= 2 * (
-        matrix.momentum_dtype == "bfloat16"
-    )  # of Adam's two buffers only the first one
+    if matrix.momentum_dtype == "bfloat16":  # of Adam's two buffers the second stays float32
+        state["matrix"] -= 2
     step = Execution(
         precision=config.training.precision,
         micro_batch=config.training.micro_batch,
@@ -343,7 +343,7 @@ def _memory(
     plan.figures["checkpoint"] = {
         "bytes": each,
         "kept": config.checkpoint.keep,
-        "disk": each * (config.checkpoint.keep + 1),
+        "disk": each * (config.checkpoint.keep + 1),  # a new one is whole before the oldest goes
     }
     return need
 

@@ -1,23 +1,19 @@
 """Grids: a base config and axes over its keys, expanded to runs with readable names.
 
     grid = read_grid("configs/sweeps/lr_transfer.yaml")
-    runs = grid.runs()                                  # GridRun(name="width64_lr0.01_seed0",
-                                                        values=…, config=…)
+    runs = grid.runs()              # GridRun(name="width64_lr0.01_seed0", values=…, config=…)
 
     name: lr_transfer
     base: ../small/transfer.yaml                        # relative to this file
     axes: {model.width: [32, 64], parameterization.base.lr: [0.01, 0.02]}     # their product
-    zip: [{model.depth: 2, model.kv_heads: 1}, {model.depth: 4, model.kv_heads: 2}]   # move
-                                                                                      together; a
-                                                                                      list of such
-                                                                                      lists: product
-    derive: {training.tokens: "20 * model.width ** 2", model.aspect: null}    # expressions, or
-                                                                              constants
+    zip:                                    # move together; a list of such lists: their product
+      - {model.depth: 2, model.kv_heads: 1}
+      - {model.depth: 4, model.kv_heads: 2}
+    derive: {training.tokens: "20 * model.width ** 2", model.aspect: null}  # expressions, constants
     where: model.width >= 64 or model.depth == 2        # drops all other combinations
-    seeds: 1                                            # only 0; or a list
-    refine: {x: parameterization.base.lr, seeds: 3}     # then 0, 1, 2 at the best rate of each
-                                                        width and at its neighbours
-    processes: 2                                        # of each run, under torchrun
+    seeds: 1                                # one seed, 0; or a list
+    refine: {x: parameterization.base.lr, seeds: 3}     # then 0, 1, 2 around each best rate
+    processes: 2                            # of each run, under torchrun
     fit: [{form: quadratic_log, x: parameterization.base.lr, y: val_loss, group: model.width}]
 
 A name in an expression has the value that the run's config will have, with defaults and what

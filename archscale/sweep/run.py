@@ -10,6 +10,7 @@ The sweep directory holds
     <run>/            run directories
     results.csv       a row for each run, written at the end
     fits.json         the grid's fits, written at the end
+    report.html       the page, with its figures and tables in `report`
     slurm             on a cluster: what is submitted, what the tasks print, and records of how they
                       ended
 """
@@ -72,20 +73,20 @@ def sweep(
         index: train this run alone, here; the runs are in the order of the dry run, from 0.
 
     Raises:
-        ConfigError, DataError: before any run starts: the grid, one of its configs, or its fits
-            cannot work.
+        ConfigError, DataError: before any run starts, the grid, one of its configs, or its fits
+            cannot work; after them, a fit was refused, or no run has what `refine` goes by.
         TrainingError: some runs failed, or it was interrupted; all others are finished, tabulated
             and fitted.
     """
     how = how or How()
     grid = read_grid(path, overrides)
     how.check(grid)
-    alone = how == How() and not dry_run
-    if collect_only and (not alone or index is not None):
+    no_options = how == How() and not dry_run
+    if collect_only and (not no_options or index is not None):
         raise ConfigError(
             "it trains nothing", "--collect", "give it with --set and --sweep-dir only"
         )
-    if index is not None and not alone:
+    if index is not None and not no_options:
         raise ConfigError(
             "it trains one run, here and once", "--index", "give it with --set and --sweep-dir only"
         )
@@ -138,7 +139,7 @@ class Sweep:
 
     def collect(self) -> None:
         """Tables and fits of the runs that are finished."""
-        runs, refined = self._plan(include_unfinished=True)
+        runs, refined = self._plan(with_existing_refined=True)
         check_fits(self.grid, [run.plan.config for run in [*runs, *refined]])
         with locked(self.directory):
             self._describe(runs)
@@ -179,15 +180,15 @@ class Sweep:
     # --- which runs
 
     def _plan(
-        self, *, data_needed: bool = True, include_unfinished: bool = False
+        self, *, data_needed: bool = True, with_existing_refined: bool = False
     ) -> tuple[list[SweepRun], list[SweepRun]]:
         """The runs that are known, and as many of their size as `refine` will add once these are
         finished.
 
         Args:
             data_needed: whether each run's data have to be there.
-            include_unfinished: although some are not finished, take what `refine` has added to the
-                others for known.
+            with_existing_refined: also count the runs that `refine` has added so far, though the
+                first ones are not all finished.
         """
 
         def planned(runs: Sequence[Any] | None = None) -> list[SweepRun]:
@@ -196,8 +197,9 @@ class Sweep:
         runs, existing = planned(), run_directories(self.directory)
         if all(run.finished for run in runs):
             return [*runs, *planned(self.grid.refined(self._losses(runs, {}), existing))], []
-        if include_unfinished:
+        if with_existing_refined:
             return [*runs, *planned(self.grid.refined({}, existing))], []
+        # Equal losses: only the number and the size of the refined runs matter here.
         return runs, planned(self.grid.refined({run.name: 0.0 for run in runs}))
 
     def _refine(self, runs: Sequence[SweepRun], failed: Mapping[str, str]) -> list[SweepRun]:
@@ -205,7 +207,7 @@ class Sweep:
         runs = [replace(run, step=newest_step(run.directory)) for run in runs]
         try:
             refined = self.grid.refined(self._losses(runs, failed), run_directories(self.directory))
-        except ConfigError:
+        except ConfigError:  # what is finished has its tables all the same
             self._finish(runs, failed)
             raise
         return [*runs, *plan_runs(self.grid, self.directory, self.device, refined)]

@@ -25,18 +25,12 @@ from archscale.telemetry.spectrum import spectrum as spectrum_of
 from archscale.telemetry.stability import Probe, stability_metrics
 from archscale.train.step import Seen
 
-ESTIMATED = (
-    "sigma_mean",
-    "effective_rank",
-)  # of M̂, from ⟨M̂, Q⟩; of gradients by decomposition like the rest
+# Of M̂, from ⟨M̂, Q⟩; of gradients by decomposition, as the rest.
+ESTIMATED = ("sigma_mean", "effective_rank")
 DECOMPOSED = ("sigma_max", "flattening_gain")
 SPECTRUM = ESTIMATED + DECOMPOSED
-PER_MATRIX = (
-    "trust_ratio",
-    "clipped_ratio",
-    "relative_update",
-    "weight_norm",
-)  # beside the means, with telemetry.per_layer
+# Beside the means, with telemetry.per_layer.
+PER_MATRIX = ("trust_ratio", "clipped_ratio", "relative_update", "weight_norm")
 
 
 class MatrixWatch:

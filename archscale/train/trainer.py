@@ -112,7 +112,7 @@ class Run:
         validation: TokenSplit | None,
         device: torch.device,
     ):
-        assert plan.transfer is not None, "a plan without problems has them"
+        assert plan.transfer is not None, "a plan without problems has a transfer"
         assert plan.shard is not None
         self.plan, self.config, self.transfer = plan, plan.config, plan.transfer
         self.run_dir, self.data, self.validation, self.device = run_dir, data, validation, device
@@ -123,7 +123,7 @@ class Run:
         self.optimizer = build_optimizer(config, self.roles, self.transfer.roles, self.engine)
         guard = config.telemetry.guard
         self.guard = None if guard.mode == "off" else Guard(**guard.model_dump())
-        self._fallen: int | None = None  # step that the last fall-back went to
+        self._fell_back_to: int | None = None  # step that the last fall-back went to
         if validation is not None:
             self.token_bytes = torch.from_numpy(validation.token_bytes.astype("int64"))
 
@@ -133,7 +133,8 @@ class Run:
         """Train to the end, from the checkpoint `source` or from the start.
 
         Raises:
-            TrainingError: the guard has run out of checkpoints to fall back to.
+            TrainingError: the guard has no older checkpoint to fall back to, or has fallen back
+                `max_fallbacks` times.
         """
         started = time.monotonic()
         step = 0 if source is None else self._restore(source)
@@ -154,7 +155,7 @@ class Run:
         return self._summary(step, started)
 
     def _train(self, step: int, recorder: Recorder, watchdog: Watchdog) -> int:
-        """From `step` finished ones to the last; returns its number."""
+        """Train the steps after `step` to the end; returns the last step's number."""
         config, guard = self.config, self.guard
         loader = Loader(
             self.data,
@@ -212,7 +213,8 @@ class Run:
                 if evaluating:
                     lines[-1] |= self._evaluate()
                 recorder.write(lines)
-                # a streak of bad steps adds nothing worth keeping
+                # In a streak of skipped steps the weights have not changed. The last step saves all
+                # the same, so that the run counts as finished.
                 bad = guard is not None and guard.skipped > 0
                 if saving and (last or not bad):
                     self._save(step)
@@ -225,7 +227,7 @@ class Run:
         return step
 
     def _restore(self, source: Path) -> int:
-        """The state of a checkpoint; returns its step."""
+        """Load a checkpoint; returns its step."""
         state = load_checkpoint(source, self.engine.weights(), self.optimizer)
         self.engine.weights_changed()
         if self.guard and state.get("guard"):
@@ -246,7 +248,11 @@ class Run:
         assert self.guard is not None
         directory = self.run_dir / CHECKPOINTS
         first = cause.step - self.guard.skipped + 1
-        before = self._fallen if self._fallen is not None and first == self._fallen + 1 else first
+        before = (
+            self._fell_back_to
+            if self._fell_back_to is not None and first == self._fell_back_to + 1
+            else first
+        )
         source = distributed.on_rank_zero(lambda: newest_valid(directory, recorder.event, before))
         self.guard.fallbacks += 1
         if source is None or self.guard.fallbacks > self.guard.max_fallbacks:
@@ -270,7 +276,7 @@ class Run:
         # there.
         distributed.on_rank_zero(lambda: discard_after(directory, step))
         self.guard.skipped = 0
-        self._fallen = step
+        self._fell_back_to = step
         recorder.rewind(step)
         recorder.event(
             f"skipped steps {first} to {cause.step} and fell back to the checkpoint of step {step}"
@@ -283,7 +289,7 @@ class Run:
         return self.batches.at(step)[0] * self.config.model.context
 
     def _set_lr(self, step: int) -> float:
-        """Learning rate of the step that follows `step` finished ones."""
+        """Set every role's rate for the step after `step`; returns the matrices'."""
         config, schedule = self.config, self.config.schedule
         factor = lr_multiplier(
             schedule.kind,

@@ -133,8 +133,8 @@ class How:
         runs: Sequence[SweepRun],
         refined: int,
     ) -> str:
-        """Writes the files of a generated launcher; returns what to do next. `more`: runs that
-        `refine` will add."""
+        """Writes the files of a generated launcher; returns what to do next. `refined`: how
+        many runs `refine` will add."""
         content, name = grid.content, grid.content.name
         if self.launcher == "kubernetes":
             assert content.kubernetes is not None
