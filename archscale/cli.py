@@ -114,7 +114,9 @@ def train(
     summary = run(resolved, run_dir or Path("runs") / resolved.name, resume)
     if int(os.environ.get("RANK", "0")) == 0:
         if not summary["already_done"]:
-            _report_of_run(Path(summary["run_dir"]))
+            from archscale.sweep.pages import report_if_possible
+
+            report_if_possible(Path(summary["run_dir"]))
         losses = "".join(
             f", {key} {summary[key]:.4f}"
             for key in ("loss", "val_loss", "val_bits_per_byte")
@@ -128,16 +130,6 @@ def train(
             f" tokens{losses}"
         )
         print(f"metrics {summary['run_dir']}/metrics.jsonl, checkpoint {summary['checkpoint']}")
-
-
-def _report_of_run(run_dir: Path) -> None:
-    """report.html; a run that has trained is not lost to a figure that cannot be drawn."""
-    from archscale.sweep.pages import write_report
-
-    try:
-        write_report([run_dir])
-    except Exception as error:
-        print(f"archscale: warning: no report: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 @app.command()

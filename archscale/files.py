@@ -3,7 +3,9 @@
 Also the names of what lies in a run directory.
 """
 
+import contextlib
 import os
+import uuid
 from pathlib import Path
 
 # In a run directory:
@@ -18,22 +20,26 @@ REPORT = "report.html"
 
 def write_atomically(path: Path, content: bytes | str) -> None:
     """The file holds either what it held before or all of `content` (text as UTF-8), and whoever
-    has the old one open never sees half of the new.
+    has the old one open never sees half of the new. A link is replaced, not followed.
 
     Raises:
-        OSError: it cannot be written; nothing is left beside it.
+        OSError: it cannot be written, by the name of `path`; nothing is left beside it.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Other processes, on other machines too, may write the same file.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         with open(temporary, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename, error.filename2 = str(path), None
         raise
-    sync(path.parent)
+    with contextlib.suppress(OSError):  # the file is there; some file systems sync no directory
+        sync(path.parent)
 
 
 def sync(path: Path) -> None:

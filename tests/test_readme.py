@@ -68,6 +68,7 @@ SHORTER = {
 
 # Pattern of a command → what the default suite runs in its place; None: only the slow tests run it.
 SLOW: dict[str, str | None] = {
+    r"bench optimizer ": "bench optimizer --shape 2x32x32 --rounds 2 --no-peers",
     r"study configs/studies/spectral_flattening\.yaml": None,
     r"parallel\.engine=deepspeed": None,
     r"launch/torchrun\.sh configs/quickstart\.yaml": None,

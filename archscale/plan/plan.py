@@ -129,9 +129,7 @@ def make_plan(
     plan.figures["flops"] = flops = _flops(config, accumulation or 1)
     if transfer is None or shard is None or accumulation is None:
         return plan
-    need = _memory(
-        plan, transfer, world_size, shard, accumulation, bool(device and device.name == "cpu")
-    )
+    need = _memory(plan, transfer, shard, accumulation, bool(device and device.name == "cpu"))
     plan.figures["devices"] = [
         _on_device(
             d,
@@ -301,7 +299,6 @@ def _flops(config: Config, accumulation: int) -> dict[str, Any]:
 def _memory(
     plan: Plan,
     transfer: Transfer,
-    world_size: int,
     shard: int,
     accumulation: int,
     on_host: bool,

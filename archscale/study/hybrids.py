@@ -15,6 +15,7 @@ from archscale.report.plot import Panel
 from archscale.rules import RULES
 from archscale.study.config import Arm, HybridStudy
 from archscale.study.output import Results, Row, column, curves, groups, mean_and_spread, median
+from archscale.sweep.pages import report_if_possible
 from archscale.train.trainer import train
 
 MATRIX = "optimizer/matrix/"
@@ -31,6 +32,7 @@ def run_hybrids(study: HybridStudy, directory: Path, say: Callable[[str], None])
         run = directory / "runs" / f"{arm.label}_seed{seed}"
         say(f"{arm.label}: {arm.rule}, η = {arm.lr:g}, λ = {arm.weight_decay:g}, seed {seed}")
         train(study.config(arm, seed), run)
+        report_if_possible(run)
         lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
         readings = [line for line in lines if any(key.startswith(MATRIX) for key in line)]
         rows = matrix_rows(arm, readings, read_shapes(run))

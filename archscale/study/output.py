@@ -4,6 +4,7 @@ and summary.html with all of it."""
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
 import platform
@@ -57,10 +58,11 @@ def write(results: Results, directory: Path) -> None:
     text = json.dumps({**content, "tables": tables}, indent=1, ensure_ascii=False)
     write_atomically(directory / "results.json", text + "\n")
     for name, rows in tables.items():
-        with open(directory / f"{name}.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
-            writer.writeheader()
-            writer.writerows(rows)
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+        write_atomically(directory / f"{name}.csv", table.getvalue())
     drawings = {}
     for name, (caption, panels) in results.figures.items():
         drawing = svg_text(draw(panels, len(panels)))

@@ -8,8 +8,18 @@ from pathlib import Path
 
 from archscale.errors import ArchscaleError
 from archscale.files import REPORT
-from archscale.report.read import read_runs
-from archscale.report.run import write_run_page
+
+
+# What draws is imported where it is used: jinja2 and matplotlib take their time, and a run that has
+# trained must not fail for lack of one.
+def report_if_possible(directory: Path) -> Path | None:
+    """`write_report` of one directory, for whoever has trained: a figure that cannot be drawn is a
+    warning, and then there is no page."""
+    try:
+        return write_report([directory])
+    except Exception as error:
+        print(f"archscale: warning: no report: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
 
 
 def write_report(directories: list[Path], out: Path | None = None) -> Path:
@@ -33,6 +43,9 @@ def write_report(directories: list[Path], out: Path | None = None) -> Path:
         )
     if sweeps:
         return write_sweep_report(directories[0], out)
+    from archscale.report.read import read_runs
+    from archscale.report.run import write_run_page
+
     runs = read_runs(directories)
     for run in runs:
         _warn(run.directory, run.warnings)
@@ -58,7 +71,6 @@ def write_sweep_report(directory: Path, out: Path | None = None) -> Path:
     Raises:
         ArchscaleError: the directory's sweep.yaml cannot be read, or nothing can be written.
     """
-    # With matplotlib and torch behind them, which the report of a run does not need.
     from archscale.report.sweep import write_sweep_page
     from archscale.sweep.analysis import analyse
     from archscale.sweep.record import read_sweep

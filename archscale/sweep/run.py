@@ -38,6 +38,7 @@ from archscale.sweep.launchers.choice import GENERATED, How, job_of, train_one
 from archscale.sweep.launchers.local import Event
 from archscale.sweep.launchers.slurm import LeftToSlurm, unseen
 from archscale.sweep.log import line_of, locked, open_log, write
+from archscale.sweep.pages import report_if_possible
 from archscale.sweep.planning import SweepRun, plan_runs, run_directories
 from archscale.sweep.results import (
     check_fits,
@@ -340,7 +341,8 @@ class Sweep:
         )
         if fits:
             print("\n" + fits_text(fits), flush=True)
-        _report(directory)
+        if page := report_if_possible(directory):
+            print(f"\nreport {page}", flush=True)
         if table.left_out and all_were_to_finish:
             (name, reason), *others = table.left_out
             also = f" (also failed: {', '.join(other for other, _ in others)})" if others else ""
@@ -366,13 +368,3 @@ def _terminable() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-def _report(directory: Path) -> None:
-    """A sweep that has trained is not lost to a figure that cannot be drawn."""
-    from archscale.sweep.pages import write_sweep_report
-
-    try:
-        print(f"\nreport {write_sweep_report(directory)}", flush=True)
-    except Exception as error:
-        print(f"archscale: warning: no report: {type(error).__name__}: {error}", file=sys.stderr)

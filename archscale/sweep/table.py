@@ -85,13 +85,17 @@ def _runs(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, 
 
 
 def _last_values(path: Path) -> dict[str, Cell]:
-    """The last value of each metric; NaN where it was not finite. A last line cut short by a crash
-    is lost."""
+    """The last value of each metric; NaN where it was not finite. Lists, such as the loads of
+    experts, make no column. A last line cut short by a crash is lost."""
     last: dict[str, Cell] = {}
     for count, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         try:
             values = json.loads(line)
-            last |= {k: math.nan if v is None else plain(v) for k, v in values.items()}
+            last |= {
+                key: math.nan if value is None else plain(value)
+                for key, value in values.items()
+                if not isinstance(value, list)
+            }
         except (ValueError, TypeError, AttributeError):
             if line.endswith("\n"):
                 raise DataError(

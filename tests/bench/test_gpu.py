@@ -76,6 +76,7 @@ def test_the_protocol_lists_the_checks_in_their_order():
     assert rows == ["check", "---", *CHECKS]
     assert [check.value for check in cli.Check] == [*CHECKS, "all"]
     assert CliRunner().invoke(cli.app, ["bench", "gpu"]).stdout.strip() == listing()
+    assert listing() in (ROOT / "archscale/bench/README.md").read_text(encoding="utf-8")
 
 
 def test_the_large_model_is_the_published_one():

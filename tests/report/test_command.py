@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from archscale.sweep.pages import report_if_possible
 from tests.commands import ROOT, launch
 from tests.report.made import make_run, metrics
 
@@ -59,3 +60,11 @@ def test_it_needs_no_torch(tmp_path):
         [sys.executable, "-c", code, str(run)], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.stdout.strip() == "False", done.stderr
+
+
+def test_a_trained_run_is_not_lost_to_a_page_that_cannot_be_made(tmp_path, monkeypatch, capsys):
+    """Whatever drawing lacks, a library included."""
+    run = make_run(tmp_path / "run", metrics(3, layers=1))
+    monkeypatch.setitem(sys.modules, "archscale.report.run", None)
+    assert report_if_possible(run) is None
+    assert "archscale: warning: no report: " in capsys.readouterr().err

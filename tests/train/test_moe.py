@@ -14,6 +14,7 @@ from archscale.model.transformer import Block
 from archscale.parallel.mesh import MeshSizes
 from archscale.parallel.native import NativeEngine
 from archscale.plan.transfer import resolve
+from archscale.sweep.table import read_table
 from archscale.train import balance as balance_module
 from archscale.train.balance import StepBalance
 from archscale.train.generate import generate
@@ -247,6 +248,15 @@ def test_checkpoints_reshard_between_expert_parallel_degrees(pool, data, tmp_pat
             np.testing.assert_allclose(
                 [line[key] for line in lines], [line[key] for line in expected], rtol=1e-5
             )
+
+
+def test_a_run_with_experts_is_a_row_to_fit(data, tmp_path):
+    """Its metrics hold lists, the loads of the experts of each layer."""
+    lines = run(config(data, "muonh", 2, model={"moe": MOE}, telemetry={"every": 1}), str(tmp_path))
+    assert any(isinstance(value, list) for value in lines[-1].values())
+    table = read_table([tmp_path])
+    assert table.columns["loss"] == [lines[-1]["loss"]]
+    assert not table.left_out
 
 
 def test_a_trained_model_generates(data, tmp_path):
