@@ -26,7 +26,7 @@ import yaml
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from archscale.bench.table import cell, markdown
+from archscale.bench.table import Row, cell, markdown
 from archscale.bench.timing import Stopwatch, machine, milliseconds, synchronize
 from archscale.bench.workload import DOCUMENT_TOKENS, EOS, Workload
 from archscale.config.layers import Layer, merge
@@ -42,7 +42,6 @@ from archscale.plan.counting import parameters, training_flops
 from archscale.plan.devices import this_device
 from archscale.telemetry.stability import log_sum_exp
 
-Row = dict[str, Any]
 Values = dict[str, Any]
 
 BATCH_TOKENS = 1 << 19  # of a step, at which the optimizer's share is stated

@@ -54,7 +54,7 @@ class Arm:
 
 
 @dataclass
-class Row:
+class ArmTimes:
     """What was measured of one arm."""
 
     label: str
@@ -156,7 +156,7 @@ def bench_optimizer(
         median, fastest, muon = statistics.median(measured), min(measured), base.get(arm.dtype)
         rate = nominal_flops(shapes) / median if arm.dtype in rates else None
         rows.append(
-            Row(
+            ArmTimes(
                 arm.label,
                 arm.dtype,
                 median,

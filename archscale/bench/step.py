@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from archscale.bench.count import CountedGroup, LaunchCounter
-from archscale.bench.table import markdown
+from archscale.bench.table import Row, markdown
 from archscale.bench.workload import EOS, objective
 from archscale.config import Config
 from archscale.distributed import Fragment
@@ -53,7 +53,6 @@ PLACES = {
 }
 BACKWARD, BACKWARD_BLOCKS = "backward: rest", "backward: blocks"
 COUNTING = "counting pass"
-Row = dict[str, Any]
 
 
 class _Shards:

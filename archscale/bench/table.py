@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = dict[str, Any]  # a measured row: column → value
 
 
 def markdown(rows: Sequence[Mapping[str, object]]) -> str:

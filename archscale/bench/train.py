@@ -47,7 +47,7 @@ class Arm:
 
 
 @dataclass
-class Row:
+class ModelTimes:
     """What was measured of one arm."""
 
     label: str
@@ -93,7 +93,7 @@ def bench_train(config: Config, *, rounds: int = 7, telemetry: bool = False) -> 
         seconds, update = statistics.median(arm.seconds), statistics.median(arm.updates)
         count = parameters(arm.work.config.model)
         rows.append(
-            Row(
+            ModelTimes(
                 arm.label,
                 count.total,
                 count.active,
