@@ -32,7 +32,8 @@ def run(folder, codes, slots=2, retries=2):
     return failed, [(e.what, e.job.name, e.attempt) for e in events], events
 
 
-def test_a_crash_is_tried_again_a_refusal_is_not_and_others_go_on(tmp_path):
+def test_a_crash_is_tried_again_a_refusal_is_not_and_others_go_on(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     twice = (
         f"import os, pathlib; p = pathlib.Path({str(tmp_path)!r}, 'n'); n = len(p.read_text()) if"
         " p.exists() else 0; p.write_text('x' * (n + 1)); os.kill(os.getpid(), 9) if n < 2 else"

@@ -339,7 +339,7 @@ def test_refine_by_what_no_run_has(tmp_path, data):
 
 
 def test_a_report_that_cannot_be_drawn_costs_no_results(tmp_path, data, capsys, monkeypatch):
-    def fails(directory):
+    def fails(*_):
         raise RuntimeError("no fonts")
 
     monkeypatch.setattr("archscale.sweep.pages.write_sweep_report", fails)

@@ -162,7 +162,9 @@ def run_local(
 def environment(variables: Mapping[str, str]) -> dict[str, str]:
     """A job's environment: this process's, without the traces of a torchrun around it, and
     `variables`."""
-    return {key: value for key, value in os.environ.items() if key not in FOREIGN} | dict(variables)
+    here = {key: value for key, value in os.environ.items() if key not in FOREIGN}
+    # Unbuffered: what a job prints stands in its log before the error that ends it.
+    return here | {"PYTHONUNBUFFERED": "1"} | dict(variables)
 
 
 def threads() -> str:
