@@ -100,7 +100,7 @@ def test_least_squares_is_the_kronecker_product():
 
 
 def test_the_edge_of_several_matrices_together():
-    """Of a sum of two least squares with the same L: (2/L) times the mean over both spectra."""
+    """Two least squares of the same L, summed: (2/L) times the mean over both spectra."""
     draw = generator()
     Gs = [planted(power_spectrum(6, 1.0, mean), 6, 8, draw) for mean in (1.0, 4.0)]
     Qs = [SCHEMES["muon_exact"](G) for G in Gs]

@@ -87,7 +87,7 @@ def test_the_citation():
 
 
 def test_the_table_of_rules_is_that_of_the_code():
-    """Of README.md, row by row; a factor s by its formula at two shapes."""
+    """README.md's, row by row; a factor s by its formula at two shapes."""
     lines = (ROOT / "README.md").read_text().split("| rule | direction |")[1].splitlines()[2:]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     rows = rows[: rows.index([""])]

@@ -300,7 +300,7 @@ def test_covariances_are_those_of_the_layers(data):
 
 
 def test_the_output_covariance_is_that_of_a_tokens_derivatives(data):
-    """Of the last projection, whose output is added to what the head reads: δ is the loss's
+    """The last projection, whose output is added to what the head reads: δ is the loss's
     derivative by that sum."""
     of = language(data)
     seen: list[torch.Tensor] = []

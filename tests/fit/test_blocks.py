@@ -99,7 +99,7 @@ def coverage(draws, replicates=199):
 
 
 def test_intervals_cover():
-    """Of 400 draws, shifts five times the noise."""
+    """Over 400 draws whose shifts are five times the noise."""
     optimum, minimum = coverage(400)
     assert 0.92 <= optimum <= 0.98
     assert 0.92 <= minimum <= 0.99

@@ -461,7 +461,7 @@ def traffic(
 
 
 def state_nbytes(optimizer: MatrixOptimizer) -> int:
-    """Of the state that grows with the parameters."""
+    """Bytes of the state that grows with the parameters."""
     kept = ("momentum", "exp_avg", "exp_avg_sq")
     entries = [(key, tensor) for state in optimizer.state.values() for key, tensor in state.items()]
     return sum(local_tensor(tensor).nbytes for key, tensor in entries if key in kept)

@@ -142,7 +142,7 @@ class Browser:
         return found["result"].get("value")
 
     def height(self) -> int:
-        """Of the whole page, in pixels."""
+        """Height of the whole page, in pixels."""
         return int(self.call("Page.getLayoutMetrics")["cssContentSize"]["height"])
 
     def screenshot(self, top: int = 0, height: int | None = None) -> bytes:

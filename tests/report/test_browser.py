@@ -203,7 +203,7 @@ def test_strange_runs_are_drawn_on_every_axis(browser, tmp_path, which):
 
 
 def test_the_script_writes_ticks_as_the_figures_do(browser, page):
-    """Of the same axis, in numbers as `archscale.report.scale` writes them."""
+    """Labels of the same axis, in numbers as `archscale.report.scale` writes them."""
     browser.open(page)
     shown = browser.evaluate(LABELS.replace(".xs span", "figure.wide .xs span"))
     steps = [text for text, _, _ in shown if text.isdigit() and int(text) % 100 == 0]

@@ -238,7 +238,7 @@ def test_what_slurm_refuses_is_one_line(slurm, tmp_path):
 
 
 def test_ends_that_no_sweep_saw_are_told(tmp_path):
-    """Of runs that are finished; also of one whose task has not had the time to say so."""
+    """Ends of runs that are finished; also of one whose task has not had the time to say so."""
     one = Sweep(tmp_path, {})
     for index, name in enumerate("abcd"):
         one.write(event="submitted", run=name, attempt=2, task=f"1_{index}")
