@@ -679,9 +679,8 @@ def main() -> None:
         if _reports(error):
             print(f"archscale: {error}", file=sys.stderr, flush=True)
         else:
-            time.sleep(
-                5
-            )  # torchrun ends all ranks with the first that exits: let the one that reports be it
+            # Torchrun ends all ranks with the first that exits: let the one that reports be it.
+            time.sleep(5)
         sys.stdout.flush()
         os._exit(2)  # without waiting for ranks and threads that may wait for this one
     except BrokenPipeError:  # whoever read the output, such as `head`, has closed it
@@ -717,6 +716,5 @@ def _reports(error: ArchscaleError) -> bool:
     distributed = sys.modules.get("archscale.distributed")
     if distributed is not None and distributed.is_distributed():
         return os.environ.get("RANK", "0") == "0" or not getattr(error, "on_every_rank", False)
-    return (
-        os.environ.get("LOCAL_RANK", "0") == "0"
-    )  # before start-up ranks fail alone: one line a machine
+    # Before start-up ranks fail alone: one line a machine.
+    return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -268,9 +268,8 @@ def box_pieces(shape: Sequence[int], box: Sequence[tuple[int, int]]) -> list[Pie
     cut = [d for d, size in enumerate(shape) if box[d] != (0, size)]
     if not cut:
         return [Piece(0, math.prod(shape))]
-    sizes = [
-        math.prod(shape[d + 1 :]) for d in range(len(shape))
-    ]  # elements of one index of dimension d
+    # Elements of one index of dimension d.
+    sizes = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
     inner, outer = cut[-1], cut[-2] if len(cut) > 1 else None
     length, stride = (box[inner][1] - box[inner][0]) * sizes[inner], shape[inner] * sizes[inner]
     start = box[inner][0] * sizes[inner]
@@ -278,9 +277,8 @@ def box_pieces(shape: Sequence[int], box: Sequence[tuple[int, int]]) -> list[Pie
         return [Piece(start, length, stride, math.prod(shape[:inner]))]
     low, high = box[outer]
     count = (high - low) * math.prod(shape[outer + 1 : inner])
-    before = itertools.product(
-        *(range(*box[d]) for d in range(outer))
-    )  # each is a piece of its own
+    # Each is a piece of its own.
+    before = itertools.product(*(range(*box[d]) for d in range(outer)))
     return [
         Piece(
             start + low * sizes[outer] + sum(i * sizes[d] for d, i in enumerate(index)),

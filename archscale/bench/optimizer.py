@@ -63,9 +63,8 @@ class ArmTimes:
     fastest: float  # seconds
     spread: float  # (90th − 10th percentile) / median
     fastest_ratio: float | None  # of the fastest times, to archscale muon's in the same dtype
-    paired: (
-        tuple[float, float, float] | None
-    )  # median ratio within a round, ends of its 95 % interval
+    # Median ratio within a round, ends of its 95 % interval.
+    paired: tuple[float, float, float] | None
     rest: float | None  # fastest step without its orthogonalization, seconds
     rate: float | None  # nominal FLOP/s
     share: float | None  # of the matmul rate in the same dtype
@@ -215,9 +214,8 @@ def bench_distributed(
     many = statistics.median([max(times) for times in zip(*(rank[0] for rank in together))])
     elements = sum(count * m * n for count, m, n in shapes)
     size = getattr(torch, dtype).itemsize
-    packed = round(
-        2 * elements * (1 - 1 / processes) * size
-    )  # what a rank owns and holds never travels
+    # What a rank owns and holds never travels.
+    packed = round(2 * elements * (1 - 1 / processes) * size)
     return {
         "one": one,
         "many": many,

@@ -57,9 +57,8 @@ class ModelTimes:
     spread: float
     tokens_per_second: float  # of forward and backward
     share: float  # of the matmul rate
-    ratio: (
-        tuple[float, float, float] | None
-    )  # tokens/s to the dense model's: median within a round, 95 % interval
+    # Tokens/s to the dense model's: median within a round, 95 % interval.
+    ratio: tuple[float, float, float] | None
     optimizer: float  # seconds, median
     batch: int  # tokens from which on the optimizer takes less than OPTIMIZER_SHARE
     peak: int  # bytes

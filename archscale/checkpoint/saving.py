@@ -79,9 +79,8 @@ def save_checkpoint(
     except (OSError, CheckpointException) as error:
         cause, remedy = _why_not_written(error)
         raised = CheckpointError(f"cannot write a checkpoint: {cause}", str(final), remedy)
-        raised.on_every_rank = getattr(
-            error, "on_every_rank", False
-        )  # one that failed alone must not wait here
+        # One that failed alone must not wait here.
+        raised.on_every_rank = getattr(error, "on_every_rank", False)
         raise raised from error
     if rank() == 0:
         for step in checkpoint_steps(directory)[:-keep]:

@@ -94,9 +94,8 @@ Bounds = Annotated[tuple[float, float], _pair("of at least 0", lambda x: x >= 0)
 
 
 def _printable(value: str) -> str:
-    if (
-        not value.isprintable()
-    ):  # YAML does not carry every control character through a dump and a load
+    # YAML does not carry every control character through a dump and a load.
+    if not value.isprintable():
         raise PydanticCustomError(EXPECTED, "", {"expected": "text without control characters"})
     return value
 

@@ -29,12 +29,8 @@ ZERO_BUCKET = 1 << 25  # gradient elements that DeepSpeed reduces at a time, `de
 ZERO_PERSISTENT = 100_000  # elements up to which ZeRO-3 keeps a parameter gathered
 # elements of whole matrices that a rank orthogonalizes at a time, `shards.MAX_BATCH_ELEMENTS`
 EXCHANGE_BATCH = 1 << 25
-STATE_BYTES = {
-    "matrix": 4,
-    "embedding": 8,
-    "head": 8,
-    "vector": 8,
-}  # float32 momentum of matrices, AdamW elsewhere
+# Float32 momentum of matrices, AdamW elsewhere.
+STATE_BYTES = {"matrix": 4, "embedding": 8, "head": 8, "vector": 8}
 
 Engine = Literal["native", "deepspeed"]
 Precision = Literal["fp32", "bf16"]
@@ -215,11 +211,7 @@ def memory(model: ModelConfig, step: Execution) -> Memory:
             * c
             * sum(whole[w.name] for w in stored if w.numel <= ZERO_PERSISTENT)
         ),
-        "optimizer_buffers": _optimizer_buffers(
-            stored,
-            step,
-            max(part[w.name] for w in stored),
-        ),
+        "optimizer_buffers": _optimizer_buffers(stored, step, max(part[w.name] for w in stored)),
     }
     if step.offload:
         terms |= dict.fromkeys(("parameters", "optimizer_state", "optimizer_buffers"), 0)
@@ -295,9 +287,8 @@ def block_activations(model: ModelConfig, c: int, micro_batch: int, spread: bool
     spread: experts are, over ranks, and each receives as many rows as it sends."""
     D, H, G, K, T = model.width, model.heads, model.kv_heads, model.head_dim, model.context
     gated, norm, E, k = int(model.gated_attention), int(model.qk_norm), *model.expert_counts
-    token = 2 * (
-        FP32 * D + FP32 + 2 * c * D
-    )  # two norms: their input, 1/RMS, the result without and with the weight
+    # Two norms: their input, 1/RMS, the result without and with the weight.
+    token = 2 * (FP32 * D + FP32 + 2 * c * D)
     token += c * ((H + 2 * G) * K + gated * H)  # the fused projection
     # 1/RMS, the result, a float32 input
     token += norm * (H + G) * (FP32 + c * K + (FP32 * K if c < FP32 else 0))
@@ -441,9 +432,8 @@ def communication(model: ModelConfig, step: Execution) -> dict[str, int]:
         sent["gradients"] += reductions * FP32 * elements * (ring + 2 * over_replicas / ways)
     sent["optimizer"] = step.exchanged_bytes * sum(_exchanged(stored, step)) / world
     tokens = step.micro_batch * model.context * model.expert_counts[1] * (1 - 1 / expert)
-    passes = accumulation * (
-        6 if step.recompute else 4
-    )  # there and back, in the forward and the backward pass
+    # There and back, in the forward and the backward pass.
+    passes = accumulation * (6 if step.recompute else 4)
     if model.moe and model.moe.counts_first:
         passes += 2 * (accumulation - 1)  # the counting pass
     sent["experts"] = model.depth * passes * c * model.width * tokens

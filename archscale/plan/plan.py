@@ -296,13 +296,7 @@ def _flops(config: Config, accumulation: int) -> dict[str, Any]:
     }
 
 
-def _memory(
-    plan: Plan,
-    transfer: Transfer,
-    shard: int,
-    accumulation: int,
-    on_host: bool,
-) -> Memory:
+def _memory(plan: Plan, transfer: Transfer, shard: int, accumulation: int, on_host: bool) -> Memory:
     """Fill in the figures of memory, communication and disk; returns the memory.
 
     Args:

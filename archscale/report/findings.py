@@ -6,14 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 
 from archscale.report.indicators import parse_key
-from archscale.report.records import (
-    Analysis,
-    Combination,
-    Drift,
-    SweepRecord,
-    name_of,
-    with_ends,
-)
+from archscale.report.records import Analysis, Combination, Drift, SweepRecord, name_of, with_ends
 from archscale.report.scale import compact, number
 from archscale.report.sweep_tables import growth, verdict
 

@@ -289,9 +289,8 @@ def svg_text(figure: Figure) -> str:
     text = re.sub(
         r"<!--.*?-->|\n\s*", lambda match: " " if match[0][0] == "\n" else "", text, flags=re.DOTALL
     )
-    return re.sub(
-        r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), text
-    )  # a hundredth of a point is enough
+    # A hundredth of a point is enough.
+    return re.sub(r"<[^>]*>", lambda tag: re.sub(r"(\d\.\d\d)\d+", r"\1", tag[0]), text)
 
 
 def png_bytes(figure: Figure) -> bytes:

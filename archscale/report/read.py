@@ -45,9 +45,8 @@ class RunRecord:
     tokens: np.ndarray  # tokens seen after each of these steps
     times: np.ndarray  # Unix seconds at which these lines were written
     series: dict[str, Series] = field(default_factory=dict)
-    texts: dict[str, str] = field(
-        default_factory=dict
-    )  # keys that hold neither numbers nor lists of them: the last value
+    # Keys that hold neither numbers nor lists of them: the last value.
+    texts: dict[str, str] = field(default_factory=dict)
     events: list[tuple[int, str]] = field(default_factory=list)  # (step, what happened)
     warnings: list[str] = field(default_factory=list)  # what could not be read
     config: str = ""

@@ -20,14 +20,7 @@ from archscale.report.indicators import parse_key
 from archscale.report.page import State, Tile, writing
 from archscale.report.page import render as render_page
 from archscale.report.plot import draw, inline, png_bytes, svg_text
-from archscale.report.records import (
-    Analysis,
-    GridFit,
-    SweepRecord,
-    end_text,
-    label_in,
-    name_of,
-)
+from archscale.report.records import Analysis, GridFit, SweepRecord, end_text, label_in, name_of
 from archscale.report.scale import compact, number
 from archscale.report.sweep_figures import SweepFigure, make_figures
 from archscale.report.sweep_tables import TableRow, csv_text, make_tables

@@ -229,11 +229,7 @@ def _optimum(
 
 
 def _arm_optima(
-    arm: str,
-    along: str,
-    own: Sequence[Combination],
-    drift: Drift | None,
-    look: dict[str, Any],
+    arm: str, along: str, own: Sequence[Combination], drift: Drift | None, look: dict[str, Any]
 ) -> Iterator[Curve]:
     """Fitted optima, the best values tried where there is none, the law, the expected slope."""
     optima = [(_float(m.row[along]), m.optimum) for m in own if m.optimum]

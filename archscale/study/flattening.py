@@ -170,9 +170,8 @@ def largest_curvature(
         diagonal.append(float(v @ w))
         Q = torch.stack(basis)
         w = w - Q.mT @ (Q @ w)
-        w = w - Q.mT @ (
-            Q @ w
-        )  # once more: the first pass leaves rounding of the size of w before it
+        # Once more: the first pass leaves rounding of the size of w before it.
+        w = w - Q.mT @ (Q @ w)
         norm = float(w.norm())
         off.append(norm)
         if norm <= FLOOR * max(map(abs, diagonal)):

@@ -111,9 +111,8 @@ def _combine(analysis: Analysis, table: Table) -> None:
         ]
 
     arms = len(axes.arms)
-    first = {
-        key[:arms]: number for number, key in reversed(list(enumerate(groups)))
-    }  # arms as the grid lists them
+    # Arms as the grid lists them.
+    first = {key[:arms]: number for number, key in reversed(list(enumerate(groups)))}
     for key in sorted(groups, key=lambda key: (first[key[:arms]], order(key[arms:]))):
         by_x: dict[float, list[int]] = {}
         for row in groups[key]:

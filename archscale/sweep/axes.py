@@ -74,10 +74,7 @@ def find_axes(sweep: SweepRecord) -> Axes:
 
 
 def _tuned(
-    sweep: SweepRecord,
-    keys: Sequence[str],
-    numeric: set[str],
-    runs: Sequence[Mapping[str, Any]],
+    sweep: SweepRecord, keys: Sequence[str], numeric: set[str], runs: Sequence[Mapping[str, Any]]
 ) -> str | None:
     positive = [
         key for key in keys if key in numeric and all(as_number(run[key]) > 0 for run in runs)

@@ -51,9 +51,8 @@ def read_sweep(directory: Path) -> SweepRecord:
     table = _with_grid_keys(collect(directory, {name: directory / name for name in runs}, {}), runs)
     reasons = [(name, failed.get(name, reason)) for name, reason in table.left_out]
     table = replace(table, left_out=reasons)
-    failed = {
-        name: failed[name] for name, _ in reasons if name in failed
-    }  # a run may have been finished since, by other hands
+    # A run may have been finished since, by other hands.
+    failed = {name: failed[name] for name, _ in reasons if name in failed}
     environments = {
         name: environment
         for name in runs

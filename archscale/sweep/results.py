@@ -161,9 +161,8 @@ def _check_counts(
         )
     least, parameters = needed(asked.form, asked.settings), LAWS[asked.form].parameters
     for key, points in groups.items():
-        if (
-            asked.settings.nearest
-        ):  # wherever the best one is, no more than the fullest of them count
+        # Wherever the best one is, no more than the fullest of them count.
+        if asked.settings.nearest:
             most = sorted(set(points), key=points.count)[-asked.settings.nearest :]
             points = [point for point in points if point in most]
         of_group = f" of {label_of(keys, key)}" if keys else ""

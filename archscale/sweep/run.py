@@ -318,10 +318,7 @@ class Sweep:
                 ) from None
 
     def _finish(
-        self,
-        runs: Sequence[SweepRun],
-        failed: Mapping[str, str],
-        all_were_to_finish: bool = True,
+        self, runs: Sequence[SweepRun], failed: Mapping[str, str], all_were_to_finish: bool = True
     ) -> None:
         """results.csv, fits.json, the summary and the report.
 

@@ -87,11 +87,7 @@ class Guard:
         drift = metrics.get("optimizer/weight_norm_drift", 0.0)
         clipped = metrics.get("optimizer/clip_fraction", 0.0)
         states = [
-            (
-                "saturation",
-                clipped >= SATURATED,
-                f"{clipped:.0%} of the trust ratios are clipped",
-            ),
+            ("saturation", clipped >= SATURATED, f"{clipped:.0%} of the trust ratios are clipped"),
             (
                 "runaway",
                 not drift < RUNAWAY,  # also where it is NaN

@@ -28,12 +28,7 @@ class Recorder:
     """
 
     def __init__(
-        self,
-        resolved: Mapping[str, Any],
-        wandb: WandbConfig,
-        steps: int,
-        run_dir: Path,
-        step: int,
+        self, resolved: Mapping[str, Any], wandb: WandbConfig, steps: int, run_dir: Path, step: int
     ):
         self._here = distributed.rank() == 0
         self._event = ""

@@ -70,9 +70,8 @@ def train_step(
     """
     # Means over the tokens of ALL ranks and micro-batches, so their numbers are needed before the
     # first backward.
-    here = float(
-        sum((targets != IGNORE).sum().item() for _, targets in micro_batches)
-    )  # on the host: no waiting
+    # On the host: no waiting.
+    here = float(sum((targets != IGNORE).sum().item() for _, targets in micro_batches))
     tokens = float(sum(inputs.numel() for inputs, _ in micro_batches))
     sizes = supervision.first_reduce(
         torch.stack([torch.full((), here, device=device), torch.full((), tokens, device=device)])
@@ -109,6 +108,7 @@ def train_step(
 
 def _add_up(probed: Sequence[tuple[LayerSums, ...]]) -> LayerSums:
     """The sums of every layer, (L,) each, over all micro-batches and ranks: one collective."""
+    # (micro-batches, L, fields); `router_lse`, which a dense model has not, is the last field.
     packed = torch.stack(
         [
             torch.stack(
@@ -116,7 +116,7 @@ def _add_up(probed: Sequence[tuple[LayerSums, ...]]) -> LayerSums:
             )
             for layers in probed
         ]
-    )  # (micro-batches, L, fields); `router_lse`, which a dense model has not, is the last field
+    )
     return LayerSums(*all_reduce(packed.sum(0)).unbind(1))
 
 

@@ -86,9 +86,8 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
     check_wandb(config.telemetry.wandb.mode)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
         resume = "auto"  # after a crash of this very job, not back to where it was told to start
-    device = distributed.start(
-        max(3600.0, config.telemetry.stuck_after + 60)
-    )  # the watchdog comes first, with stacks
+    # The watchdog comes first, with stacks.
+    device = distributed.start(max(3600.0, config.telemetry.stuck_after + 60))
     # No clean-up when something fails: a rank that failed alone would wait here for ranks that wait
     # for it elsewhere.
     source = distributed.on_rank_zero(lambda: choose_checkpoint(config, data, run_dir, resume))

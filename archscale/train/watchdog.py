@@ -69,9 +69,8 @@ class Watchdog:
                     file=sys.stderr,
                     flush=True,
                 )
-                time.sleep(
-                    3 * often
-                )  # the launcher ends all ranks with the first one: let the others write theirs
+                # The launcher ends all ranks with the first one: let the others write theirs.
+                time.sleep(3 * often)
                 os._exit(3)
 
 

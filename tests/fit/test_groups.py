@@ -195,11 +195,7 @@ def test_a_directory_of_runs(tmp_path):
     fits = fit_table(
         table,
         FitRequest(
-            "quadratic_log",
-            ["base.lr"],
-            "val_loss",
-            ["model.width", "model.depth"],
-            settings=FAST,
+            "quadratic_log", ["base.lr"], "val_loss", ["model.width", "model.depth"], settings=FAST
         ),
     )
     assert [group.label for group in fits.groups] == [
@@ -255,14 +251,7 @@ def test_a_group_is_fitted_as_if_it_were_alone():
 def test_optimal_lr_against_tokens(joint):
     fits = fit_table(
         table_of(bowl_rows()),
-        FitRequest(
-            "quadratic_log",
-            ["lr"],
-            "val_loss",
-            ["width"],
-            against="tokens",
-            joint=joint,
-        ),
+        FitRequest("quadratic_log", ["lr"], "val_loss", ["width"], against="tokens", joint=joint),
     )
     assert [law.label for law in fits.laws] == ["width 64", "width 128"]
     for law in fits.laws:

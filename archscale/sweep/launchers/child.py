@@ -34,9 +34,8 @@ def main() -> None:
 
 def _hold(lock: str) -> None:
     handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-    os.set_inheritable(
-        handle, True
-    )  # held until the last process that has it ends, through the exec
+    # Held until the last process that has it ends, through the exec.
+    os.set_inheritable(handle, True)
     end = time.monotonic() + PATIENCE
     while True:
         try:

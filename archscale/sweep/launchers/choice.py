@@ -221,9 +221,7 @@ def train_one(job: Job, cpu: bool) -> None:
         reason, refused = why(job.log, offset, status)
         if refused:
             raise TrainingError(
-                f"run {job.name} failed: {reason}",
-                str(job.log),
-                "fix the cause and rerun",
+                f"run {job.name} failed: {reason}", str(job.log), "fix the cause and rerun"
             )
         print(f"run {job.name} crashed: {reason}: the same command resumes it", file=sys.stderr)
         raise SystemExit(1)

@@ -191,9 +191,8 @@ class SkyPilotConfig(Section):
                 "skypilot.sweep_dir",
                 "give a path below one of the mounts",
             )
-        elif (
-            not lasting
-        ):  # SkyPilot copies what has no mode, and appends to no file of a bucket under MOUNT
+        # SkyPilot copies what has no mode, and appends to no file of a bucket under MOUNT.
+        elif not lasting:
             yield ConfigError(
                 f"files in {below[0]} could not be appended to, or would not outlive the machine",
                 f"skypilot.mounts.{below[0]}",

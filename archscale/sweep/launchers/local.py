@@ -147,9 +147,8 @@ def run_local(
                 again = not refused and ended.attempt <= retries
                 tell(Event("failed", ended.job, ended.attempt, seconds, reason, again))
                 if again:
-                    waiting.append(
-                        (ended.job, ended.attempt + 1)
-                    )  # behind the others, who need not wait for it
+                    # Behind the others, who need not wait for it.
+                    waiting.append((ended.job, ended.attempt + 1))
                 else:
                     failed[ended.job.name] = reason
             tick()
@@ -218,9 +217,8 @@ def why(log: Path, offset: int, status: int) -> tuple[str, bool]:
         for line in lines
         if line.startswith("archscale: ") and not line.startswith("archscale: warning")
     ]
-    stuck = [
-        line for line in messages if "made no progress" in line
-    ]  # the watchdog's: a hang, worth another try
+    # The watchdog's: a hang, worth another try.
+    stuck = [line for line in messages if "made no progress" in line]
     if messages and not stuck:
         return messages[-1].removeprefix("archscale: "), True
     if stuck:

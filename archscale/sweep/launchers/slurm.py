@@ -313,10 +313,8 @@ class SlurmLauncher:
             f" {ids[0].partition('_')[0]}",
             flush=True,
         )
-        self._queued_at, self._pause = (
-            float("-inf"),
-            QUEUE[0],
-        )  # the queue as seen before does not have them
+        # The queue as seen before does not have them.
+        self._queued_at, self._pause = (float("-inf"), QUEUE[0])
         return [
             _Running(job, attempt, task) for (job, attempt), task in zip(batch, ids, strict=True)
         ]
@@ -372,9 +370,8 @@ def unseen(directory: Path, finished: Iterable[str]) -> list[Event]:
     events, running = [], _history(directory, {}).running
     for name in finished:
         active = running.get(name)
-        if active and (
-            records := words(directory / "slurm" / f"{active.task}.jsonl")
-        ):  # its last may still be that it started
+        # Its last may still be that it started.
+        if active and (records := words(directory / "slurm" / f"{active.task}.jsonl")):
             seconds = records[-1].get("seconds", time.time() - records[-1]["time"])
             events.append(Event("finished", active.job, active.attempt, seconds, task=active.task))
     return events
