@@ -87,9 +87,7 @@ def make_plan(
             set is prepared.
     """
     plan = Plan(config, world_size, device)
-    untransferable = list(
-        transfers.problems(config.model, config.parameterization, config.optimizer)
-    )
+    untransferable = list(transfers.problems(config.parameterization, config.optimizer))
     plan.problems += [*config.unavailable(), *untransferable]
     plan.shard = shard = _attempt(plan, lambda: config.shard_size(world_size))
     accumulation = _attempt(plan, lambda: config.accumulation(world_size))

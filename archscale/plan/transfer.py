@@ -107,7 +107,7 @@ class Transfer:
 
 
 def problems(
-    model: ModelConfig, parameterization: ParameterizationConfig, optimizer: OptimizerConfig
+    parameterization: ParameterizationConfig, optimizer: OptimizerConfig
 ) -> Iterator[ConfigError]:
     """Combinations outside the table, each with its remedy."""
     kind, matrix, element = parameterization.kind, optimizer.matrix, optimizer.element
@@ -148,7 +148,7 @@ def transfer(
     Raises:
         ConfigError: a combination that is not in the table.
     """
-    for problem in problems(model, parameterization, optimizer):
+    for problem in problems(parameterization, optimizer):
         raise problem
     kind, base = parameterization.kind, parameterization.base
     rule, element, decay = optimizer.matrix.rule, optimizer.element, optimizer.weight_decay
