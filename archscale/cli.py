@@ -461,7 +461,7 @@ def prepare(
     """
     import functools
 
-    from archscale.data.prepare import prepare as run
+    from archscale.data.preparing.prepare import prepare as run
 
     progress = functools.partial(print, file=sys.stderr) if json else print
     _print_data_set(run(recipe, set or [], say=progress), json)
@@ -476,7 +476,7 @@ def inspect(
 
     Example: archscale data inspect data/python_stdlib
     """
-    from archscale.data.prepare import inspect as run
+    from archscale.data.preparing.prepare import inspect as run
 
     _print_data_set(run(directory), json)
 
@@ -487,7 +487,7 @@ def verify(directory: Annotated[Path, typer.Argument(help="Prepared data directo
 
     Example: archscale data verify data/python_stdlib
     """
-    from archscale.data.prepare import verify as run
+    from archscale.data.preparing.prepare import verify as run
 
     problems = run(directory)
     for problem in problems:

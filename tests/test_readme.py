@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 from archscale.cli import app
 from archscale.data import missing
 from archscale.data.missing import how_to_make
-from archscale.data.recipe import load_recipe
+from archscale.data.preparing.recipe import load_recipe
 from tests.commands import ROOT, launch
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from archscale.checkpoint.directory import newest_valid, read_state
 from archscale.config import Config
 from archscale.config.layers import flatten
-from archscale.data.shards import TokenSplit
+from archscale.data.split import TokenSplit
 from archscale.errors import CheckpointError, ConfigError, explain_os_error
 from archscale.files import CHECKPOINTS, METRICS, checkpoint_steps
 

@@ -13,7 +13,7 @@ import torch
 
 from archscale.config.batch import BatchSchedule
 from archscale.data.sampler import rank_numbers, sample_index
-from archscale.data.shards import TokenSplit
+from archscale.data.split import TokenSplit
 from archscale.errors import DataError
 
 IGNORE = -100  # the target that `cross_entropy` ignores by default

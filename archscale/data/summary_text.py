@@ -19,8 +19,7 @@ _DETAILS = (*SPLITS, "dropped", "recipe", "excerpt")  # entries that have lines 
 
 
 def render(summary: Mapping[str, Any]) -> str:
-    """What `prepare` and `inspect` of `archscale.data.prepare` return: facts, then a table of
-    splits.
+    """What `prepare` and `inspect` return: facts, then a table of splits.
 
     Of `inspect` also the recipe, a line for each dotted key, and how the text begins.
     """

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from archscale.data.sampler import sample_index
-from archscale.data.shards import TokenSplit
+from archscale.data.split import TokenSplit
 from archscale.errors import ConfigError
 from archscale.model import Transformer, initialize
 from archscale.optim import MatrixOptimizer, Rule

@@ -22,7 +22,7 @@ from archscale.checkpoint.history import choose_checkpoint, identity
 from archscale.checkpoint.saving import load_checkpoint, save_checkpoint
 from archscale.config import Config, dump_config
 from archscale.data.loader import Loader, validation_batches
-from archscale.data.shards import TokenSplit
+from archscale.data.split import TokenSplit
 from archscale.errors import ConfigError, TrainingError
 from archscale.files import (
     CHECKPOINTS,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from archscale.config.batch import BatchSchedule
 from archscale.data.loader import IGNORE, Loader, validation_batches
 from archscale.data.sampler import sample_index
-from archscale.data.shards import TokenSplit
+from archscale.data.split import TokenSplit
 from archscale.errors import DataError
 
 from .conftest import VOCAB, write_dataset

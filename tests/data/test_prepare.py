@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import yaml
 
-import archscale.data.prepare as module
-from archscale.data.prepare import inspect, prepare, verify
-from archscale.data.recipe import load_recipe
-from archscale.data.shards import MANIFEST, TOKEN_BYTES, ShardWriter, TokenSplit, open_shard
-from archscale.data.sources import PythonStdlibSource, fingerprint_files
+import archscale.data.preparing.prepare as module
+from archscale.data.preparing.prepare import inspect, prepare, verify
+from archscale.data.preparing.recipe import load_recipe
+from archscale.data.preparing.sources import PythonStdlibSource, fingerprint_files
+from archscale.data.shards import MANIFEST, TOKEN_BYTES, ShardWriter, open_shard
+from archscale.data.split import TokenSplit
 from archscale.data.tokenizer import load_tokenizer, train_sentencepiece
 from archscale.errors import DataError
 
@@ -138,7 +139,7 @@ def test_the_tokenizer_does_not_see_validation_text(work: Path, tmp_path: Path) 
 
 def test_source_fingerprints(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Name, size, beginning and end count; times and the machine do not."""
-    monkeypatch.setattr("archscale.data.sources._END_BYTES", 4)
+    monkeypatch.setattr("archscale.data.preparing.sources._END_BYTES", 4)
     path = work / "x"
 
     def fingerprint(content: bytes, name: str = "x") -> str:

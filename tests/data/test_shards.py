@@ -14,11 +14,11 @@ from archscale.data.shards import (
     MANIFEST,
     TOKEN_BYTES,
     ShardWriter,
-    TokenSplit,
     open_shard,
     read_header,
     verify_shard,
 )
+from archscale.data.split import TokenSplit
 from archscale.errors import DataError
 
 from .conftest import FINGERPRINT, VOCAB, write_dataset

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 
 from archscale.checkpoint.saving import load_checkpoint, save_checkpoint
 from archscale.config import dump_config
-from archscale.data.shards import TokenSplit
+from archscale.data.split import TokenSplit
 from archscale.distributed import gather_objects, rank, world_size
 from archscale.files import step_directory
 from archscale.parallel import zero

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 
 from archscale.config import Config
-from archscale.data.prepare import prepare
-from archscale.data.shards import TokenSplit
+from archscale.data.preparing.prepare import prepare
+from archscale.data.split import TokenSplit
 from archscale.distributed import on_rank_zero, rank, world_size
 from archscale.plan.plan import make_plan
 from archscale.train import trainer

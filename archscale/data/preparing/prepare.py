@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from archscale.data.recipe import Recipe, load_recipe
+from archscale.data.preparing.recipe import Recipe, load_recipe
 from archscale.data.shards import (
     DATASET_VERSION,
     MANIFEST,

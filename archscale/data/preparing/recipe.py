@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from archscale.data.sources import SOURCES, Source, fingerprint_files
+from archscale.data.preparing.sources import SOURCES, Source, fingerprint_files
 from archscale.errors import DataError, explain_os_error
 
 
