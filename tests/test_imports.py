@@ -16,7 +16,7 @@ PACKAGE = ROOT / "archscale"
 
 # From the ground up. CONTRIBUTING.md draws the same floors.
 FLOORS = [
-    ["errors", "files", "rules", "distributed"],
+    ["errors", "files", "rules", "yaml_reader", "distributed"],
     ["config"],
     ["data", "model", "optim", "parallel", "telemetry"],
     ["plan", "fit", "checkpoint"],
@@ -30,14 +30,24 @@ CONNECTED = {0, len(FLOORS) - 1}  # floors whose rooms may import each other
 ONLY = {  # all of archscale that these import
     "optim": {"optim", "distributed", "errors", "rules"},
     "fit": {"fit", "errors"},
-    "report": {"report", "errors", "files", "fit", "plan.text", "__version__"},
+    "report": {"report", "errors", "files", "fit", "plan.text", "yaml_reader", "__version__"},
     "model": {"model", "config", "distributed"},
     "telemetry": {"telemetry", "errors", "files"},
 }
 # Components get their section of the config, never the whole.
 SECTIONS_ONLY = {"data", "model", "optim", "parallel", "telemetry", "fit", "report"}
 WHOLE_CONFIG = {"archscale.config.Config", "archscale.config.schema.Config"}
-WITHOUT_TORCH = ["rules", "errors", "files", "config", "fit", "plan", "report", "cli"]
+WITHOUT_TORCH = [
+    "rules",
+    "errors",
+    "files",
+    "yaml_reader",
+    "config",
+    "fit",
+    "plan",
+    "report",
+    "cli",
+]
 SPEAKERS = {  # who may use torch.distributed
     "archscale.distributed",
     "archscale.parallel",

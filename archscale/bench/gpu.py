@@ -22,7 +22,6 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-import yaml
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -41,20 +40,25 @@ from archscale.parallel import native
 from archscale.plan.counting import parameters, training_flops
 from archscale.plan.devices import this_device
 from archscale.telemetry.stability import log_sum_exp
+from archscale.yaml_reader import parse_yaml
 
 Values = dict[str, Any]
 
 BATCH_TOKENS = 1 << 19  # of a step, at which the optimizer's share is stated
 BACKENDS = {-1: "error", 0: "math", 1: "flash", 2: "efficient", 3: "cuDNN", 4: "overrideable"}
-SHAPES: dict[str, Values] = yaml.safe_load("""
+SHAPES: dict[str, Values] = parse_yaml(
+    """
 tiny: {depth: 2, width: 64, head_dim: 16, context: 64, vocab_size: 256}
 small: {depth: 2, width: 256, head_dim: 64, context: 256, vocab_size: 1024}
 1b: {depth: 18, aspect: 128, head_dim: 128, mlp: relu2, context: 4096, vocab_size: 50304,
      qk_norm: false, gated_attention: false, tied_embeddings: true}  # configs/orscale/1b.yaml
 moe: {depth: 8, width: 1024, kv_heads: 4, head_dim: 128, context: 4096, vocab_size: 32000}
 hf: {depth: 16, width: 2048, head_dim: 128, context: 4096, vocab_size: 32000}
-""")
-SMOKE: dict[str, Values] = yaml.safe_load("""
+""",
+    "SHAPES",
+)
+SMOKE: dict[str, Values] = parse_yaml(
+    """
 dense: {}
 dense, eager: {training: {compile: false}}
 grouped queries, document mask: {model: {kv_heads: 2}, data: {document_mask: true}}
@@ -69,7 +73,9 @@ orscale_lm: {optimizer: {matrix: {rule: orscale_lm}}}
 adamw: {optimizer: {matrix: {rule: adamw}}}
 float32: {training: {precision: fp32}}
 float32 experts: {model: *experts, training: {precision: fp32}}
-""")
+""",
+    "SMOKE",
+)
 SCALED: Values = {"optimizer": {"matrix": {"rule": "orscale_lm"}, "weight_decay": 0.1}}
 MAY_WAIT = {"float32 experts"}  # without a grouped product it takes the experts one by one
 

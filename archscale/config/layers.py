@@ -6,14 +6,13 @@ key came from.
 """
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from archscale.errors import ConfigError, explain_os_error, one_line, show
 from archscale.files import write_atomically
+from archscale.yaml_reader import parse_yaml, yaml_text
 
 
 class Layer(NamedTuple):
@@ -78,59 +77,7 @@ def write_yaml(data: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Atomically, with the folders that lead to it."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(dict(data), sort_keys=False, allow_unicode=True, width=110)
-    write_atomically(target, text)
-
-
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys, keys that are not strings, and self-containing
-    structures."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {show(key)} is not a string, put it in quotes",
-                    problem_mark=key_node.start_mark,
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {show(key)} is there twice", problem_mark=key_node.start_mark
-                )
-            seen.add(key)
-        return super().construct_mapping(node, deep=True)
-
-
-# Depth first, not in PyYAML's two passes: a self-containing alias is an error then, not an endless
-# merge.
-_Loader.add_constructor("tag:yaml.org,2002:map", _Loader.construct_mapping)
-_Loader.add_constructor(
-    "tag:yaml.org,2002:seq", lambda loader, node: loader.construct_sequence(node, deep=True)
-)
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        line = (
-            f", line {error.problem_mark.line + 1}"
-            if error.problem_mark and "\n" in text.strip()
-            else ""
-        )
-        problem = one_line(error.problem or error.context or "cannot be read")
-        raise ConfigError(
-            f"not valid YAML: {problem}", f"{where}{line}", "correct the YAML there"
-        ) from error
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: an impossible date or number
-        problem = one_line(str(error))
-        raise ConfigError(f"not valid YAML: {problem}", where, "correct the YAML there") from error
+    write_atomically(target, yaml_text(data))
 
 
 def read_file(
@@ -155,7 +102,7 @@ def read_file(
         raise ConfigError(
             problem, included_from or str(path), "name a YAML file in UTF-8"
         ) from error
-    data = _parse_yaml(text, str(path))
+    data = parse_yaml(text, str(path))
     if data is None:
         raise ConfigError("the file is empty", str(path), f"give at least {needs}")
     if not isinstance(data, dict):
@@ -173,7 +120,7 @@ def _parse_override(text: str) -> Layer:
         raise ConfigError(f"got {show(text)}", "override", "write it as section.key=value")
     if parts[0] == "base":
         raise ConfigError("`base` cannot be overridden", origin, "write it in a file")
-    data = _parse_yaml(value, origin)
+    data = parse_yaml(value, origin)
     for part in reversed(parts):
         data = {part: data}
     return Layer(origin, data)

@@ -13,8 +13,8 @@ EXPECTED = "archscale_expected"
 
 
 def _number(value: Any, expected: str, valid: Callable[[float], bool]) -> int | float:
-    """YAML 1.1 reads 1e9 and 10.4e9 as text: text that is a number counts as one. A bool does not,
-    nor does what is not finite or absurdly large."""
+    """Quoted text that is a number counts as one. A bool does not, nor does what is not finite or
+    absurdly large."""
     number: int | float | None = (
         None if isinstance(value, bool) or not isinstance(value, int | float) else value
     )

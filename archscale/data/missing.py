@@ -6,7 +6,8 @@ import os
 import shlex
 from pathlib import Path
 
-import yaml
+from archscale.errors import ConfigError
+from archscale.yaml_reader import parse_yaml
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 RECIPES = "data_prep"
@@ -38,8 +39,8 @@ def how_to_make(directory: Path) -> str:
 def _output(recipe: Path) -> str | None:
     """`output` of a recipe; None for a file that is not one, which is not this error's matter."""
     try:
-        content = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = parse_yaml(recipe.read_text(encoding="utf-8"), str(recipe))
+    except (OSError, UnicodeDecodeError, ConfigError):
         return None
     output = content.get("output") if isinstance(content, dict) else None
     return output if isinstance(output, str) else None

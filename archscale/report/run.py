@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from archscale.files import write_atomically
+from archscale.errors import ConfigError
+from archscale.files import CONFIG, write_atomically
 from archscale.report.curves import AXES
 from archscale.report.figures import Section, make_figures
 from archscale.report.maps import palette
@@ -19,6 +19,7 @@ from archscale.report.page import render as render_page
 from archscale.report.page import writing
 from archscale.report.read import RunRecord
 from archscale.report.scale import knots
+from archscale.yaml_reader import parse_yaml
 
 MOST_KINDS = 40  # kinds of events that are listed
 READ_OUT_EVENTS = 200  # events that the read-out under the pointer knows
@@ -87,8 +88,8 @@ def _differences(runs: Sequence[RunRecord]) -> dict[str, list[Any]]:
 
 def _parsed(run: RunRecord) -> Any:
     try:
-        return yaml.safe_load(run.config) or {}
-    except yaml.YAMLError:
+        return parse_yaml(run.config, CONFIG) or {}
+    except ConfigError:
         return {}
 
 

@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from archscale.errors import DataError
+from archscale.errors import ConfigError, DataError
 from archscale.files import ENVIRONMENT
 from archscale.fit.groups import FitRequest
 from archscale.fit.table import Cell, Table
@@ -19,6 +18,7 @@ from archscale.report.records import SweepRecord
 from archscale.sweep.config import GridConfig
 from archscale.sweep.launchers.local import events_of
 from archscale.sweep.results import collect
+from archscale.yaml_reader import parse_yaml
 
 _REMEDY = "name a sweep directory, such as runs/<name>, that archscale sweep has filled"
 
@@ -31,8 +31,8 @@ def read_sweep(directory: Path) -> SweepRecord:
     """
     path = directory / "sweep.yaml"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError, ConfigError) as error:
         raise DataError(
             f"cannot be read: {' '.join(str(error).split())[:200]}", str(path), _REMEDY
         ) from None

@@ -37,9 +37,9 @@ def test_a_product_with_points_that_move_together_and_seeds(tmp_path):
     runs = made.runs()
     assert len(runs) == 2 * 2 * 3
     assert [run.name for run in runs[:4]] == [
-        "depth2_lr1e-3_seed0",
-        "depth2_lr1e-3_seed1",
-        "depth2_lr1e-3_seed2",
+        "depth2_lr0.001_seed0",
+        "depth2_lr0.001_seed1",
+        "depth2_lr0.001_seed2",
         "depth2_lr0.01_seed0",
     ]
     last = runs[-1]

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from archscale.data.preparing.sources import SOURCES, Source, fingerprint_files
 from archscale.errors import DataError, explain_os_error
+from archscale.yaml_reader import parse_yaml
 
 
 class _Strict(BaseModel):
@@ -100,8 +100,8 @@ def _override(recipe: dict, assignment: str) -> None:
             raise KeyError(key)
         for part in parents:
             node = node.setdefault(part, {}) if isinstance(node, dict) else node[part]
-        node[last] = yaml.safe_load(value)
-    except (KeyError, IndexError, TypeError, AttributeError, yaml.YAMLError) as error:
+        node[last] = parse_yaml(value, f"override {assignment}", DataError)
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise DataError("no such override", assignment, "write it as dotted.key=value") from error
 
 
@@ -109,17 +109,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads and checks a recipe; `overrides` are "dotted.key=value" with YAML values. DataError
     names the key."""
     try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        raw = parse_yaml(Path(path).read_text(encoding="utf-8"), str(path), DataError)
     except OSError as error:
         cause, remedy = explain_os_error(error, "give the path of a recipe YAML")
         raise DataError(f"cannot read the recipe: {cause}", str(path), remedy) from error
     except UnicodeDecodeError as error:
         raise DataError(
             f"cannot read the recipe: {error}", str(path), "give a recipe YAML in UTF-8"
-        ) from error
-    except yaml.YAMLError as error:
-        raise DataError(
-            f"not YAML: {' '.join(str(error).split())}", str(path), "correct the recipe"
         ) from error
     if not isinstance(raw, dict):
         raise DataError(
