@@ -31,6 +31,8 @@ bench_app = typer.Typer(
 
     Example: archscale bench step configs/orscale/1b.yaml --count --processes 8 --device h100
 
+    Example: archscale bench data
+
     Example: archscale bench gpu""",
     invoke_without_command=True,
 )
@@ -614,6 +616,46 @@ def bench_step(
         )
     resolved = load_config(config, set or [])
     print(report(resolved, processes=processes, device=chosen, as_json=json))
+
+
+@bench_app.command("data")
+def bench_data(
+    tokens: Annotated[int, typer.Option(min=100_000, help="Random tokens to read.")] = 50_000_000,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of a window.")] = 2048,
+    batch: Annotated[int, typer.Option(min=1, help="Windows of a batch.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each reader.")] = 3,
+    step: Annotated[
+        float, typer.Option(min=1, help="Milliseconds of the steps that wait for batches.")
+    ] = 100,
+    peers: Annotated[
+        bool, typer.Option("--peers/--no-peers", help="Beside every installed peer, or ours alone.")
+    ] = True,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """The loader beside torch's DataLoader over `datasets`, mosaicml-streaming and litdata, where
+    they are installed: tokens/s, waiting, time to the first batch, memory.
+
+    Example: archscale bench data --tokens 20000000 --context 1024
+    """
+    from archscale.bench.data import report
+
+    if tokens // (context + 1) // batch < 8:
+        raise ArchscaleError(
+            f"{tokens:,} tokens are fewer than 8 batches of {batch} windows of {context}",
+            "archscale bench data",
+            "give more --tokens, or a smaller --batch or --context",
+        )
+    print(
+        report(
+            tokens=tokens,
+            context=context,
+            batch=batch,
+            rounds=rounds,
+            step=step / 1e3,
+            peers=peers,
+            as_json=json,
+        )
+    )
 
 
 @bench_app.command("gpu")
