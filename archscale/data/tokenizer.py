@@ -1,7 +1,9 @@
-"""Tokenizers behind one small interface: where they are loaded from."""
+"""Where tokenizers are loaded from, and the copy that a run keeps of its own."""
 
 import hashlib
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from archscale.data.huggingface_tokenizer import JSON_FILE, HuggingFaceTokenizer, from_hub
 from archscale.data.sentencepiece_tokenizer import SentencePieceTokenizer
@@ -9,8 +11,18 @@ from archscale.data.shards import AGAIN, MANIFEST, TokenizerEntry, read_manifest
 from archscale.data.tokenizer_base import Tokenizer
 from archscale.data.train_tokenizer import train_sentencepiece
 from archscale.errors import DataError, explain_os_error
+from archscale.files import write_atomically
 
-__all__ = ["Tokenizer", "load_tokenizer", "train_sentencepiece"]
+__all__ = [
+    "Tokenizer",
+    "keep_tokenizer",
+    "load_kept_tokenizer",
+    "load_tokenizer",
+    "train_sentencepiece",
+]
+
+_DESCRIPTION = "kept.json"  # beside the file of a kept tokenizer: a TokenizerEntry
+_COPY = "copy the file again from where it is whole"
 
 
 def load_tokenizer(path: str | Path, kind: str | None = None, eos: str | None = None) -> Tokenizer:
@@ -31,8 +43,7 @@ def load_tokenizer(path: str | Path, kind: str | None = None, eos: str | None = 
     local = Path(path)
     if (local / MANIFEST).is_file():
         entry = read_manifest(local).tokenizer
-        remedy = f"copy the file again from where it is whole, or prepare anew: {AGAIN}"
-        return _recorded(entry, local / entry.file, remedy)
+        return _recorded(entry, local / entry.file, f"{_COPY}, or prepare anew: {AGAIN}")
     try:
         if kind == "sentencepiece" or (kind is None and local.suffix == ".model"):
             return SentencePieceTokenizer(local.read_bytes(), str(path), eos)
@@ -45,6 +56,40 @@ def load_tokenizer(path: str | Path, kind: str | None = None, eos: str | None = 
         return from_hub(str(path), eos)
     remedy = "give a dataset directory, a .model file or a tokenizer.json"
     raise DataError("no tokenizer there", str(path), remedy)
+
+
+def keep_tokenizer(dataset: str | Path, directory: Path) -> None:
+    """Copies the tokenizer of a dataset into a directory of its own, each file whole or not at all.
+
+    Raises:
+        DataError: the dataset's own file is missing or another one.
+    """
+    entry = read_manifest(dataset).tokenizer
+    content = _read(entry, Path(dataset) / entry.file, f"{_COPY}, or prepare anew: {AGAIN}")
+    kept = entry.model_copy(update={"file": Path(entry.file).name})
+    directory.mkdir(exist_ok=True)
+    write_atomically(directory / kept.file, content)
+    write_atomically(directory / _DESCRIPTION, kept.model_dump_json(indent=2))
+
+
+def load_kept_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer that `keep_tokenizer` has put there; None without one.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    path = directory / _DESCRIPTION
+    try:
+        entry = TokenizerEntry.model_validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        cause, remedy = explain_os_error(error, _COPY)
+        raise DataError(f"cannot read the kept tokenizer: {cause}", str(path), remedy) from error
+    except ValidationError as error:
+        problem = f"the kept tokenizer is damaged: {error.errors()[0]['msg']}"
+        raise DataError(problem, str(path), _COPY) from error
+    return _recorded(entry, directory / entry.file, _COPY)
 
 
 def _read(entry: TokenizerEntry, path: Path, remedy: str) -> bytes:
