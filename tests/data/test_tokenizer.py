@@ -3,6 +3,7 @@ text."""
 
 import sys
 import sysconfig
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import archscale.data.tokenizer as module
+from archscale.data.preparing.sample import TrainingSample
 from archscale.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from archscale.errors import DataError
 
@@ -23,7 +24,14 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    return train_sentencepiece(TEXTS, 700, tmp_path_factory.mktemp("tokenizer"))
+    return train_sentencepiece(sampled(TEXTS), 700, tmp_path_factory.mktemp("tokenizer"))
+
+
+def sampled(texts: Iterable[str]) -> list[str]:
+    sample = TrainingSample()
+    for text in texts:
+        sample.add(text)
+    return sample.texts()
 
 
 # Letters of code, whitespace of every kind, and what SentencePiece itself uses for spaces and
@@ -67,22 +75,11 @@ def test_decode_of_broken_bytes_and_special_tokens(trained: Tokenizer) -> None:
 
 
 def test_same_text_same_file_in_any_order(trained: Tokenizer, tmp_path: Path) -> None:
-    again = train_sentencepiece(reversed(TEXTS), 700, tmp_path)
+    again = train_sentencepiece(sampled(reversed(TEXTS)), 700, tmp_path)
     assert again.content == trained.content
     assert (tmp_path / "tokenizer.model").read_bytes() == trained.content
     assert load_tokenizer(tmp_path / "tokenizer.model").fingerprint == trained.fingerprint
     assert again.vocab_size == 700
-
-
-@given(order=st.permutations([f"{i} " * (i % 37 + 1) for i in range(60)]), seed=st.integers(0, 3))
-@settings(max_examples=30, deadline=None)
-def test_sample_does_not_depend_on_order(order: list[str], seed: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "SAMPLE_BYTES", 600)
-        sample = module._sample(order, seed)
-        assert sample == module._sample(sorted(order), seed)
-    assert 600 <= sum(map(len, sample)) < 600 + 120
-    assert set(sample) < set(order)
 
 
 @pytest.mark.parametrize(

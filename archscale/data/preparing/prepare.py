@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from archscale.data.preparing.recipe import Recipe, load_recipe
+from archscale.data.preparing.sample import TrainingSample
 from archscale.data.shards import (
     DATASET_VERSION,
     MANIFEST,
@@ -149,10 +150,12 @@ def _tokenizer(recipe: Recipe, out_dir: Path, say: Say) -> Tokenizer:
         return tokenizer
     say(f"training a tokenizer of {spec.train.vocab_size} pieces")
     # Not on the validation documents: their compression is part of what validation measures.
-    texts = (
-        document.text for document in documents(recipe, Counter()) if document.split == SPLITS[0]
-    )
-    return train_sentencepiece(texts, spec.train.vocab_size, out_dir, spec.train.seed)
+    sample = TrainingSample(spec.train.seed, recipe.deduplicate)
+    for document in documents(recipe, Counter()):
+        if document.split == SPLITS[0]:
+            sample.add(document.text)
+    eos = spec.eos or "<eos>"
+    return train_sentencepiece(sample.texts(), spec.train.vocab_size, out_dir, eos)
 
 
 def _partial_of(output: Path) -> Path:
