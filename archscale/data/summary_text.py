@@ -45,6 +45,58 @@ def render(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def render_estimate(estimate: Mapping[str, Any]) -> str:
+    """What `archscale data prepare --dry-run` expects: a line for each source, and totals."""
+    cells = [
+        [row["source"], _size(row["disk"]), _size(row["text"]), _count(row["tokens"])]
+        for row in estimate["sources"]
+    ]
+    lines = _aligned([["source", "on disk", "text", "tokens"], *cells], numbers=True)
+    totals = {
+        "text": _size(estimate["text"]),
+        "documents": _count(estimate["documents"]),
+        "tokens": _count(estimate["tokens"]),
+        "shards": _size(estimate["shards"]),
+        "disk beside them while they are made": _size(estimate["work"]),
+        "free disk": _size(estimate["free"]),
+        f"time on {estimate['workers']} cores": _time(estimate["seconds"]),
+    }
+    lines += ["", *_aligned([[key, value] for key, value in totals.items()])]
+    notes = [f"note: {note}" for note in estimate["notes"]]
+    return "\n".join([*lines, "", *notes, "estimated; nothing was written"])
+
+
+def _count(value: float | None) -> str:
+    return "unknown" if value is None else f"{_two_digits(value):,.0f}"
+
+
+def _size(value: float | None) -> str:
+    """Bytes in the unit that leaves a number below 1,000."""
+    if value is None:
+        return "unknown"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 999.5 or unit == "TB":
+            return f"{_two_digits(value):,.3g} {unit}"
+        value /= 1000
+    raise AssertionError("the last unit always fits")
+
+
+def _two_digits(value: float) -> float:
+    """An estimate is not known better."""
+    return float(f"{value:.2g}")
+
+
+def _time(seconds: float | None) -> str:
+    if seconds is None:
+        return "unknown"
+    minutes = seconds / 60
+    if minutes < 1:
+        return "less than a minute"
+    if minutes < 120:
+        return f"about {minutes:.0f} minutes"
+    return f"about {_two_digits(minutes / 60):g} hours"
+
+
 def _aligned(rows: list[list[str]], numbers: bool = False) -> list[str]:
     """Columns of equal width; all but the first to the right where they hold numbers."""
     widths = [max(map(len, column)) for column in zip(*rows)]

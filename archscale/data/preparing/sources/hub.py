@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from archscale.data.preparing.sources.base import SourceBase
 from archscale.data.preparing.sources.fields import BadRecord, record_text
 from archscale.data.preparing.sources.globbing import match
@@ -24,6 +26,13 @@ class HuggingFaceSource(SourceBase):
     data_files: str | list[str] | None = None
     revision: str | None = None
     streaming: bool = True
+    # It changes no byte of the result, so that adding it later does not make the data set another.
+    tokens: float | None = Field(
+        default=None,
+        gt=0,
+        exclude=True,
+        description="published number of tokens, for --dry-run where the hub is out of reach",
+    )
 
     def files(self) -> list[tuple[str, Path]]:
         patterns = [self.data_files] if isinstance(self.data_files, str) else self.data_files or []
