@@ -80,7 +80,18 @@ class HuggingFaceTokenizer(Tokenizer):
             return self._backend
         return _load(json.dumps(structure).encode(), "the tokenizer")
 
+    @functools.cached_property
+    def _prefixes_parts(self) -> bool:
+        """Whether it puts a space before a text, and added tokens cut the text into parts, each of
+        which gets one."""
+        written = any(
+            token != self.eos_id and not added.special for token, added in self._added.items()
+        )
+        return written and self._continuing is not self._backend
+
     def _cut(self, text: str, position: int) -> int:
+        if self._prefixes_parts:
+            return len(text)
         borders = _BORDER.finditer(text, position)
         for _, border in zip(range(_TRIES), borders):
             if self._separate(text, border.start()):
