@@ -21,6 +21,7 @@ __all__ = [
     "train_sentencepiece",
 ]
 
+_CONFIGS = (MANIFEST, "config.json", "tokenizer_config.json")
 _DESCRIPTION = "kept.json"  # beside the file of a kept tokenizer: a TokenizerEntry
 _COPY = "copy the file again from where it is whole"
 
@@ -41,6 +42,8 @@ def load_tokenizer(path: str | Path, kind: str | None = None, eos: str | None = 
             made with, or its package is not installed.
     """
     local = Path(path)
+    if (local / JSON_FILE).is_file() and not any((local / name).is_file() for name in _CONFIGS):
+        local /= JSON_FILE  # transformers 4 loads no directory without a configuration
     if (local / MANIFEST).is_file():
         entry = read_manifest(local).tokenizer
         return _recorded(entry, local / entry.file, f"{_COPY}, or prepare anew: {AGAIN}")

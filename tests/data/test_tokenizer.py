@@ -1,6 +1,7 @@
 """Tokenizers lose nothing, are the same for the same text, and never read special tokens out of
 text."""
 
+import json
 import random
 import sys
 import sysconfig
@@ -196,8 +197,13 @@ def test_hugging_face_tokenizer(hugging_face: Path) -> None:
         load_tokenizer(hugging_face, eos="</end>")
 
 
-def test_hugging_face_directory(hugging_face: Path) -> None:
-    pytest.importorskip("transformers")
+@pytest.mark.parametrize("config", [None, {"tokenizer_class": "PreTrainedTokenizerFast"}])
+def test_hugging_face_directory(hugging_face: Path, config: dict | None) -> None:
+    """With a configuration, as `transformers` reads it; without one, the file alone."""
+    if config:
+        pytest.importorskip("transformers")
+        path = hugging_face.parent / "tokenizer_config.json"
+        path.write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
     text = "    x = 1\n"
     tokenizer = load_tokenizer(hugging_face.parent)
     assert tokenizer.decode(tokenizer.encode(text)) == text
