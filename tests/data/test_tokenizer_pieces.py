@@ -1,6 +1,7 @@
 """A long document encoded in pieces has the tokens of the whole, for tokenizers of every make; and
 no text ends a document."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +111,17 @@ def test_a_single_character_cannot_be_spelled_otherwise(tmp_path: Path) -> None:
     assert tokenizer.decode(tokenizer.encode("plain")) == "plain"
     with pytest.raises(DataError, match=r"has the text '@'.*tokenizer\.eos"):
         tokenizer.encode_document("me@here")
+
+
+def test_a_dataset_has_recorded_its_eos(dataset: Path) -> None:
+    content = sentencepiece(control_symbols=["<|im_end|>"], **IDENTITY)
+    (dataset / "tokenizer/tokenizer.model").write_bytes(content)
+    manifest = json.loads((dataset / "dataset.json").read_text())
+    own = load_tokenizer(dataset / "tokenizer/tokenizer.model", eos="<|im_end|>")
+    manifest["tokenizer"] |= {"fingerprint": own.fingerprint, "eos_id": own.eos_id}
+    (dataset / "dataset.json").write_text(json.dumps(manifest))
+    assert load_tokenizer(dataset).eos_text == "<|im_end|>"
+    assert load_tokenizer(dataset, eos="</s>").eos_text == "</s>"
 
 
 def test_eos_is_used_or_refused(tmp_path: Path) -> None:
