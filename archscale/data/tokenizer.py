@@ -21,6 +21,7 @@ __all__ = [
     "train_sentencepiece",
 ]
 
+_CONFIGS = (MANIFEST, "config.json", "tokenizer_config.json")
 _DESCRIPTION = "kept.json"  # beside the file of a kept tokenizer: a TokenizerEntry
 _COPY = "copy the file again from where it is whole"
 
@@ -33,17 +34,20 @@ def load_tokenizer(path: str | Path, kind: str | None = None, eos: str | None = 
         path: dataset directory, directory with Hugging Face tokenizer files, file, or hub name.
         kind: "sentencepiece" or "huggingface"; by default from what `path` is. A hub name needs
             "huggingface".
-        eos: spelling of the end-of-document token, for tokenizers whose own is missing or another;
-            a dataset has recorded its own.
+        eos: spelling of the end-of-document token, where it is not the tokenizer's (the dataset's)
+            own.
 
     Raises:
         DataError: missing, foreign, without an end-of-document token, not the one the dataset was
             made with, or its package is not installed.
     """
     local = Path(path)
+    configured = any((local / name).is_file() for name in _CONFIGS)
+    if kind != "sentencepiece" and (local / JSON_FILE).is_file() and not configured:
+        local /= JSON_FILE  # transformers 4 loads no directory without a configuration
     if (local / MANIFEST).is_file():
         entry = read_manifest(local).tokenizer
-        return _recorded(entry, local / entry.file, f"{_COPY}, or prepare anew: {AGAIN}")
+        return _recorded(entry, local / entry.file, f"{_COPY}, or prepare anew: {AGAIN}", eos)
     try:
         if kind == "sentencepiece" or (kind is None and local.suffix == ".model"):
             return SentencePieceTokenizer(local.read_bytes(), str(path), eos)
@@ -103,7 +107,9 @@ def _read(entry: TokenizerEntry, path: Path, remedy: str) -> bytes:
     return content
 
 
-def _recorded(entry: TokenizerEntry, path: Path, remedy: str) -> Tokenizer:
+def _recorded(entry: TokenizerEntry, path: Path, remedy: str, eos: str | None = None) -> Tokenizer:
     content = _read(entry, path, remedy)
     kinds = {"sentencepiece": SentencePieceTokenizer, "huggingface": HuggingFaceTokenizer}
-    return kinds[entry.kind](content, str(path), eos_id=entry.eos_id)
+    if entry.kind not in kinds:
+        raise DataError(f"no such kind of tokenizer: {entry.kind!r}", str(path), remedy)
+    return kinds[entry.kind](content, str(path), eos, None if eos else entry.eos_id)

@@ -83,7 +83,7 @@ class Fidelity:
         """One line when tokens and text differ."""
         lines = []
         if self.lost_share:
-            lines.append(f"the tokenizer loses text: {_percent(self.lost_share)} of it")
+            lines.append(f"the tokenizer loses {_percent(self.lost_share)} of the text")
         if self.token_bytes == 0 and self.text_bytes:
             lines.append("its tokens stand for no text, so there is no val_bits_per_byte")
         elif self.token_bytes != self.text_bytes:
@@ -104,7 +104,7 @@ class Fidelity:
             raise DataError(
                 str(self.report()),
                 "tokenizer",
-                "give another tokenizer, or accept the loss with --set lossy=true",
+                "give another tokenizer, or accept the loss with lossy: true in the recipe",
             )
 
 
