@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from archscale.data.preparing.sources import remote
-from archscale.data.preparing.sources.compressed import compression, decompressing
+from archscale.data.preparing.sources.compressed import BUFFER_BYTES, compression, decompressing
 from archscale.data.preparing.sources.fingerprints import reading
 from archscale.data.preparing.sources.globbing import match_files
 from archscale.data.preparing.sources.units import Part, byte_ranges
+from archscale.data.preparing.trouble import Trouble
 
 
 class Content(NamedTuple):
@@ -23,6 +24,17 @@ class Content(NamedTuple):
 
     stream: io.BufferedReader
     size: int | None
+
+    def read_on(self, trouble: Trouble) -> None:
+        """After an error that stops the work: what looks like a wrong record may be a damaged file,
+        which its checksum tells at the end.
+
+        Raises:
+            DamagedFile: it is.
+        """
+        if trouble.on_error == "stop" and self.size is None:
+            while self.stream.read(BUFFER_BYTES):
+                pass
 
 
 @contextmanager

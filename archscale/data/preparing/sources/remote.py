@@ -23,7 +23,7 @@ def _explained(url: str) -> Iterator[None]:
     """Turns whatever a file system raises into one line: each has dozens of classes of its own."""
     try:
         yield
-    except (ArchscaleError, GeneratorExit):
+    except ArchscaleError:
         raise
     except ImportError as error:
         protocol = url.partition("://")[0]
@@ -45,9 +45,9 @@ def list_files(pattern: str) -> list[Part]:
         DataError: there are none, or they cannot be listed.
     """
     with _explained(pattern):
-        import fsspec
+        from fsspec.core import url_to_fs
 
-        system, path = fsspec.url_to_fs(pattern)
+        system, path = url_to_fs(pattern)
         if _is_pattern(pattern) and not _is_file(system, path):
             listing = system.glob(path, detail=True).values()
         else:
@@ -79,9 +79,9 @@ def opened_anywhere(url: str) -> Iterator[Any]:
         UnreadableFile: also while it is read.
     """
     with _explained(url):
-        import fsspec
+        from fsspec.core import url_to_fs
 
-        system, path = fsspec.url_to_fs(url)
+        system, path = url_to_fs(url)
         with system.open(path, "rb") as file:
             yield file
 
@@ -94,4 +94,9 @@ def opened(url: str) -> Iterator[io.BufferedReader]:
         UnreadableFile: also while it is read.
     """
     with opened_anywhere(url) as file:
-        yield buffered(iter(lambda: file.read(_READ_BYTES), b""))
+        yield buffered(_pieces(file))
+
+
+def _pieces(file: Any) -> Iterator[bytes]:
+    while piece := file.read(_READ_BYTES):
+        yield piece

@@ -105,6 +105,7 @@ class TextSource(SourceBase):
                 except StopIteration:
                     return
                 except BadRecord as error:
+                    content.read_on(trouble)
                     error.record(trouble, shown(part.path))
                     continue
                 yield document
@@ -135,7 +136,9 @@ class TextSource(SourceBase):
             try:
                 yield decode(data, final=not data).encode("utf-8", "surrogatepass")
             except UnicodeDecodeError as error:
-                raise self._wrong(error, position) from error
+                # The decoder has kept the beginning of a character back.
+                begin = position + len(data) - len(error.object)
+                raise self._wrong(error, begin) from error
             if not data:
                 return
             position += len(data)
