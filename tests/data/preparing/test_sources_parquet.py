@@ -58,6 +58,8 @@ def test_nested_columns(tmp_path: Path) -> None:
     path = _write(tmp_path / "x", doc=inner, a=outer)
     assert read(parquet(path, field="doc.text")) == TEXTS
     assert read(parquet(path, field="doc.parts")) == TEXTS
+    with pytest.raises(DataError, match="no field 'doc.parts.element'; there is: doc, a"):
+        read(parquet(path, field="doc.parts.element"))
     trouble = Trouble("skip")
     assert len(read(parquet(path, field="a.doc.text"), trouble)) == 149
     assert trouble.counts == {"null text": 1}

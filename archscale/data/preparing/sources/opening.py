@@ -20,10 +20,12 @@ class Content(NamedTuple):
     Attributes:
         stream: to read from.
         size: bytes of the content; None where only reading tells.
+        compressed: the file is not the content.
     """
 
     stream: io.BufferedReader
     size: int | None
+    compressed: bool
 
     def read_on(self, trouble: Trouble) -> None:
         """After an error that stops the work: what looks like a wrong record may be a damaged file,
@@ -32,25 +34,40 @@ class Content(NamedTuple):
         Raises:
             DamagedFile: it is.
         """
-        if trouble.on_error == "stop" and self.size is None:
+        if trouble.on_error == "stop" and self.compressed:
             while self.stream.read(BUFFER_BYTES):
                 pass
 
 
 @contextmanager
+def open_file(path: str) -> Iterator[io.BufferedReader]:
+    """A file as it is, to be read from anywhere if its file system can.
+
+    Raises:
+        UnreadableFile: also while it is read.
+    """
+    if remote.is_remote(path):
+        with remote.open_file(path) as file:
+            yield file
+    else:
+        with reading(path), open(path, "rb") as file:
+            yield file
+
+
+@contextmanager
 def opened(path: str) -> Iterator[Content]:
-    """A file to read; a local one that is not compressed can be read from anywhere.
+    """The content of a file; if that is not compressed, it can be read from anywhere.
 
     Raises:
         UnreadableFile, DamagedFile: also while it is read.
     """
-    if remote.is_remote(path):
-        with remote.opened(path) as file:
-            yield Content(decompressing(file, path), None)
-        return
-    with reading(path), open(path, "rb") as file:
+    with open_file(path) as file:
         stream = decompressing(file, path)
-        yield Content(stream, os.fstat(file.fileno()).st_size if stream is file else None)
+        compressed = stream is not file
+        size = None
+        if not compressed and not remote.is_remote(path):
+            size = os.fstat(file.fileno()).st_size
+        yield Content(stream, size, compressed)
 
 
 def list_files(pattern: str, example: str) -> list[Part]:
@@ -72,7 +89,7 @@ def cut_large(part: Part, limit: int) -> list[Part]:
     """A large local file in parts of `limit` bytes; if it is compressed or remote, as it is."""
     if remote.is_remote(part.path) or part.size is None or part.size <= limit:
         return [part]
-    with reading(part.path), open(part.path, "rb") as file:
+    with open_file(part.path) as file:
         if compression(file.read(16)) is not None:
             return [part]
     return byte_ranges(part.path, part.size, limit, part.cut)

@@ -5,12 +5,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from archscale.data.preparing.sources import remote
 from archscale.data.preparing.sources.base import SourceBase
 from archscale.data.preparing.sources.fields import BadRecord, field_names, text_of
-from archscale.data.preparing.sources.fingerprints import reading
 from archscale.data.preparing.sources.globbing import match_files
-from archscale.data.preparing.sources.opening import list_files
+from archscale.data.preparing.sources.opening import list_files, open_file
+from archscale.data.preparing.sources.remote import is_remote
 from archscale.data.preparing.sources.units import UNIT_BYTES, Part, Unit, group, shown
 from archscale.data.preparing.trouble import DamagedFile, Trouble
 from archscale.errors import DataError
@@ -32,17 +31,6 @@ def _pyarrow(where: str) -> Any:
 
 
 @contextmanager
-def _file(path: str) -> Iterator[Any]:
-    """A file that can be read from anywhere; `UnreadableFile` where it cannot."""
-    if remote.is_remote(path):
-        with remote.opened_anywhere(path) as file:
-            yield file
-    else:
-        with reading(path), open(path, "rb") as file:
-            yield file
-
-
-@contextmanager
 def _opened(path: str) -> Iterator[Any]:
     """A `ParquetFile`.
 
@@ -50,7 +38,7 @@ def _opened(path: str) -> Iterator[Any]:
         UnreadableFile, DamagedFile: also while it is read.
     """
     arrow = _pyarrow(shown(path))
-    with _file(path) as file:
+    with open_file(path) as file:
         try:
             yield arrow.parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES)
         except (arrow.ArrowException, OSError) as error:
@@ -65,20 +53,22 @@ def _opened(path: str) -> Iterator[Any]:
             ) from error
 
 
-def _find_column(fields: Any, field: str) -> tuple[list[str], Any] | None:
+def _find_column(arrow: Any, columns: Any, field: str) -> tuple[list[str], Any] | None:
     """Names of columns within columns that a dotted field stands for, and the type of the last; a
     name that itself has dots wins. None: it is not there.
 
     Args:
-        fields: a schema or the type of a struct.
+        columns: of a schema, or the fields of a struct.
     """
-    count = fields.num_fields if hasattr(fields, "num_fields") else len(fields)
-    columns = {fields.field(i).name: fields.field(i).type for i in range(count)}
-    if field in columns:
-        return [field], columns[field]
-    for name, kind in columns.items():
-        if field.startswith(f"{name}.") and (inner := _find_column(kind, field[len(name) + 1 :])):
-            return [name, *inner[0]], inner[1]
+    types = {column.name: column.type for column in columns}
+    if field in types:
+        return [field], types[field]
+    for name, kind in types.items():
+        if field.startswith(f"{name}.") and arrow.types.is_struct(kind):
+            fields = [kind.field(i) for i in range(kind.num_fields)]
+            inner = _find_column(arrow, fields, field[len(name) + 1 :])
+            if inner is not None:
+                return [name, *inner[0]], inner[1]
     return None
 
 
@@ -112,7 +102,7 @@ class ParquetSource(SourceBase):
     field: str = "text"
 
     def files(self) -> list[tuple[str, Path]]:
-        return [] if remote.is_remote(self.path) else match_files(self.path, _EXAMPLE)
+        return [] if is_remote(self.path) else match_files(self.path, _EXAMPLE)
 
     def units(self, limit: int = UNIT_BYTES) -> list[Unit]:
         _pyarrow(shown(self.path))
@@ -132,11 +122,12 @@ class ParquetSource(SourceBase):
 
     def _column(self, schema: Any, part: Part, trouble: Trouble) -> list[str] | None:
         """The names that lead to the column; None where `trouble` lets a file without it pass."""
-        column = _find_column(schema, self.field)
+        arrow = _pyarrow(part.path)
+        column = _find_column(arrow, schema, self.field)
         fields = field_names(schema.names)
         if column is None:
             cause, problem = "no text field", f"no field {self.field!r}; there is: {fields}"
-        elif not _is_text(_pyarrow(part.path), column[1]):
+        elif not _is_text(arrow, column[1]):
             held = f"{column[1]}, not text"
             cause, problem = "not text", f"field {self.field!r} holds {held}; there is: {fields}"
         else:

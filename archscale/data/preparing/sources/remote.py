@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from archscale.data.preparing.sources.compressed import buffered
 from archscale.data.preparing.sources.units import Part, shown
 from archscale.data.preparing.trouble import UnreadableFile
 from archscale.errors import ArchscaleError, DataError
@@ -71,9 +70,38 @@ def _is_file(system: Any, path: str) -> bool:
     return "*" not in path and system.isfile(path)
 
 
-@contextmanager
-def opened_anywhere(url: str) -> Iterator[Any]:
-    """A remote file that can be read from anywhere.
+class _RemoteFile(io.RawIOBase):
+    """A file of fsspec whose errors are explained."""
+
+    def __init__(self, file: Any, url: str):
+        self._file, self._url = file, url
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def readinto(self, buffer: Any) -> int:
+        with _explained(self._url):
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with _explained(self._url):
+            return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_file(url: str) -> io.BufferedReader:
+    """A remote file to read; from anywhere, if its file system can.
 
     Raises:
         UnreadableFile: also while it is read.
@@ -82,21 +110,4 @@ def opened_anywhere(url: str) -> Iterator[Any]:
         from fsspec.core import url_to_fs
 
         system, path = url_to_fs(url)
-        with system.open(path, "rb") as file:
-            yield file
-
-
-@contextmanager
-def opened(url: str) -> Iterator[io.BufferedReader]:
-    """A remote file that is read from beginning to end.
-
-    Raises:
-        UnreadableFile: also while it is read.
-    """
-    with opened_anywhere(url) as file:
-        yield buffered(_pieces(file))
-
-
-def _pieces(file: Any) -> Iterator[bytes]:
-    while piece := file.read(_READ_BYTES):
-        yield piece
+        return io.BufferedReader(_RemoteFile(system.open(path, "rb"), url), _READ_BYTES)

@@ -114,7 +114,7 @@ class TextSource(SourceBase):
     def _excerpts(self, content: Content, part: Part) -> Iterator[Excerpt]:
         """The documents of a part, encoded: in UTF-8 where the encoding is wide."""
         if self._wide:
-            content = Content(buffered(self._in_utf8(content.stream)), None)
+            content = content._replace(stream=buffered(self._in_utf8(content.stream)), size=None)
         if self.document == "line":
             lines = Lines(content, part)
             return (Excerpt(lines.start, line.rstrip(b"\r\n")) for line in lines)
@@ -171,4 +171,4 @@ def _measured(content: Content) -> Content:
         return content
     head = content.stream.read(DOCUMENTS * LARGEST)
     rest = iter(lambda: content.stream.read(BUFFER_BYTES), b"")
-    return Content(buffered(chain([head], rest)), len(head))
+    return content._replace(stream=buffered(chain([head], rest)), size=len(head))
