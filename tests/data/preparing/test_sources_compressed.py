@@ -90,6 +90,19 @@ def test_a_flipped_byte_is_a_damaged_file(tmp_path: Path, kind: str, place: floa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("source", [jsonl, text])
+def test_a_wrong_record_of_a_damaged_file_is_damage(tmp_path: Path, source) -> None:
+    """Only the checksum at the end tells."""
+    stored = gzip.compress(_lines(TEXTS), compresslevel=0)
+    (tmp_path / "x").write_bytes(stored.replace(b'{"text": "7', b'\xff"text": "7', 1))
+    with pytest.raises(DataError, match=r"not a whole gzip file: .*x\)"):
+        read(source(tmp_path / "x"))
+    trouble = Trouble("skip")
+    assert len(read(source(tmp_path / "x"), trouble)) > 50
+    assert trouble.counts["damaged file"] == 1
+    assert trouble.counts["not UTF-8"] + trouble.counts["wrong encoding"] == 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

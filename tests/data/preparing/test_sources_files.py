@@ -73,6 +73,7 @@ def test_each_real_file_once(work: Path) -> None:
     os.symlink(".", "c/z/again")
     os.symlink("..", "c/up")
     os.symlink("1.txt", "c/z/0.txt")
+    os.symlink("1.txt", "c/z/9.txt")
     os.symlink("nowhere", "c/z/5.txt")
     os.symlink(work / "elsewhere", "c/other")
     os.mkfifo("c/z/6.txt")

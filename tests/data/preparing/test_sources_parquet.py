@@ -30,7 +30,7 @@ STRINGS = pa.array(TEXTS)
 COLUMNS = {
     "string": STRINGS,
     "large string": STRINGS.cast(pa.large_string()),
-    "view": STRINGS.cast(pa.string_view()),
+    "view": pa.array(TEXTS, pa.string_view()),
     "dictionary": STRINGS.dictionary_encode(),
     "binary": STRINGS.cast(pa.binary()),
     "large binary": STRINGS.cast(pa.large_binary()),
@@ -44,7 +44,10 @@ COLUMNS = {
 
 @pytest.mark.parametrize("name", COLUMNS)
 def test_kinds_of_columns(tmp_path: Path, name: str) -> None:
-    path = _write(tmp_path / "x", id=list(range(150)), text=COLUMNS[name])
+    try:
+        path = _write(tmp_path / "x", id=list(range(150)), text=COLUMNS[name])
+    except pa.ArrowNotImplementedError as error:
+        pytest.skip(f"this pyarrow cannot write it: {error}")
     expected = {"fixed binary": ["0123"] * 150}.get(
         name, [f"{text}\nend" for text in TEXTS] if "list" in name else TEXTS
     )
@@ -142,7 +145,9 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
     """Of 20 MB in one row group, the rows of a batch are there."""
     path = tmp_path / "x.parquet"
     texts = [f"{i:05}" * 400 for i in range(10_000)]
-    pq.write_table(pa.table({"text": texts}), path, row_group_size=10_000)
+    table = pa.table({"text": texts})
+    pq.write_table(table, path, row_group_size=10_000, compression="none", use_dictionary=False)
+    del table
     del texts
     before = pa.total_allocated_bytes()
     tracemalloc.start()

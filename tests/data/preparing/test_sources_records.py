@@ -9,7 +9,7 @@ import pytest
 from archscale.data.preparing.sources.fields import BadRecord, find_field, record_text
 from archscale.data.preparing.trouble import MAX_EXAMPLES, Trouble
 from archscale.errors import DataError
-from tests.data.preparing.sources import jsonl, read
+from tests.data.preparing.sources import jsonl, read, text
 
 BAD = [
     (b'{"text": null}', "null text", "null in field 'text' .*on_error: skip leaves"),
@@ -81,20 +81,22 @@ def test_trouble_is_merged_and_kept_as_json() -> None:
     assert copy.on_error == "skip"
 
 
-def test_a_huge_line_is_held_at_most_three_times(tmp_path: Path) -> None:
-    """As bytes and text, or as text and record; not while the document is used."""
-    size = 8_000_000
-    path = tmp_path / "x.jsonl"
-    line = json.dumps({"id": 1, "text": "words " * (size // 6)}) + "\n"
-    path.write_text(line * 2)
-    del line
+@pytest.mark.parametrize("document", ["record", "auto", "line", "paragraph"])
+def test_a_huge_document_is_held_twice_at_most(tmp_path: Path, document: str) -> None:
+    """As bytes and text, or as text and record; and while it is used, only once."""
+    size = 4_000_000
+    path = tmp_path / "x"
+    words = "words " * (size // 6)
+    line = json.dumps({"id": 1, "text": words}) if document == "record" else words
+    path.write_text(f"{line}\n\n" * 2)
+    del line, words
+    source = jsonl(path) if document == "record" else text(path, document=document)
     tracemalloc.start()
     try:
-        for unit in jsonl(path).units():
-            for document in jsonl(path).read(unit, Trouble("stop")):
+        for unit in source.units():
+            for huge in source.read(unit, Trouble("stop")):
                 assert tracemalloc.get_traced_memory()[0] < 1.1 * size
-                assert len(document) > 0.9 * size
-                del document
-        assert tracemalloc.get_traced_memory()[1] < 3.1 * size
+                del huge
+        assert 1.5 * size < tracemalloc.get_traced_memory()[1] < 2.3 * size
     finally:
         tracemalloc.stop()

@@ -83,6 +83,6 @@ def test_damage_inside_of_utf_16(tmp_path: Path) -> None:
 
 
 def test_an_unknown_encoding_is_refused_at_once() -> None:
-    for encoding in ("utf-9", "base64"):
+    for encoding in ("utf-9", "base64", "undefined", "punycode"):
         with pytest.raises(ValidationError, match=encoding):
             text("x", encoding=encoding)

@@ -40,7 +40,8 @@ def _opened(path: str) -> Iterator[Any]:
     arrow = _pyarrow(shown(path))
     with open_file(path) as file:
         try:
-            yield arrow.parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES)
+            # Ahead, Arrow would read all of a row group.
+            yield arrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         except (arrow.ArrowException, OSError) as error:
             # Arrow raises an OSError without a number for data that it cannot decode.
             if isinstance(error, OSError) and error.errno is not None:
