@@ -133,6 +133,9 @@ def test_damaged_files(tmp_path: Path, cut: float) -> None:
     with pytest.raises(DataError, match=r"not a whole Parquet file: .*x\.parquet") as caught:
         read(parquet(path))
     assert "\n" not in str(caught.value)
+    trouble = Trouble("skip")
+    assert read(parquet(path), trouble, limit=1) == []
+    assert trouble.counts == {"damaged file": 1}
     damaged = bytearray(whole)
     damaged[len(whole) // 8 : len(whole) // 4] = b"\xff" * (len(whole) // 4 - len(whole) // 8)
     path.write_bytes(damaged)

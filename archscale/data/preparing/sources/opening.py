@@ -11,7 +11,7 @@ from archscale.data.preparing.sources.compressed import BUFFER_BYTES, compressio
 from archscale.data.preparing.sources.fingerprints import reading
 from archscale.data.preparing.sources.globbing import match_files
 from archscale.data.preparing.sources.units import Part, byte_ranges
-from archscale.data.preparing.trouble import Trouble
+from archscale.data.preparing.trouble import Trouble, UnreadableFile
 
 
 class Content(NamedTuple):
@@ -89,7 +89,12 @@ def cut_large(part: Part, limit: int) -> list[Part]:
     """A large local file in parts of `limit` bytes; if it is compressed or remote, as it is."""
     if remote.is_remote(part.path) or part.size is None or part.size <= limit:
         return [part]
-    with open_file(part.path) as file:
-        if compression(file.read(16)) is not None:
-            return [part]
+    try:
+        with open_file(part.path) as file:
+            compressed = compression(file.read(16)) is not None
+    except UnreadableFile:
+        # Reading it says so, or counts it.
+        return [part]
+    if compressed:
+        return [part]
     return byte_ranges(part.path, part.size, limit, part.cut)

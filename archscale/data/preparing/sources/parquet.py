@@ -11,8 +11,8 @@ from archscale.data.preparing.sources.globbing import match_files
 from archscale.data.preparing.sources.opening import list_files, open_file
 from archscale.data.preparing.sources.remote import is_remote
 from archscale.data.preparing.sources.units import UNIT_BYTES, Part, Unit, group, shown
-from archscale.data.preparing.trouble import DamagedFile, Trouble
-from archscale.errors import DataError
+from archscale.data.preparing.trouble import DamagedFile, Trouble, UnreadableFile
+from archscale.errors import DataError, one_line
 
 _EXAMPLE = "*.parquet"
 # Rows as Python objects at a time, and bytes of a column that are read at a time.
@@ -46,7 +46,7 @@ def _opened(path: str) -> Iterator[Any]:
             # Arrow raises an OSError without a number for data that it cannot decode.
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(str(error)) or type(error).__name__
             raise DamagedFile(
                 f"not a whole Parquet file: {reason}",
                 shown(path),
@@ -172,8 +172,12 @@ def _cut_large(part: Part, limit: int) -> list[Part]:
     """A large file in parts of row groups, about `limit` bytes each."""
     if part.size is None or part.size <= limit:
         return [part]
-    with _opened(part.path) as file:
-        sizes = [_size_on_disk(file.metadata.row_group(i)) for i in range(file.num_row_groups)]
+    try:
+        with _opened(part.path) as file:
+            sizes = [_size_on_disk(file.metadata.row_group(i)) for i in range(file.num_row_groups)]
+    except (DamagedFile, UnreadableFile):
+        # Reading it says so, or counts it.
+        return [part]
     parts = []
     start = size = 0
     for number, group_size in enumerate(sizes):

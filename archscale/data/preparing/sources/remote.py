@@ -7,7 +7,7 @@ from typing import Any
 
 from archscale.data.preparing.sources.units import Part, shown
 from archscale.data.preparing.trouble import UnreadableFile
-from archscale.errors import ArchscaleError, DataError
+from archscale.errors import ArchscaleError, DataError, one_line
 
 _READ_BYTES = 1 << 20
 _EXTRAS = {"hf": "hf"}  # the extra that has what a protocol needs; of the others, remote
@@ -27,14 +27,21 @@ def _explained(url: str) -> Iterator[None]:
     except ImportError as error:
         protocol = url.partition("://")[0]
         remedy = f"pip install archscale[{_EXTRAS.get(protocol, 'remote')}]"
-        reason = " ".join(str(error).split())
+        reason = one_line(str(error))
         raise DataError(f"cannot read {protocol}://: {reason}", shown(url), remedy) from error
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, FileNotFoundError):
-            reason = "no such file"
+        reason = _reason(error)
         remedy = "check the URL, the network and your credentials"
         raise UnreadableFile(f"cannot read the file: {reason}", shown(url), remedy) from error
+
+
+def _reason(error: BaseException) -> str:
+    """A web server that cannot be reached is a `FileNotFoundError` as well, by its cause."""
+    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return one_line(str(error))[:300] or type(error).__name__
 
 
 def list_files(pattern: str) -> list[Part]:
