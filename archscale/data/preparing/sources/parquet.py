@@ -5,19 +5,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from archscale.data.preparing.sources import remote
 from archscale.data.preparing.sources.base import SourceBase
 from archscale.data.preparing.sources.fields import BadRecord, field_names, text_of
-from archscale.data.preparing.sources.fingerprints import reading
 from archscale.data.preparing.sources.globbing import match_files
-from archscale.data.preparing.sources.opening import list_files
+from archscale.data.preparing.sources.opening import list_files, open_file
+from archscale.data.preparing.sources.remote import is_remote
 from archscale.data.preparing.sources.units import UNIT_BYTES, Part, Unit, group, shown
-from archscale.data.preparing.trouble import DamagedFile, Trouble
-from archscale.errors import DataError
+from archscale.data.preparing.trouble import DamagedFile, Trouble, UnreadableFile
+from archscale.errors import DataError, one_line
 
 _EXAMPLE = "*.parquet"
-# Rows as Python objects at a time, and bytes of a column that are read at a time.
-_BATCH_ROWS = 64
+# Decoded at a time, and read of a column at a time.
+_BATCH_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 20
 
 
@@ -32,17 +31,6 @@ def _pyarrow(where: str) -> Any:
 
 
 @contextmanager
-def _file(path: str) -> Iterator[Any]:
-    """A file that can be read from anywhere; `UnreadableFile` where it cannot."""
-    if remote.is_remote(path):
-        with remote.opened_anywhere(path) as file:
-            yield file
-    else:
-        with reading(path), open(path, "rb") as file:
-            yield file
-
-
-@contextmanager
 def _opened(path: str) -> Iterator[Any]:
     """A `ParquetFile`.
 
@@ -50,14 +38,15 @@ def _opened(path: str) -> Iterator[Any]:
         UnreadableFile, DamagedFile: also while it is read.
     """
     arrow = _pyarrow(shown(path))
-    with _file(path) as file:
+    with open_file(path) as file:
         try:
-            yield arrow.parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES)
+            # Ahead, Arrow would read all of a row group.
+            yield arrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         except (arrow.ArrowException, OSError) as error:
             # Arrow raises an OSError without a number for data that it cannot decode.
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(str(error)) or type(error).__name__
             raise DamagedFile(
                 f"not a whole Parquet file: {reason}",
                 shown(path),
@@ -65,20 +54,22 @@ def _opened(path: str) -> Iterator[Any]:
             ) from error
 
 
-def _find_column(fields: Any, field: str) -> tuple[list[str], Any] | None:
+def _find_column(arrow: Any, columns: Any, field: str) -> tuple[list[str], Any] | None:
     """Names of columns within columns that a dotted field stands for, and the type of the last; a
     name that itself has dots wins. None: it is not there.
 
     Args:
-        fields: a schema or the type of a struct.
+        columns: of a schema, or the fields of a struct.
     """
-    count = fields.num_fields if hasattr(fields, "num_fields") else len(fields)
-    columns = {fields.field(i).name: fields.field(i).type for i in range(count)}
-    if field in columns:
-        return [field], columns[field]
-    for name, kind in columns.items():
-        if field.startswith(f"{name}.") and (inner := _find_column(kind, field[len(name) + 1 :])):
-            return [name, *inner[0]], inner[1]
+    types = {column.name: column.type for column in columns}
+    if field in types:
+        return [field], types[field]
+    for name, kind in types.items():
+        if field.startswith(f"{name}.") and arrow.types.is_struct(kind):
+            fields = [kind.field(i) for i in range(kind.num_fields)]
+            inner = _find_column(arrow, fields, field[len(name) + 1 :])
+            if inner is not None:
+                return [name, *inner[0]], inner[1]
     return None
 
 
@@ -112,7 +103,7 @@ class ParquetSource(SourceBase):
     field: str = "text"
 
     def files(self) -> list[tuple[str, Path]]:
-        return [] if remote.is_remote(self.path) else match_files(self.path, _EXAMPLE)
+        return [] if is_remote(self.path) else match_files(self.path, _EXAMPLE)
 
     def units(self, limit: int = UNIT_BYTES) -> list[Unit]:
         _pyarrow(shown(self.path))
@@ -126,34 +117,32 @@ class ParquetSource(SourceBase):
                 return
             groups = range(part.start, file.num_row_groups if part.stop is None else part.stop)
             row = sum(file.metadata.row_group(i).num_rows for i in range(part.start))
+            fields = field_names(file.schema_arrow.names)
             for values in _values(file, groups, column):
-                yield from self._documents(values, row, part, trouble)
+                for number, value in enumerate(values, row):
+                    try:
+                        document = text_of(_python(value), self.field, fields)
+                    except BadRecord as error:
+                        error.record(trouble, f"{shown(part.path)}, row {number}")
+                        continue
+                    yield document
+                    del document
                 row += len(values)
 
     def _column(self, schema: Any, part: Part, trouble: Trouble) -> list[str] | None:
         """The names that lead to the column; None where `trouble` lets a file without it pass."""
-        column = _find_column(schema, self.field)
+        arrow = _pyarrow(part.path)
+        column = _find_column(arrow, schema, self.field)
         fields = field_names(schema.names)
         if column is None:
             cause, problem = "no text field", f"no field {self.field!r}; there is: {fields}"
-        elif not _is_text(_pyarrow(part.path), column[1]):
+        elif not _is_text(arrow, column[1]):
             held = f"{column[1]}, not text"
             cause, problem = "not text", f"field {self.field!r} holds {held}; there is: {fields}"
         else:
             return column[0]
         trouble.record(cause, DataError(problem, shown(part.path), "set the source's field"))
         return None
-
-    def _documents(self, values: Any, row: int, part: Part, trouble: Trouble) -> Iterator[str]:
-        """Of an array whose first value is in row `row` of the file, from 0."""
-        for number, value in enumerate(values, row):
-            try:
-                document = text_of(_python(value), self.field, "")
-            except BadRecord as error:
-                error.record(trouble, f"{shown(part.path)}, row {number}")
-                continue
-            yield document
-            del document
 
 
 def _python(value: Any) -> Any:
@@ -165,13 +154,15 @@ def _python(value: Any) -> Any:
 
 
 def _values(file: Any, groups: range, column: list[str]) -> Iterator[Any]:
-    """Arrays of a column, a few rows each."""
+    """Arrays of a column, a few rows each: as many as have `_BATCH_BYTES` on the average of the row
+    group with the longest."""
     import pyarrow.compute
 
-    batches = file.iter_batches(
-        _BATCH_ROWS, row_groups=list(groups), columns=[".".join(column)], use_threads=False
-    )
-    for batch in batches:
+    row_groups = [file.metadata.row_group(number) for number in groups]
+    longest = max((g.total_byte_size / max(1, g.num_rows) for g in row_groups), default=1)
+    rows = max(1, min(int(_BATCH_BYTES / max(1, longest)), 1000))
+    names = [".".join(column)]
+    for batch in file.iter_batches(rows, list(groups), columns=names, use_threads=False):
         array = batch.column(column[0])
         yield pyarrow.compute.struct_field(array, column[1:]) if column[1:] else array
 
@@ -180,8 +171,12 @@ def _cut_large(part: Part, limit: int) -> list[Part]:
     """A large file in parts of row groups, about `limit` bytes each."""
     if part.size is None or part.size <= limit:
         return [part]
-    with _opened(part.path) as file:
-        sizes = [_size_on_disk(file.metadata.row_group(i)) for i in range(file.num_row_groups)]
+    try:
+        with _opened(part.path) as file:
+            sizes = [_size_on_disk(file.metadata.row_group(i)) for i in range(file.num_row_groups)]
+    except (DamagedFile, UnreadableFile):
+        # Reading it says so, or counts it.
+        return [part]
     parts = []
     start = size = 0
     for number, group_size in enumerate(sizes):
