@@ -27,6 +27,7 @@ FREE_KEYS = (
     "training.activation_checkpoint",
     "data.train",
     "data.val",
+    "data.tokenizer",
 )
 
 
@@ -93,5 +94,5 @@ def identity(data: TokenSplit) -> dict[str, Any]:
     return {
         "tokenizer": data.fingerprint,
         "tokens": data.num_tokens,
-        "origin": data.manifest.origin,
+        "origin": data.origin,
     }

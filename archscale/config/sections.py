@@ -165,6 +165,9 @@ class DataConfig(Section):
     """Directory whose validation split is read; null: no evaluation, whatever `eval` says."""
     mixture: Annotated[list[MixtureEntry], Field(min_length=1)] | None = None
     """Several training sources by weight; null: `train` alone."""
+    tokenizer: Text | None = None
+    """Tokenizer of files that do not hold theirs: file, directory, URL or Hugging Face name; null:
+    the data set's own."""
     document_mask: StrictBool = False
     """Attention does not cross document boundaries."""
 

@@ -24,7 +24,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]  # inputs, targets: int64 [B, T] each
 def _windows(split: TokenSplit, indices: np.ndarray) -> Batch:
     """inputs, targets int64 [len(indices), T]. An id outside the vocabulary would index past the
     embedding: DataError."""
-    block = np.stack([split.sample(i) for i in indices.tolist()])
+    block = split.samples(indices.tolist())
     highest = int(block.max())
     if highest >= split.vocab_size:
         raise DataError(
@@ -151,7 +151,7 @@ def validation_batches(
         # may lie past the end: then this rank pads the whole batch
         begin = first + rank * batch_size
         indices = np.arange(begin, min(begin + batch_size, total))
-        inputs = torch.full((batch_size, split.context), split.eos_id, dtype=torch.int64)
+        inputs = torch.full((batch_size, split.context), split.eos_id or 0, dtype=torch.int64)
         targets = torch.full((batch_size, split.context), IGNORE, dtype=torch.int64)
         if len(indices):
             inputs[: len(indices)], targets[: len(indices)] = _windows(split, indices)

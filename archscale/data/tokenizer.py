@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from archscale.data.places import Place, locate
 from archscale.data.shards import AGAIN, MANIFEST, read_manifest
 from archscale.errors import DataError, explain_os_error
 
@@ -206,7 +207,7 @@ def _from_hub(name: str, eos: str | None) -> Tokenizer:
     return HuggingFaceTokenizer(content, name, eos=eos or tokenizer.eos_token)
 
 
-def load_tokenizer(path: str | Path, kind: str | None = None, eos: str | None = None) -> Tokenizer:
+def load_tokenizer(path: str | Place, kind: str | None = None, eos: str | None = None) -> Tokenizer:
     """The tokenizer of a dataset directory, of a `.model` or `.json` file, or of the Hugging Face
     hub.
 
@@ -220,7 +221,7 @@ def load_tokenizer(path: str | Path, kind: str | None = None, eos: str | None = 
         DataError: missing, foreign, not the one the dataset was made with, or its package is not
             installed.
     """
-    local = Path(path)
+    local = locate(path)
     if (local / MANIFEST).is_file():
         return _of_dataset(local)
     try:
@@ -237,7 +238,7 @@ def load_tokenizer(path: str | Path, kind: str | None = None, eos: str | None = 
     raise DataError("no tokenizer there", str(path), remedy)
 
 
-def _of_dataset(directory: Path) -> Tokenizer:
+def _of_dataset(directory: Place) -> Tokenizer:
     entry = read_manifest(directory).tokenizer
     path, remedy = (
         directory / entry.file,

@@ -18,7 +18,7 @@ from archscale.parallel.engine import Engine
 def evaluate(
     engine: Engine,
     batches: Iterable[tuple[Tensor, Tensor]],
-    token_bytes: Tensor,
+    token_bytes: Tensor | None,
     device: torch.device,
 ) -> dict[str, float]:
     """`val_loss` (nats per token) and `val_bits_per_byte` over this rank's `batches`, reduced over
@@ -26,14 +26,19 @@ def evaluate(
 
     Args:
         batches: (inputs, targets), the same number of batches on every rank.
-        token_bytes: UTF-8 bytes that each token stands for, (V,).
+        token_bytes: UTF-8 bytes that each token stands for, (V,); None: not known, and no
+            `val_bits_per_byte`.
     """
     sums = torch.zeros(3, device=device, dtype=torch.float64)  # nats, tokens, bytes
     for inputs, targets in batches:
         counted = targets != IGNORE
-        length = token_bytes[torch.where(counted, targets, 0)] * counted
         sums[0] += engine.forward(inputs.to(device), targets.to(device)).loss.double()
         sums[1] += counted.sum().to(device)
-        sums[2] += length.sum().to(device)
+        if token_bytes is not None:
+            length = token_bytes[torch.where(counted, targets, 0)] * counted
+            sums[2] += length.sum().to(device)
     nats, tokens, size = all_reduce(sums).tolist()
-    return {"val_loss": nats / tokens, "val_bits_per_byte": nats / size / math.log(2)}
+    metrics = {"val_loss": nats / tokens}
+    if token_bytes is not None:
+        metrics["val_bits_per_byte"] = nats / size / math.log(2)
+    return metrics

@@ -124,7 +124,8 @@ class Run:
         self.guard = None if guard.mode == "off" else Guard(**guard.model_dump())
         self._fell_back_to: int | None = None  # step that the last fall-back went to
         if validation is not None:
-            self.token_bytes = torch.from_numpy(validation.token_bytes.astype("int64"))
+            table = validation.token_bytes
+            self.token_bytes = None if table is None else torch.from_numpy(table.astype("int64"))
 
     # --- the loop
 
