@@ -77,8 +77,8 @@ def plan_runs(
     vocabularies: dict[str, int | ArchscaleError] = {}
     planned_runs, problems = [], []
     for run in grid.runs() if runs is None else runs:
-        config, data = run.config, run.config.data.train
-        for part in filter(None, (data, run.config.data.val)):
+        config, data = run.config, run.config.data
+        for part in filter(None, (*data.training_paths, data.val)):
             if part not in vocabularies:
                 vocabularies[part] = _vocabulary(part)
             if isinstance(error := vocabularies[part], ArchscaleError) and (
@@ -86,8 +86,9 @@ def plan_runs(
             ):
                 raise error
         try:
-            if isinstance(vocabulary := vocabularies[data], int):
-                config = config.with_vocab(vocabulary)
+            for part in data.training_paths:
+                if isinstance(vocabulary := vocabularies[part], int):
+                    config = config.with_vocab(vocabulary)
             plan = make_plan(config, world_size=grid.content.processes, device=device)
             if plan.problems:
                 raise plan.problems[0]
