@@ -53,10 +53,11 @@ class StoredSplit(Protocol):
 
 
 class DataFacts(NamedTuple):
-    """What a plan needs to know of a data set: `tokens` of each split."""
+    """What a plan needs to know of a data set: as of its splits, and `tokens` of each."""
 
     vocab_size: int
     eos_id: int | None
+    fingerprint: str
     tokens: dict[str, int]
 
 
@@ -84,7 +85,8 @@ def describe(path: str | Place, tokenizer: str | None, vocab_size: int | None) -
         manifest = read_manifest(place)
         _refuse_other_tokenizer(tokenizer, manifest, place)
         tokens = {split: entry.tokens for split, entry in manifest.splits.items()}
-        return DataFacts(manifest.tokenizer.vocab_size, manifest.tokenizer.eos_id, tokens)
+        own = manifest.tokenizer
+        return DataFacts(own.vocab_size, own.eos_id, own.fingerprint, tokens)
     splits = {
         split: read_files(files) for split, files in sort_into_splits(find_files(place)).items()
     }
@@ -94,7 +96,9 @@ def describe(path: str | Place, tokenizer: str | None, vocab_size: int | None) -
     if size is None:
         raise unknown_vocabulary(first, place)
     tokens = {split: sum(file.tokens for file in files) for split, files in splits.items()}
-    return DataFacts(size, None if loaded is None else loaded.eos_id, tokens)
+    if loaded is None:
+        return DataFacts(size, None, "", tokens)
+    return DataFacts(size, loaded.eos_id, loaded.fingerprint, tokens)
 
 
 def check_document_mask(data: DataConfig, eos_id: int | None) -> None:

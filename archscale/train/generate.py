@@ -32,7 +32,7 @@ def load_run(run_dir: Path) -> tuple[Config, Transformer, Tokenizer]:
             "name a run directory, such as runs/<name>, that train has filled",
         )
     config = load_config(run_dir / CONFIG)
-    tokenizer = load_tokenizer(config.data.train)
+    tokenizer = load_tokenizer(config.data.training_paths[0])
     model = build_model(config, tokenizer.eos_id, transfer_of(config))
     weights = {name: fragment(parameter) for name, parameter in model.named_parameters()}
     load_checkpoint(step_directory(run_dir / CHECKPOINTS, steps[-1]), weights)

@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from archscale.checkpoint.directory import discard_after, newest_valid
 from archscale.checkpoint.history import choose_checkpoint, identity
 from archscale.checkpoint.saving import load_checkpoint, save_checkpoint
 from archscale.config import Config, dump_config
-from archscale.data.loader import Loader, validation_batches
-from archscale.data.split import TokenSplit
+from archscale.data.loader import Loader
+from archscale.data.stored import check_document_mask
+from archscale.data.training_data import TrainingData, open_training_data
+from archscale.data.validation import ValidationSet, validation_batches, validation_sets
 from archscale.errors import ConfigError, TrainingError
 from archscale.files import (
     CHECKPOINTS,
@@ -37,9 +40,10 @@ from archscale.files import (
 from archscale.optim.roles import assign_roles
 from archscale.optim.schedule import lr_multiplier
 from archscale.plan.devices import this_device
+from archscale.plan.passes import source_tokens
 from archscale.plan.plan import Plan, make_plan
 from archscale.plan.preflight import refuse
-from archscale.plan.text import counting_pass_share
+from archscale.plan.text import counting_pass_share, mixture_rows
 from archscale.telemetry.guard import Guard
 from archscale.telemetry.tracking import check_wandb
 from archscale.train.build import (
@@ -49,7 +53,7 @@ from archscale.train.build import (
     cpp_compiler,
     manifest,
 )
-from archscale.train.evaluate import evaluate
+from archscale.train.evaluate import evaluate, validation_metrics
 from archscale.train.readings import FallBack, Judgement, Readings
 from archscale.train.record import Recorder
 from archscale.train.step import Supervision, train_step
@@ -68,13 +72,15 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
         ArchscaleError: user errors, before the first step wherever that can be known.
     """
     world = distributed.launched_world_size()
-    data = TokenSplit(config.data.train, "train", config.model.context)
-    validation = _validation_split(config, data)
+    data = open_training_data(
+        config.data, config.model.context, config.seed, config.model.vocab_size
+    )
+    validation = validation_sets(config.data, data)
     plan = make_plan(
         config.with_vocab(data.vocab_size),
         world_size=world,
         device=this_device(),
-        data_tokens=data.num_tokens,
+        sources=source_tokens(data),
     )
     refuse(plan)  # before any process group starts
     config = plan.config
@@ -82,6 +88,7 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
         raise ConfigError(
             "there is no C++ compiler", "training.compile", "install g++, or set it to false"
         )
+    check_document_mask(config.data, data.eos_id)
     check_engine(config)
     check_wandb(config.telemetry.wandb.mode)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
@@ -91,9 +98,9 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
     # No clean-up when something fails: a rank that failed alone would wait here for ranks that wait
     # for it elsewhere.
     source = distributed.on_rank_zero(lambda: choose_checkpoint(config, data, run_dir, resume))
-    for split in (data, validation):
-        if split is not None:
-            distributed.on_rank_zero(lambda: split.check(split.vocab_size))  # noqa: B023
+    distributed.on_rank_zero(data.check)
+    for held in validation:
+        distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
     run = Run(plan, run_dir, data, validation, device)
     summary = run.go(source)
     distributed.stop()
@@ -107,8 +114,8 @@ class Run:
         self,
         plan: Plan,
         run_dir: Path,
-        data: TokenSplit,
-        validation: TokenSplit | None,
+        data: TrainingData,
+        validation: Sequence[ValidationSet],
         device: torch.device,
     ):
         assert plan.transfer is not None, "a plan without problems has a transfer"
@@ -123,9 +130,12 @@ class Run:
         guard = config.telemetry.guard
         self.guard = None if guard.mode == "off" else Guard(**guard.model_dump())
         self._fell_back_to: int | None = None  # step that the last fall-back went to
-        if validation is not None:
-            table = validation.token_bytes
-            self.token_bytes = None if table is None else torch.from_numpy(table.astype("int64"))
+        self.token_bytes = [
+            None
+            if held.split.token_bytes is None
+            else torch.from_numpy(held.split.token_bytes.astype("int64"))
+            for held in validation
+        ]
 
     # --- the loop
 
@@ -159,7 +169,6 @@ class Run:
         config, guard = self.config, self.guard
         loader = Loader(
             self.data,
-            config.seed,
             self.batches,
             config.training.micro_batch,
             distributed.rank(),
@@ -182,7 +191,7 @@ class Run:
                 lr = self._set_lr(step)
                 step += 1
                 last = step == config.steps
-                evaluating = self.validation is not None and (step % config.eval.every == 0 or last)
+                evaluating = bool(self.validation) and (step % config.eval.every == 0 or last)
                 saving = step % config.checkpoint.every == 0 or last
                 reading = readings.due(step) or evaluating or saving
                 probe = readings.look(step, reading)
@@ -305,19 +314,25 @@ class Run:
         return self.transfer.roles["matrix"].lr * factor
 
     def _evaluate(self) -> dict[str, float]:
-        assert self.validation is not None
         config = self.config
         # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
         # the training size.
         count = config.eval.batches * config.batch_size // config.training.micro_batch
-        batches = validation_batches(
-            self.validation,
-            count,
+        size, rank, world = (
             config.training.micro_batch,
             distributed.rank(),
             distributed.world_size(),
         )
-        return evaluate(self.engine, batches, self.token_bytes, self.device)
+        results = [
+            evaluate(
+                self.engine,
+                validation_batches(held.split, count, size, rank, world),
+                token_bytes,
+                self.device,
+            )
+            for held, token_bytes in zip(self.validation, self.token_bytes, strict=True)
+        ]
+        return validation_metrics(self.validation, results)
 
     # --- start and finish
 
@@ -339,11 +354,20 @@ class Run:
             f" tokens on {layout}, run directory {self.run_dir}",
             flush=True,
         )
+        self._describe_mixture()
         if share := counting_pass_share(self.plan.figures["flops"]):
             print(
                 "balance over the whole batch at accumulation > 1: a counting pass adds"
                 f" {share:.1%} to the work"
             )
+
+    def _describe_mixture(self) -> None:
+        for name, row in mixture_rows(self.plan.figures["data"]).items():
+            print(f"{name}: {row}")
+        evaluated = {held.name for held in self.validation}
+        without = [source.name for source in self.data.sources if source.name not in evaluated]
+        if self.data.mixed and without:
+            print(f"no validation split of a window, and no val_loss/<name>: {', '.join(without)}")
 
     def _summary(self, step: int, started: float, already_done: bool = False) -> dict[str, Any]:
         summary: dict[str, Any] = {
@@ -391,16 +415,3 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _validation_split(config: Config, train_split: TokenSplit) -> TokenSplit | None:
-    if config.data.val is None:
-        return None
-    split = TokenSplit(config.data.val, "validation", config.model.context)
-    if split.fingerprint != train_split.fingerprint:
-        raise ConfigError(
-            "data.val was made with another tokenizer than data.train",
-            config.data.val,
-            "prepare both with one tokenizer",
-        )
-    return split
