@@ -187,17 +187,19 @@ _COPY = "copy the files to a local directory, or to an object store"
 def _reason(error: BaseException) -> BaseException:
     """fsspec calls a file missing where the server could not be reached; the cause says which."""
     cause = error.__cause__
-    if isinstance(error, FileNotFoundError) and cause is not None:
-        return cause
-    return error
+    if not isinstance(error, FileNotFoundError) or isinstance(cause, LookupError):
+        return error
+    return cause or error
 
 
 def _status(error: BaseException) -> int | None:
     """HTTP status that a store's error carries."""
     status = getattr(error, "status", None)
     response = getattr(error, "response", None)
-    if status is None and isinstance(response, dict):
+    if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    elif response is not None:
+        status = getattr(response, "status_code", status)
     return status if isinstance(status, int) else None
 
 

@@ -40,19 +40,17 @@ def find_files(place: Place) -> list[Place]:
 
 
 def _single(place: Place) -> list[Place]:
+    """The file that a path names, by its own name, that of a file beside it, or a prefix."""
     name = place.name
-    candidates = [name]
     for suffix in _BESIDE:
-        if name.endswith(".ds" + suffix):
-            candidates = [name.removesuffix(suffix)]
+        name = name.removesuffix(suffix) if name.endswith(".ds" + suffix) else name
     if name.endswith(".idx"):
-        candidates = [name.removesuffix(".idx") + ".bin"]
-    elif place.suffix not in (".bin", ".ds"):
-        prefix = place.with_name(name + ".idx") if name else place
-        candidates = [name + ".bin"] if prefix.is_file() else []
-    if not candidates:
-        return []
-    file = place.with_name(candidates[0])
+        name = name.removesuffix(".idx") + ".bin"
+    elif not name.endswith((".bin", ".ds")):
+        if not name or not place.with_name(name + ".idx").is_file():
+            return []
+        name += ".bin"
+    file = place.with_name(name)
     return [file] if file.is_file() else []
 
 
