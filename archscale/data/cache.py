@@ -1,7 +1,7 @@
 """Whole copies of remote files on this machine's disk, within a bound, shared by all its processes.
 
 `ARCHSCALE_CACHE` names the directory (default `~/.cache/archscale`) and `ARCHSCALE_CACHE_GB` the
-bound in gigabytes (default 50; 0: no copies). A copy is there whole or not at all: it is written
+bound in gigabytes (default 50; 0: no cache). A copy is there whole or not at all: it is written
 under another name, at its full size from the start so that the bound counts it, and renamed. Every
 creation, renaming and deletion happens under one lock of the directory; a process that dies leaves
 at most a file that nobody has locked, which the next one to need room deletes.
@@ -37,7 +37,7 @@ class Cache:
 
     Args:
         directory: made when first written to.
-        limit: bytes of all files in it; 0: nothing is ever copied.
+        limit: bytes of all files in it.
     """
 
     def __init__(self, directory: Path, limit: int):
@@ -117,28 +117,35 @@ class Cache:
         if path.exists() and not _free(path):
             return None
         path.unlink(missing_ok=True)
-        if not self._make_room(size):
+        if not self._make_room(size, RECENT):
             return None
         file = open(path, "w+b")  # noqa: SIM115 (lives as long as the copying)
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(size)
         return file
 
-    def _make_room(self, size: int) -> bool:
-        """Deletes what dead processes left, and then copies, those used longest ago first."""
+    def trim(self) -> None:
+        """Deletes what is above the bound, as where it was larger before."""
+        try:
+            if self.directory.is_dir():
+                with self._locked():
+                    self._make_room(0, 0.0)
+        except OSError as error:
+            raise self._problem(error) from error
+
+    def _make_room(self, size: int, unused: float) -> bool:
+        """Deletes what dead processes left, and then, as far as needed, copies that were not used
+        for so many seconds, the oldest first; whether there is room for `size` bytes now."""
         files = [entry for entry in os.scandir(self.directory) if entry.is_file()]
         states = {Path(entry.path): entry.stat() for entry in files if entry.name != _LOCK}
         used = sum(state.st_size for state in states.values())
-        now = time.time()
-        for path, state in sorted(
-            states.items(), key=lambda item: (item[0].suffix != _PART, item[1].st_mtime)
-        ):
-            part = path.suffix == _PART
-            if (part and _free(path)) or (
-                not part and self.limit < used + size and (now - state.st_mtime > RECENT)
-            ):
+        latest = time.time() - unused
+        parts = [path for path in states if path.suffix == _PART and _free(path)]
+        whole = [path for path in states if path.suffix != _PART and states[path].st_mtime < latest]
+        for path in [*parts, *sorted(whole, key=lambda path: states[path].st_mtime)]:
+            if path in parts or used + size > self.limit:
                 path.unlink()
-                used -= state.st_size
+                used -= states[path].st_size
         return used + size <= self.limit
 
     def _problem(self, error: OSError) -> DataError:
@@ -158,8 +165,8 @@ def _free(path: Path) -> bool:
         return True
 
 
-def the_cache() -> Cache:
-    """The cache that the environment names."""
+def the_cache() -> Cache | None:
+    """The cache that the environment names; None where its bound is 0."""
     text = os.environ.get(GIGABYTES, "50")
     try:
         limit = int(float(text) * 1e9)
@@ -170,9 +177,11 @@ def the_cache() -> Cache:
             f"{text!r} is no number of gigabytes", GIGABYTES, "set it to a number such as 50, or 0"
         )
     directory = os.environ.get(DIRECTORY) or "~/.cache/archscale"
-    return _cache(Path(directory).expanduser(), limit)
+    return _cache(Path(directory).expanduser(), limit) if limit else None
 
 
 @functools.cache
 def _cache(directory: Path, limit: int) -> Cache:
-    return Cache(directory, limit)
+    cache = Cache(directory, limit)
+    cache.trim()
+    return cache

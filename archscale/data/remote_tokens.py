@@ -44,6 +44,7 @@ class RemoteTokens:
     ):
         self._place, self._dtype, self._offset, self._count = place, dtype, offset, count
         self._verify = verify
+        self._cache = the_cache()
         self._version = place.version()
         mark = f"{place.url}\n{self._version.size}\n{self._version.tag}"
         self._name = f"{hashlib.sha256(mark.encode()).hexdigest()[:32]}-{place.name}"
@@ -58,12 +59,12 @@ class RemoteTokens:
         start, stop, _ = part.indices(self._count)
         first = self._offset + start * self._dtype.itemsize
         last = self._offset + max(start, stop) * self._dtype.itemsize
-        cache = the_cache()
-        if (copy := cache.read(self._name)) is not None:
+        cache = self._cache
+        if cache is not None and (copy := cache.read(self._name)) is not None:
             return copy[first:last].view(self._dtype)
         if self._failure is not None:
             raise self._failure
-        if cache.limit and time.monotonic() - self._asked > _AGAIN:
+        if cache is not None and time.monotonic() - self._asked > _AGAIN:
             self._asked = time.monotonic()
             _WORKER.ask(self, cache)
         if time.monotonic() - self._checked > _AGAIN:

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from archscale.data.shards import read_manifest
 from archscale.data.split import TokenSplit
 from archscale.data.stored import describe
 from archscale.errors import DataError
+from tests.data.conftest import write_dataset
 from tests.data.foreign_files import write_datatrove, write_llmc, write_megatron
 
 CONTEXT = 16
@@ -221,7 +223,13 @@ class _Flaky:
 def test_retries(monkeypatch: pytest.MonkeyPatch, error: Exception, times: int, calls: int) -> None:
     flaky = _Flaky(times, error)
     store = type(fsspec.filesystem("memory"))
-    monkeypatch.setattr(store, "cat_file", lambda _, path, **arguments: flaky(path, **arguments))
+    whole = store.cat_file
+
+    def cat_file(self, path: str, **arguments: object) -> bytes:
+        # The thread that copies may still read what another test has asked for.
+        return (flaky if path == "/bucket/x" else partial(whole, self))(path, **arguments)
+
+    monkeypatch.setattr(store, "cat_file", cat_file)
     place = RemotePath("memory://bucket/x")
     if times < 3:
         assert place.read_bytes() == b"content"
@@ -271,6 +279,9 @@ def test_copies_unused_for_longest_give_way(tmp_path: Path) -> None:
     assert copy is not None
     assert bytes(copy) == b"x" * 100
     assert not store.add("d", 300, lambda _: None)
+    os.utime(tmp_path / "c" / "c", (old, old))
+    Cache(tmp_path / "c", 199).trim()
+    assert sorted(file.name for file in (tmp_path / "c").iterdir()) == [".lock", "a"]
 
 
 def test_a_failed_copy_leaves_nothing(tmp_path: Path) -> None:
@@ -412,3 +423,88 @@ def test_http_without_ranges_or_a_server(
         windows(split)
     with pytest.raises(DataError, match=r"cannot read it: .*asked 3 times.*check the network"):
         TokenSplit("http://127.0.0.1:9/set", "train", CONTEXT)
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """An empty bucket of a local S3 server."""
+    server_class = pytest.importorskip("moto.server").ThreadedMotoServer
+    s3fs = pytest.importorskip("s3fs")
+    server = server_class(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "testing")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir("bucket")
+    yield "s3://bucket"
+    s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+READER = """
+import sys, time
+import numpy as np
+from archscale.data.split import TokenSplit
+split = TokenSplit(sys.argv[1], "train", 1024)
+rng = np.random.default_rng(int(sys.argv[2]))
+print("open", flush=True)
+while True:
+    split.samples(rng.integers(0, split.num_samples, 16).tolist())
+    print("read", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_s3(tmp_path: Path, bucket: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids as from the local directory under any bound; processes killed while they copy leave whole
+    copies alone; another object is noticed."""
+    s3fs = pytest.importorskip("s3fs")
+    rng = np.random.default_rng(0)
+    shards = [rng.integers(0, 50_000, 8_000_000) for _ in range(4)]  # of 16 MB
+    directory = write_dataset(tmp_path / "set", shards, [shards[0][:50_000]], 50_000)
+    s3fs.S3FileSystem().put(str(directory), f"{bucket}/set", recursive=True)
+    url = f"{bucket}/set"
+    for attempt in range(4):
+        readers = [
+            subprocess.Popen(
+                [sys.executable, "-c", READER, url, str(number)], stdout=subprocess.PIPE, text=True
+            )
+            for number in range(2)
+        ]
+        for reader in readers:
+            assert reader.stdout is not None
+            for _ in range(2 + attempt):
+                reader.stdout.readline()
+        for reader in readers:
+            reader.kill()
+            reader.wait()
+        for copy in cache.glob("*.bin"):
+            assert copy.read_bytes() == (directory / copy.name.partition("-")[2]).read_bytes()
+
+    local = TokenSplit(directory, "train", 1024)
+    numbers = rng.integers(0, local.num_samples, 512).tolist()
+    expected = local.samples(numbers)
+    for gigabytes in ("0.04", "1"):
+        monkeypatch.setenv("ARCHSCALE_CACHE_GB", gigabytes)
+        for copy in cache.iterdir():
+            os.utime(copy, (0, 0))
+        distant = TokenSplit(url, "train", 1024)
+        for _ in range(4):
+            started = time.perf_counter()
+            assert (distant.samples(numbers) == expected).all()
+            rate = len(numbers) / (time.perf_counter() - started)
+            used = sum(file.stat().st_size for file in cache.iterdir())
+            print(f"{gigabytes} GB: {rate:,.0f} windows/s, {used / 1e6:.0f} MB in the cache")
+            assert used <= float(gigabytes) * 1e9
+    wait_for(lambda: len(copies(cache)) == 4)
+    started = time.perf_counter()
+    assert (distant.samples(numbers) == expected).all()
+    print(f"copied: {len(numbers) / (time.perf_counter() - started):,.0f} windows/s")
+    assert not list(cache.glob("*.part"))
+
+    s3fs.S3FileSystem().pipe("bucket/set/train_00001.bin", b"another")
+    with pytest.raises(DataError, match=r"foreign file"):
+        TokenSplit(url, "train", 1024).check(50_000)
