@@ -86,5 +86,5 @@ def many_passes(config: Config, figures: Mapping[str, Any]) -> ConfigError | Non
         f"the run passes {over}: repeated text teaches less than new text, and the validation loss"
         " may rise",
         "data.mixture" if mixed else "training.tokens",
-        ("lower its weight, prepare more text" if mixed else "prepare more text") + less,
+        ("lower the weight, prepare more text" if mixed else "prepare more text") + less,
     )
