@@ -155,17 +155,11 @@ def test_windows_are_those_of_the_sources(sets: Path) -> None:
 def test_a_source_is_passed_over_once_an_epoch(sets: Path) -> None:
     data = three(sets)
     web = data.splits[1]
-    block = data.windows(np.arange(3000))
-    windows = block[block[:, 0] // 100 == 0]
-    starts = {tuple(web.sample(i)): i for i in range(10)}  # its tokens repeat after 100 windows
-    counts = np.unique(
-        [tuple(row) for row in windows[: web.num_samples]], axis=0, return_counts=True
-    )
-    expected = np.unique(
-        [web.sample(i) for i in range(web.num_samples)], axis=0, return_counts=True
-    )
-    assert np.array_equal(counts[1], expected[1])
-    assert len(starts) == 10
+    block = data.windows(np.arange(2000))
+    windows = block[block[:, 0] // 100 == 0].tolist()
+    for epoch in range(3):
+        seen = windows[epoch * web.num_samples :][: web.num_samples]
+        assert sorted(seen) == sorted(web.sample(i).tolist() for i in range(web.num_samples))
 
 
 def test_the_order_in_the_yaml_does_not_matter(sets: Path) -> None:
