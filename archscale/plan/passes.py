@@ -46,7 +46,7 @@ def data_figures(sources: Sequence[SourceTokens], trained: int) -> dict[str, Any
     total = None if not sizes or None in sizes else sum(size or 0 for size in sizes)
     return {
         "tokens": total,
-        "passes": None if total is None else trained / total,
+        "passes": trained / total if total else None,
         "sources": [
             {
                 "name": source.name or None,

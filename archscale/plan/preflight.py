@@ -4,11 +4,10 @@ train` checks first."""
 from __future__ import annotations
 
 from fractions import Fraction
-from pathlib import Path
 
 from archscale.config import Config
 from archscale.data.shards import read_manifest
-from archscale.data.training_data import Vocabulary, training_sources
+from archscale.data.training_data import Vocabulary, shared_vocabulary, training_sources
 from archscale.errors import ConfigError, DataError
 from archscale.plan.devices import DEVICES, Device
 from archscale.plan.passes import SourceTokens
@@ -39,9 +38,9 @@ def plan_config(
         compare=() if device else tuple(DEVICES.values()),
         sources=sources,
     )
-    for vocabulary in vocabularies[1:]:
+    if vocabularies:
         try:
-            vocabulary.check_same(vocabularies[0])
+            shared_vocabulary(vocabularies)
         except ConfigError as problem:
             plan.problems.append(problem)
     if missing and config.model.vocab_size:
@@ -71,7 +70,7 @@ def _read_manifests(
     for source in chosen:
         tokens = None
         try:
-            manifest = read_manifest(Path(source.path))
+            manifest = read_manifest(source.path)
             vocabularies.append(Vocabulary.of_manifest(source, manifest))
             if "train" in manifest.splits:
                 tokens = manifest.splits["train"].tokens

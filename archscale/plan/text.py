@@ -173,7 +173,7 @@ def _ratio(value: float) -> str:
 
 def _data_row(data: Mapping[str, Any]) -> str:
     mixed = mixture_rows(data)
-    if data["tokens"] is None:
+    if data["passes"] is None:
         return (
             "see the mixture" if mixed else "tokens and passes not known: there is no data set yet"
         )

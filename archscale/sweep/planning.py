@@ -105,7 +105,7 @@ def plan_runs(
 
 def _vocabulary(data: str) -> int | ArchscaleError:
     try:
-        return read_manifest(Path(data)).tokenizer.vocab_size
+        return read_manifest(data).tokenizer.vocab_size
     except DataError as error:
         return error
 
