@@ -57,7 +57,7 @@ class Vocabulary(NamedTuple):
     path: str
     fingerprint: str
     size: int
-    eos_id: int | None
+    eos_id: int | None = None
 
     @classmethod
     def of_split(cls, owner: str, split: TokenSplit) -> Self:
@@ -77,6 +77,18 @@ class Vocabulary(NamedTuple):
                 self.path,
                 f"prepare both with one tokenizer, such as the one in {other.path}",
             )
+
+
+def shared_vocabulary(vocabularies: Sequence[Vocabulary]) -> Vocabulary:
+    """That of all data sets, of a known tokenizer if there is one.
+
+    Raises:
+        ConfigError: they do not share one.
+    """
+    shared = next((each for each in vocabularies if each.fingerprint), vocabularies[0])
+    for vocabulary in vocabularies:
+        vocabulary.check_same(shared)
+    return shared
 
 
 def training_sources(data: DataConfig) -> list[Source]:
@@ -138,13 +150,12 @@ class TrainingData:
     """
 
     def __init__(self, sources: Sequence[Source], splits: Sequence[TokenSplit], seed: int):
-        vocabularies = [
-            Vocabulary.of_split(source.owner, split)
-            for source, split in zip(sources, splits, strict=True)
-        ]
-        for vocabulary in vocabularies[1:]:
-            vocabulary.check_same(vocabularies[0])
-        self.vocabulary = vocabularies[0]
+        self.vocabulary = shared_vocabulary(
+            [
+                Vocabulary.of_split(source.owner, split)
+                for source, split in zip(sources, splits, strict=True)
+            ]
+        )
         self.sources, self.splits = list(sources), list(splits)
         self.context, self.vocab_size = splits[0].context, splits[0].vocab_size
         self.eos_id = self._end_of_document()

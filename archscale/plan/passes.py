@@ -46,7 +46,7 @@ def data_figures(sources: Sequence[SourceTokens], trained: int) -> dict[str, Any
     total = None if not sizes or None in sizes else sum(size or 0 for size in sizes)
     return {
         "tokens": total,
-        "passes": None if total is None else trained / total,
+        "passes": trained / total if total else None,
         "sources": [
             {
                 "name": source.name or None,
@@ -86,5 +86,5 @@ def many_passes(config: Config, figures: Mapping[str, Any]) -> ConfigError | Non
         f"the run passes {over}: repeated text teaches less than new text, and the validation loss"
         " may rise",
         "data.mixture" if mixed else "training.tokens",
-        ("lower its weight, prepare more text" if mixed else "prepare more text") + less,
+        ("lower the weight, prepare more text" if mixed else "prepare more text") + less,
     )

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from archscale.config import Config
 from archscale.data.stored import check_document_mask, describe
-from archscale.data.training_data import Vocabulary, training_sources
+from archscale.data.training_data import Vocabulary, shared_vocabulary, training_sources
 from archscale.errors import ConfigError, DataError
 from archscale.plan.devices import DEVICES, Device
 from archscale.plan.passes import SourceTokens
@@ -38,10 +38,11 @@ def plan_config(
         compare=() if device else tuple(DEVICES.values()),
         sources=sources,
     )
-    for vocabulary in vocabularies:
+    if vocabularies:
         try:
-            vocabulary.check_same(vocabularies[0])
-            check_document_mask(config.data, vocabulary.eos_id)
+            shared_vocabulary(vocabularies)
+            for vocabulary in vocabularies:
+                check_document_mask(config.data, vocabulary.eos_id)
         except ConfigError as problem:
             plan.problems.append(problem)
     if missing and config.model.vocab_size:

@@ -173,7 +173,7 @@ def _ratio(value: float) -> str:
 
 def _data_row(data: Mapping[str, Any]) -> str:
     mixed = mixture_rows(data)
-    if data["tokens"] is None:
+    if data["passes"] is None:
         return (
             "see the mixture" if mixed else "tokens and passes not known: there is no data set yet"
         )
@@ -189,12 +189,12 @@ def mixture_rows(data: Mapping[str, Any]) -> dict[str, str]:
         if source["name"] is None:
             continue
         passes = (
-            "tokens and passes not known: there is no data set yet"
+            "passes not known, there is no data set yet"
             if source["passes"] is None
-            else f"passes over its {source['tokens']:,} {source['passes']:,.3g} times"
+            else f"{source['passes']:,.3g} passes over its {source['tokens']:,}"
         )
         rows[source["name"]] = (
-            f"{source['share']:.4g} of the run, {source['drawn']:,} tokens; {passes}"
+            f"{source['share']:.4g} of the run, {source['drawn']:,} tokens: {passes}"
         )
     return rows
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from archscale.data.validation import ValidationSet
-from archscale.distributed import all_reduce
+from archscale.data.validation import ValidationSet, validation_batches
+from archscale.distributed import all_reduce, rank, world_size
 from archscale.model.loss import IGNORE
 from archscale.parallel.engine import Engine
 
@@ -31,6 +31,55 @@ class HeldOut(NamedTuple):
     @property
     def bits_per_byte(self) -> float | None:
         return self.bytes_per_token and self.loss / self.bytes_per_token / math.log(2)
+
+
+class Evaluation:
+    """The validation of a run, on this rank.
+
+    Args:
+        sets: what is evaluated.
+        batches, batch_size: how many batches of each, from its start, and the windows of a batch.
+    """
+
+    def __init__(
+        self, sets: Sequence[ValidationSet], batches: int, batch_size: int, device: torch.device
+    ):
+        self.sets, self.device = list(sets), device
+        self._batches, self._batch_size = batches, batch_size
+        tables = [held.split.token_bytes for held in sets]
+        self._token_bytes = [
+            None if table is None else torch.from_numpy(table.astype("int64")) for table in tables
+        ]
+
+    def metrics(self, engine: Engine) -> dict[str, float]:
+        """`val_loss` and `val_bits_per_byte` of the run, and with `/<name>` of a mixture's sources.
+
+        The run's loss is the mean of its sets' by their weights, as of a text that has these shares
+        of tokens; its bits per byte are that mean over the same text's bytes per token. Where it is
+        not known what text the tokens stand for there are no bits per byte.
+        """
+        count, size = self._batches, self._batch_size
+        results = []
+        for held, token_bytes in zip(self.sets, self._token_bytes):
+            batches = validation_batches(held.split, count, size, rank(), world_size())
+            results.append(evaluate(engine, batches, token_bytes, self.device))
+        weighted = [(held.weight, each) for held, each in zip(self.sets, results) if held.weight]
+        lengths = [
+            weight * each.bytes_per_token
+            for weight, each in weighted
+            if each.bytes_per_token is not None
+        ]
+        whole = HeldOut(
+            sum(weight * each.loss for weight, each in weighted),
+            sum(lengths) if len(lengths) == len(weighted) else None,
+        )
+        named = {f"/{held.name}": each for held, each in zip(self.sets, results) if held.name}
+        metrics = {}
+        for suffix, each in {"": whole, **named}.items():
+            metrics[f"val_loss{suffix}"] = each.loss
+            if each.bits_per_byte is not None:
+                metrics[f"val_bits_per_byte{suffix}"] = each.bits_per_byte
+        return metrics
 
 
 @torch.no_grad()
@@ -56,29 +105,3 @@ def evaluate(
             sums[2] += length.sum().to(device)
     nats, tokens, size = all_reduce(sums).tolist()
     return HeldOut(nats / tokens, None if token_bytes is None else size / tokens)
-
-
-def validation_metrics(
-    sets: Sequence[ValidationSet], results: Sequence[HeldOut]
-) -> dict[str, float]:
-    """`val_loss` and `val_bits_per_byte` of the run, and with `/<name>` of a mixture's sources.
-
-    The run's loss is the mean of those of its sets by their weights, as of a text that has these
-    shares of tokens; its bits per byte are that mean over the same text's bytes per token. What has
-    tokens of unknown text has no bits per byte.
-    """
-    weighted = [(held.weight, result) for held, result in zip(sets, results) if held.weight]
-    lengths = [(weight, result.bytes_per_token) for weight, result in weighted]
-    whole = HeldOut(
-        sum(weight * result.loss for weight, result in weighted),
-        None
-        if any(length is None for _, length in lengths)
-        else sum(weight * (length or 0.0) for weight, length in lengths),
-    )
-    named = {f"/{held.name}": result for held, result in zip(sets, results) if held.name}
-    metrics = {}
-    for suffix, result in {"": whole, **named}.items():
-        metrics[f"val_loss{suffix}"] = result.loss
-        if result.bits_per_byte is not None:
-            metrics[f"val_bits_per_byte{suffix}"] = result.bits_per_byte
-    return metrics

@@ -25,7 +25,7 @@ from archscale.config import Config, dump_config
 from archscale.data.loader import Loader
 from archscale.data.stored import check_document_mask
 from archscale.data.training_data import TrainingData, open_training_data
-from archscale.data.validation import ValidationSet, validation_batches, validation_sets
+from archscale.data.validation import ValidationSet, validation_sets
 from archscale.errors import ConfigError, TrainingError
 from archscale.files import (
     CHECKPOINTS,
@@ -53,7 +53,7 @@ from archscale.train.build import (
     cpp_compiler,
     manifest,
 )
-from archscale.train.evaluate import evaluate, validation_metrics
+from archscale.train.evaluate import Evaluation
 from archscale.train.readings import FallBack, Judgement, Readings
 from archscale.train.record import Recorder
 from archscale.train.step import Supervision, train_step
@@ -121,7 +121,7 @@ class Run:
         assert plan.transfer is not None, "a plan without problems has a transfer"
         assert plan.shard is not None
         self.plan, self.config, self.transfer = plan, plan.config, plan.transfer
-        self.run_dir, self.data, self.validation, self.device = run_dir, data, validation, device
+        self.run_dir, self.data, self.device = run_dir, data, device
         config = self.config
         self.batches = config.batches
         self.engine = build_engine(config, data.eos_id, self.transfer, device, plan.shard)
@@ -130,12 +130,10 @@ class Run:
         guard = config.telemetry.guard
         self.guard = None if guard.mode == "off" else Guard(**guard.model_dump())
         self._fell_back_to: int | None = None  # step that the last fall-back went to
-        self.token_bytes = [
-            None
-            if held.split.token_bytes is None
-            else torch.from_numpy(held.split.token_bytes.astype("int64"))
-            for held in validation
-        ]
+        # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
+        # the training size.
+        count = config.eval.batches * config.batch_size // config.training.micro_batch
+        self.evaluation = Evaluation(validation, count, config.training.micro_batch, device)
 
     # --- the loop
 
@@ -191,7 +189,7 @@ class Run:
                 lr = self._set_lr(step)
                 step += 1
                 last = step == config.steps
-                evaluating = bool(self.validation) and (step % config.eval.every == 0 or last)
+                evaluating = bool(self.evaluation.sets) and (step % config.eval.every == 0 or last)
                 saving = step % config.checkpoint.every == 0 or last
                 reading = readings.due(step) or evaluating or saving
                 probe = readings.look(step, reading)
@@ -220,7 +218,7 @@ class Run:
                     raise FallBack(step, judged.cause)
                 lines[-1] |= arrivals.read(lines[-1]["step_seconds"])
                 if evaluating:
-                    lines[-1] |= self._evaluate()
+                    lines[-1] |= self.evaluation.metrics(self.engine)
                 recorder.write(lines)
                 # In a streak of skipped steps the weights have not changed. The last step saves all
                 # the same, so that the run counts as finished.
@@ -313,27 +311,6 @@ class Run:
             group["lr"] = self.transfer.roles[group["role"]].lr * factor
         return self.transfer.roles["matrix"].lr * factor
 
-    def _evaluate(self) -> dict[str, float]:
-        config = self.config
-        # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
-        # the training size.
-        count = config.eval.batches * config.batch_size // config.training.micro_batch
-        size, rank, world = (
-            config.training.micro_batch,
-            distributed.rank(),
-            distributed.world_size(),
-        )
-        results = [
-            evaluate(
-                self.engine,
-                validation_batches(held.split, count, size, rank, world),
-                token_bytes,
-                self.device,
-            )
-            for held, token_bytes in zip(self.validation, self.token_bytes, strict=True)
-        ]
-        return validation_metrics(self.validation, results)
-
     # --- start and finish
 
     def _describe(self) -> None:
@@ -364,7 +341,7 @@ class Run:
     def _describe_mixture(self) -> None:
         for name, row in mixture_rows(self.plan.figures["data"]).items():
             print(f"{name}: {row}")
-        evaluated = {held.name for held in self.validation}
+        evaluated = {held.name for held in self.evaluation.sets}
         without = [source.name for source in self.data.sources if source.name not in evaluated]
         if self.data.mixed and without:
             print(f"no validation split of a window, and no val_loss/<name>: {', '.join(without)}")

@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from archscale.checkpoint.history import other_trajectory
 from archscale.config import Config
 from archscale.data.shards import TOKEN_BYTES
 from archscale.errors import ConfigError
+from archscale.sweep.table import config_cells
 from tests.data.conftest import write_dataset
 from tests.golden.curves import FOLDER, VOCAB
 from tests.train.tiny import config, crash_after, run
@@ -30,8 +32,8 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def mixed(folder: Path, steps: int = 10, val: str | None = None, **weights: float) -> Config:
-    """On one process, and for two as they come; by default 6 : 2 : 2."""
+def mixed(folder: Path, steps: int = 6, val: str | None = None, **weights: float) -> Config:
+    """By default 6 : 2 : 2."""
     weights = weights or {"web": 0.6, "code": 0.2, "wiki": 0.2}
     mixture = [
         {"name": name, "path": str(folder / name), "weight": weight}
@@ -42,7 +44,7 @@ def mixed(folder: Path, steps: int = 10, val: str | None = None, **weights: floa
         "muonh",
         steps,
         data={"train": None, "val": val, "mixture": mixture},
-        checkpoint={"every": 5},
+        checkpoint={"every": 3},
         telemetry={"every": 1},
     )
 
@@ -51,23 +53,21 @@ def losses(lines: list[dict]) -> list[float]:
     return [line["loss"] for line in lines]
 
 
-def straight_and_resumed(made: Config, folder: str) -> tuple[list[dict], list[dict]]:
-    straight = run(made, f"{folder}/straight")
-    crash_after(made, f"{folder}/crashed", 7)
-    return straight, run(made, f"{folder}/crashed")
+def crashed_and_resumed(made: Config, folder: str) -> list[dict]:
+    crash_after(made, folder, 5)
+    return run(made, folder)
 
 
 def test_a_mixture_has_one_trajectory(pool: Callable, sets: Path, tmp_path: Path) -> None:
     """Bitwise after a crash, and within rounding on two processes."""
     made = mixed(sets)
-    straight, resumed = straight_and_resumed(made, str(tmp_path / "1"))
-    assert losses(straight) == losses(resumed)
-    np.testing.assert_array_less(np.diff([losses(straight)[0], losses(straight)[-1]]), 0)
-    for straight_2, resumed_2 in pool(2).run(straight_and_resumed, made, str(tmp_path / "2")):
-        assert losses(straight_2) == losses(resumed_2)
-        np.testing.assert_allclose(losses(straight_2), losses(straight), rtol=1e-5)
+    straight = run(made, str(tmp_path / "straight"))
+    assert losses(straight) == losses(crashed_and_resumed(made, str(tmp_path / "alone")))
+    assert losses(straight)[-1] < losses(straight)[0]
+    for lines in pool(2).run(crashed_and_resumed, made, str(tmp_path / "two")):
+        np.testing.assert_allclose(losses(lines), losses(straight), rtol=1e-5)
         for key in ("val_loss", "val_loss/web", "val_loss/code"):
-            np.testing.assert_allclose(straight_2[-1][key], straight[-1][key], rtol=1e-5)
+            np.testing.assert_allclose(lines[-1][key], straight[-1][key], rtol=1e-5)
 
 
 def test_every_source_has_its_own_validation_loss(sets: Path, tmp_path: Path, capsys) -> None:
@@ -98,10 +98,18 @@ def test_another_mixture_is_not_resumed(sets: Path, tmp_path: Path) -> None:
     for other in (mixed(sets, 5, web=0.8, code=0.2), mixed(sets, 5, web=0.7, wiki=0.3)):
         with pytest.raises(ConfigError, match=r"^data\.mixture is \[.*, the checkpoint's run has"):
             run(other, folder)
-    alone = config(str(sets / "web"), steps=5, checkpoint={"every": 5}, telemetry={"every": 1})
+    alone = config(str(sets / "web"), steps=5, checkpoint={"every": 3}, telemetry={"every": 1})
     with pytest.raises(ConfigError, match=r"^data\.mixture is None, the checkpoint's run has \["):
         run(alone, folder)
     shutil.rmtree(tmp_path / "moved" / "code")
     shutil.copytree(sets / "wiki", tmp_path / "moved" / "code")
     with pytest.raises(ConfigError, match=r"^data_set\.sources\.code\.tokens is"):
         run(mixed(tmp_path / "moved", 5, web=0.7, code=0.3), folder)
+
+
+def test_a_sweep_tells_mixtures_apart_by_their_proportions(sets: Path, tmp_path: Path) -> None:
+    before = config_cells(mixed(sets, web=0.7, code=0.3))
+    moved = config_cells(mixed(tmp_path, code=3, web=7))
+    assert list(other_trajectory(before, moved)) == []
+    other = config_cells(mixed(sets, web=0.6, code=0.4))
+    assert list(other_trajectory(before, other)) == ["data.mixture"]
