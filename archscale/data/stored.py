@@ -111,6 +111,13 @@ def check_document_mask(data: DataConfig, eos_id: int | None) -> None:
         )
 
 
+def run_tokenizer(data: DataConfig) -> Tokenizer:
+    """The tokenizer of what is trained on. DataError where it is not known."""
+    if data.tokenizer is not None:
+        return load_named_tokenizer(data.tokenizer)
+    return load_tokenizer(data.training_paths[0])
+
+
 def load_named_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a file, a directory, a URL or a name on the Hugging Face hub."""
     here = is_remote(name) or Path(name).exists() or Path(name).suffix in (".model", ".json")
