@@ -42,6 +42,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a config key; repeatable."),
 ]
+DataTokenizer = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="Of another project's files: file, directory or hub name."),
+]
 
 
 # Names of `archscale.fit.laws.LAWS` and of the settings of fits, here so that --help needs no
@@ -471,27 +475,31 @@ def prepare(
 
 @data_app.command()
 def inspect(
-    directory: Annotated[Path, typer.Argument(help="Prepared data directory.")],
+    directory: Annotated[str, typer.Argument(help="Data directory, token files, or their URL.")],
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    tokenizer: DataTokenizer = None,
 ) -> None:
-    """What a data directory holds.
+    """What a data directory holds, or the token files of another project.
 
     Example: archscale data inspect data/python_stdlib
     """
     from archscale.data.preparing.prepare import inspect as run
 
-    _print_data_set(run(directory), json)
+    _print_data_set(run(directory, tokenizer), json)
 
 
 @data_app.command()
-def verify(directory: Annotated[Path, typer.Argument(help="Prepared data directory.")]) -> None:
+def verify(
+    directory: Annotated[str, typer.Argument(help="Data directory, token files, or their URL.")],
+    tokenizer: DataTokenizer = None,
+) -> None:
     """Check every shard's checksum, tokenizer and token ids.
 
     Example: archscale data verify data/python_stdlib
     """
     from archscale.data.preparing.prepare import verify as run
 
-    problems = run(directory)
+    problems = run(directory, tokenizer)
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:

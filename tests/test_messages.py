@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -284,6 +285,62 @@ def test_passes_over_the_data_and_a_remedy_that_helps(run, plan_file, data):
     )
     _, printed, _ = run("plan", plan_file, *vocabulary, "--set", f"training.tokens={tokens * 450}")
     assert "tokens and passes not known" in printed
+
+
+def test_the_plan_of_a_mixture(run, plan_file, data, tmp_path):
+    """Shares, tokens drawn and passes of each source, and one line where one is repeated."""
+    tokens = json.loads((Path(data) / MANIFEST).read_text())["splits"]["train"]["tokens"]
+    second = tmp_path / "second"
+    shutil.copytree(data, second)
+    mixture = f"[{{name: b, path: {second}, weight: 1}}, {{name: a, path: {data}, weight: 3}}]"
+    mixed = ("--set", "data.train=null", "--set", f"data.mixture={mixture}")
+    status, printed, _ = run("plan", plan_file, *mixed)
+    assert status == 0
+    assert f"{2 * tokens:,} tokens in a mixture of 2" in printed
+    assert re.search(
+        rf"a  0.75 of the run, 2,880 tokens: [\d.]+ passes over its {tokens:,}\n", printed
+    )
+    assert "repeated text" not in printed
+    (a, b) = json.loads(run("plan", plan_file, *mixed, "--json")[1])["data"]["sources"]
+    assert (a["name"], a["share"], a["drawn"], b["drawn"]) == ("a", 0.75, 2880, 960)
+    assert a["passes"] == pytest.approx(2880 / tokens)
+
+    many = ("--set", f"training.tokens={tokens * 12}")
+    _, printed, _ = run("plan", plan_file, *mixed, *many)
+    assert f"the run passes 9 times over source a of {tokens:,} tokens: repeated text" in printed
+    (fewer,) = re.findall(r"set training.tokens to at most (\d+)", printed)
+    assert (
+        "repeated text"
+        not in run("plan", plan_file, *mixed, "--set", f"training.tokens={fewer}")[1]
+    )
+    manifest = json.loads((second / MANIFEST).read_text())
+    manifest["tokenizer"]["fingerprint"] = "0" * 64
+    (second / MANIFEST).write_text(json.dumps(manifest))
+    for command in ("plan", "train"):
+        status, _, said = run(command, plan_file, *mixed, "--set", "data.val=null")
+        assert status == 2
+        assert "source b of data.mixture was made with another tokenizer than source a" in said
+    rare = ("--set", f"data.mixture={mixture.replace('weight: 1', 'weight: 1e-9')}")
+    status, _, said = run("plan", plan_file, *mixed, *rare)
+    assert status == 2
+    assert "weight 1e-09 of source b is less than one sample in 1,048,576" in said
+
+
+def test_a_mixture_whose_data_are_missing(run, plan_file, data):
+    mixture = f"[{{name: a, path: {data}, weight: 1}}, {{name: b, path: nowhere, weight: 1}}]"
+    mixed = ("--set", "data.train=null", "--set", f"data.mixture={mixture}")
+    status, printed, _ = run("plan", plan_file, *mixed)
+    assert status == 0  # a has the vocabulary
+    assert re.search(r"advice\n  .*\(nowhere\): write a recipe with `output: nowhere`", printed)
+    assert re.search(r"b +0.5 of the run, .*passes not known", printed)
+    status, _, said = run("train", plan_file, *mixed)
+    assert status == 2
+    assert len(said.splitlines()) == 1
+    assert "nowhere" in said
+    status, _, said = run("plan", plan_file, *mixed[:-1], mixed[-1].replace(data, "gone"))
+    assert status == 2
+    assert "(gone): " in said
+    assert "or give model.vocab_size" in said
 
 
 def test_an_unknown_device_takes_its_figures(run, plan_file):

@@ -26,6 +26,7 @@ import yaml
 from typer.testing import CliRunner
 
 from archscale.cli import app
+from archscale.config import load_config
 from archscale.data import missing
 from archscale.data.missing import how_to_make
 from archscale.data.preparing.recipe import load_recipe
@@ -268,8 +269,12 @@ class Reader:
         elif "sources" in content:
             (self.folder / "recipe.yaml").write_text(text)
             load_recipe(self.folder / "recipe.yaml")
+        elif "data" in content:
+            path = self.folder / "configs" / f"{content['name']}.yaml"
+            path.write_text(text)
+            load_config(path)
         else:  # what a grid needs for a cluster: below the grid of README
-            assert set(content) & set(CLUSTERS), f"{where}: neither grid nor recipe"
+            assert set(content) & set(CLUSTERS), f"{where}: neither grid, recipe nor config"
             grid = (block.text for block in blocks_of((ROOT / "README.md").read_text()))
             grid = next(text for text in grid if text.startswith("name: lr_width"))
             own = grid.replace("name: lr_width", "name: my_grid")

@@ -105,11 +105,12 @@ def _write_ours(task: Task) -> None:
 
 def _read_ours(task: Task, first: int) -> Iterator[torch.Tensor]:
     from archscale.config.batch import BatchSchedule
+    from archscale.config.sections import DataConfig
     from archscale.data.loader import Loader
-    from archscale.data.split import TokenSplit
+    from archscale.data.training_data import open_training_data
 
-    split = TokenSplit(task.folder, "train", task.context)
-    with Loader(split, SEED, BatchSchedule(task.batch), task.batch, start_step=first) as loader:
+    data = open_training_data(DataConfig(train=str(task.folder)), task.context, SEED)
+    with Loader(data, BatchSchedule(task.batch), task.batch, start_step=first) as loader:
         for micro_batches in loader:
             yield micro_batches[0][0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -11,10 +12,12 @@ from typing import Any
 from archscale.checkpoint.directory import newest_valid, read_state
 from archscale.config import Config
 from archscale.config.layers import flatten
-from archscale.data.split import TokenSplit
+from archscale.data.mixture import quotas
+from archscale.data.training_data import TrainingData
 from archscale.errors import CheckpointError, ConfigError, explain_os_error
 from archscale.files import CHECKPOINTS, METRICS, checkpoint_steps
 
+MIXTURE = "data.mixture"
 # May differ between a checkpoint and the run that resumes it: they do not change the trajectory.
 FREE_KEYS = (
     "name",
@@ -27,6 +30,7 @@ FREE_KEYS = (
     "training.activation_checkpoint",
     "data.train",
     "data.val",
+    "data.tokenizer",
 )
 
 
@@ -37,13 +41,23 @@ def other_trajectory(before: Mapping[str, Any], now: Mapping[str, Any]) -> Itera
     acts = "act" in (before.get(mode), now.get(mode))  # then the guard decides over updates
     for key in sorted(before.keys() | now.keys()):
         free = any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
-        if before.get(key) != now.get(key) and (
-            not free or (acts and key.startswith("telemetry.guard."))
-        ):
+        same = before.get(key) == now.get(key) or (
+            key == MIXTURE and _proportions(before.get(key)) == _proportions(now.get(key))
+        )
+        if not same and (not free or (acts and key.startswith("telemetry.guard."))):
             yield key
 
 
-def choose_checkpoint(config: Config, data: TokenSplit, run_dir: Path, resume: str) -> Path | None:
+def _proportions(mixture: Any) -> dict[str, int]:
+    """What the order of a `data.mixture` follows from: not where its data lie. It is a list, its
+    JSON in a table, or null."""
+    entries = json.loads(mixture) if isinstance(mixture, str) else mixture
+    return quotas({entry["name"]: entry["weight"] for entry in entries}) if entries else {}
+
+
+def choose_checkpoint(
+    config: Config, data: TrainingData, run_dir: Path, resume: str
+) -> Path | None:
     """The checkpoint to continue from, if any, after checking that it belongs to this trajectory
     and that the run directory can be written.
 
@@ -88,10 +102,14 @@ def choose_checkpoint(config: Config, data: TokenSplit, run_dir: Path, resume: s
     return source
 
 
-def identity(data: TokenSplit) -> dict[str, Any]:
-    """What makes a data set the same one, wherever it lies."""
-    return {
-        "tokenizer": data.fingerprint,
-        "tokens": data.num_tokens,
-        "origin": data.manifest.origin,
+def identity(data: TrainingData) -> dict[str, Any]:
+    """What makes the training data the same, wherever they lie; of a mixture by source."""
+    sources = {
+        source.name: {
+            "tokenizer": split.fingerprint,
+            "tokens": split.num_tokens,
+            "origin": split.origin,
+        }
+        for source, split in zip(data.sources, data.splits)
     }
+    return {"sources": sources} if data.mixed else sources[""]

@@ -45,12 +45,6 @@ class NotYet(NamedTuple):
 # Whoever builds a feature deletes its row.
 NOT_YET = [
     NotYet("checkpoint.async", lambda v: v, "asynchronous checkpointing", "set it to false"),
-    NotYet(
-        "data.mixture",
-        lambda v: v is not None,
-        "a data mixture",
-        "set it to null and give data.train",
-    ),
 ]
 
 

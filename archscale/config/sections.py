@@ -21,6 +21,7 @@ from archscale.config.values import (
     Positive,
     PositiveShare,
     Share,
+    SourceName,
     Text,
 )
 from archscale.errors import ConfigError
@@ -149,24 +150,56 @@ class ScheduleConfig(Section):
 class MixtureEntry(Section):
     """One source of a data mixture."""
 
+    name: SourceName
+    """Its name, in `val_loss/<name>` and in the seed of its order."""
     path: Text
-    """Directory of token shards."""
+    """Directory of token shards; several sources may read the same."""
     weight: Positive
     """Share of the tokens, relative to the other entries."""
 
 
 class DataConfig(Section):
-    """Directories of token shards from `archscale data prepare`, relative to the working
-    directory."""
+    """Directories of token shards from `archscale data prepare`, or token files of other projects
+    (directory, pattern or file); relative to the working directory, or URLs: `train`, or a
+    `mixture` in its place."""
 
-    train: Text
-    """Directory whose training split is read."""
+    train: Text | None = None
+    """Directory, files or URL whose training split is read; required unless there is a mixture."""
     val: Text | None = None
-    """Directory whose validation split is read; null: no evaluation, whatever `eval` says."""
+    """The same, whose validation split `val_loss` is of; null: no evaluation, or that of the
+    mixture's sources, weighted as they are."""
     mixture: Annotated[list[MixtureEntry], Field(min_length=1)] | None = None
-    """Several training sources by weight; null: `train` alone."""
+    """Several training sources by weight, in place of `train`."""
+    tokenizer: Text | None = None
+    """Tokenizer of other projects' files: file, directory, URL or Hugging Face name; null: the data
+    set's own."""
     document_mask: StrictBool = False
     """Attention does not cross document boundaries."""
+
+    def problems(self) -> Iterator[ConfigError]:
+        if self.train is None and self.mixture is None:
+            yield ConfigError("data.train is missing", "data.train", "add `train`, or `mixture`")
+        if self.train is not None and self.mixture is not None:
+            yield ConfigError(
+                "data.mixture stands in place of data.train, and both are given",
+                "data.mixture",
+                "set one of them to null",
+            )
+        names = [entry.name for entry in self.mixture or ()]
+        for name in dict.fromkeys(names):
+            if names.count(name) > 1:
+                yield ConfigError(
+                    f"{names.count(name)} sources are named {name}",
+                    "data.mixture",
+                    "give each a name of its own; they may have the same path",
+                )
+
+    @property
+    def training_paths(self) -> list[str]:
+        """Directories whose training splits are read."""
+        if self.mixture is not None:
+            return list(dict.fromkeys(entry.path for entry in self.mixture))
+        return [] if self.train is None else [self.train]
 
 
 class TrainingConfig(Section):
@@ -320,7 +353,7 @@ class TelemetryConfig(Section):
 
 
 class EvalConfig(Section):
-    """Validation during training; without data.val there is none."""
+    """Validation during training; without data.val and without a mixture there is none."""
 
     every: Count = 1000
     """Optimizer steps between evaluations; one follows the last step too."""

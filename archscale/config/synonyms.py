@@ -74,6 +74,7 @@ _NAMES: dict[Synonym, str] = {
     Synonym(
         "data.train"
     ): "dataset data_dir data_path train_data data.path data.dir data.name data.directory",
+    Synonym("data.mixture"): "datasets data_mixture dataset_mixture data.sources data.datasets",
     Synonym("data.val"): "val_data valid_data validation_data data.validation data.valid data.eval",
     Synonym("training.tokens", _STEPS): (
         "steps max_steps n_steps num_steps train_steps total_steps training_steps "

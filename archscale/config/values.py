@@ -2,6 +2,7 @@
 them in words."""
 
 import contextlib
+import re
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -101,3 +102,14 @@ def _printable(value: str) -> str:
 
 
 Text = Annotated[str, Field(min_length=1), AfterValidator(_printable)]
+
+
+def _source_name(value: Any) -> str:
+    # It ends the key of a metric, and stands in tables and on command lines.
+    if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9_.-]+", value):
+        expected = "a name of letters, digits, underscores, dots and dashes"
+        raise PydanticCustomError(EXPECTED, "", {"expected": expected})
+    return value
+
+
+SourceName = Annotated[str, BeforeValidator(_source_name)]

@@ -7,34 +7,31 @@ thread here only fetches them early, so prefetching, restarting and closing cann
 import queue
 import threading
 from collections.abc import Iterator
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 
 from archscale.config.batch import BatchSchedule
-from archscale.data.sampler import rank_numbers, sample_index
-from archscale.data.split import TokenSplit
-from archscale.errors import DataError
-
-IGNORE = -100  # the target that `cross_entropy` ignores by default
-
-Batch = tuple[torch.Tensor, torch.Tensor]  # inputs, targets: int64 [B, T] each
+from archscale.data.sampler import rank_numbers
+from archscale.data.training_data import TrainingData
 
 
-def _windows(split: TokenSplit, indices: np.ndarray) -> Batch:
-    """inputs, targets int64 [len(indices), T]. An id outside the vocabulary would index past the
-    embedding: DataError."""
-    block = np.stack([split.sample(i) for i in indices.tolist()])
-    highest = int(block.max())
-    if highest >= split.vocab_size:
-        raise DataError(
-            f"token id {highest} in split {split.split!r} is outside the vocabulary of"
-            f" {split.vocab_size}",
-            str(split.path),
-            "run `archscale data verify` on it; the dataset changed or is damaged",
-        )
-    tokens = torch.from_numpy(block)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+class Batch(NamedTuple):
+    """A micro-batch: what the model reads, and the token that follows each.
+
+    Attributes:
+        inputs, targets: int64 [B, T].
+    """
+
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+    @classmethod
+    def of_windows(cls, block: np.ndarray) -> Self:
+        """Of windows int64 [B, T + 1]."""
+        tokens = torch.from_numpy(block)
+        return cls(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
 
 
 class Loader:
@@ -44,8 +41,7 @@ class Loader:
     Starting at step 10^9 costs what starting at 0 costs.
 
     Args:
-        split: windows to train on.
-        seed: of the order.
+        data: windows to train on, in their order.
         batches: sequences of every step, over all ranks.
         micro_batch: sequences per micro-batch and rank.
         rank, world: this process among those that see different data.
@@ -62,8 +58,7 @@ class Loader:
 
     def __init__(
         self,
-        split: TokenSplit,
-        seed: int,
+        data: TrainingData,
         batches: BatchSchedule,
         micro_batch: int,
         rank: int = 0,
@@ -73,7 +68,7 @@ class Loader:
     ):
         for size in batches.sizes:
             rank_numbers(0, size, rank, world, micro_batch)  # refuse before a thread exists
-        self.split, self.seed, self._schedule = split, seed, batches
+        self.data, self._schedule = data, batches
         self.rank, self.world, self.micro_batch = rank, world, micro_batch
         self.step = start_step
         self._queue: queue.Queue[list[Batch] | BaseException] = queue.Queue(maxsize=ahead)
@@ -86,8 +81,7 @@ class Loader:
     def batches(self, step: int) -> list[Batch]:
         """What this rank trains on in `step`: a pure function."""
         numbers = rank_numbers(*self._schedule.at(step), self.rank, self.world, self.micro_batch)
-        indices = sample_index(self.seed, numbers, self.split.num_samples)
-        return [_windows(self.split, row) for row in indices]
+        return [Batch.of_windows(self.data.windows(row)) for row in numbers]
 
     def _work(self, step: int) -> None:
         while not self._stop.is_set():
@@ -128,31 +122,3 @@ class Loader:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def validation_batches(
-    split: TokenSplit, batches: int, batch_size: int, rank: int = 0, world: int = 1
-) -> Iterator[Batch]:
-    """The first `batches * batch_size` windows of the split, or all if there are fewer, in order,
-    over the ranks.
-
-    Every window is yielded by exactly one rank. Every rank yields the same number of batches of the
-    same shape, so that collectives line up; rows without a window have all targets -100, so sum the
-    loss and divide by the number of targets that are not, over all ranks.
-
-    Args:
-        batches, batch_size: how many windows, and how many of them (B) make a batch.
-
-    Yields:
-        inputs, targets: int64 [B, T].
-    """
-    total = min(batches * batch_size, split.num_samples)
-    for first in range(0, total, batch_size * world):
-        # may lie past the end: then this rank pads the whole batch
-        begin = first + rank * batch_size
-        indices = np.arange(begin, min(begin + batch_size, total))
-        inputs = torch.full((batch_size, split.context), split.eos_id, dtype=torch.int64)
-        targets = torch.full((batch_size, split.context), IGNORE, dtype=torch.int64)
-        if len(indices):
-            inputs[: len(indices)], targets[: len(indices)] = _windows(split, indices)
-        yield inputs, targets

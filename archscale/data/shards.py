@@ -22,6 +22,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from archscale.data.missing import how_to_make
+from archscale.data.places import Place, Tokens, locate, map_tokens, read_start
 from archscale.errors import DataError, explain_os_error
 from archscale.files import sync
 
@@ -47,7 +48,7 @@ AGAIN = (
     " directory"
 )
 DAMAGED = f"copy the file again from where it is whole, or prepare anew: {AGAIN}"
-_GIVE_PREPARED = "give the directory of a prepared data set, as `archscale data prepare` makes it"
+GIVE_PREPARED = "give the directory of a prepared data set, as `archscale data prepare` makes it"
 
 
 class ShardHeader(NamedTuple):
@@ -150,13 +151,11 @@ class ShardWriter:
             self.abort()
 
 
-def read_header(path: str | Path) -> ShardHeader:
+def read_header(path: str | Place) -> ShardHeader:
     """The header of a shard, its size held against it. DataError if the file is missing, foreign,
     damaged, truncated."""
     try:
-        with open(path, "rb") as file:
-            raw = file.read(HEADER_BYTES)
-            size = os.fstat(file.fileno()).st_size
+        raw, size = read_start(locate(path), HEADER_BYTES)
     except OSError as error:
         cause, remedy = explain_os_error(error, DAMAGED)
         raise DataError(f"cannot read the shard: {cause}", str(path), remedy) from error
@@ -182,21 +181,22 @@ def read_header(path: str | Path) -> ShardHeader:
     return ShardHeader(DTYPES[code], tokens, max_id, fingerprint.hex(), checksum.hex())
 
 
-def open_shard(path: str | Path) -> np.ndarray:
-    """The tokens of a shard, memory-mapped and read-only: [tokens] uint16 or uint32. Errors as
-    `read_header`."""
-    header = read_header(path)
-    if header.tokens == 0:  # an empty file region cannot be mapped
-        return np.empty(0, header.dtype)
-    return np.memmap(
-        path, dtype=header.dtype, mode="r", offset=HEADER_BYTES, shape=(header.tokens,)
-    )
+def open_shard(path: str | Place) -> Tokens:
+    """The tokens of a shard, [tokens] uint16 or uint32; of a local one memory-mapped and read-only.
+    Errors as `read_header`."""
+    return map_shard(path, read_header(path))
 
 
-def verify_shard(path: str | Path) -> ShardHeader:
+def map_shard(path: str | Place, header: ShardHeader) -> Tokens:
+    """As `open_shard`, for a header that is known."""
+    return map_tokens(locate(path), header.dtype, HEADER_BYTES, header.tokens, verify_shard)
+
+
+def verify_shard(path: str | Place) -> ShardHeader:
     """Reads the whole shard: its checksum and its highest id must be those of the header, else
     DataError."""
-    header, tokens = read_header(path), open_shard(path)
+    header = read_header(path)
+    tokens = map_shard(path, header)
     digest, max_id, step = hashlib.sha256(), 0, _CHUNK // header.dtype.itemsize
     for start in range(0, header.tokens, step):
         chunk = tokens[start : start + step]
@@ -255,11 +255,11 @@ class Manifest(_Entry):
     dropped: dict[str, int]
 
 
-def read_manifest(directory: str | Path) -> Manifest:
+def read_manifest(directory: str | Place) -> Manifest:
     """The manifest of a dataset directory. DataError if the directory is missing, half prepared or
     foreign."""
-    directory = Path(directory)
-    if not directory.is_dir():
+    directory = locate(directory)
+    if isinstance(directory, Path) and not directory.is_dir():
         raise DataError(
             "no data set", str(directory), f"{how_to_make(directory)}, or correct the path"
         )
@@ -268,9 +268,9 @@ def read_manifest(directory: str | Path) -> Manifest:
         raw = json.loads(path.read_bytes())
     except FileNotFoundError as error:
         problem = f"this directory is not a prepared data set: it has no {MANIFEST}"
-        raise DataError(problem, str(directory), _GIVE_PREPARED) from error
+        raise DataError(problem, str(directory), GIVE_PREPARED) from error
     except OSError as error:
-        cause, remedy = explain_os_error(error, _GIVE_PREPARED)
+        cause, remedy = explain_os_error(error, GIVE_PREPARED)
         raise DataError(f"cannot read the manifest: {cause}", str(path), remedy) from error
     except ValueError as error:
         raise DataError(f"the manifest is not JSON: {error}", str(path), DAMAGED) from error
@@ -278,7 +278,7 @@ def read_manifest(directory: str | Path) -> Manifest:
     if version != DATASET_VERSION:
         problem = f"dataset format {version}, but this archscale reads {DATASET_VERSION}"
         remedy = (
-            f"use the archscale that wrote it, or this one: {AGAIN}" if version else _GIVE_PREPARED
+            f"use the archscale that wrote it, or this one: {AGAIN}" if version else GIVE_PREPARED
         )
         raise DataError(problem, str(path), remedy)
     try:
@@ -286,4 +286,4 @@ def read_manifest(directory: str | Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         problem = f"foreign manifest: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-        raise DataError(problem, str(path), _GIVE_PREPARED) from error
+        raise DataError(problem, str(path), GIVE_PREPARED) from error

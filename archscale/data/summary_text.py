@@ -26,20 +26,22 @@ def render(summary: Mapping[str, Any]) -> str:
     facts = {
         key.replace("_", " "): _text(value) for key, value in summary.items() if key not in _DETAILS
     }
-    facts["documents left out"] = ", ".join(
-        f"{count:,} {reason}" for reason, count in summary["dropped"].items()
-    )
+    if "dropped" in summary:
+        facts["documents left out"] = ", ".join(
+            f"{count:,} {reason}" for reason, count in summary["dropped"].items()
+        )
     lines = _aligned([[key, value] for key, value in facts.items()])
     splits = [name for name in summary if name in SPLITS]
-    cells = [[name, *(_text(summary[name][key]) for key in COLUMNS)] for name in splits]
-    lines += ["", *_aligned([["split", *COLUMNS.values()], *cells], numbers=True)]
+    columns = {key: name for key, name in COLUMNS.items() if key in summary[splits[0]]}
+    cells = [[name, *(_text(summary[name][key]) for key in columns)] for name in splits]
+    lines += ["", *_aligned([["split", *columns.values()], *cells], numbers=True)]
     if "recipe" in summary:
         rows = [[f"  {key}", value] for key, value in _dotted(summary["recipe"])]
         lines += ["", "recipe", *_aligned(rows)]
     if "excerpt" in summary:
         lines += [
             "",
-            "the training split begins",
+            f"the {'training' if splits[0] == SPLITS[0] else splits[0]} split begins",
             *(f"  {line}" for line in summary["excerpt"].splitlines()),
         ]
     return "\n".join(lines)
@@ -123,6 +125,8 @@ def _dotted(tree: Any, key: str = "") -> list[tuple[str, str]]:
 
 
 def _text(value: Any) -> str:
+    if value is None:
+        return "unknown"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

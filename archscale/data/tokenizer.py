@@ -6,6 +6,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from archscale.data.huggingface_tokenizer import JSON_FILE, HuggingFaceTokenizer, from_hub
+from archscale.data.places import Place, locate
 from archscale.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from archscale.data.shards import AGAIN, MANIFEST, TokenizerEntry, read_manifest
 from archscale.data.tokenizer_base import Tokenizer
@@ -26,7 +27,7 @@ _DESCRIPTION = "kept.json"  # beside the file of a kept tokenizer: a TokenizerEn
 _COPY = "copy the file again from where it is whole"
 
 
-def load_tokenizer(path: str | Path, kind: str | None = None, eos: str | None = None) -> Tokenizer:
+def load_tokenizer(path: str | Place, kind: str | None = None, eos: str | None = None) -> Tokenizer:
     """The tokenizer of a dataset directory, of a `.model` or `.json` file, or of the Hugging Face
     hub.
 
@@ -41,7 +42,7 @@ def load_tokenizer(path: str | Path, kind: str | None = None, eos: str | None = 
         DataError: missing, foreign, without an end-of-document token, not the one the dataset was
             made with, or its package is not installed.
     """
-    local = Path(path)
+    local = locate(path)
     configured = any((local / name).is_file() for name in _CONFIGS)
     if kind != "sentencepiece" and (local / JSON_FILE).is_file() and not configured:
         local /= JSON_FILE  # transformers 4 loads no directory without a configuration
@@ -62,18 +63,18 @@ def load_tokenizer(path: str | Path, kind: str | None = None, eos: str | None = 
     raise DataError("no tokenizer there", str(path), remedy)
 
 
-def keep_tokenizer(dataset: str | Path, directory: Path) -> None:
-    """Copies the tokenizer of a dataset into a directory of its own, each file whole or not at all.
-
-    Raises:
-        DataError: the dataset's own file is missing or another one.
-    """
-    entry = read_manifest(dataset).tokenizer
-    content = _read(entry, Path(dataset) / entry.file, f"{_COPY}, or prepare anew: {AGAIN}")
-    kept = entry.model_copy(update={"file": Path(entry.file).name})
+def keep_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Writes a tokenizer into a directory of its own, each file whole or not at all."""
+    entry = TokenizerEntry(
+        kind=tokenizer.kind,
+        file=tokenizer.file,
+        fingerprint=tokenizer.fingerprint,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+    )
     directory.mkdir(exist_ok=True)
-    write_atomically(directory / kept.file, content)
-    write_atomically(directory / _DESCRIPTION, kept.model_dump_json(indent=2))
+    write_atomically(directory / entry.file, tokenizer.content)
+    write_atomically(directory / _DESCRIPTION, entry.model_dump_json(indent=2))
 
 
 def load_kept_tokenizer(directory: Path) -> Tokenizer | None:
@@ -96,7 +97,7 @@ def load_kept_tokenizer(directory: Path) -> Tokenizer | None:
     return _recorded(entry, directory / entry.file, _COPY)
 
 
-def _read(entry: TokenizerEntry, path: Path, remedy: str) -> bytes:
+def _read(entry: TokenizerEntry, path: Place, remedy: str) -> bytes:
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -107,7 +108,7 @@ def _read(entry: TokenizerEntry, path: Path, remedy: str) -> bytes:
     return content
 
 
-def _recorded(entry: TokenizerEntry, path: Path, remedy: str, eos: str | None = None) -> Tokenizer:
+def _recorded(entry: TokenizerEntry, path: Place, remedy: str, eos: str | None = None) -> Tokenizer:
     content = _read(entry, path, remedy)
     kinds = {"sentencepiece": SentencePieceTokenizer, "huggingface": HuggingFaceTokenizer}
     if entry.kind not in kinds:

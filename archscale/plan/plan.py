@@ -12,17 +12,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from archscale.config import Config
+from archscale.data.training_data import training_sources
 from archscale.errors import ConfigError
 from archscale.plan import counting
 from archscale.plan import transfer as transfers
 from archscale.plan.devices import Device
 from archscale.plan.memory import Execution, Memory, checkpoint_bytes, communication, memory
+from archscale.plan.passes import SourceTokens, data_figures, many_passes
 from archscale.plan.text import size
 from archscale.plan.transfer import Transfer
 from archscale.rules import RULES
 
-# Over the data; up to there repeated text is about as good as new text (arXiv 2305.16264).
-MANY_PASSES = 4
 PADDING = 128  # a multiple that matrix units like for the vocabulary
 INITIALIZATION = {
     "matrix": "U(±1/√fan_in)",
@@ -75,7 +75,7 @@ def make_plan(
     device: Device | None = None,
     mfu: float = 0.4,
     compare: Sequence[Device] = (),
-    data_tokens: int | None = None,
+    sources: Sequence[SourceTokens] = (),
 ) -> Plan:
     """The plan of `config` on `world_size` devices.
 
@@ -83,12 +83,12 @@ def make_plan(
         device: what it will run on; a plan that does not fit into its memory is a problem.
         mfu: share of the peak that training is assumed to reach.
         compare: further devices whose time and fit are worth knowing.
-        data_tokens: tokens of the training split; None where it is not known, as before the data
-            set is prepared.
+        sources: of the training data; empty where nothing is known of them.
     """
     plan = Plan(config, world_size, device)
     untransferable = list(transfers.problems(config.parameterization, config.optimizer))
     plan.problems += [*config.unavailable(), *untransferable]
+    _attempt(plan, lambda: training_sources(config.data))
     plan.shard = shard = _attempt(plan, lambda: config.shard_size(world_size))
     accumulation = _attempt(plan, lambda: config.accumulation(world_size))
     if config.model.vocab_size is None:
@@ -121,7 +121,9 @@ def make_plan(
     plan.transfer = transfer = None if untransferable else transfers.transfer_of(config)
     plan.figures["parameterization"] = _parameterization(config, transfer)
     plan.figures["training"] = _training(config, world_size, accumulation)
-    plan.figures["data"] = _data(plan, data_tokens)
+    plan.figures["data"] = data = data_figures(sources, plan.figures["training"]["trained_tokens"])
+    if advice := many_passes(config, data):
+        plan.advice.append(advice)
     if accumulation is None and config.model.moe and config.model.moe.counts_first:
         return plan  # what the counting pass costs follows from the accumulation
     plan.figures["flops"] = flops = _flops(config, accumulation or 1)
@@ -238,25 +240,6 @@ def _training(config: Config, world_size: int, accumulation: int | None) -> dict
         "accumulation": accumulation,
         "schedule": config.schedule.model_dump(),
     }
-
-
-def _data(plan: Plan, tokens: int | None) -> dict[str, Any]:
-    """Passes of the run over its training split, with advice where they are many."""
-    config, trained = plan.config, plan.figures["training"]["trained_tokens"]
-    passes = None if tokens is None else trained / tokens
-    if tokens is not None and passes is not None and passes >= MANY_PASSES:
-        batch = config.batch_tokens
-        fewer = (MANY_PASSES * tokens - 1) // batch * batch
-        less = f", or set training.tokens to at most {fewer}" if fewer else ""
-        plan.advice.append(
-            ConfigError(
-                f"the run passes {passes:,.3g} times over its {tokens:,} tokens of data: repeated"
-                " text teaches less than new text, and the validation loss may rise",
-                "training.tokens",
-                f"prepare more text{less}",
-            )
-        )
-    return {"tokens": tokens, "passes": passes}
 
 
 def _flops(config: Config, accumulation: int) -> dict[str, Any]:

@@ -3,12 +3,14 @@ train` checks first."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from fractions import Fraction
 
 from archscale.config import Config
-from archscale.data.shards import read_manifest
+from archscale.data.stored import check_document_mask, describe
+from archscale.data.training_data import Vocabulary, shared_vocabulary, training_sources
 from archscale.errors import ConfigError, DataError
 from archscale.plan.devices import DEVICES, Device
+from archscale.plan.passes import SourceTokens
 from archscale.plan.plan import Plan, make_plan
 
 
@@ -25,31 +27,58 @@ def plan_config(
     if world_size is None:
         shard = config.parallel.shard
         world_size = config.parallel.replicate * (1 if shard == "auto" else shard)
-    missing: ConfigError | None = None
-    data_tokens: int | None = None
-    try:
-        manifest = read_manifest(Path(config.data.train))
-        config = config.with_vocab(manifest.tokenizer.vocab_size)
-        if "train" in manifest.splits:
-            data_tokens = manifest.splits["train"].tokens
-    except DataError as error:
-        remedy = (
-            error.remedy if config.model.vocab_size else f"{error.remedy}, or give model.vocab_size"
-        )
-        missing = ConfigError(error.what, error.where, remedy)
+    sources, vocabularies, missing = _read_manifests(config)
+    if vocabularies:
+        config = config.with_vocab(vocabularies[0].size)
     plan = make_plan(
         config,
         world_size=world_size,
         device=device,
         mfu=mfu,
         compare=() if device else tuple(DEVICES.values()),
-        data_tokens=data_tokens,
+        sources=sources,
     )
+    if vocabularies:
+        try:
+            shared_vocabulary(vocabularies)
+            for vocabulary in vocabularies:
+                check_document_mask(config.data, vocabulary.eos_id)
+        except ConfigError as problem:
+            plan.problems.append(problem)
     if missing and config.model.vocab_size:
-        plan.advice.insert(0, missing)  # a plan needs no data, training will
+        plan.advice[:0] = missing  # a plan needs no data, training will
     elif missing:
-        plan.problems = [missing, *(p for p in plan.problems if p.where != "model.vocab_size")]
+        first = missing[0]
+        if "model.vocab_size" not in first.remedy:
+            remedy = f"{first.remedy}, or give model.vocab_size"
+            missing[0] = ConfigError(first.what, first.where, remedy)
+        others = [problem for problem in plan.problems if problem.where != "model.vocab_size"]
+        plan.problems = [*missing, *others]
     return plan
+
+
+def _read_manifests(
+    config: Config,
+) -> tuple[list[SourceTokens], list[Vocabulary], list[ConfigError]]:
+    """What is known of the training data: its sources, their vocabularies, and what is missing."""
+    sources: list[SourceTokens] = []
+    vocabularies: list[Vocabulary] = []
+    missing: dict[str, ConfigError] = {}
+    try:
+        chosen = training_sources(config.data)
+    except ConfigError:
+        return [], [], []  # a problem that the plan lists
+    period = sum(source.part for source in chosen)
+    for source in chosen:
+        tokens = None
+        try:
+            facts = describe(source.path, config.data.tokenizer, config.model.vocab_size)
+            vocabularies.append(Vocabulary.of_facts(source, facts))
+            tokens = facts.tokens.get("train")
+        except DataError as error:
+            missing[source.path] = ConfigError(error.what, error.where, error.remedy)
+        sources.append(SourceTokens(source.name, Fraction(source.part, period), tokens))
+    return sources, vocabularies, list(missing.values())
 
 
 def refuse(plan: Plan) -> None:

@@ -22,6 +22,8 @@ def render(plan: Mapping[str, Any]) -> str:
             _transfer_rows(f["parameterization"]),
         )
         section("training", _training_rows(f))
+        if rows := mixture_rows(f["data"]):
+            section("data mixture", rows)
     if "flops" in f:
         section("FLOPs", _flops_rows(f["flops"]))
     if "memory" in f:
@@ -170,9 +172,31 @@ def _ratio(value: float) -> str:
 
 
 def _data_row(data: Mapping[str, Any]) -> str:
-    if data["tokens"] is None:
-        return "tokens and passes not known: there is no data set yet"
+    mixed = mixture_rows(data)
+    if data["passes"] is None:
+        return (
+            "see the mixture" if mixed else "tokens and passes not known: there is no data set yet"
+        )
+    if mixed:
+        return f"{data['tokens']:,} tokens in a mixture of {len(mixed)}"
     return f"{data['tokens']:,} tokens, passed {data['passes']:,.3g} times"
+
+
+def mixture_rows(data: Mapping[str, Any]) -> dict[str, str]:
+    """For each source of a mixture its share of the run and its passes; empty for `data.train`."""
+    rows = {}
+    for source in data["sources"]:
+        if source["name"] is None:
+            continue
+        passes = (
+            "passes not known, there is no data set yet"
+            if source["passes"] is None
+            else f"{source['passes']:,.3g} passes over its {source['tokens']:,}"
+        )
+        rows[source["name"]] = (
+            f"{source['share']:.4g} of the run, {source['drawn']:,} tokens: {passes}"
+        )
+    return rows
 
 
 def _flops_rows(f: dict[str, Any]) -> dict[str, str]:

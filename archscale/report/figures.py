@@ -138,13 +138,15 @@ def _add_flattening(metrics: _Metrics, stem: str) -> None:
 
 
 def _groups(metrics: _Metrics) -> Iterator[tuple[list[str], Key]]:
-    """Keys that share a chart: mean, smallest and largest of one quantity; the losses have figures
-    of their own."""
+    """Keys that share a chart: mean, smallest and largest of one quantity, a loss of all sources;
+    the losses of the run have figures of their own."""
     grouped: dict[str, list[str]] = {}
     for name in metrics.lines:
         if name not in ("loss", "val_loss"):
-            metric, statistic = metrics.keys[name].known
+            key = metrics.keys[name]
+            metric, statistic = key.known
             stem = name.removesuffix(f"_{statistic}") if metric and statistic else name
+            stem = f"{key.metric}/" if key.source else stem
             grouped.setdefault(stem, []).append(name)
     for keys in grouped.values():
         keys.sort(key=lambda name: ("mean", "min", "max", "").index(metrics.keys[name].known[1]))
@@ -154,7 +156,7 @@ def _groups(metrics: _Metrics) -> Iterator[tuple[list[str], Key]]:
 def _titles(keys: Sequence[str], key: Key) -> tuple[str, str]:
     """(title, definition)."""
     metric, _ = key.known
-    if len(keys) == 1 or metric is None:
+    if len(keys) == 1 or metric is None or key.source:
         return key.title, key.definition
     return metric.title, f"{metric.definition}; mean and extremes over matrices"
 
@@ -164,12 +166,13 @@ def _lines(metrics: _Metrics, keys: Sequence[str], runs: Sequence[str]) -> list[
     lines = []
     for place, key in enumerate(keys):
         statistic = key.rpartition("_")[2] if len(keys) > 1 else ""
+        curve = metrics.keys[key].source or statistic
         for run, series in enumerate(metrics.lines[key]):
             if series is None:
                 continue
-            name, color, dash = statistic or key, place, 0
+            name, color, dash = curve or key, place, 0
             if len(runs) > 1:
-                name, color, dash = f"{runs[run]} {statistic}".strip(), run, place
+                name, color, dash = f"{runs[run]} {curve}".strip(), run, place
             lines.append(Line(name, run, series.steps, series.values, color=color, dash=dash))
     return lines
 

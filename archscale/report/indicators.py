@@ -138,13 +138,15 @@ class Key:
     """A metrics key taken apart: `stability/layer_03/attention_z` is metric attention_z of element
     layer_03.
 
-    `pattern` has `*` in place of the element; the key is `pattern.replace("*", element)`.
+    `pattern` has `*` in place of the element; the key is `pattern.replace("*", element)`. `source`
+    is that of a data mixture: `val_loss/web` is metric val_loss of web.
     """
 
     section: str
     pattern: str
     element: str | None
     metric: str
+    source: str = ""
 
     @property
     def known(self) -> tuple[Metric | None, str]:
@@ -160,7 +162,8 @@ class Key:
         title = metric.title if metric else self.metric.replace("_", " ")
         title += f", {STATISTICS[statistic]}" if metric and statistic else ""
         gradient = "gradient/" in self.pattern and "gradient" not in self.metric
-        return title + (" of the gradient" if gradient else "")
+        by_source = " by source of the data mixture" if self.source else ""
+        return title + (" of the gradient" if gradient else "") + by_source
 
     @property
     def definition(self) -> str:
@@ -177,6 +180,8 @@ class Key:
 
 def parse_key(key: str) -> Key:
     *above, metric = key.split("/")
+    if len(above) == 1 and above[0] in BY_NAME and BY_NAME[above[0]].section == "loss":
+        return Key("loss", key, None, above[0], metric)
     section = above[0] if above else BY_NAME[key].section if key in BY_NAME else "other"
     section = section if section in SECTIONS else "other"
     if len(above) > 1 and above[-1] not in _QUALIFIERS:

@@ -17,8 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from archscale.data.loader import Batch
 from archscale.data.sampler import sample_index
 from archscale.data.split import TokenSplit
+from archscale.data.training_data import read_windows
 from archscale.errors import ConfigError
 from archscale.model import Transformer, initialize
 from archscale.optim import MatrixOptimizer, Rule
@@ -29,7 +31,6 @@ RULES = {  # without shape factor: W ← W − η Q is the step of the theorem
     "muon": Rule("study_muon", shape="one"),
     "sgd": Rule("study_sgd", direction="momentum"),
 }
-Batch = tuple[Tensor, Tensor]  # inputs and targets (B, T)
 
 
 class View(NamedTuple):
@@ -88,8 +89,7 @@ class Language:
     def _windows(self, split: TokenSplit, number: int) -> Batch:
         numbers = np.arange(self.settings.batch, dtype=np.int64) + number * self.settings.batch
         windows = sample_index(self.seed, numbers, split.num_samples)
-        block = torch.from_numpy(np.stack([split.sample(int(i)) for i in windows]))
-        return block[:, :-1].contiguous(), block[:, 1:].contiguous()
+        return Batch.of_windows(read_windows(split, windows))
 
     def logits(self, inputs: Tensor) -> Tensor:
         """(N, V); can be differentiated twice, unlike the fused attention kernels."""

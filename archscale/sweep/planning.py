@@ -8,7 +8,7 @@ from pathlib import Path
 
 from archscale.checkpoint.history import other_trajectory
 from archscale.config import load_config
-from archscale.data.shards import read_manifest
+from archscale.data.stored import describe
 from archscale.errors import ArchscaleError, ConfigError, DataError
 from archscale.files import CONFIG, METRICS, newest_step
 from archscale.fit.groups import text_of
@@ -74,20 +74,22 @@ def plan_runs(
         ConfigError: one cannot be planned, or its directory holds another run; the line names its
             values.
     """
-    vocabularies: dict[str, int | ArchscaleError] = {}
+    vocabularies: dict[tuple[str, str | None, int | None], int | ArchscaleError] = {}
     planned_runs, problems = [], []
     for run in grid.runs() if runs is None else runs:
-        config, data = run.config, run.config.data.train
-        for part in filter(None, (data, run.config.data.val)):
-            if part not in vocabularies:
-                vocabularies[part] = _vocabulary(part)
-            if isinstance(error := vocabularies[part], ArchscaleError) and (
+        config, data = run.config, run.config.data
+        given = data.tokenizer, config.model.vocab_size
+        for path in filter(None, (*data.training_paths, data.val)):
+            if (path, *given) not in vocabularies:
+                vocabularies[path, *given] = _vocabulary(path, *given)
+            if isinstance(error := vocabularies[path, *given], ArchscaleError) and (
                 data_needed or not config.model.vocab_size
             ):
                 raise error
         try:
-            if isinstance(vocabulary := vocabularies[data], int):
-                config = config.with_vocab(vocabulary)
+            for path in data.training_paths:
+                if isinstance(vocabulary := vocabularies[path, *given], int):
+                    config = config.with_vocab(vocabulary)
             plan = make_plan(config, world_size=grid.content.processes, device=device)
             if plan.problems:
                 raise plan.problems[0]
@@ -102,9 +104,9 @@ def plan_runs(
     return planned_runs
 
 
-def _vocabulary(data: str) -> int | ArchscaleError:
+def _vocabulary(path: str, tokenizer: str | None, vocab_size: int | None) -> int | ArchscaleError:
     try:
-        return read_manifest(Path(data)).tokenizer.vocab_size
+        return describe(path, tokenizer, vocab_size).vocab_size
     except DataError as error:
         return error
 

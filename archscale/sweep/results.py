@@ -132,10 +132,21 @@ def check_fits(grid: Grid, configs: Sequence[Config]) -> None:
 
 
 def _check_validation(y: str, rows: Sequence[Mapping[str, Cell]], where: str) -> None:
-    if y.startswith("val_") and any(row["data.val"] is None for row in rows):
-        raise ConfigError(
-            f"no {y} without data.val", where, "give data.val in the base, or use the loss"
-        )
+    """Whether every run could have this metric. Which sources of a mixture have a validation split,
+    their data tell."""
+    if not y.startswith("val_"):
+        return
+    for row in rows:
+        mixture = row["data.mixture"]
+        names = [entry["name"] for entry in json.loads(str(mixture))] if mixture else []
+        _, _, name = y.partition("/")
+        if name and name not in names:
+            remedy = f"give one of {', '.join(names)}" if names else "give data.mixture in the base"
+            raise ConfigError(f"no {y} without a source {name} of data.mixture", where, remedy)
+        if not name and row["data.val"] is None and not names:
+            raise ConfigError(
+                f"no {y} without data.val", where, "give data.val in the base, or use the loss"
+            )
 
 
 def _check_counts(

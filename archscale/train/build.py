@@ -29,7 +29,7 @@ DTYPES = {
 }
 
 
-def build_model(config: Config, eos_id: int, transfer: Transfer) -> Transformer:
+def build_model(config: Config, eos_id: int | None, transfer: Transfer) -> Transformer:
     """The model of a resolved config, on the current default device."""
     return Transformer(
         config.model,
@@ -65,7 +65,7 @@ def _deepspeed_config(config: Config) -> dict[str, Any]:
 
 
 def build_engine(
-    config: Config, eos_id: int, transfer: Transfer, device: torch.device, shard: int
+    config: Config, eos_id: int | None, transfer: Transfer, device: torch.device, shard: int
 ) -> Engine:
     """The engine of a resolved config, with an initialized model.
 

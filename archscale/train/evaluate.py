@@ -1,42 +1,108 @@
-"""Validation loss: mean nats per token over the first windows of the validation split, the same on
+"""Validation loss: mean nats per token over the first windows of each validation split, the same on
 any number of ranks."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from archscale.distributed import all_reduce
+from archscale.data.validation import ValidationSet, validation_batches
+from archscale.distributed import all_reduce, rank, world_size
 from archscale.model.loss import IGNORE
 from archscale.parallel.engine import Engine
+
+
+class HeldOut(NamedTuple):
+    """What a model makes of one validation split.
+
+    Attributes:
+        loss: nats per token.
+        bytes_per_token: UTF-8 bytes of the text; None where it is not known what text the tokens
+            stand for.
+    """
+
+    loss: float
+    bytes_per_token: float | None
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        return self.bytes_per_token and self.loss / self.bytes_per_token / math.log(2)
+
+
+class Evaluation:
+    """The validation of a run, on this rank.
+
+    Args:
+        sets: what is evaluated.
+        batches, batch_size: how many batches of each, from its start, and the windows of a batch.
+    """
+
+    def __init__(
+        self, sets: Sequence[ValidationSet], batches: int, batch_size: int, device: torch.device
+    ):
+        self.sets, self.device = list(sets), device
+        self._batches, self._batch_size = batches, batch_size
+        tables = [held.split.token_bytes for held in sets]
+        self._token_bytes = [
+            None if table is None else torch.from_numpy(table.astype("int64")) for table in tables
+        ]
+
+    def metrics(self, engine: Engine) -> dict[str, float]:
+        """`val_loss` and `val_bits_per_byte` of the run, and with `/<name>` of a mixture's sources.
+
+        The run's loss is the mean of its sets' by their weights, as of a text that has these shares
+        of tokens; its bits per byte are that mean over the same text's bytes per token. Where it is
+        not known what text the tokens stand for there are no bits per byte.
+        """
+        count, size = self._batches, self._batch_size
+        results = []
+        for held, token_bytes in zip(self.sets, self._token_bytes):
+            batches = validation_batches(held.split, count, size, rank(), world_size())
+            results.append(evaluate(engine, batches, token_bytes, self.device))
+        weighted = [(held.weight, each) for held, each in zip(self.sets, results) if held.weight]
+        lengths = [
+            weight * each.bytes_per_token
+            for weight, each in weighted
+            if each.bytes_per_token is not None
+        ]
+        whole = HeldOut(
+            sum(weight * each.loss for weight, each in weighted),
+            sum(lengths) if len(lengths) == len(weighted) else None,
+        )
+        named = {f"/{held.name}": each for held, each in zip(self.sets, results) if held.name}
+        metrics = {}
+        for suffix, each in {"": whole, **named}.items():
+            metrics[f"val_loss{suffix}"] = each.loss
+            if each.bits_per_byte is not None:
+                metrics[f"val_bits_per_byte{suffix}"] = each.bits_per_byte
+        return metrics
 
 
 @torch.no_grad()
 def evaluate(
     engine: Engine,
     batches: Iterable[tuple[Tensor, Tensor]],
-    token_bytes: Tensor,
+    token_bytes: Tensor | None,
     device: torch.device,
-) -> dict[str, float]:
-    """`val_loss` (nats per token) and `val_bits_per_byte` over this rank's `batches`, reduced over
-    all ranks; without the latter where the tokens stand for no text.
+) -> HeldOut:
+    """Means over this rank's `batches`, reduced over all ranks.
 
     Args:
         batches: (inputs, targets), the same number of batches on every rank.
-        token_bytes: UTF-8 bytes that each token stands for, (V,).
+        token_bytes: UTF-8 bytes that each token stands for, (V,); None where they are not known.
     """
     sums = torch.zeros(3, device=device, dtype=torch.float64)  # nats, tokens, bytes
     for inputs, targets in batches:
         counted = targets != IGNORE
-        length = token_bytes[torch.where(counted, targets, 0)] * counted
         sums[0] += engine.forward(inputs.to(device), targets.to(device)).loss.double()
         sums[1] += counted.sum().to(device)
-        sums[2] += length.sum().to(device)
+        if token_bytes is not None:
+            length = token_bytes[torch.where(counted, targets, 0)] * counted
+            sums[2] += length.sum().to(device)
     nats, tokens, size = all_reduce(sums).tolist()
-    losses = {"val_loss": nats / tokens}
-    if size:
-        losses["val_bits_per_byte"] = nats / size / math.log(2)
-    return losses
+    # A tokenizer may turn all of a text into its unknown token, which stands for no byte.
+    return HeldOut(nats / tokens, size / tokens if size else None)

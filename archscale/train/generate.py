@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from archscale.checkpoint.directory import read_state
 from archscale.checkpoint.saving import load_checkpoint
 from archscale.config import Config, load_config
-from archscale.data.shards import read_manifest
-from archscale.data.tokenizer import Tokenizer, load_kept_tokenizer, load_tokenizer
+from archscale.data.stored import run_tokenizer
+from archscale.data.tokenizer import Tokenizer, load_kept_tokenizer
 from archscale.distributed import fragment
 from archscale.errors import CheckpointError, DataError
 from archscale.files import CHECKPOINTS, CONFIG, TOKENIZER, checkpoint_steps, step_directory
@@ -35,28 +36,31 @@ def load_run(run_dir: Path) -> tuple[Config, Transformer, Tokenizer]:
         )
     config = load_config(run_dir / CONFIG)
     checkpoint = step_directory(run_dir / CHECKPOINTS, steps[-1])
-    tokenizer = _tokenizer_of(run_dir, config, read_state(checkpoint)["data"]["tokenizer"])
+    tokenizer = _tokenizer_of(run_dir, config, read_state(checkpoint)["data"])
     model = build_model(config, tokenizer.eos_id, transfer_of(config))
     weights = {name: fragment(parameter) for name, parameter in model.named_parameters()}
     load_checkpoint(checkpoint, weights)
     return config, model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
-def _tokenizer_of(run_dir: Path, config: Config, fingerprint: str) -> Tokenizer:
+def _tokenizer_of(run_dir: Path, config: Config, data: dict[str, Any]) -> Tokenizer:
     """The tokenizer that a run has kept, or, where it was started before runs kept theirs, that of
-    its data directory; `fingerprint` is the one that the run was trained with."""
+    its data; `data` is what the checkpoint says of them."""
+    sources = data.get("sources", {"": data}).values()
+    # A data set made elsewhere may not say which tokenizer it was made with.
+    trained_with = next((source["tokenizer"] for source in sources if source["tokenizer"]), "")
     kept = load_kept_tokenizer(run_dir / TOKENIZER)
-    place = str(run_dir / TOKENIZER) if kept else config.data.train
-    there = kept.fingerprint if kept else read_manifest(place).tokenizer.fingerprint
-    if there != fingerprint:
+    tokenizer = kept or run_tokenizer(config.data)
+    if trained_with and tokenizer.fingerprint != trained_with:
         raise DataError(
-            f"tokenizer {there[:12]} is there, but the run was trained with {fingerprint[:12]}",
-            place,
+            f"tokenizer {tokenizer.fingerprint[:12]} is there, but the run was trained with"
+            f" {trained_with[:12]}",
+            str(run_dir / TOKENIZER) if kept else config.data.training_paths[0],
             "copy the run's own back to there"
             if kept
-            else f"name a data directory that has it as data.train in {run_dir / CONFIG}",
+            else f"name a data directory that has it in {run_dir / CONFIG}",
         )
-    return kept or load_tokenizer(place)
+    return tokenizer
 
 
 @torch.no_grad()

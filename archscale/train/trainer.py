@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from archscale.checkpoint.directory import discard_after, newest_valid
 from archscale.checkpoint.history import choose_checkpoint, identity
 from archscale.checkpoint.saving import load_checkpoint, save_checkpoint
 from archscale.config import Config, dump_config
-from archscale.data.loader import Loader, validation_batches
-from archscale.data.split import TokenSplit
+from archscale.data.loader import Loader
+from archscale.data.stored import check_document_mask, run_tokenizer
 from archscale.data.tokenizer import keep_tokenizer
+from archscale.data.training_data import TrainingData, open_training_data
+from archscale.data.validation import ValidationSet, validation_sets
 from archscale.errors import ConfigError, DataError, TrainingError
 from archscale.files import (
     CHECKPOINTS,
@@ -40,9 +43,10 @@ from archscale.files import (
 from archscale.optim.roles import assign_roles
 from archscale.optim.schedule import lr_multiplier
 from archscale.plan.devices import this_device
+from archscale.plan.passes import source_tokens
 from archscale.plan.plan import Plan, make_plan
 from archscale.plan.preflight import refuse
-from archscale.plan.text import counting_pass_share
+from archscale.plan.text import counting_pass_share, mixture_rows
 from archscale.telemetry.guard import Guard
 from archscale.telemetry.tracking import check_wandb
 from archscale.train.build import (
@@ -52,7 +56,7 @@ from archscale.train.build import (
     cpp_compiler,
     manifest,
 )
-from archscale.train.evaluate import evaluate
+from archscale.train.evaluate import Evaluation
 from archscale.train.readings import FallBack, Judgement, Readings
 from archscale.train.record import Recorder
 from archscale.train.step import Supervision, train_step
@@ -71,13 +75,15 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
         ArchscaleError: user errors, before the first step wherever that can be known.
     """
     world = distributed.launched_world_size()
-    data = TokenSplit(config.data.train, "train", config.model.context)
-    validation = _validation_split(config, data)
+    data = open_training_data(
+        config.data, config.model.context, config.seed, config.model.vocab_size
+    )
+    validation = validation_sets(config.data, data)
     plan = make_plan(
         config.with_vocab(data.vocab_size),
         world_size=world,
         device=this_device(),
-        data_tokens=data.num_tokens,
+        sources=source_tokens(data),
     )
     refuse(plan)  # before any process group starts
     config = plan.config
@@ -85,6 +91,7 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
         raise ConfigError(
             "there is no C++ compiler", "training.compile", "install g++, or set it to false"
         )
+    check_document_mask(config.data, data.eos_id)
     check_engine(config)
     check_wandb(config.telemetry.wandb.mode)
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
@@ -94,9 +101,9 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
     # No clean-up when something fails: a rank that failed alone would wait here for ranks that wait
     # for it elsewhere.
     source = distributed.on_rank_zero(lambda: choose_checkpoint(config, data, run_dir, resume))
-    for split in (data, validation):
-        if split is not None:
-            distributed.on_rank_zero(lambda: split.check(split.vocab_size))  # noqa: B023
+    distributed.on_rank_zero(data.check)
+    for held in validation:
+        distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
     run = Run(plan, run_dir, data, validation, device)
     summary = run.go(source)
     distributed.stop()
@@ -110,14 +117,14 @@ class Run:
         self,
         plan: Plan,
         run_dir: Path,
-        data: TokenSplit,
-        validation: TokenSplit | None,
+        data: TrainingData,
+        validation: Sequence[ValidationSet],
         device: torch.device,
     ):
         assert plan.transfer is not None, "a plan without problems has a transfer"
         assert plan.shard is not None
         self.plan, self.config, self.transfer = plan, plan.config, plan.transfer
-        self.run_dir, self.data, self.validation, self.device = run_dir, data, validation, device
+        self.run_dir, self.data, self.device = run_dir, data, device
         config = self.config
         self.batches = config.batches
         self.engine = build_engine(config, data.eos_id, self.transfer, device, plan.shard)
@@ -126,8 +133,10 @@ class Run:
         guard = config.telemetry.guard
         self.guard = None if guard.mode == "off" else Guard(**guard.model_dump())
         self._fell_back_to: int | None = None  # step that the last fall-back went to
-        if validation is not None:
-            self.token_bytes = torch.from_numpy(validation.token_bytes.astype("int64"))
+        # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
+        # the training size.
+        count = config.eval.batches * config.batch_size // config.training.micro_batch
+        self.evaluation = Evaluation(validation, count, config.training.micro_batch, device)
 
     # --- the loop
 
@@ -161,7 +170,6 @@ class Run:
         config, guard = self.config, self.guard
         loader = Loader(
             self.data,
-            config.seed,
             self.batches,
             config.training.micro_batch,
             distributed.rank(),
@@ -184,7 +192,7 @@ class Run:
                 lr = self._set_lr(step)
                 step += 1
                 last = step == config.steps
-                evaluating = self.validation is not None and (step % config.eval.every == 0 or last)
+                evaluating = bool(self.evaluation.sets) and (step % config.eval.every == 0 or last)
                 saving = step % config.checkpoint.every == 0 or last
                 reading = readings.due(step) or evaluating or saving
                 probe = readings.look(step, reading)
@@ -213,7 +221,7 @@ class Run:
                     raise FallBack(step, judged.cause)
                 lines[-1] |= arrivals.read(lines[-1]["step_seconds"])
                 if evaluating:
-                    lines[-1] |= self._evaluate()
+                    lines[-1] |= self.evaluation.metrics(self.engine)
                 recorder.write(lines)
                 # In a streak of skipped steps the weights have not changed. The last step saves all
                 # the same, so that the run counts as finished.
@@ -306,21 +314,6 @@ class Run:
             group["lr"] = self.transfer.roles[group["role"]].lr * factor
         return self.transfer.roles["matrix"].lr * factor
 
-    def _evaluate(self) -> dict[str, float]:
-        assert self.validation is not None
-        config = self.config
-        # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
-        # the training size.
-        count = config.eval.batches * config.batch_size // config.training.micro_batch
-        batches = validation_batches(
-            self.validation,
-            count,
-            config.training.micro_batch,
-            distributed.rank(),
-            distributed.world_size(),
-        )
-        return evaluate(self.engine, batches, self.token_bytes, self.device)
-
     # --- start and finish
 
     def _describe(self) -> None:
@@ -333,7 +326,7 @@ class Run:
             self.run_dir / MANIFEST, json.dumps(manifest(self.roles, self.optimizer), indent=1)
         )
         try:
-            keep_tokenizer(config.data.train, self.run_dir / TOKENIZER)
+            keep_tokenizer(run_tokenizer(config.data), self.run_dir / TOKENIZER)
         except DataError as error:  # training does without
             print(f"archscale: warning: the run keeps no tokenizer: {error}", file=sys.stderr)
         count = sum(math.prod(row.shape) for row in self.roles)
@@ -345,11 +338,20 @@ class Run:
             f" tokens on {layout}, run directory {self.run_dir}",
             flush=True,
         )
+        self._describe_mixture()
         if share := counting_pass_share(self.plan.figures["flops"]):
             print(
                 "balance over the whole batch at accumulation > 1: a counting pass adds"
                 f" {share:.1%} to the work"
             )
+
+    def _describe_mixture(self) -> None:
+        for name, row in mixture_rows(self.plan.figures["data"]).items():
+            print(f"{name}: {row}")
+        evaluated = {held.name for held in self.evaluation.sets}
+        without = [source.name for source in self.data.sources if source.name not in evaluated]
+        if self.data.mixed and without:
+            print(f"no validation split of a window, and no val_loss/<name>: {', '.join(without)}")
 
     def _summary(self, step: int, started: float, already_done: bool = False) -> dict[str, Any]:
         summary: dict[str, Any] = {
@@ -397,16 +399,3 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
-
-
-def _validation_split(config: Config, train_split: TokenSplit) -> TokenSplit | None:
-    if config.data.val is None:
-        return None
-    split = TokenSplit(config.data.val, "validation", config.model.context)
-    if split.fingerprint != train_split.fingerprint:
-        raise ConfigError(
-            "data.val was made with another tokenizer than data.train",
-            config.data.val,
-            "prepare both with one tokenizer",
-        )
-    return split

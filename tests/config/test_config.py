@@ -249,7 +249,7 @@ def test_bad_overrides(small, override):
         ("optimizer.matrix.rulee=muon", "did you mean rule?"),
         ("eval.zzz=1", "the keys here are every, batches"),
         ("model.moe.topk=4", "did you mean top_k?"),
-        ("data.mixture=[{path: a, weight: 1, wieght: 2}]", "did you mean weight?"),
+        ("data.mixture=[{name: a, path: a, weight: 1, wieght: 2}]", "did you mean weight?"),
     ],
 )
 def test_unknown_key(small, override, remedy):
@@ -338,6 +338,34 @@ def test_required_keys(tmp_path):
     assert error.what == "data.train is missing"
 
 
+MIXTURE = "[{name: a, path: d, weight: 1}, {name: b, path: d, weight: 0.5}]"
+
+
+def test_a_mixture_stands_in_place_of_train(small, tmp_path):
+    config = load_config(small, ["data.train=null", f"data.mixture={MIXTURE}"])
+    assert [entry.name for entry in config.data.mixture] == ["a", "b"]
+    assert config.data.training_paths == ["d"]
+    dump_config(config, tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("mixture", "what", "remedy"),
+    [
+        (MIXTURE, "data.mixture stands in place of data.train, and both are given", "set one of"),
+        (MIXTURE.replace("b,", "a,"), "2 sources are named a", "give each a name of its own"),
+        (MIXTURE.replace("b,", "a/b,"), "expected a name of letters, digits", "give a name of"),
+        (MIXTURE.replace("b,", "3,"), "got 3, expected a name of letters, digits", "give a name"),
+        (MIXTURE.replace("0.5", "0"), "got 0, expected a number above 0", "give a number above 0"),
+    ],
+)
+def test_mixtures_that_cannot_be(small, mixture, what, remedy):
+    train = [] if "both" in what else ["data.train=null"]
+    error = refusal(small, *train, f"data.mixture={mixture}")
+    assert what in error.what
+    assert error.remedy.startswith(remedy)
+
+
 def test_counts_the_other_problems_and_begins_with_misspelt_keys(tmp_path):
     error = refusal(write(tmp_path, "a.yaml", "nmae: a\nseed: x\ndata: {train: d}"))
     assert error.what == 'unknown key "nmae"'
@@ -351,7 +379,7 @@ def test_name_must_be_able_to_name_a_directory(small, name):
 
 # --- what does not exist yet
 
-NOT_YET_VALUES = {"checkpoint.async": "true", "data.mixture": "[{path: a, weight: 1}]"}
+NOT_YET_VALUES = {"checkpoint.async": "true"}
 
 
 @pytest.mark.parametrize("row", NOT_YET, ids=lambda row: row.key)

@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from archscale.config.batch import BatchSchedule
-from archscale.data.loader import IGNORE, Loader, validation_batches
+from archscale.data.loader import Loader
 from archscale.data.sampler import sample_index
 from archscale.data.split import TokenSplit
+from archscale.data.training_data import Source, TrainingData
+from archscale.data.validation import IGNORE, validation_batches
 from archscale.errors import DataError
 
 from .conftest import VOCAB, write_dataset
@@ -27,12 +29,17 @@ def split(dataset: Path) -> TokenSplit:
     return TokenSplit(dataset, "train", CONTEXT)
 
 
+def alone(split: TokenSplit, seed: int = 0) -> TrainingData:
+    """A split as `data.train` reads it."""
+    return TrainingData([Source("", str(split.path), 1)], [split], seed)
+
+
 def _rows(steps: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> list[torch.Tensor]:
     return [torch.cat([inputs for inputs, _ in step]) for step in steps]
 
 
 def test_batches_are_the_pure_function(split: TokenSplit) -> None:
-    with Loader(split, 3, BatchSchedule(8), 4, start_step=5) as loader:
+    with Loader(alone(split, 3), BatchSchedule(8), 4, start_step=5) as loader:
         for step in range(5, 40):  # over the end of an epoch: 111 windows
             assert loader.step == step
             batches = next(loader)
@@ -55,7 +62,7 @@ def test_the_batch_does_not_depend_on_world_or_accumulation(
 ) -> None:
     def steps(rank: int, world: int, accumulation: int) -> list[torch.Tensor]:
         with Loader(
-            split, 0, BatchSchedule(24), 24 // (world * accumulation), rank, world
+            alone(split), BatchSchedule(24), 24 // (world * accumulation), rank, world
         ) as loader:
             return _rows([next(loader) for _ in range(6)])
 
@@ -68,11 +75,11 @@ def test_the_batch_does_not_depend_on_world_or_accumulation(
 
 def test_resuming_on_another_world_continues_the_order(split: TokenSplit) -> None:
     """2 → 1 → 4 processes."""
-    with Loader(split, 0, BatchSchedule(8), 8) as straight:
+    with Loader(alone(split), BatchSchedule(8), 8) as straight:
         expected = _rows([next(straight) for _ in range(9)])
     for start, world in ((0, 2), (3, 1), (6, 4)):
         loaders = [
-            Loader(split, 0, BatchSchedule(8), 8 // world, rank, world, start_step=start)
+            Loader(alone(split), BatchSchedule(8), 8 // world, rank, world, start_step=start)
             for rank in range(world)
         ]
         for step in range(start, start + 3):
@@ -84,7 +91,10 @@ def test_resuming_on_another_world_continues_the_order(split: TokenSplit) -> Non
 
 def test_a_growing_batch_takes_every_window_once(split: TokenSplit) -> None:
     batches = BatchSchedule(12, ramp=40, stages=3)
-    with Loader(split, 0, batches, 2, 0, 2) as even, Loader(split, 0, batches, 2, 1, 2) as odd:
+    with (
+        Loader(alone(split), batches, 2, 0, 2) as even,
+        Loader(alone(split), batches, 2, 1, 2) as odd,
+    ):
         sizes, seen = [], []
         for _ in range(9):
             micro = next(even) + next(odd)
@@ -97,7 +107,7 @@ def test_a_growing_batch_takes_every_window_once(split: TokenSplit) -> None:
 
 def test_every_window_once_an_epoch(split: TokenSplit) -> None:
     n = split.num_samples  # 111 = 37 * 3
-    with Loader(split, 0, BatchSchedule(3), 3) as loader:
+    with Loader(alone(split), BatchSchedule(3), 3) as loader:
         for _ in range(2):
             rows = torch.cat(_rows([next(loader) for _ in range(n // 3)]))
             assert sorted(rows.tolist()) == sorted(split.sample(i)[:-1].tolist() for i in range(n))
@@ -105,7 +115,7 @@ def test_every_window_once_an_epoch(split: TokenSplit) -> None:
 
 def test_close_ends_the_thread_and_the_iteration(split: TokenSplit) -> None:
     before = threading.active_count()
-    loader = Loader(split, 0, BatchSchedule(4), 4)
+    loader = Loader(alone(split), BatchSchedule(4), 4)
     next(loader)
     loader.close()
     loader.close()
@@ -123,7 +133,7 @@ def test_prefetching_is_bounded(split: TokenSplit, monkeypatch: pytest.MonkeyPat
         return plain(self, step)
 
     monkeypatch.setattr(Loader, "batches", counted)
-    with Loader(split, 0, BatchSchedule(4), 4, ahead=2) as loader:
+    with Loader(alone(split), BatchSchedule(4), 4, ahead=2) as loader:
         next(loader)
         end = time.monotonic() + 10
         while len(made) < 4 and time.monotonic() < end:
@@ -134,7 +144,7 @@ def test_prefetching_is_bounded(split: TokenSplit, monkeypatch: pytest.MonkeyPat
 
 def test_an_error_in_the_thread_reaches_the_consumer(dataset: Path, split: TokenSplit) -> None:
     (dataset / "train_00002.bin").write_bytes(b"gone")
-    loader = Loader(split, 0, BatchSchedule(64), 64)
+    loader = Loader(alone(split), BatchSchedule(64), 64)
     with pytest.raises(DataError, match=r"train_00002\.bin"):
         list(itertools.islice(loader, 4))
     assert not loader._thread.is_alive()
@@ -147,7 +157,7 @@ def test_an_id_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
     manifest.write_text(manifest.read_text().replace('"vocab_size":100', '"vocab_size":99'))
     split = TokenSplit(path, "train", 33)
     with (
-        Loader(split, 0, BatchSchedule(3), 3) as loader,
+        Loader(alone(split), BatchSchedule(3), 3) as loader,
         pytest.raises(DataError, match=r"token id 99 .*vocabulary of 99 .*set"),
     ):
         next(loader)
@@ -156,7 +166,7 @@ def test_an_id_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
 def test_an_indivisible_batch_is_refused_before_a_thread_starts(split: TokenSplit) -> None:
     before = threading.active_count()
     with pytest.raises(ValueError, match="6 sequences do not divide over 4 ranks"):
-        Loader(split, 0, BatchSchedule(6), 1, 0, 4)
+        Loader(alone(split), BatchSchedule(6), 1, 0, 4)
     assert threading.active_count() == before
 
 

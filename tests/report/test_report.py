@@ -442,6 +442,26 @@ def test_values_at_the_edge_of_floating_point(tmp_path):
     assert {"loss", "a", "never", "tiny", "group/x/m", "list"} <= page.keys
 
 
+def test_the_losses_of_a_mixture_share_a_chart(tmp_path):
+    """A curve for each source, in the section of the losses, with its own name."""
+    lines = metrics(20, layers=1)
+    for line in lines:
+        for name, more in (("web", 0.1), ("code.py", 0.3)):
+            if "val_loss" in line:
+                line[f"val_loss/{name}"] = line["val_loss"] + more
+                line[f"val_bits_per_byte/{name}"] = 1.5
+    make_run(tmp_path / "a", lines)
+    (section, *_) = make_figures([read_run(tmp_path / "a")])
+    assert section.name == "loss"
+    (chart,) = [chart for chart in section.charts if "val_loss/web" in chart.keys]
+    assert chart.title == "Validation loss by source of the data mixture"
+    assert list(chart.keys) == ["val_loss/web", "val_loss/code.py"]
+    assert [line.name for line in chart.lines] == ["web", "code.py"]
+    assert chart.definition == "mean cross-entropy on held-out text; nats per token"
+    (constant,) = [row for row in section.constants if "val_bits_per_byte/web" in row.key]
+    assert constant.values == "1.5"
+
+
 def test_the_registry_and_the_readme_name_the_same_metrics():
     """Each key of the table of metrics is in the registry, and the other way round."""
     text = (ROOT / "archscale/train/README.md").read_text().partition("| key | meaning | in |")[2]

@@ -443,3 +443,37 @@ def test_fits_are_checked_before_any_run(tmp_path, keys, why):
     with pytest.raises(ConfigError, match=why) as caught:
         check_fits(made, configs)
     assert caught.value.where == f"fit.0 in {tmp_path / 'g.yaml'}"
+
+
+MIXTURES = [
+    [{"name": "web", "path": "w", "weight": 1}, {"name": "code", "path": "c", "weight": share}]
+    for share in (1, 2, 3, 4)
+]
+
+
+@pytest.mark.parametrize(
+    ("y", "why"),
+    [
+        ("val_loss", None),
+        ("val_loss/code", None),
+        ("val_loss/wiki", "no val_loss/wiki without a source wiki of data.mixture.* web, code$"),
+    ],
+)
+def test_the_sources_of_a_mixture_are_columns(tmp_path, y, why):
+    content = {"data": {"train": None}}
+    fit = [{**BOWL, "y": y}]
+    lrs = {"parameterization.base.lr": [0.001, 0.002, 0.004, 0.008]}
+    made = grid(tmp_path, content=content, axes={**lrs, "data.mixture": MIXTURES}, fit=fit)
+    runs = made.runs()
+    assert len({run.name for run in runs}) == 16
+    if why is None:
+        check_fits(made, [run.config for run in runs])
+        return
+    with pytest.raises(ConfigError, match=why):
+        check_fits(made, [run.config for run in runs])
+
+
+def test_a_source_needs_a_mixture(tmp_path):
+    made = grid(tmp_path, axes=LRS, seeds=2, fit=[{**BOWL, "y": "val_loss/web"}])
+    with pytest.raises(ConfigError, match="no val_loss/web without .*give data.mixture"):
+        check_fits(made, [run.config for run in made.runs()])

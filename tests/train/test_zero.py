@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 
 from archscale.checkpoint.saving import load_checkpoint, save_checkpoint
 from archscale.config import dump_config
-from archscale.data.split import TokenSplit
+from archscale.data.training_data import open_training_data
 from archscale.distributed import gather_objects, rank, world_size
 from archscale.files import step_directory
 from archscale.parallel import zero
@@ -276,9 +276,9 @@ def test_what_deepspeed_refuses_of_a_users_json_is_one_line(pool, data, tmp_path
 
 def build(data: str, stage: int | None, rule: str = "orscale_lm") -> trainer.Run:
     made = config(data, rule, 8, **stage_of(stage))
-    split = TokenSplit(made.data.train, "train", made.model.context)
-    plan = make_plan(made.with_vocab(split.vocab_size), world_size=world_size())
-    return trainer.Run(plan, Path("unused"), split, None, torch.device("cpu"))
+    read = open_training_data(made.data, made.model.context, made.seed)
+    plan = make_plan(made.with_vocab(read.vocab_size), world_size=world_size())
+    return trainer.Run(plan, Path("unused"), read, [], torch.device("cpu"))
 
 
 def layout(data: str, stage: int) -> list[dict[str, tuple]]:

@@ -8,8 +8,10 @@ import torch
 
 from archscale.config import Config
 from archscale.data.preparing.prepare import prepare
-from archscale.data.split import TokenSplit
+from archscale.data.training_data import open_training_data
+from archscale.data.validation import validation_sets
 from archscale.distributed import on_rank_zero, rank, world_size
+from archscale.plan.passes import source_tokens
 from archscale.plan.plan import make_plan
 from archscale.train import trainer
 
@@ -82,11 +84,11 @@ def config(data: str, /, rule: str = "muonh", steps: int = 10, **sections) -> Co
 def run(config: Config, run_dir: str, resume: str = "auto") -> list[dict]:
     """Train in this process, in the process group it is in; returns the metrics lines (on every
     rank)."""
-    data = TokenSplit(config.data.train, "train", config.model.context)
-    validation = (
-        TokenSplit(config.data.val, "validation", config.model.context) if config.data.val else None
+    data = open_training_data(config.data, config.model.context, config.seed)
+    validation = validation_sets(config.data, data)
+    plan = make_plan(
+        config.with_vocab(data.vocab_size), world_size=world_size(), sources=source_tokens(data)
     )
-    plan = make_plan(config.with_vocab(data.vocab_size), world_size=world_size())
     run = trainer.Run(plan, Path(run_dir), data, validation, torch.device("cpu"))
     source = on_rank_zero(
         lambda: trainer.choose_checkpoint(run.config, data, Path(run_dir), resume)

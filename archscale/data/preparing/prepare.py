@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from archscale.data.places import Place, locate
 from archscale.data.preparing.recipe import Recipe, load_recipe
 from archscale.data.preparing.sample import TrainingSample
 from archscale.data.shards import (
@@ -33,6 +34,7 @@ from archscale.data.shards import (
     read_manifest,
     verify_shard,
 )
+from archscale.data.stored import inspect_stored, verify_stored
 from archscale.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from archscale.errors import DataError, explain_os_error
 from archscale.files import sync, write_atomically
@@ -187,7 +189,7 @@ def _partial(output: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _summary(output: Path, manifest: Manifest, already: bool) -> dict:
+def _summary(output: Place, manifest: Manifest, already: bool) -> dict:
     return {
         "name": manifest.name,
         "output": str(output),
@@ -301,10 +303,16 @@ def _build(recipe: Recipe, origin: str, directory: Path, shard_tokens: int, say:
     return manifest
 
 
-def inspect(directory: str | Path) -> dict:
+def inspect(directory: str | Place, tokenizer: str | None = None) -> dict:
     """A summary as `prepare` returns it, without `already_there`; and tokenizer, recipe, and a
-    decoded `excerpt`."""
-    directory = Path(directory)
+    decoded `excerpt`. Of another project's files as `inspect_foreign`.
+
+    Args:
+        tokenizer: of such files, as `data.tokenizer`.
+    """
+    if (foreign := inspect_stored(directory, tokenizer)) is not None:
+        return foreign
+    directory = locate(directory)
     manifest = read_manifest(directory)
     summary = _summary(directory, manifest, already=True)
     del summary["already_there"]
@@ -317,10 +325,12 @@ def inspect(directory: str | Path) -> dict:
     }
 
 
-def verify(directory: str | Path) -> list[str]:
-    """Reads every byte of a dataset. One line for each problem, naming the file; none means that it
-    is whole."""
-    directory, problems = Path(directory), []
+def verify(directory: str | Place, tokenizer: str | None = None) -> list[str]:
+    """Reads every byte of a dataset, or of another project's files. One line for each problem,
+    naming the file; none means that it is whole. Arguments as for `inspect`."""
+    if (foreign := verify_stored(directory, tokenizer)) is not None:
+        return foreign
+    directory, problems = locate(directory), []
     try:
         manifest = read_manifest(directory)
     except DataError as error:
@@ -328,7 +338,7 @@ def verify(directory: str | Path) -> list[str]:
     try:
         table = load_tokenizer(directory).token_bytes()
         path = directory / TOKEN_BYTES
-        if not path.is_file() or not np.array_equal(np.load(path), table):
+        if not path.is_file() or not np.array_equal(np.load(io.BytesIO(path.read_bytes())), table):
             problems.append(f"token lengths are missing or not those of the tokenizer ({path})")
     except (DataError, OSError, ValueError) as error:
         problems.append(str(error))

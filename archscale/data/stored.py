@@ -1,0 +1,155 @@
+"""One split of a data set as it is stored: a prepared directory, or the files of another project;
+here, or behind a URL."""
+
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from archscale.config.sections import DataConfig
+from archscale.data.foreign.sets import find_files, read_files, sort_into_splits
+from archscale.data.foreign.split import ForeignSplit, known_vocabulary, unknown_vocabulary
+from archscale.data.foreign.summary import inspect_foreign, verify_foreign
+from archscale.data.places import Place, Tokens, locate
+from archscale.data.prepared import PreparedSplit
+from archscale.data.remote import is_remote
+from archscale.data.shards import MANIFEST, Manifest, read_manifest
+from archscale.data.tokenizer import Tokenizer, load_tokenizer
+from archscale.errors import ConfigError, DataError
+
+
+class StoredSplit(Protocol):
+    """Shards of token ids, one after another.
+
+    Attributes:
+        sizes, files: tokens and name of every shard.
+        vocab_size: ids are below it.
+        eos_id: the token after every document; None: unknown.
+        fingerprint: sha256 of the tokenizer, hexadecimal; "": unknown.
+        origin: tells the data set from others, wherever it lies.
+    """
+
+    sizes: list[int]
+    files: list[str]
+    vocab_size: int
+    eos_id: int | None
+    fingerprint: str
+    origin: str
+
+    def open(self, number: int) -> Tokens:
+        """The ids of a shard; DataError if it is damaged."""
+
+    def token_bytes(self) -> np.ndarray | None:
+        """int32 [vocab_size]: UTF-8 bytes each token id stands for, 0 for special tokens; None
+        where the tokenizer is unknown."""
+
+    def check(self, vocab_size: int, verify_up_to_bytes: int) -> None:
+        """Everything that can be known before step 1; DataError names the first bad file.
+
+        Args:
+            vocab_size: ids have to be below it.
+            verify_up_to_bytes: a split no larger than this on disk is read whole.
+        """
+
+
+class DataFacts(NamedTuple):
+    """What a plan needs to know of a data set: as of its splits, and `tokens` of each."""
+
+    vocab_size: int
+    eos_id: int | None
+    fingerprint: str
+    tokens: dict[str, int]
+
+
+def open_stored(
+    path: str | Place, split: str, tokenizer: str | None, vocab_size: int | None
+) -> StoredSplit:
+    """One split of the data set at a path or URL.
+
+    Args:
+        tokenizer: as `data.tokenizer`; a prepared directory has its own, which this has to be.
+        vocab_size: of the model, for files that do not say theirs.
+    """
+    place = locate(path)
+    if _is_foreign(place):
+        return ForeignSplit(place, split, _loaded(tokenizer), vocab_size)
+    manifest = read_manifest(place)
+    _refuse_other_tokenizer(tokenizer, manifest, place)
+    return PreparedSplit(place, manifest, split)
+
+
+def describe(path: str | Place, tokenizer: str | None, vocab_size: int | None) -> DataFacts:
+    """Facts of the data set at a path or URL; arguments and errors as for `open_stored`."""
+    place = locate(path)
+    if not _is_foreign(place):
+        manifest = read_manifest(place)
+        _refuse_other_tokenizer(tokenizer, manifest, place)
+        tokens = {split: entry.tokens for split, entry in manifest.splits.items()}
+        own = manifest.tokenizer
+        return DataFacts(own.vocab_size, own.eos_id, own.fingerprint, tokens)
+    splits = {
+        split: read_files(files) for split, files in sort_into_splits(find_files(place)).items()
+    }
+    first = next(iter(splits.values()))[0]
+    loaded = _loaded(tokenizer)
+    size = known_vocabulary(first, loaded) or vocab_size
+    if size is None:
+        raise unknown_vocabulary(first, place)
+    tokens = {split: sum(file.tokens for file in files) for split, files in splits.items()}
+    if loaded is None:
+        return DataFacts(size, None, "", tokens)
+    return DataFacts(size, loaded.eos_id, loaded.fingerprint, tokens)
+
+
+def check_document_mask(data: DataConfig, eos_id: int | None) -> None:
+    """ConfigError if documents are to be kept apart and their ends are unknown."""
+    if data.document_mask and eos_id is None:
+        raise ConfigError(
+            "the data do not say which token ends a document",
+            "data.document_mask",
+            "give the tokenizer as data.tokenizer, or set it to false",
+        )
+
+
+def run_tokenizer(data: DataConfig) -> Tokenizer:
+    """The tokenizer of what is trained on. DataError where it is not known."""
+    if data.tokenizer is not None:
+        return load_named_tokenizer(data.tokenizer)
+    return load_tokenizer(data.training_paths[0])
+
+
+def load_named_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer of a file, a directory, a URL or a name on the Hugging Face hub."""
+    here = is_remote(name) or Path(name).exists() or Path(name).suffix in (".model", ".json")
+    return load_tokenizer(name, None if here else "huggingface")
+
+
+def inspect_stored(path: str | Place, tokenizer: str | None) -> dict[str, Any] | None:
+    """The summary of another project's files; None where the path names none."""
+    place = locate(path)
+    return inspect_foreign(place, _loaded(tokenizer)) if _is_foreign(place) else None
+
+
+def verify_stored(path: str | Place, tokenizer: str | None) -> list[str] | None:
+    """What is wrong with another project's files, a line each; None where the path names none."""
+    place = locate(path)
+    return verify_foreign(place, _loaded(tokenizer)) if _is_foreign(place) else None
+
+
+def _loaded(tokenizer: str | None) -> Tokenizer | None:
+    return None if tokenizer is None else load_named_tokenizer(tokenizer)
+
+
+def _is_foreign(place: Place) -> bool:
+    return not (place / MANIFEST).is_file() and bool(find_files(place))
+
+
+def _refuse_other_tokenizer(tokenizer: str | None, manifest: Manifest, place: Place) -> None:
+    if tokenizer is None:
+        return
+    if load_named_tokenizer(tokenizer).fingerprint != manifest.tokenizer.fingerprint:
+        raise DataError(
+            f"data.tokenizer {tokenizer} is not the one that the data set was made with",
+            str(place),
+            "set data.tokenizer to null: a prepared data set has its own",
+        )

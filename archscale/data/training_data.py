@@ -1,0 +1,228 @@
+"""What training reads: one data set, or several mixed by weight, behind one object.
+
+A window's position in the run is its global sample number. `data.train` alone is the mixture of one
+source; its order is that of `sampler` under the run's own seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import NamedTuple, Self
+
+import numpy as np
+
+from archscale.config.sections import DataConfig
+from archscale.data.mixture import Order, quotas
+from archscale.data.sampler import sample_index
+from archscale.data.split import TokenSplit
+from archscale.data.stored import DataFacts
+from archscale.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of a mixture.
+
+    Attributes:
+        name: in the mixture; empty for `data.train`.
+        path: its directory.
+        part: its samples in a period of the mixture.
+    """
+
+    name: str
+    path: str
+    part: int
+
+    @property
+    def owner(self) -> str:
+        """For people."""
+        return f"source {self.name} of data.mixture" if self.name else "data.train"
+
+
+class Vocabulary(NamedTuple):
+    """What the token ids of a data set stand for.
+
+    Attributes:
+        owner: the data set, for people.
+        path: its directory.
+        fingerprint: of its tokenizer; empty where that is not known, as of shards made elsewhere.
+        size: of the vocabulary.
+        eos_id: the token after every document; None where that is not known.
+    """
+
+    owner: str
+    path: str
+    fingerprint: str
+    size: int
+    eos_id: int | None = None
+
+    @classmethod
+    def of_split(cls, owner: str, split: TokenSplit) -> Self:
+        return cls(owner, str(split.path), split.fingerprint, split.vocab_size, split.eos_id)
+
+    @classmethod
+    def of_facts(cls, source: Source, facts: DataFacts) -> Self:
+        return cls(source.owner, source.path, facts.fingerprint, facts.vocab_size, facts.eos_id)
+
+    def check_same(self, other: Vocabulary) -> None:
+        """Refuses, by a ConfigError that names both, ids that mean different texts. Where a
+        tokenizer is not known, the vocabularies must at least have the same size."""
+        known = self.fingerprint and other.fingerprint
+        if (known and self.fingerprint != other.fingerprint) or self.size != other.size:
+            raise ConfigError(
+                f"{self.owner} was made with another tokenizer than {other.owner}",
+                self.path,
+                f"prepare both with one tokenizer, such as the one in {other.path}",
+            )
+
+
+def shared_vocabulary(vocabularies: Sequence[Vocabulary]) -> Vocabulary:
+    """That of all data sets, of a known tokenizer if there is one.
+
+    Raises:
+        ConfigError: they do not share one.
+    """
+    shared = next((each for each in vocabularies if each.fingerprint), vocabularies[0])
+    for vocabulary in vocabularies:
+        vocabulary.check_same(shared)
+    return shared
+
+
+def training_sources(data: DataConfig) -> list[Source]:
+    """What training reads, sorted by name, so that the order in the YAML does not matter.
+
+    Raises:
+        ConfigError: a weight that is too small to count.
+    """
+    if data.mixture is None:
+        assert data.train is not None, "the config has one of the two"
+        return [Source("", data.train, 1)]
+    parts = quotas({entry.name: entry.weight for entry in data.mixture})
+    paths = {entry.name: entry.path for entry in data.mixture}
+    return [Source(name, paths[name], part) for name, part in parts.items()]
+
+
+def source_seed(seed: int, name: str) -> int:
+    """Of the order within a source, so that a data set that stands twice has two orders; that of
+    `data.train` is the run's own."""
+    if not name:
+        return seed
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little")
+
+
+def read_windows(split: TokenSplit, indices: np.ndarray) -> np.ndarray:
+    """int64 [n, context + 1]: these windows of a split. An id outside the vocabulary would index
+    past the embedding: DataError."""
+    block = split.samples(indices.tolist())
+    # As unsigned numbers, so that a negative id is one that is too high.
+    highest = block.view(np.uint64).max()
+    if highest >= split.vocab_size:
+        wrong = highest.astype(np.int64)
+        raise DataError(
+            f"token id {wrong} in split {split.split!r} is outside the vocabulary of"
+            f" {split.vocab_size}",
+            str(split.path),
+            "run `archscale data verify` on it; the dataset changed or is damaged",
+        )
+    return block
+
+
+class TrainingData:
+    """The windows of all sources, in the order of the global sample number.
+
+    Args:
+        sources: what to read, sorted by name.
+        splits: the training split of each.
+        seed: of the run.
+
+    Attributes:
+        context: tokens of a window, less one.
+        vocabulary, vocab_size: that all sources share.
+        eos_id: its end of a document; None where a source does not say.
+        num_tokens: of all sources together.
+        shares: of the samples, by name of the source.
+
+    Raises:
+        ConfigError: sources of different tokenizers, or ends of documents.
+    """
+
+    def __init__(self, sources: Sequence[Source], splits: Sequence[TokenSplit], seed: int):
+        self.vocabulary = shared_vocabulary(
+            [
+                Vocabulary.of_split(source.owner, split)
+                for source, split in zip(sources, splits, strict=True)
+            ]
+        )
+        self.sources, self.splits = list(sources), list(splits)
+        self.context, self.vocab_size = splits[0].context, splits[0].vocab_size
+        self.eos_id = self._end_of_document()
+        self.num_tokens = sum(split.num_tokens for split in splits)
+        period = sum(source.part for source in sources)
+        self.shares = {source.name: Fraction(source.part, period) for source in sources}
+        self._order = Order({source.name: source.part for source in sources})
+        self._seeds = [source_seed(seed, source.name) for source in sources]
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the sources have names, even if there is only one; `data.train` has none."""
+        return bool(self.sources[0].name)
+
+    def _end_of_document(self) -> int | None:
+        ends = {split.eos_id: source.name for source, split in zip(self.sources, self.splits)}
+        known = [end for end in ends if end is not None]
+        if len(known) > 1:
+            first, second = known[:2]
+            raise ConfigError(
+                f"documents end with token {first} in source {ends[first]}, with {second} in"
+                f" source {ends[second]}",
+                "data.mixture",
+                "prepare both with one tokenizer and the same `tokenizer.eos`",
+            )
+        return known[0] if len(ends) == 1 and known else None
+
+    def windows(self, numbers: np.ndarray) -> np.ndarray:
+        """int64 [n, context + 1]: the windows of global sample numbers [n].
+
+        Raises:
+            DataError: a shard cannot be read, or has an id outside the vocabulary.
+        """
+        places, own = self._order.at(numbers)
+        block = np.empty((len(numbers), self.context + 1), np.int64)
+        for place in np.unique(places):
+            rows = np.flatnonzero(places == place)
+            split = self.splits[place]
+            indices = sample_index(self._seeds[place], own[rows], split.num_samples)
+            block[rows] = read_windows(split, indices)
+        return block
+
+    def check(self) -> None:
+        """Everything that can be known of all sources before step 1; DataError names the first bad
+        file."""
+        for split in self.splits:
+            split.check(self.vocab_size)
+
+
+def open_training_data(
+    data: DataConfig, context: int, seed: int, vocab_size: int | None = None
+) -> TrainingData:
+    """The training data of a config, in windows of `context` tokens.
+
+    Args:
+        vocab_size: of the model, for files that do not say theirs.
+
+    Raises:
+        ConfigError: sources that cannot be mixed.
+        DataError: one of them is missing or too short.
+    """
+    chosen = training_sources(data)
+    return TrainingData(
+        chosen,
+        [
+            TokenSplit(source.path, "train", context, data.tokenizer, vocab_size)
+            for source in chosen
+        ],
+        seed,
+    )
