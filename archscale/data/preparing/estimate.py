@@ -10,10 +10,11 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePath
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,6 +32,8 @@ _UNIT_BYTES = 500_000  # of a sampled unit, where its file can be cut
 _TEXT_BYTES = 8_000_000  # read of a source at most: a compressed file cannot be cut
 _TABLE_BYTES = 64  # kept for each document until the shards are written
 
+Number = TypeVar("Number", int, float)
+
 
 @dataclass
 class Sample:
@@ -38,27 +41,18 @@ class Sample:
 
     Attributes:
         disk: bytes on disk of all of it; None where unknown.
-        read: of the units that were read to their end, bytes on disk.
         text: UTF-8 bytes of `documents`.
-        whole_text: UTF-8 bytes of the documents of the units that were read to their end.
+        expected_text: UTF-8 bytes of all of it; None where unknown.
         seconds: reading took.
         published: tokens that the recipe says there are.
     """
 
     disk: int | None = None
-    read: int = 0
     text: int = 0
-    whole_text: int = 0
+    expected_text: float | None = None
     seconds: float = 0.0
     documents: list[str] = field(default_factory=list)
     published: float | None = None
-
-    @property
-    def expected_text(self) -> float | None:
-        """UTF-8 bytes of the whole source; None where unknown."""
-        if self.disk is None or not self.read:
-            return None
-        return self.disk * self.whole_text / self.read
 
 
 def estimate(recipe: Recipe, workers: int | None = None) -> dict[str, Any]:
@@ -124,12 +118,12 @@ def _sample(source: SourceBase, notes: list[str]) -> Sample:
     published = source.tokens if isinstance(source, HuggingFaceSource) else None
     sample = Sample(published=published)
     try:
-        units = source.units(_UNIT_BYTES)
-        sizes = [unit.size for unit in units if unit.size is not None]
-        sample.disk = sum(sizes) if len(sizes) == len(units) else None
-        chosen = np.linspace(0, len(units) - 1, min(len(units), _SAMPLED_UNITS)).round().astype(int)
-        for number in chosen:
-            _read(source, units[number], sample)
+        # Compressed files and others have different shares of text: by the ends of their names.
+        alike: dict[str, list[Unit]] = defaultdict(list)
+        for unit in source.units(_UNIT_BYTES):
+            alike[PurePath(unit.parts[0].path).suffix].append(unit)
+        disk, text = zip(*(_sample_units(source, units, sample) for units in alike.values()))
+        sample.disk, sample.expected_text = _total(disk), _total(text)
     except DataError as error:
         if published is None:
             raise
@@ -137,7 +131,22 @@ def _sample(source: SourceBase, notes: list[str]) -> Sample:
     return sample
 
 
-def _read(source: SourceBase, unit: Unit, sample: Sample) -> None:
+def _sample_units(
+    source: SourceBase, units: Sequence[Unit], sample: Sample
+) -> tuple[int | None, float | None]:
+    """Bytes on disk of units that are alike, and UTF-8 bytes of their text, from those evenly
+    spaced among them; None where unknown."""
+    chosen = np.linspace(0, len(units) - 1, min(len(units), _SAMPLED_UNITS)).round().astype(int)
+    read = [(units[number].size, _read(source, units[number], sample)) for number in chosen]
+    disk = _total(unit.size for unit in units)
+    whole = [(size, text) for size, text in read if size and text is not None]
+    if disk is None or not whole:
+        return disk, None
+    return disk, disk * sum(text for _, text in whole) / sum(size for size, _ in whole)
+
+
+def _read(source: SourceBase, unit: Unit, sample: Sample) -> int | None:
+    """UTF-8 bytes of the unit's text, its first documents kept; None if the end was not read."""
     began, unit_text = time.perf_counter(), 0
     for document in source.read(unit, Trouble("skip")):
         size = len(document.encode("utf-8", "replace"))
@@ -145,12 +154,11 @@ def _read(source: SourceBase, unit: Unit, sample: Sample) -> None:
             sample.documents.append(document)
             sample.text += size
         elif unit.size is None:
-            break  # of a data set whose size is unknown, the rest of the unit says nothing
+            # Where the size of a data set is unknown, the rest of the unit says nothing.
+            return None
         unit_text += size
-    else:
-        sample.read += unit.size or 0
-        sample.whole_text += unit_text
     sample.seconds += time.perf_counter() - began
+    return unit_text
 
 
 def _tokenizer(recipe: Recipe, samples: Sequence[Sample], notes: list[str]) -> Tokenizer | None:
@@ -196,7 +204,7 @@ def _label(source: SourceBase) -> str:
     return next(str(values[key]) for key in ("path", "name", "kind") if values.get(key))
 
 
-def _total(values: Iterator[float | None]) -> float | None:
+def _total(values: Iterable[Number | None]) -> Number | None:
     """The sum; None where a part of it is unknown."""
     listed = list(values)
     known = [value for value in listed if value is not None]
