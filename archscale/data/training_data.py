@@ -16,7 +16,7 @@ import numpy as np
 
 from archscale.config.sections import DataConfig
 from archscale.data.mixture import Order, quotas
-from archscale.data.sampler import sample_index
+from archscale.data.sampler import WindowOrder
 from archscale.data.split import TokenSplit
 from archscale.data.stored import DataFacts
 from archscale.errors import ConfigError, DataError
@@ -163,7 +163,10 @@ class TrainingData:
         period = sum(source.part for source in sources)
         self.shares = {source.name: Fraction(source.part, period) for source in sources}
         self._order = Order({source.name: source.part for source in sources})
-        self._seeds = [source_seed(seed, source.name) for source in sources]
+        self._windows = [
+            WindowOrder(source_seed(seed, source.name), split.num_samples)
+            for source, split in zip(sources, splits)
+        ]
 
     @property
     def mixed(self) -> bool:
@@ -194,8 +197,7 @@ class TrainingData:
         for place in np.unique(places):
             rows = np.flatnonzero(places == place)
             split = self.splits[place]
-            indices = sample_index(self._seeds[place], own[rows], split.num_samples)
-            block[rows] = read_windows(split, indices)
+            block[rows] = read_windows(split, self._windows[place].at(own[rows]))
         return block
 
     def check(self) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from archscale.data.sampler import rank_numbers, sample_index
+from archscale.data.sampler import WindowOrder, rank_numbers, sample_index
 
 
 @given(seed=st.integers(-(2**63), 2**64), epoch=st.integers(0, 10**9), n=st.integers(1, 3000))
@@ -113,3 +113,16 @@ def test_bad_numbers_are_refused() -> None:
         sample_index(0, 0, 0)
     with pytest.raises(ValueError, match="start at 0"):
         sample_index(0, -1, 5)
+
+
+@given(
+    seed=st.integers(0, 2**64),
+    num_samples=st.integers(1, 5_000),
+    numbers=st.lists(st.integers(0, 10**13) | st.integers(0, 3_000), min_size=1, max_size=20),
+)
+@settings(max_examples=50, deadline=None)
+def test_the_order_in_blocks_is_the_order(seed, num_samples, numbers):
+    order = WindowOrder(seed, num_samples)
+    asked = np.array(numbers, np.int64)
+    assert (order.at(asked) == sample_index(seed, asked, num_samples)).all()
+    assert (order.at(asked[::-1]) == sample_index(seed, asked[::-1], num_samples)).all()
