@@ -139,7 +139,7 @@ def test_the_tokenizer_does_not_see_validation_text(work: Path, tmp_path: Path) 
 
 def test_source_fingerprints(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Name, size, beginning and end count; times and the machine do not."""
-    monkeypatch.setattr("archscale.data.preparing.sources._END_BYTES", 4)
+    monkeypatch.setattr("archscale.data.preparing.sources.fingerprints._END_BYTES", 4)
     path = work / "x"
 
     def fingerprint(content: bytes, name: str = "x") -> str:
@@ -370,15 +370,19 @@ def test_bad_sources_name_the_file(work: Path, source: dict, content: bytes, mes
     assert not Path("data/tiny").exists()
 
 
-@pytest.mark.parametrize("kind", ["parquet", "huggingface"])
-def test_missing_datasets_package_names_the_extra(
-    work: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+@pytest.mark.parametrize(
+    ("kind", "package", "remedy"),
+    [
+        ("parquet", "pyarrow", r"pip install archscale\[hf\]"),
+        ("huggingface", "datasets", "pip install transformers datasets"),
+    ],
+)
+def test_a_missing_package_is_named(
+    work: Path, monkeypatch: pytest.MonkeyPatch, kind: str, package: str, remedy: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "datasets", None)
+    monkeypatch.setitem(sys.modules, package, None)
     key = "path" if kind == "parquet" else "name"
-    with pytest.raises(
-        DataError, match=r"'datasets' is not installed .*pip install transformers datasets"
-    ):
+    with pytest.raises(DataError, match=rf"'{package}' is not installed .*{remedy}"):
         prepare(_recipe(work, sources=[{"kind": kind, key: "corpus/*.txt"}]))
 
 

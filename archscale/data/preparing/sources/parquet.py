@@ -1,0 +1,197 @@
+"""Parquet files, read by row groups."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from archscale.data.preparing.sources import remote
+from archscale.data.preparing.sources.base import SourceBase
+from archscale.data.preparing.sources.fields import BadRecord, field_names, text_of
+from archscale.data.preparing.sources.fingerprints import reading
+from archscale.data.preparing.sources.globbing import match_files
+from archscale.data.preparing.sources.opening import list_files
+from archscale.data.preparing.sources.units import UNIT_BYTES, Part, Unit, group, shown
+from archscale.data.preparing.trouble import DamagedFile, Trouble
+from archscale.errors import DataError
+
+_EXAMPLE = "*.parquet"
+# Rows as Python objects at a time, and bytes of a column that are read at a time.
+_BATCH_ROWS = 64
+_BUFFER_BYTES = 1 << 20
+
+
+def _pyarrow(where: str) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise DataError(
+            "the package 'pyarrow' is not installed", where, "pip install archscale[hf]"
+        ) from error
+    return pyarrow
+
+
+@contextmanager
+def _file(path: str) -> Iterator[Any]:
+    """A file that can be read from anywhere; `UnreadableFile` where it cannot."""
+    if remote.is_remote(path):
+        with remote.opened_anywhere(path) as file:
+            yield file
+    else:
+        with reading(path), open(path, "rb") as file:
+            yield file
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[Any]:
+    """A `ParquetFile`.
+
+    Raises:
+        UnreadableFile, DamagedFile: also while it is read.
+    """
+    arrow = _pyarrow(shown(path))
+    with _file(path) as file:
+        try:
+            yield arrow.parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES)
+        except (arrow.ArrowException, OSError) as error:
+            # Arrow raises an OSError without a number for data that it cannot decode.
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise DamagedFile(
+                f"not a whole Parquet file: {reason}",
+                shown(path),
+                "copy the file again, or leave it out of the source's path",
+            ) from error
+
+
+def _find_column(fields: Any, field: str) -> tuple[list[str], Any] | None:
+    """Names of columns within columns that a dotted field stands for, and the type of the last; a
+    name that itself has dots wins. None: it is not there.
+
+    Args:
+        fields: a schema or the type of a struct.
+    """
+    count = fields.num_fields if hasattr(fields, "num_fields") else len(fields)
+    columns = {fields.field(i).name: fields.field(i).type for i in range(count)}
+    if field in columns:
+        return [field], columns[field]
+    for name, kind in columns.items():
+        if field.startswith(f"{name}.") and (inner := _find_column(kind, field[len(name) + 1 :])):
+            return [name, *inner[0]], inner[1]
+    return None
+
+
+def _is_text(arrow: Any, kind: Any) -> bool:
+    """Whether the values of a column may be text, bytes, or lists of texts; or all are null."""
+    types = arrow.types
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return any(
+        test(kind)
+        for test in (
+            types.is_string,
+            types.is_large_string,
+            types.is_string_view,
+            types.is_binary,
+            types.is_large_binary,
+            types.is_binary_view,
+            types.is_fixed_size_binary,
+            types.is_null,
+        )
+    )
+
+
+class ParquetSource(SourceBase):
+    """Parquet files, each row one document; `path` is a glob or URL. Needs `archscale[hf]`."""
+
+    kind: Literal["parquet"]
+    path: str
+    field: str = "text"
+
+    def files(self) -> list[tuple[str, Path]]:
+        return [] if remote.is_remote(self.path) else match_files(self.path, _EXAMPLE)
+
+    def units(self, limit: int = UNIT_BYTES) -> list[Unit]:
+        _pyarrow(shown(self.path))
+        parts = list_files(self.path, _EXAMPLE)
+        return group([piece for part in parts for piece in _cut_large(part, limit)], limit)
+
+    def read_part(self, part: Part, trouble: Trouble) -> Iterator[str]:
+        with _opened(part.path) as file:
+            column = self._column(file.schema_arrow, part, trouble)
+            if column is None:
+                return
+            groups = range(part.start, file.num_row_groups if part.stop is None else part.stop)
+            row = sum(file.metadata.row_group(i).num_rows for i in range(part.start))
+            for values in _values(file, groups, column):
+                yield from self._documents(values, row, part, trouble)
+                row += len(values)
+
+    def _column(self, schema: Any, part: Part, trouble: Trouble) -> list[str] | None:
+        """The names that lead to the column; None where `trouble` lets a file without it pass."""
+        column = _find_column(schema, self.field)
+        fields = field_names(schema.names)
+        if column is None:
+            cause, problem = "no text field", f"no field {self.field!r}; there is: {fields}"
+        elif not _is_text(_pyarrow(part.path), column[1]):
+            held = f"{column[1]}, not text"
+            cause, problem = "not text", f"field {self.field!r} holds {held}; there is: {fields}"
+        else:
+            return column[0]
+        trouble.record(cause, DataError(problem, shown(part.path), "set the source's field"))
+        return None
+
+    def _documents(self, values: Any, row: int, part: Part, trouble: Trouble) -> Iterator[str]:
+        """Of an array whose first value is in row `row` of the file, from 0."""
+        for number, value in enumerate(values, row):
+            try:
+                document = text_of(_python(value), self.field, "")
+            except BadRecord as error:
+                error.record(trouble, f"{shown(part.path)}, row {number}")
+                continue
+            yield document
+            del document
+
+
+def _python(value: Any) -> Any:
+    """A value of Arrow; bytes where it claims to be text and is not UTF-8."""
+    try:
+        return value.as_py()
+    except UnicodeDecodeError as error:
+        return error.object
+
+
+def _values(file: Any, groups: range, column: list[str]) -> Iterator[Any]:
+    """Arrays of a column, a few rows each."""
+    import pyarrow.compute
+
+    batches = file.iter_batches(
+        _BATCH_ROWS, row_groups=list(groups), columns=[".".join(column)], use_threads=False
+    )
+    for batch in batches:
+        array = batch.column(column[0])
+        yield pyarrow.compute.struct_field(array, column[1:]) if column[1:] else array
+
+
+def _cut_large(part: Part, limit: int) -> list[Part]:
+    """A large file in parts of row groups, about `limit` bytes each."""
+    if part.size is None or part.size <= limit:
+        return [part]
+    with _opened(part.path) as file:
+        sizes = [_size_on_disk(file.metadata.row_group(i)) for i in range(file.num_row_groups)]
+    parts = []
+    start = size = 0
+    for number, group_size in enumerate(sizes):
+        if size and size + group_size > limit:
+            parts.append(Part(part.path, start, number, size, "row groups"))
+            start, size = number, 0
+        size += group_size
+    return [*parts, Part(part.path, start, None, size, "row groups")]
+
+
+def _size_on_disk(row_group: Any) -> int:
+    columns = range(row_group.num_columns)
+    return sum(row_group.column(i).total_compressed_size for i in columns)
