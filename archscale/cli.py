@@ -453,9 +453,19 @@ def study(
 def prepare(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
     set: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default one for each core.")
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Encode this share only, beside other machines."),
+    ] = None,
+    finish: Annotated[bool, typer.Option(help="Make the data set of all parts.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Text to token shards: sources, tokenizer, training and validation split.
+
+    The same command goes on where an earlier one was ended.
 
     Example: archscale data prepare data_prep/python_stdlib.yaml
     """
@@ -463,8 +473,11 @@ def prepare(
 
     from archscale.data.preparing.prepare import prepare as run
 
-    progress = functools.partial(print, file=sys.stderr) if json else print
-    _print_data_set(run(recipe, set or [], say=progress), json)
+    if part and finish:
+        raise typer.BadParameter("--part and --finish exclude each other")
+    progress = functools.partial(print, file=sys.stderr if json else sys.stdout, flush=True)
+    summary = run(recipe, set or [], say=progress, workers=workers, part=part, finish=finish)
+    _print_data_set(summary, json)
 
 
 @data_app.command()
@@ -660,6 +673,9 @@ def _print_data_set(summary: dict[str, Any], as_json: bool) -> None:
 
     from archscale.data.summary_text import render
 
+    if "part" in summary and not as_json:
+        _print_table(summary)
+        return
     print(json.dumps(summary, indent=1) if as_json else render(summary))
 
 

@@ -15,7 +15,8 @@ COLUMNS = {
     "bytes_per_token": "bytes per token",
     "shards": "shards",
 }
-_DETAILS = (*SPLITS, "dropped", "recipe", "excerpt")  # entries that have lines of their own
+# entries that have lines of their own
+_DETAILS = (*SPLITS, "dropped", "skipped", "recipe", "excerpt")
 
 
 def render(summary: Mapping[str, Any]) -> str:
@@ -26,13 +27,15 @@ def render(summary: Mapping[str, Any]) -> str:
     facts = {
         key.replace("_", " "): _text(value) for key, value in summary.items() if key not in _DETAILS
     }
-    facts["documents left out"] = ", ".join(
-        f"{count:,} {reason}" for reason, count in summary["dropped"].items()
-    )
+    facts["documents left out"] = _counts(summary["dropped"])
+    if "skipped" in summary:
+        facts["skipped for errors"] = _counts(summary["skipped"]["counts"])
     lines = _aligned([[key, value] for key, value in facts.items()])
     splits = [name for name in summary if name in SPLITS]
     cells = [[name, *(_text(summary[name][key]) for key in COLUMNS)] for name in splits]
     lines += ["", *_aligned([["split", *COLUMNS.values()], *cells], numbers=True)]
+    if "skipped" in summary:
+        lines += ["", "skipped, the first of them", *summary["skipped"]["examples"]]
     if "recipe" in summary:
         rows = [[f"  {key}", value] for key, value in _dotted(summary["recipe"])]
         lines += ["", "recipe", *_aligned(rows)]
@@ -43,6 +46,10 @@ def render(summary: Mapping[str, Any]) -> str:
             *(f"  {line}" for line in summary["excerpt"].splitlines()),
         ]
     return "\n".join(lines)
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
 
 
 def _aligned(rows: list[list[str]], numbers: bool = False) -> list[str]:

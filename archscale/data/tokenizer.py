@@ -10,7 +10,7 @@ from archscale.data.tokenizer_base import Tokenizer
 from archscale.data.train_tokenizer import train_sentencepiece
 from archscale.errors import DataError, explain_os_error
 
-__all__ = ["Tokenizer", "load_tokenizer", "train_sentencepiece"]
+__all__ = ["Tokenizer", "load_tokenizer", "recorded_tokenizer", "train_sentencepiece"]
 
 
 def load_tokenizer(path: str | Path, kind: str | None = None, eos: str | None = None) -> Tokenizer:
@@ -32,7 +32,7 @@ def load_tokenizer(path: str | Path, kind: str | None = None, eos: str | None = 
     if (local / MANIFEST).is_file():
         entry = read_manifest(local).tokenizer
         remedy = f"copy the file again from where it is whole, or prepare anew: {AGAIN}"
-        return _recorded(entry, local / entry.file, remedy)
+        return recorded_tokenizer(entry, local / entry.file, remedy)
     try:
         if kind == "sentencepiece" or (kind is None and local.suffix == ".model"):
             return SentencePieceTokenizer(local.read_bytes(), str(path), eos)
@@ -58,7 +58,9 @@ def _read(entry: TokenizerEntry, path: Path, remedy: str) -> bytes:
     return content
 
 
-def _recorded(entry: TokenizerEntry, path: Path, remedy: str) -> Tokenizer:
+def recorded_tokenizer(entry: TokenizerEntry, path: Path, remedy: str) -> Tokenizer:
+    """The tokenizer that `entry` describes, from its file at `path`; DataError with this remedy if
+    that is another one."""
     content = _read(entry, path, remedy)
     kinds = {"sentencepiece": SentencePieceTokenizer, "huggingface": HuggingFaceTokenizer}
     return kinds[entry.kind](content, str(path), eos_id=entry.eos_id)
