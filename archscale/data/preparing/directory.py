@@ -76,7 +76,7 @@ def write_directory(
     write_atomically(directory / MANIFEST, manifest.model_dump_json(indent=2))
     for line in trouble.examples:
         say(f"skipped: {line}")
-    for left in directory.glob(".*"):  # what a killed process was writing
+    for left in directory.rglob(".*"):  # what a killed process was writing
         left.unlink()
     return manifest, directory
 

@@ -120,7 +120,8 @@ def make_tokenizer(preparation: Preparation, may_train: bool) -> tuple[Tokenizer
     if spec.train is None:
         tokenizer = load_tokenizer(str(spec.path), spec.kind, spec.eos)
         folder = preparation.work.folder(f"given-{tokenizer.fingerprint[:32]}")
-        write_atomically(folder / tokenizer.file, tokenizer.content)
+        if not (folder / tokenizer.file).exists():
+            write_atomically(folder / tokenizer.file, tokenizer.content)
         return tokenizer, _entry(tokenizer, folder)
     units = [unit.key() for unit in preparation.units]
     recipe = preparation.recipe
