@@ -12,7 +12,7 @@ from archscale.data.tokenizer import Tokenizer
 from archscale.errors import DataError
 
 LIMIT = 0.01  # of the text may be lost
-_FIRST = 16  # documents that are decoded whatever they are
+_FIRST_BYTES = 20_000  # of documents that are decoded whatever they are
 _EVERY = 64  # of the others, one in so many is decoded, chosen by its content
 _EXCERPT = 100_000  # characters of a document that are decoded at most
 
@@ -51,7 +51,7 @@ class Fidelity:
         self.token_bytes += token_bytes
         self.missing_bytes += max(0, text_bytes - token_bytes)
         excerpt = text[:_EXCERPT]
-        if self.documents > _FIRST and zlib.crc32(excerpt.encode()) % _EVERY:
+        if self.decoded_bytes >= _FIRST_BYTES and zlib.crc32(excerpt.encode()) % _EVERY:
             return
         if len(excerpt) < len(text):
             ids, text_bytes = tokenizer.encode_document(excerpt), len(excerpt.encode())
