@@ -138,6 +138,7 @@ def test_train_generate_and_again(tmp_path, data):
         "metrics.jsonl",
         "plan.json",
         "report.html",
+        "tokenizer",
     }
     rows = {row["parameter"]: row for row in json.loads((run / "manifest.json").read_text())}
     assert rows["blocks.0.attention.qkv.weight"]["rule"] == "muonh"

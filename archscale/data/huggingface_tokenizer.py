@@ -4,7 +4,7 @@ import functools
 import importlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from archscale.errors import DataError
 
 JSON_FILE = "tokenizer.json"
 SPACE = "\u2581"  # how Metaspace writes a space
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _EOS_NAMES = ("<eos>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<|eot_id|>", "[EOS]")
 
 # Where pre-tokenizers usually separate: before white space, and after punctuation.
@@ -80,7 +81,18 @@ class HuggingFaceTokenizer(Tokenizer):
             return self._backend
         return _load(json.dumps(structure).encode(), "the tokenizer")
 
+    @functools.cached_property
+    def _prefixes_parts(self) -> bool:
+        """Whether it puts a space before a text, and added tokens cut the text into parts, each of
+        which gets one."""
+        written = any(
+            token != self.eos_id and not added.special for token, added in self._added.items()
+        )
+        return written and self._continuing is not self._backend
+
     def _cut(self, text: str, position: int) -> int:
+        if self._prefixes_parts:
+            return len(text)
         borders = _BORDER.finditer(text, position)
         for _, border in zip(range(_TRIES), borders):
             if self._separate(text, border.start()):
@@ -132,22 +144,31 @@ class HuggingFaceTokenizer(Tokenizer):
             return None
         return inner_pairs(piece.replace(SPACE, " ") for piece in self._vocabulary)
 
+    @functools.cached_property
+    def _silent(self) -> frozenset[int]:
+        """The ids that stand for no text. Bytes do, even where a tokenizer calls them special."""
+        model = self._structure["model"]
+        special = {
+            token
+            for token, added in self._added.items()
+            if added.special and not (model.get("byte_fallback") and _BYTE.fullmatch(added.content))
+        }
+        # A unigram model has the id, all others the name.
+        unknown = self._vocabulary.get(model.get("unk_token") or "", model.get("unk_id"))
+        return frozenset({self.eos_id, *special} | {unknown} - {None})
+
     def decode(self, ids: list[int]) -> str:
         return self._backend.decode(
-            [token for token in ids if token != self.eos_id], skip_special_tokens=True
+            [token for token in ids if token not in self._silent], skip_special_tokens=False
         )
 
     def token_bytes(self) -> np.ndarray:
         table = np.zeros(self.vocab_size, np.int32)
-        model = self._structure["model"]
         length = _length_in_bytes(self._structure)
         for piece, token in self._vocabulary.items():
-            if token in self._added:
-                added = self._added[token]
-                table[token] = 0 if added.special else len(added.content.encode())
-            elif piece != model.get("unk_token"):
-                table[token] = length(piece)
-        table[self.eos_id] = 0
+            if token not in self._silent:
+                written = token in self._added and not _BYTE.fullmatch(piece)
+                table[token] = len(piece.encode()) if written else length(piece)
         return table
 
 
@@ -160,7 +181,7 @@ def _parts(component: dict | None) -> Iterator[dict]:
                 yield from _parts(member)
 
 
-def _length_in_bytes(structure: dict):
+def _length_in_bytes(structure: dict) -> Callable[[str], int]:
     """piece of the vocabulary → UTF-8 bytes that it stands for, by what the tokenizer does with it
     when it decodes."""
     model = structure["model"]
@@ -173,7 +194,7 @@ def _length_in_bytes(structure: dict):
     suffix = model.get("end_of_word_suffix") or ""
 
     def length(piece: str) -> int:
-        if bytes_spelled and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+        if bytes_spelled and _BYTE.fullmatch(piece):
             return 1
         if suffix and piece.endswith(suffix):
             piece = piece.removesuffix(suffix) + " "

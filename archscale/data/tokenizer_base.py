@@ -111,7 +111,7 @@ class Tokenizer(ABC):
             DataError: a single character is the end of a document.
         """
         spelled = re.compile(f"(?={re.escape(self.eos_text)})")  # matches may overlap
-        inside = [match.start() + 1 for match in spelled.finditer(text, 0, len(text) - 1)]
+        inside = [match.start() + 1 for match in spelled.finditer(text)]
         for cuts in (inside, range(1, len(text))):
             ids: list[int] = []
             for start, stop in pairwise([0, *cuts, len(text)]):

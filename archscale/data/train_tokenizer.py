@@ -94,8 +94,9 @@ def train_sentencepiece(
         tokenizer = SentencePieceTokenizer(content, str(path))
         if not tokenizer.has_space:
             # Where spaces are rare, each would be spelled in the bytes of the mark that stands for
-            # it, and come back as the mark.
-            content = _train(sample, vocab_size, eos, required_chars=SPACE)
+            # it, and come back as the mark. SentencePiece up to 0.2.2 ends the process where a
+            # required character does not occur.
+            content = _train([*sample, " "], vocab_size, eos, required_chars=SPACE)
             tokenizer = SentencePieceTokenizer(content, str(path))
     except RuntimeError as error:
         # without its source location

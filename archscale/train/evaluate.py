@@ -22,7 +22,7 @@ def evaluate(
     device: torch.device,
 ) -> dict[str, float]:
     """`val_loss` (nats per token) and `val_bits_per_byte` over this rank's `batches`, reduced over
-    all ranks.
+    all ranks; without the latter where the tokens stand for no text.
 
     Args:
         batches: (inputs, targets), the same number of batches on every rank.
@@ -36,4 +36,7 @@ def evaluate(
         sums[1] += counted.sum().to(device)
         sums[2] += length.sum().to(device)
     nats, tokens, size = all_reduce(sums).tolist()
-    return {"val_loss": nats / tokens, "val_bits_per_byte": nats / size / math.log(2)}
+    losses = {"val_loss": nats / tokens}
+    if size:
+        losses["val_bits_per_byte"] = nats / size / math.log(2)
+    return losses

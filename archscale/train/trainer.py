@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from archscale.checkpoint.saving import load_checkpoint, save_checkpoint
 from archscale.config import Config, dump_config
 from archscale.data.loader import Loader, validation_batches
 from archscale.data.split import TokenSplit
-from archscale.errors import ConfigError, TrainingError
+from archscale.data.tokenizer import keep_tokenizer
+from archscale.errors import ConfigError, DataError, TrainingError
 from archscale.files import (
     CHECKPOINTS,
     CONFIG,
@@ -31,6 +33,7 @@ from archscale.files import (
     MANIFEST,
     METRICS,
     PLAN,
+    TOKENIZER,
     step_directory,
     write_atomically,
 )
@@ -329,6 +332,10 @@ class Run:
         write_atomically(
             self.run_dir / MANIFEST, json.dumps(manifest(self.roles, self.optimizer), indent=1)
         )
+        try:
+            keep_tokenizer(config.data.train, self.run_dir / TOKENIZER)
+        except DataError as error:  # training does without
+            print(f"archscale: warning: the run keeps no tokenizer: {error}", file=sys.stderr)
         count = sum(math.prod(row.shape) for row in self.roles)
         matrices = sum(1 for row in self.roles if row.role == "matrix")
         layout = f"{distributed.world_size()} × {self.device.type}"

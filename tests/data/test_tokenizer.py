@@ -1,6 +1,8 @@
 """Tokenizers lose nothing, are the same for the same text, and never read special tokens out of
 text."""
 
+import json
+import random
 import sys
 import sysconfig
 from collections.abc import Iterable
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import archscale.data.train_tokenizer as module
 from archscale.data.preparing.sample import TrainingSample
 from archscale.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from archscale.errors import DataError
@@ -54,6 +57,54 @@ def test_round_trip(trained: Tokenizer, text: str) -> None:
     assert trained.decode(ids) == text
     assert trained.eos_id not in ids
     assert trained.token_bytes()[ids].sum() == len(text.encode())
+
+
+_RANDOM = random.Random(0)
+CORPORA = {
+    "english": ["How to open a window in the garden. " * 9 + str(i) for i in range(30)],
+    "tabs": ["\t\tif x[0] == 9:\r\n" * 9 + str(i) for i in range(30)],
+    "han": ["".join(chr(0x4E00 + int(_RANDOM.expovariate(1 / 40))) for _ in range(900)) + "。"] * 9,
+    "one blank": ["window_garden_" * 9_000, "a b"],  # rarer than character coverage
+    "bytes": ["".join(map(chr, range(256))) * 4 + "\u2581\0 ⁇<eos>\ufffe" * i for i in range(9)],
+}
+
+
+@pytest.fixture(scope="module", params=list(CORPORA))
+def foreign(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Trained on text that has little in common with what is encoded."""
+    texts = CORPORA[request.param]
+    vocab = 260 + len(set("".join(texts)) | {"_"})
+    return train_sentencepiece(texts, vocab, tmp_path_factory.mktemp("tokenizer"))
+
+
+@given(text=CODE | ANY)
+@example("see you")
+@example(" ")
+@example(" \u2581 " * 9)
+@example("漢 字\tx \0")
+@settings(max_examples=60, deadline=None)
+def test_round_trip_whatever_the_corpus(foreign: Tokenizer, text: str) -> None:
+    ids = foreign.encode(text)
+    assert foreign.decode(ids) == text
+    assert foreign.eos_id not in ids
+    assert foreign.token_bytes()[ids].sum() == len(text.encode())
+
+
+def test_no_word_is_too_long_for_training(tmp_path: Path) -> None:
+    """SentencePiece 0.2.0 counts the characters of a word in 16 bits, and ends the process."""
+    texts = ["ab3_" * 40_000, "x " * 1_200_000 + "y\nz", "a\n", "=" * 65_000]
+    sentences = list(module._sentences(texts))
+    assert "".join(sentences) == "".join(texts)
+    assert max(len(word) for sentence in sentences for word in sentence.split(" ")) < 2**16
+    assert max(len(sentence.encode()) for sentence in sentences) <= 4_000_000
+    tokenizer = train_sentencepiece([*texts, *TEXTS], 400, tmp_path)
+    assert tokenizer.decode(tokenizer.encode(texts[0])) == texts[0]
+
+
+def test_the_end_of_a_document_has_any_name(tmp_path: Path) -> None:
+    tokenizer = train_sentencepiece(TEXTS, 400, tmp_path, eos="<|endoftext|>")
+    assert tokenizer.eos_text == "<|endoftext|>"
+    assert tokenizer.eos_id not in tokenizer.encode("<|endoftext|>")
 
 
 @pytest.mark.parametrize("name", ["tokenize.py", "inspect.py", "_pydecimal.py"])
@@ -146,8 +197,13 @@ def test_hugging_face_tokenizer(hugging_face: Path) -> None:
         load_tokenizer(hugging_face, eos="</end>")
 
 
-def test_hugging_face_directory(hugging_face: Path) -> None:
-    pytest.importorskip("transformers")
+@pytest.mark.parametrize("config", [None, {"tokenizer_class": "PreTrainedTokenizerFast"}])
+def test_hugging_face_directory(hugging_face: Path, config: dict | None) -> None:
+    """With a configuration, as `transformers` reads it; without one, the file alone."""
+    if config:
+        pytest.importorskip("transformers")
+        path = hugging_face.parent / "tokenizer_config.json"
+        path.write_text(json.dumps(config | {"eos_token": "<|endoftext|>"}))
     text = "    x = 1\n"
     tokenizer = load_tokenizer(hugging_face.parent)
     assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -14,6 +14,7 @@ from archscale.errors import DataError
 LIMIT = 0.01  # of the text may be lost
 _FIRST_BYTES = 20_000  # of documents that are decoded whatever they are
 _EVERY = 64  # of the others, one in so many is decoded, chosen by its content
+_PIECE = 1 << 18  # tokens whose bytes are counted at a time
 _EXCERPT = 100_000  # characters of a document that are decoded at most
 
 
@@ -45,7 +46,11 @@ class Fidelity:
             ids: what `tokenizer.encode_document(text)` gave.
             tokenizer: that made them.
         """
-        token_bytes = int(tokenizer.lengths[ids].sum())
+        # In pieces, as numbers of bytes take more memory than a long text.
+        token_bytes = sum(
+            int(tokenizer.lengths[ids[start : start + _PIECE]].sum())
+            for start in range(0, len(ids), _PIECE)
+        )
         self.documents += 1
         self.text_bytes += text_bytes
         self.token_bytes += token_bytes
@@ -83,7 +88,7 @@ class Fidelity:
         """One line when tokens and text differ."""
         lines = []
         if self.lost_share:
-            lines.append(f"the tokenizer loses text: {_percent(self.lost_share)} of it")
+            lines.append(f"the tokenizer loses {_percent(self.lost_share)} of the text")
         if self.token_bytes == 0 and self.text_bytes:
             lines.append("its tokens stand for no text, so there is no val_bits_per_byte")
         elif self.token_bytes != self.text_bytes:
@@ -104,7 +109,7 @@ class Fidelity:
             raise DataError(
                 str(self.report()),
                 "tokenizer",
-                "give another tokenizer, or accept the loss with --set lossy=true",
+                "give another tokenizer, or accept the loss with lossy: true in the recipe",
             )
 
 
