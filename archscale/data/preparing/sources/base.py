@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from archscale.data.preparing.sources.units import UNIT_BYTES, Part, Unit
 from archscale.data.preparing.trouble import DamagedFile, Trouble, UnreadableFile
@@ -17,6 +18,14 @@ class SourceBase(BaseModel):
     weight: float = Field(
         default=1.0, gt=0, le=1, description="share of the documents taken, by content hash"
     )
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_stored(cls, value: Any) -> Any:
+        """The recipe is kept with the data set, as JSON."""
+        if isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError("not Unicode text; in a path, write ? for a byte that is not UTF-8")
+        return value
 
     def units(self, limit: int = UNIT_BYTES) -> list[Unit]:
         """What can be read separately, about `limit` bytes each, in order. A function of the names

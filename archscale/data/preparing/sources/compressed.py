@@ -11,13 +11,13 @@ from typing import Any, BinaryIO
 
 from archscale.data.preparing.sources.units import shown
 from archscale.data.preparing.trouble import DamagedFile
+from archscale.errors import one_line
 
 BUFFER_BYTES = 1 << 17
 # At a time into the decompressor, which may give a thousand times as much.
 _COMPRESSED_BYTES = 1 << 12
 _ZSTD_WINDOW = 1 << 31  # the largest that the format has: `zstd --long=31`
 
-# The longest beginning comes first where one contains another.
 _MAGIC = {
     b"\x1f\x8b": "gzip",
     b"\xfd7zXZ\x00": "xz",
@@ -86,7 +86,7 @@ def _decompressed(file: BinaryIO, kind: str, path: str) -> Iterator[bytes]:
         try:
             piece = decompressor.decompress(data)
         except errors as error:
-            reason = " ".join(str(error).split()) or "the data are damaged"
+            reason = one_line(str(error)) or "the data are damaged"
             raise _damaged(path, kind, reason) from error
         if piece:
             yield piece
@@ -156,5 +156,5 @@ def _description(file: io.BufferedReader) -> str:
         return "it is empty"
     text = head.decode("utf-8", "replace")
     if text.replace("\n", " ").isprintable() and "\ufffd" not in text[:-1]:
-        return f"it begins with the text {' '.join(text.split())!r}"
+        return f"it begins with the text {one_line(text)!r}"
     return f"it begins with the bytes {head[:8].hex(' ')}"

@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from archscale.data.preparing.sources.lines import seek_line
+from archscale.data.preparing.sources.lines import UTF8_MARK, seek_line
 
 SMALLEST, LARGEST = 1_000, 64_000
 # Enough documents for a validation split of a percent.
@@ -99,7 +99,7 @@ def paragraphs(stream: io.BufferedReader, start: int, stop: int | None) -> Itera
     pieces: list[bytes] = []
     first = position
     while line := stream.readline():
-        if line.strip():
+        if (line if position else line.removeprefix(UTF8_MARK)).strip():
             if not others:
                 pieces.append(line)
         else:

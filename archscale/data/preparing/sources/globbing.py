@@ -14,16 +14,27 @@ from archscale.errors import DataError, explain_os_error
 
 
 class _Folder(NamedTuple):
-    """A folder by the name under which it was reached ("": the current one) and where it is."""
+    """A folder by the name under which it was reached ("": the current one), through how many
+    symbolic links, and where it is."""
 
+    links: int
     name: str
     real: str
 
+    def inner(self, entry: "os.DirEntry[str] | _Named") -> tuple[int, str, str]:
+        """Links, name and place of what is in it."""
+        path = os.path.join(self.name, entry.name)
+        if entry.is_symlink():
+            return self.links + 1, path, os.path.realpath(path)
+        return self.links, path, os.path.join(self.real, entry.name)
 
-class _Entry(NamedTuple):
+
+class _File(NamedTuple):
+    """A file, through how many symbolic links it was reached, and where it is."""
+
+    links: int
     name: str
     real: str
-    linked: bool  # reached through a symbolic link
 
 
 def match_files(pattern: str, example: str) -> list[tuple[str, Path]]:
@@ -60,31 +71,27 @@ def match(pattern: str) -> list[tuple[str, Path]]:
     """As `match_files`, for a pattern without `~`; empty where no file matches."""
     root = "/" if pattern.startswith("/") else ""
     segments = [segment for segment in pattern.split("/") if segment]
-    start = _Folder(root, os.path.realpath(root or "."))
-    names: dict[str, _Entry] = {}
-    for entry in _expand(start, segments, linked=False):
-        known = names.get(entry.real)
-        if known is None or (entry.linked, entry.name) < (known.linked, known.name):
-            names[entry.real] = entry
-    return [(name, Path(name)) for name in sorted(entry.name for entry in names.values())]
+    if not segments or pattern.endswith("/"):
+        return []
+    files: dict[str, _File] = {}
+    for file in _expand(_Folder(0, root, os.path.realpath(root or ".")), segments):
+        files[file.real] = min(file, files.get(file.real, file))
+    return [(name, Path(name)) for name in sorted(file.name for file in files.values())]
 
 
-def _expand(folder: _Folder, segments: list[str], linked: bool) -> Iterator[_Entry]:
+def _expand(folder: _Folder, segments: list[str]) -> Iterator[_File]:
     """The regular files below a folder that match the segments of a pattern."""
     segment, *rest = segments
     if segment == "**":
-        # `**` at the end matches the files at any depth as well.
-        for inner, inner_linked in _folders(folder, linked):
-            yield from _expand(inner, rest or ["*"], inner_linked)
+        for inner in _folders(folder):
+            # At the end, it matches the files at any depth.
+            yield from _expand(inner, rest or ["*"])
         return
     for entry in _matching(folder, segment):
-        path = os.path.join(folder.name, entry.name)
-        is_link = entry.is_symlink()
-        real = os.path.realpath(path) if is_link else os.path.join(folder.real, entry.name)
         if rest and entry.is_dir():
-            yield from _expand(_Folder(path, real), rest, linked or is_link)
+            yield from _expand(_Folder(*folder.inner(entry)), rest)
         elif not rest and entry.is_file():
-            yield _Entry(path, real, linked or is_link)
+            yield _File(*folder.inner(entry))
 
 
 class _Named:
@@ -128,24 +135,19 @@ def _list(folder: _Folder) -> list["os.DirEntry[str]"]:
         raise DataError(f"cannot list the folder: {cause}", where, remedy) from error
 
 
-def _folders(top: _Folder, linked: bool) -> Iterator[tuple[_Folder, bool]]:
+def _folders(top: _Folder) -> Iterator[_Folder]:
     """A folder and all below it that are not hidden, each real one once; those behind links come
     last, or a folder would be known by a link to it that stands before it."""
-    waiting = deque([(top, linked)])
-    behind_links: deque[tuple[_Folder, bool]] = deque()
+    waiting = deque([top])
+    behind_links: deque[_Folder] = deque()
     seen: set[str] = set()
     while waiting or behind_links:
-        folder, linked = waiting.popleft() if waiting else behind_links.popleft()
+        folder = waiting.popleft() if waiting else behind_links.popleft()
         if folder.real in seen:
             continue
         seen.add(folder.real)
-        yield folder, linked
+        yield folder
         for entry in _list(folder):
-            if entry.name.startswith(".") or not entry.is_dir():
-                continue
-            path = os.path.join(folder.name, entry.name)
-            if entry.is_symlink():
-                behind_links.append((_Folder(path, os.path.realpath(path)), True))
-            else:
-                real = os.path.join(folder.real, entry.name)
-                waiting.append((_Folder(path, real), linked))
+            if entry.is_dir() and not entry.name.startswith("."):
+                queue = behind_links if entry.is_symlink() else waiting
+                queue.append(_Folder(*folder.inner(entry)))

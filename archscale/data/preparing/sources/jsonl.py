@@ -44,6 +44,7 @@ class JsonlSource(SourceBase):
                 except StopIteration:
                     return
                 except BadRecord as error:
+                    content.read_on(trouble)
                     error.record(trouble, lines.place)
                     continue
                 yield document

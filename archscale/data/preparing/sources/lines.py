@@ -46,12 +46,14 @@ class Lines:
         if self._part.stop is not None and self._position > self._part.stop:
             raise StopIteration
         line = self._readline()
+        self.start = self._position
+        self._position += len(line)
+        if self.start == 0:
+            line = line.removeprefix(UTF8_MARK)
         if not line:
             raise StopIteration
         self.number += 1
-        self.start = self._position
-        self._position += len(line)
-        return line if self.start else line.removeprefix(UTF8_MARK)
+        return line
 
     @property
     def place(self) -> str:

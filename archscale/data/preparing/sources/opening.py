@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from archscale.data.preparing.sources import remote
-from archscale.data.preparing.sources.compressed import compression, decompressing
+from archscale.data.preparing.sources.compressed import BUFFER_BYTES, compression, decompressing
 from archscale.data.preparing.sources.fingerprints import reading
 from archscale.data.preparing.sources.globbing import match_files
 from archscale.data.preparing.sources.units import Part, byte_ranges
+from archscale.data.preparing.trouble import Trouble, UnreadableFile
 
 
 class Content(NamedTuple):
@@ -19,26 +20,54 @@ class Content(NamedTuple):
     Attributes:
         stream: to read from.
         size: bytes of the content; None where only reading tells.
+        compressed: the file is not the content.
     """
 
     stream: io.BufferedReader
     size: int | None
+    compressed: bool
+
+    def read_on(self, trouble: Trouble) -> None:
+        """After an error that stops the work: what looks like a wrong record may be a damaged file,
+        which its checksum tells at the end.
+
+        Raises:
+            DamagedFile: it is.
+        """
+        if trouble.on_error == "stop" and self.compressed:
+            while self.stream.read(BUFFER_BYTES):
+                pass
+
+
+@contextmanager
+def open_file(path: str) -> Iterator[io.BufferedReader]:
+    """A file as it is, to be read from anywhere if its file system can.
+
+    Raises:
+        UnreadableFile: also while it is read.
+    """
+    if remote.is_remote(path):
+        with remote.open_file(path) as file:
+            yield file
+    else:
+        with reading(path), open(path, "rb") as file:
+            yield file
 
 
 @contextmanager
 def opened(path: str) -> Iterator[Content]:
-    """A file to read; a local one that is not compressed can be read from anywhere.
+    """The content of a file; if that is not compressed, it can be read from anywhere.
 
     Raises:
         UnreadableFile, DamagedFile: also while it is read.
     """
-    if remote.is_remote(path):
-        with remote.opened(path) as file:
-            yield Content(decompressing(file, path), None)
-        return
-    with reading(path), open(path, "rb") as file:
+    with open_file(path) as file:
         stream = decompressing(file, path)
-        yield Content(stream, os.fstat(file.fileno()).st_size if stream is file else None)
+        compressed = stream is not file
+        size = None
+        if not compressed and not remote.is_remote(path):
+            size = os.fstat(file.fileno()).st_size
+        yield Content(stream, size, compressed)
 
 
 def list_files(pattern: str, example: str) -> list[Part]:
@@ -60,7 +89,12 @@ def cut_large(part: Part, limit: int) -> list[Part]:
     """A large local file in parts of `limit` bytes; if it is compressed or remote, as it is."""
     if remote.is_remote(part.path) or part.size is None or part.size <= limit:
         return [part]
-    with reading(part.path), open(part.path, "rb") as file:
-        if compression(file.read(16)) is not None:
-            return [part]
+    try:
+        with open_file(part.path) as file:
+            compressed = compression(file.read(16)) is not None
+    except UnreadableFile:
+        # Reading it says so, or counts it.
+        return [part]
+    if compressed:
+        return [part]
     return byte_ranges(part.path, part.size, limit, part.cut)

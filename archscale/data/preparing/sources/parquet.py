@@ -5,15 +5,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from archscale.data.preparing.sources import remote
 from archscale.data.preparing.sources.base import SourceBase
 from archscale.data.preparing.sources.fields import BadRecord, field_names, text_of
-from archscale.data.preparing.sources.fingerprints import reading
 from archscale.data.preparing.sources.globbing import match_files
-from archscale.data.preparing.sources.opening import list_files
+from archscale.data.preparing.sources.opening import list_files, open_file
+from archscale.data.preparing.sources.remote import is_remote
 from archscale.data.preparing.sources.units import UNIT_BYTES, Part, Unit, group, shown
-from archscale.data.preparing.trouble import DamagedFile, Trouble
-from archscale.errors import DataError
+from archscale.data.preparing.trouble import DamagedFile, Trouble, UnreadableFile
+from archscale.errors import DataError, one_line
 
 _EXAMPLE = "*.parquet"
 # Rows as Python objects at a time, and bytes of a column that are read at a time.
@@ -32,17 +31,6 @@ def _pyarrow(where: str) -> Any:
 
 
 @contextmanager
-def _file(path: str) -> Iterator[Any]:
-    """A file that can be read from anywhere; `UnreadableFile` where it cannot."""
-    if remote.is_remote(path):
-        with remote.opened_anywhere(path) as file:
-            yield file
-    else:
-        with reading(path), open(path, "rb") as file:
-            yield file
-
-
-@contextmanager
 def _opened(path: str) -> Iterator[Any]:
     """A `ParquetFile`.
 
@@ -50,14 +38,15 @@ def _opened(path: str) -> Iterator[Any]:
         UnreadableFile, DamagedFile: also while it is read.
     """
     arrow = _pyarrow(shown(path))
-    with _file(path) as file:
+    with open_file(path) as file:
         try:
-            yield arrow.parquet.ParquetFile(file, buffer_size=_BUFFER_BYTES)
+            # Ahead, Arrow would read all of a row group.
+            yield arrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES)
         except (arrow.ArrowException, OSError) as error:
             # Arrow raises an OSError without a number for data that it cannot decode.
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = one_line(str(error)) or type(error).__name__
             raise DamagedFile(
                 f"not a whole Parquet file: {reason}",
                 shown(path),
@@ -65,20 +54,22 @@ def _opened(path: str) -> Iterator[Any]:
             ) from error
 
 
-def _find_column(fields: Any, field: str) -> tuple[list[str], Any] | None:
+def _find_column(arrow: Any, columns: Any, field: str) -> tuple[list[str], Any] | None:
     """Names of columns within columns that a dotted field stands for, and the type of the last; a
     name that itself has dots wins. None: it is not there.
 
     Args:
-        fields: a schema or the type of a struct.
+        columns: of a schema, or the fields of a struct.
     """
-    count = fields.num_fields if hasattr(fields, "num_fields") else len(fields)
-    columns = {fields.field(i).name: fields.field(i).type for i in range(count)}
-    if field in columns:
-        return [field], columns[field]
-    for name, kind in columns.items():
-        if field.startswith(f"{name}.") and (inner := _find_column(kind, field[len(name) + 1 :])):
-            return [name, *inner[0]], inner[1]
+    types = {column.name: column.type for column in columns}
+    if field in types:
+        return [field], types[field]
+    for name, kind in types.items():
+        if field.startswith(f"{name}.") and arrow.types.is_struct(kind):
+            fields = [kind.field(i) for i in range(kind.num_fields)]
+            inner = _find_column(arrow, fields, field[len(name) + 1 :])
+            if inner is not None:
+                return [name, *inner[0]], inner[1]
     return None
 
 
@@ -112,7 +103,7 @@ class ParquetSource(SourceBase):
     field: str = "text"
 
     def files(self) -> list[tuple[str, Path]]:
-        return [] if remote.is_remote(self.path) else match_files(self.path, _EXAMPLE)
+        return [] if is_remote(self.path) else match_files(self.path, _EXAMPLE)
 
     def units(self, limit: int = UNIT_BYTES) -> list[Unit]:
         _pyarrow(shown(self.path))
@@ -132,11 +123,12 @@ class ParquetSource(SourceBase):
 
     def _column(self, schema: Any, part: Part, trouble: Trouble) -> list[str] | None:
         """The names that lead to the column; None where `trouble` lets a file without it pass."""
-        column = _find_column(schema, self.field)
+        arrow = _pyarrow(part.path)
+        column = _find_column(arrow, schema, self.field)
         fields = field_names(schema.names)
         if column is None:
             cause, problem = "no text field", f"no field {self.field!r}; there is: {fields}"
-        elif not _is_text(_pyarrow(part.path), column[1]):
+        elif not _is_text(arrow, column[1]):
             held = f"{column[1]}, not text"
             cause, problem = "not text", f"field {self.field!r} holds {held}; there is: {fields}"
         else:
@@ -180,8 +172,12 @@ def _cut_large(part: Part, limit: int) -> list[Part]:
     """A large file in parts of row groups, about `limit` bytes each."""
     if part.size is None or part.size <= limit:
         return [part]
-    with _opened(part.path) as file:
-        sizes = [_size_on_disk(file.metadata.row_group(i)) for i in range(file.num_row_groups)]
+    try:
+        with _opened(part.path) as file:
+            sizes = [_size_on_disk(file.metadata.row_group(i)) for i in range(file.num_row_groups)]
+    except (DamagedFile, UnreadableFile):
+        # Reading it says so, or counts it.
+        return [part]
     parts = []
     start = size = 0
     for number, group_size in enumerate(sizes):

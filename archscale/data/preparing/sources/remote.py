@@ -5,10 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from archscale.data.preparing.sources.compressed import buffered
 from archscale.data.preparing.sources.units import Part, shown
 from archscale.data.preparing.trouble import UnreadableFile
-from archscale.errors import ArchscaleError, DataError
+from archscale.errors import ArchscaleError, DataError, one_line
 
 _READ_BYTES = 1 << 20
 _EXTRAS = {"hf": "hf"}  # the extra that has what a protocol needs; of the others, remote
@@ -23,19 +22,26 @@ def _explained(url: str) -> Iterator[None]:
     """Turns whatever a file system raises into one line: each has dozens of classes of its own."""
     try:
         yield
-    except (ArchscaleError, GeneratorExit):
+    except ArchscaleError:
         raise
     except ImportError as error:
         protocol = url.partition("://")[0]
         remedy = f"pip install archscale[{_EXTRAS.get(protocol, 'remote')}]"
-        reason = " ".join(str(error).split())
+        reason = one_line(str(error))
         raise DataError(f"cannot read {protocol}://: {reason}", shown(url), remedy) from error
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        if isinstance(error, FileNotFoundError):
-            reason = "no such file"
+        reason = _reason(error)
         remedy = "check the URL, the network and your credentials"
         raise UnreadableFile(f"cannot read the file: {reason}", shown(url), remedy) from error
+
+
+def _reason(error: BaseException) -> str:
+    """A web server that cannot be reached is a `FileNotFoundError` as well, by its cause."""
+    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    return one_line(str(error))[:300] or type(error).__name__
 
 
 def list_files(pattern: str) -> list[Part]:
@@ -45,9 +51,9 @@ def list_files(pattern: str) -> list[Part]:
         DataError: there are none, or they cannot be listed.
     """
     with _explained(pattern):
-        import fsspec
+        from fsspec.core import url_to_fs
 
-        system, path = fsspec.url_to_fs(pattern)
+        system, path = url_to_fs(pattern)
         if _is_pattern(pattern) and not _is_file(system, path):
             listing = system.glob(path, detail=True).values()
         else:
@@ -71,27 +77,44 @@ def _is_file(system: Any, path: str) -> bool:
     return "*" not in path and system.isfile(path)
 
 
-@contextmanager
-def opened_anywhere(url: str) -> Iterator[Any]:
-    """A remote file that can be read from anywhere.
+class _RemoteFile(io.RawIOBase):
+    """A file of fsspec whose errors are explained."""
+
+    def __init__(self, file: Any, url: str):
+        self._file, self._url = file, url
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return self._file.seekable()
+
+    def readinto(self, buffer: Any) -> int:
+        with _explained(self._url):
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        with _explained(self._url):
+            return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def open_file(url: str) -> io.BufferedReader:
+    """A remote file to read; from anywhere, if its file system can.
 
     Raises:
         UnreadableFile: also while it is read.
     """
     with _explained(url):
-        import fsspec
+        from fsspec.core import url_to_fs
 
-        system, path = fsspec.url_to_fs(url)
-        with system.open(path, "rb") as file:
-            yield file
-
-
-@contextmanager
-def opened(url: str) -> Iterator[io.BufferedReader]:
-    """A remote file that is read from beginning to end.
-
-    Raises:
-        UnreadableFile: also while it is read.
-    """
-    with opened_anywhere(url) as file:
-        yield buffered(iter(lambda: file.read(_READ_BYTES), b""))
+        system, path = url_to_fs(url)
+        return io.BufferedReader(_RemoteFile(system.open(path, "rb"), url), _READ_BYTES)

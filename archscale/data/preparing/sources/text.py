@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -27,7 +28,7 @@ from archscale.data.preparing.sources.lines import UTF8_MARK, Lines
 from archscale.data.preparing.sources.opening import Content, cut_large, list_files, opened
 from archscale.data.preparing.sources.remote import is_remote
 from archscale.data.preparing.sources.units import UNIT_BYTES, Part, Unit, group, shown
-from archscale.data.preparing.trouble import Trouble
+from archscale.data.preparing.trouble import DamagedFile, Trouble, UnreadableFile
 
 _EXAMPLE = "*.txt"
 # That of UTF-32 begins with that of UTF-16.
@@ -56,8 +57,10 @@ class TextSource(SourceBase):
     def _known(cls, encoding: str) -> str:
         try:
             "".encode(encoding)
-        except LookupError as error:
+        except (LookupError, UnicodeError) as error:
             raise ValueError(f"{error}; Python's documentation lists those known") from error
+        if codecs.lookup(encoding).name in ("idna", "punycode"):
+            raise ValueError(f"{encoding} is for names of hosts, not for text")
         return "utf-8" if codecs.lookup(encoding).name == "utf-8-sig" else encoding
 
     def files(self) -> list[tuple[str, Path]]:
@@ -95,6 +98,7 @@ class TextSource(SourceBase):
         with opened(part.path) as content:
             try:
                 self._refuse_other_marks(content.stream)
+                content = self._prepared(content, part)
                 excerpts = self._excerpts(content, part)
             except BadRecord as error:
                 error.record(trouble, shown(part.path))
@@ -105,22 +109,27 @@ class TextSource(SourceBase):
                 except StopIteration:
                     return
                 except BadRecord as error:
+                    content.read_on(trouble)
                     error.record(trouble, shown(part.path))
                     continue
                 yield document
                 del document
 
-    def _excerpts(self, content: Content, part: Part) -> Iterator[Excerpt]:
-        """The documents of a part, encoded: in UTF-8 where the encoding is wide."""
+    def _prepared(self, content: Content, part: Part) -> Content:
+        """In UTF-8 where the encoding is wide, and with its size where that decides on cuts."""
         if self._wide:
-            content = Content(buffered(self._in_utf8(content.stream)), None)
+            content = content._replace(stream=buffered(self._in_utf8(content.stream)), size=None)
+        return _measured(content) if part.cut else content
+
+    def _excerpts(self, content: Content, part: Part) -> Iterator[Excerpt]:
+        """The documents of a part, encoded."""
         if self.document == "line":
             lines = Lines(content, part)
-            return (Excerpt(lines.start, line.rstrip(b"\r\n")) for line in lines)
+            # Not a generator, which would keep a huge line while it is used.
+            return map(partial(_without_end, lines), lines)
         if self.document == "paragraph":
             return paragraphs(content.stream, part.start, part.stop)
         if part.cut:
-            content = _measured(content)
             size = grain(content.size or 0)
             last = None if part.stop is None else math.ceil(part.stop / size)
             return cut(content.stream, size, math.ceil(part.start / size), last)
@@ -135,7 +144,9 @@ class TextSource(SourceBase):
             try:
                 yield decode(data, final=not data).encode("utf-8", "surrogatepass")
             except UnicodeDecodeError as error:
-                raise self._wrong(error, position) from error
+                # The decoder has kept the beginning of a character back.
+                begin = position + len(data) - len(error.object)
+                raise self._wrong(error, begin) from error
             if not data:
                 return
             position += len(data)
@@ -161,11 +172,29 @@ class TextSource(SourceBase):
                 raise BadRecord(problem, f"set the source's encoding: {encoding}", "wrong encoding")
 
 
+def _without_end(lines: Lines, line: bytes) -> Excerpt:
+    """The last one of `lines`."""
+    return Excerpt(lines.start, line.rstrip(b"\r\n"))
+
+
 def _measured(content: Content) -> Content:
     """With its size; of a larger one that only reading tells, the size from which on documents do
     not get larger. So a text is cut alike whether it is compressed or not."""
     if content.size is not None:
         return content
-    head = content.stream.read(DOCUMENTS * LARGEST)
-    rest = iter(lambda: content.stream.read(BUFFER_BYTES), b"")
-    return Content(buffered(chain([head], rest)), len(head))
+    rest = iter(partial(content.stream.read1, BUFFER_BYTES), b"")
+    pieces: list[bytes] = []
+    size = 0
+    try:
+        while size < DOCUMENTS * LARGEST and (piece := next(rest, b"")):
+            pieces.append(piece)
+            size += len(piece)
+    except (BadRecord, DamagedFile, UnreadableFile) as error:
+        rest = _raising(error)
+    return content._replace(stream=buffered(chain(pieces, rest)), size=size)
+
+
+def _raising(error: Exception) -> Iterator[bytes]:
+    """Where the damage is reached, not before: what comes first is kept."""
+    yield from ()
+    raise error
