@@ -23,6 +23,7 @@ from archscale.data.preparing.preparation import Preparation
 from archscale.data.preparing.progress import Say
 from archscale.data.preparing.recipe import Recipe, load_recipe
 from archscale.data.preparing.source_files import hash_jobs
+from archscale.data.preparing.sources.units import shown
 from archscale.data.preparing.work import PartNumber, WorkDirectory, open_work
 from archscale.errors import DataError, explain_os_error
 
@@ -137,7 +138,8 @@ def _work(destination: Destination, part: PartNumber | None, say: Say) -> Iterat
                 if part is None:
                     work.remove()
                 raise
-            kept = f"what is done is kept in {work.path}, and the same command goes on from there"
+            place = shown(str(work.path))
+            kept = f"what is done is kept in {place}, and the same command goes on from there"
             if isinstance(error, DataError):
                 raise DataError(error.what, error.where, f"{error.remedy}; {kept}") from error
             if isinstance(error, KeyboardInterrupt):
