@@ -459,9 +459,24 @@ def study(
 def prepare(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe.")],
     set: Overrides = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; by default one for each core.")
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(metavar="I/N", help="Encode this share only, beside other machines."),
+    ] = None,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="Make the data set of all parts.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print text, tokens, disk and time; write nothing.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Text to token shards: sources, tokenizer, training and validation split.
+
+    The same command goes on where an earlier one was ended.
 
     Example: archscale data prepare data_prep/python_stdlib.yaml
     """
@@ -469,8 +484,14 @@ def prepare(
 
     from archscale.data.preparing.prepare import prepare as run
 
-    progress = functools.partial(print, file=sys.stderr) if json else print
-    _print_data_set(run(recipe, set or [], say=progress), json)
+    if part and finish:
+        raise typer.BadParameter("--part and --finish exclude each other")
+    if dry_run:
+        _print_estimate(recipe, set or [], workers, json)
+        return
+    progress = functools.partial(print, file=sys.stderr if json else sys.stdout, flush=True)
+    summary = run(recipe, set or [], say=progress, workers=workers, part=part, finish=finish)
+    _print_data_set(summary, json)
 
 
 @data_app.command()
@@ -705,11 +726,25 @@ def bench_gpu(
         raise typer.Exit(1)
 
 
+def _print_estimate(recipe: Path, overrides: list[str], workers: int | None, as_json: bool) -> None:
+    import json
+
+    from archscale.data.preparing.estimate import estimate
+    from archscale.data.preparing.recipe import load_recipe
+    from archscale.data.summary_text import render_estimate
+
+    expected = estimate(load_recipe(recipe, overrides), workers)
+    print(json.dumps(expected, indent=1) if as_json else render_estimate(expected))
+
+
 def _print_data_set(summary: dict[str, Any], as_json: bool) -> None:
     import json
 
     from archscale.data.summary_text import render
 
+    if "part" in summary and not as_json:
+        _print_table(summary)
+        return
     print(json.dumps(summary, indent=1) if as_json else render(summary))
 
 

@@ -6,6 +6,7 @@ and uint32 where it does not. A dataset directory is
     dataset.json       the manifest, written last: a directory without it was never finished
     tokenizer/         the tokenizer the ids came from
     token_bytes.npy    int32 [vocab_size]: UTF-8 bytes each id stands for, 0 for special tokens
+    sources.json       name, size, mtime_ns and sha256 of each local file that it was made from
     train_00000.bin …  validation_00000.bin …
 
 Every way in which such a file can be wrong is a `DataError` that names the file.
@@ -31,6 +32,7 @@ SHARD_VERSION = 1
 DATASET_VERSION = 1
 MANIFEST = "dataset.json"
 TOKEN_BYTES = "token_bytes.npy"
+SOURCE_FILES = "sources.json"
 SPLITS = ("train", "validation")
 DTYPES: dict[int, np.dtype] = {1: np.dtype("<u2"), 2: np.dtype("<u4")}
 
@@ -49,6 +51,11 @@ AGAIN = (
 )
 DAMAGED = f"copy the file again from where it is whole, or prepare anew: {AGAIN}"
 GIVE_PREPARED = "give the directory of a prepared data set, as `archscale data prepare` makes it"
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Of the token ids of a vocabulary, on disk."""
+    return DTYPES[1 if vocab_size <= 1 << 16 else 2]
 
 
 class ShardHeader(NamedTuple):
@@ -97,7 +104,7 @@ class ShardWriter:
 
     def __init__(self, path: str | Path, vocab_size: int, fingerprint: str):
         self.path, self.vocab_size, self.fingerprint = Path(path), vocab_size, fingerprint
-        self.dtype = DTYPES[1 if vocab_size <= 1 << 16 else 2]
+        self.dtype = token_dtype(vocab_size)
         self.tokens, self.max_id = 0, 0
         self._hash = hashlib.sha256()
         self._temporary = self.path.with_name(self.path.name + ".tmp")
@@ -242,9 +249,16 @@ class TokenizerEntry(_Entry):
     eos_id: int
 
 
+class SkippedEntry(_Entry):
+    """What could not be read and was left out: counts by cause, and the first messages."""
+
+    counts: dict[str, int]
+    examples: list[str]
+
+
 class Manifest(_Entry):
     """`dataset.json`. `origin` identifies recipe, source files and tokenizer file; `dropped` counts
-    documents."""
+    documents; `fidelity` has counts of text that the tokens do not stand for."""
 
     format_version: int
     name: str
@@ -253,6 +267,8 @@ class Manifest(_Entry):
     recipe: dict
     origin: str
     dropped: dict[str, int]
+    skipped: SkippedEntry | None = None
+    fidelity: dict[str, int] | None = None
 
 
 def read_manifest(directory: str | Place) -> Manifest:

@@ -15,7 +15,8 @@ COLUMNS = {
     "bytes_per_token": "bytes per token",
     "shards": "shards",
 }
-_DETAILS = (*SPLITS, "dropped", "recipe", "excerpt")  # entries that have lines of their own
+# entries that have lines of their own
+_DETAILS = (*SPLITS, "dropped", "skipped", "recipe", "excerpt")
 
 
 def render(summary: Mapping[str, Any]) -> str:
@@ -27,14 +28,16 @@ def render(summary: Mapping[str, Any]) -> str:
         key.replace("_", " "): _text(value) for key, value in summary.items() if key not in _DETAILS
     }
     if "dropped" in summary:
-        facts["documents left out"] = ", ".join(
-            f"{count:,} {reason}" for reason, count in summary["dropped"].items()
-        )
+        facts["documents left out"] = _counts(summary["dropped"])
+    if "skipped" in summary:
+        facts["skipped for errors"] = _counts(summary["skipped"]["counts"])
     lines = _aligned([[key, value] for key, value in facts.items()])
     splits = [name for name in summary if name in SPLITS]
     columns = {key: name for key, name in COLUMNS.items() if key in summary[splits[0]]}
     cells = [[name, *(_text(summary[name][key]) for key in columns)] for name in splits]
     lines += ["", *_aligned([["split", *columns.values()], *cells], numbers=True)]
+    if "skipped" in summary:
+        lines += ["", "skipped, the first of them", *summary["skipped"]["examples"]]
     if "recipe" in summary:
         rows = [[f"  {key}", value] for key, value in _dotted(summary["recipe"])]
         lines += ["", "recipe", *_aligned(rows)]
@@ -97,6 +100,10 @@ def _time(seconds: float | None) -> str:
     if minutes < 120:
         return f"about {minutes:.0f} minutes"
     return f"about {_two_digits(minutes / 60):g} hours"
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count:,} {reason}" for reason, count in counts.items())
 
 
 def _aligned(rows: list[list[str]], numbers: bool = False) -> list[str]:

@@ -19,6 +19,7 @@ __all__ = [
     "keep_tokenizer",
     "load_kept_tokenizer",
     "load_tokenizer",
+    "recorded_tokenizer",
     "train_sentencepiece",
 ]
 
@@ -48,7 +49,9 @@ def load_tokenizer(path: str | Place, kind: str | None = None, eos: str | None =
         local /= JSON_FILE  # transformers 4 loads no directory without a configuration
     if (local / MANIFEST).is_file():
         entry = read_manifest(local).tokenizer
-        return _recorded(entry, local / entry.file, f"{_COPY}, or prepare anew: {AGAIN}", eos)
+        return recorded_tokenizer(
+            entry, local / entry.file, f"{_COPY}, or prepare anew: {AGAIN}", eos
+        )
     try:
         if kind == "sentencepiece" or (kind is None and local.suffix == ".model"):
             return SentencePieceTokenizer(local.read_bytes(), str(path), eos)
@@ -94,7 +97,7 @@ def load_kept_tokenizer(directory: Path) -> Tokenizer | None:
     except ValidationError as error:
         problem = f"the kept tokenizer is damaged: {error.errors()[0]['msg']}"
         raise DataError(problem, str(path), _COPY) from error
-    return _recorded(entry, directory / entry.file, _COPY)
+    return recorded_tokenizer(entry, directory / entry.file, _COPY)
 
 
 def _read(entry: TokenizerEntry, path: Place, remedy: str) -> bytes:
@@ -108,7 +111,11 @@ def _read(entry: TokenizerEntry, path: Place, remedy: str) -> bytes:
     return content
 
 
-def _recorded(entry: TokenizerEntry, path: Place, remedy: str, eos: str | None = None) -> Tokenizer:
+def recorded_tokenizer(
+    entry: TokenizerEntry, path: Place, remedy: str, eos: str | None = None
+) -> Tokenizer:
+    """The tokenizer that `entry` describes, from its file at `path`; DataError with this remedy if
+    that is another one."""
     content = _read(entry, path, remedy)
     kinds = {"sentencepiece": SentencePieceTokenizer, "huggingface": HuggingFaceTokenizer}
     if entry.kind not in kinds:

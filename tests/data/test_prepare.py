@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import yaml
 
-import archscale.data.preparing.prepare as module
 from archscale.data.preparing.prepare import inspect, prepare, verify
 from archscale.data.preparing.recipe import load_recipe
 from archscale.data.preparing.sources import PythonStdlibSource, fingerprint_files
+from archscale.data.preparing.work import open_work
 from archscale.data.shards import MANIFEST, TOKEN_BYTES, ShardWriter, open_shard
 from archscale.data.split import TokenSplit
 from archscale.data.tokenizer import load_tokenizer, train_sentencepiece
@@ -178,7 +178,9 @@ def test_a_foreign_output_is_not_touched(work: Path) -> None:
     assert (work / "data/tiny" / "thesis.tex").read_text() == "years of work"
 
 
-@pytest.mark.parametrize("stage", ["write_atomically", "ShardWriter", "sync"])
+@pytest.mark.parametrize(
+    "stage", ["directory.write_atomically", "assemble.ShardWriter", "destination.sync"]
+)
 def test_a_failure_leaves_no_output(
     work: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -186,39 +188,48 @@ def test_a_failure_leaves_no_output(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, stage, fail)
-        with pytest.raises(DataError, match="No space left on device"):
+        patch.setattr(f"archscale.data.preparing.{stage}", fail)
+        with pytest.raises(DataError, match="No space left on device.*the same command goes on"):
             prepare("recipe.yaml")
-    if stage != "sync":  # after the rename, only its durability was in doubt
-        assert os.listdir("data") == []
-    assert prepare("recipe.yaml")["already_there"] == (stage == "sync")
+    published = stage == "destination.sync"  # after the rename, only its durability was in doubt
+    assert Path("data/tiny").exists() == published
+    assert prepare("recipe.yaml")["already_there"] == published
     assert verify("data/tiny") == []
-
-
-def test_what_a_killed_process_left_is_cleared(work: Path) -> None:
-    (work / "data" / ".tiny.partial" / "tokenizer").mkdir(parents=True)
-    (work / "data" / ".tiny.partial" / "train_00099.bin").write_bytes(b"half")
-    prepare("recipe.yaml")
     assert os.listdir("data") == ["tiny"]
-    assert not (work / "data/tiny/train_00099.bin").exists()
 
 
 def test_two_processes_do_not_share_a_directory(work: Path) -> None:
-    output = Path("data/tiny")
-    with module._partial(output), pytest.raises(DataError, match="another process"):
+    with (
+        open_work(Path("data/.tiny.work"), None, print),
+        pytest.raises(DataError, match="another process is preparing"),
+    ):
         prepare("recipe.yaml")
 
 
-@pytest.mark.parametrize("validation", [1e-9, 1 - 1e-9])
-def test_an_empty_split_is_refused(work: Path, validation: float) -> None:
-    # A trained tokenizer: with nothing in the training split there would be nothing to train one
-    # on.
-    prepare("recipe.yaml")
+@pytest.mark.parametrize(("validation", "split"), [(1e-9, "validation"), (1 - 1e-9, "train")])
+def test_no_split_is_empty(work: Path, validation: float, split: str) -> None:
+    """Of documents that would all go to one split, one goes to the other; it is the same one
+    whether or not a tokenizer is trained, which does not see it when it is for validation."""
+    summary = prepare("recipe.yaml", [f"validation={validation}"])
+    assert (summary[split]["documents"], summary["dropped"]["duplicate"]) == (1, 0)
+    alone = train_sentencepiece(_documents("data/tiny", "train"), 350, work)
+    assert alone.fingerprint == summary["fingerprint"]
     tokenizer = {"kind": "sentencepiece", "path": "data/tiny/tokenizer/tokenizer.model"}
-    _recipe(work, tokenizer=tokenizer, validation=validation, output="data/empty")
-    with pytest.raises(DataError, match=r"split '\w+' is empty: 60 documents"):
-        prepare("recipe.yaml")
-    assert os.listdir("data") == ["tiny"]
+    _recipe(work, tokenizer=tokenizer, validation=validation, output="data/given")
+    prepare("recipe.yaml")
+    assert _documents("data/given", split) == _documents("data/tiny", split)
+
+
+def test_a_corpus_of_one_document_is_refused_before_the_work(work: Path) -> None:
+    for name in ("a", "b"):
+        (work / f"{name}.same").write_text("one text")
+    for pattern, reason in (("a.same", "only one document"), ("[ab].same", "all documents")):
+        source = {"kind": "text", "path": pattern, "document": "file"}
+        said: list[str] = []
+        with pytest.raises(DataError, match=f"split 'validation' is empty: {reason}"):
+            prepare(_recipe(work, sources=[source]), say=said.append)
+        assert said == []
+        assert not Path("data").exists() or os.listdir("data") == []
 
 
 def test_a_trained_tokenizer_is_copied(work: Path) -> None:

@@ -12,8 +12,9 @@ from archscale.data.tokenizer import Tokenizer
 from archscale.errors import DataError
 
 LIMIT = 0.01  # of the text may be lost
-_FIRST = 16  # documents that are decoded whatever they are
+_FIRST_BYTES = 20_000  # of documents that are decoded whatever they are
 _EVERY = 64  # of the others, one in so many is decoded, chosen by its content
+_PIECE = 1 << 18  # tokens whose bytes are counted at a time
 _EXCERPT = 100_000  # characters of a document that are decoded at most
 
 
@@ -45,13 +46,17 @@ class Fidelity:
             ids: what `tokenizer.encode_document(text)` gave.
             tokenizer: that made them.
         """
-        token_bytes = int(tokenizer.lengths[ids].sum())
+        # In pieces, as numbers of bytes take more memory than a long text.
+        token_bytes = sum(
+            int(tokenizer.lengths[ids[start : start + _PIECE]].sum())
+            for start in range(0, len(ids), _PIECE)
+        )
         self.documents += 1
         self.text_bytes += text_bytes
         self.token_bytes += token_bytes
         self.missing_bytes += max(0, text_bytes - token_bytes)
         excerpt = text[:_EXCERPT]
-        if self.documents > _FIRST and zlib.crc32(excerpt.encode()) % _EVERY:
+        if self.decoded_bytes >= _FIRST_BYTES and zlib.crc32(excerpt.encode()) % _EVERY:
             return
         if len(excerpt) < len(text):
             ids, text_bytes = tokenizer.encode_document(excerpt), len(excerpt.encode())

@@ -1,15 +1,22 @@
 """The recipe: what `archscale data prepare` reads, checked before anything is read or written."""
 
 import difflib
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
-from archscale.data.preparing.sources import SOURCES, Source, fingerprint_files
+from archscale.data.preparing.sample import SAMPLE_BYTES
+from archscale.data.preparing.sources import SOURCES, Source
 from archscale.errors import DataError, explain_os_error
 from archscale.yaml_reader import parse_yaml
 
@@ -21,7 +28,7 @@ class _Strict(BaseModel):
 class TrainTokenizer(_Strict):
     """Train a SentencePiece BPE on the recipe's own training documents."""
 
-    vocab_size: int = Field(gt=258)
+    vocab_size: int = Field(gt=258, le=SAMPLE_BYTES)
     seed: int = 0
 
 
@@ -43,25 +50,47 @@ class TokenizerRecipe(_Strict):
         return self
 
 
+def _form(value: Any) -> str:
+    return "sources" if isinstance(value, list) else "share"
+
+
 class Recipe(_Strict):
-    """What `archscale data prepare` reads."""
+    """What `archscale data prepare` reads.
+
+    Attributes:
+        validation: share of the documents, by content hash; or sources of its own.
+        on_error: what to do about documents and files that cannot be read.
+        lossy: accept a tokenizer that loses text.
+    """
 
     name: str
     sources: list[Source] = Field(min_length=1)
     tokenizer: TokenizerRecipe
-    validation: float = Field(default=0.02, gt=0, lt=1)
+    validation: Annotated[
+        Annotated[float, Field(gt=0, lt=1), Tag("share")]
+        | Annotated[list[Source], Field(min_length=1), Tag("sources")],
+        Discriminator(_form),
+    ] = 0.02
     deduplicate: bool = True
+    on_error: Literal["stop", "skip"] = "stop"
+    lossy: bool = False
     output: str
 
-    def origin(self) -> str:
-        """sha256 of all that decides the result, as far as it is on this machine."""
-        files = [entry for source in self.sources for entry in source.files()]
-        given = Path(self.tokenizer.path or "")
-        if self.tokenizer.path and given.exists():
-            members = sorted(given.glob("*")) if given.is_dir() else [given]
-            files += [(path.name, path) for path in members if path.is_file()]
-        decides = self.model_dump(mode="json", exclude={"output"})
-        return hashlib.sha256(json.dumps([decides, fingerprint_files(files)]).encode()).hexdigest()
+    def all_sources(self) -> list[Source]:
+        """Those of validation too."""
+        held_out = self.validation if isinstance(self.validation, list) else []
+        return [*held_out, *self.sources]
+
+    def decides(self) -> dict[str, Any]:
+        """The keys that decide the content of the data set."""
+        return self.model_dump(mode="json", exclude={"output", "lossy"})
+
+    def makes_the_same_as(self, recorded: dict[str, Any]) -> bool:
+        """Whether a recipe, as a manifest has it, has the same content in all keys that matter."""
+        try:
+            return Recipe.model_validate(recorded).decides() == self.decides()
+        except ValidationError:
+            return False
 
 
 def _recipe_error(error: ValidationError, where: str) -> DataError:
@@ -70,8 +99,10 @@ def _recipe_error(error: ValidationError, where: str) -> DataError:
     first = error.errors()[0]
     loc = list(first["loc"])
     parent: Any = Recipe
-    if loc[:1] == ["sources"] and len(loc) > 2:
-        parent = SOURCES[str(loc.pop(2))]  # the kind, which pydantic puts into the path
+    if loc[:1] == ["validation"] and len(loc) > 1:
+        loc.pop(1)  # the form, which pydantic puts into the path
+    if loc[:1] in (["sources"], ["validation"]) and len(loc) > 2:
+        parent = SOURCES[str(loc.pop(2))]  # the kind, likewise
     elif loc[:1] == ["tokenizer"] and len(loc) > 1:
         parent = TrainTokenizer if loc[1] == "train" and len(loc) > 2 else TokenizerRecipe
     key = ".".join(map(str, loc))

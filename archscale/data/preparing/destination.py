@@ -1,0 +1,80 @@
+"""Where a data set goes: seen to before the first document is read, so that no work is lost to it.
+
+A new directory is made beside its final place and renamed. An empty directory that is there already
+may be a link, a mount or have rights of its own: it stays, and is filled from a work directory
+inside of it, `dataset.json` last.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from archscale.data.preparing.work import WORK_MARK
+from archscale.data.shards import MANIFEST
+from archscale.errors import DataError
+from archscale.files import sync
+
+ELSEWHERE = "prepare into another directory with --set output=DIR"
+_INNER_WORK = ".work"
+
+
+@dataclass(frozen=True)
+class Destination:
+    """The final place of a data set.
+
+    Attributes:
+        output: as the recipe names it.
+        directory: where that leads, links resolved.
+        work: the work directory that belongs to it.
+        in_place: the directory is there, and is filled instead of renamed.
+    """
+
+    output: Path
+    directory: Path
+    work: Path
+    in_place: bool
+
+    @property
+    def finished(self) -> bool:
+        return (self.directory / MANIFEST).is_file()
+
+    def publish(self, whole: Path) -> None:
+        """Moves a complete dataset directory, on the same file system, to its place."""
+        if not self.in_place:
+            os.rename(whole, self.directory)
+            sync(self.directory.parent)
+            return
+        entries = sorted(whole.iterdir(), key=lambda entry: entry.name == MANIFEST)
+        for entry in entries:
+            if entry.name == MANIFEST:
+                sync(self.directory)
+            target = self.directory / entry.name
+            if target.is_dir():  # the tokenizer, moved by a process that was killed thereafter
+                for file in entry.iterdir():
+                    os.replace(file, target / file.name)
+            else:
+                os.replace(entry, target)
+        sync(self.directory)
+
+
+def choose_destination(output: Path) -> Destination:
+    """The place of a data set.
+
+    Raises:
+        DataError: something else stands there.
+    """
+    directory = Path(os.path.realpath(output))
+    beside = directory.with_name(f".{directory.name}.work")
+    if not os.path.lexists(directory):
+        return Destination(output, directory, beside, in_place=False)
+    if not directory.is_dir():
+        raise DataError("output exists and is not a directory", str(output), ELSEWHERE)
+    inner = directory / _INNER_WORK
+    if (inner / WORK_MARK).is_file():
+        return Destination(output, directory, inner, in_place=True)
+    if (directory / MANIFEST).is_file():
+        return Destination(output, directory, beside, in_place=False)
+    if any(directory.iterdir()):
+        problem = f"output exists and is not a prepared data set: it has no {MANIFEST}"
+        raise DataError(problem, str(output), ELSEWHERE)
+    return Destination(output, directory, inner, in_place=True)

@@ -1,0 +1,331 @@
+"""The bytes of a data set do not depend on who made it, in how many steps."""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from archscale.data.preparing import beginnings, documents, duplicates
+from archscale.data.preparing.prepare import inspect, prepare, verify
+from archscale.data.shards import MANIFEST, SOURCE_FILES, open_shard, read_manifest
+from archscale.data.tokenizer import load_tokenizer
+from archscale.errors import DataError
+from tests.data.preparing.corpora import hashes, write_corpus, write_recipe, write_tokenizer
+
+pytest.importorskip("tokenizers")
+
+SHARD_TOKENS = 15_000
+# Made by the one loop over all documents that stood here before there were units.
+GOLDEN = {
+    "token_bytes.npy": "6b519fdfcbed9826e7936ccdc34d39fa5ac43a640bd13bd6d6d73ea642a00f5f",
+    "tokenizer/tokenizer.json": "6ab362a6b0d267fe388ea54b9da88bb4c39eaa56847214acea57cf7c4914ba4a",
+    "train_00000.bin": "201d7f08bec63cd415db9fe8ef5664fa5c21b189810e88cf98c656dba7d48a91",
+    "train_00001.bin": "fe518eece20fddffc33fa9fd90842cbd0a1aa20fcd176b28778604441b8a6fe0",
+    "validation_00000.bin": "210c87f25ec89a078b42118799d37733d493c2689457e1474a72d95b62663a61",
+}
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory to stand in, with a corpus that makes a dozen units, a tokenizer, a recipe."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(documents, "_LEAST_UNIT_BYTES", 3000)
+    write_corpus(tmp_path)
+    write_tokenizer(tmp_path / "tokenizer.json")
+    write_recipe(tmp_path)
+    return tmp_path
+
+
+def _texts(split: str, directory: str = "data") -> list[str]:
+    """The documents of a split, in order."""
+    tokenizer, entry = load_tokenizer(directory), read_manifest(directory).splits[split]
+    ids = np.concatenate([open_shard(f"{directory}/{shard.file}") for shard in entry.shards])
+    ends = np.flatnonzero(ids == tokenizer.eos_id)
+    return [tokenizer.decode(part[:-1].tolist()) for part in np.split(ids, ends + 1)[:-1]]
+
+
+def test_the_bytes_are_those_of_one_loop(work: Path) -> None:
+    summary = prepare("recipe.yaml", shard_tokens=SHARD_TOKENS)
+    assert hashes(work / "data") == GOLDEN
+    assert summary["dropped"] == {"empty": 2, "duplicate": 2, "unweighted": 0, "repaired": 0}
+    assert verify("data") == []
+    assert not list(work.glob(".*"))
+
+
+def test_processes_and_cuts_change_nothing(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(documents, "_LEAST_UNIT_BYTES", 500)
+    # So few rows to a bucket that there are many buckets.
+    monkeypatch.setattr(duplicates, "_BUCKET_ROWS", 20)
+    prepare("recipe.yaml", shard_tokens=SHARD_TOKENS, workers=2)
+    assert hashes(work / "data") == GOLDEN
+
+
+def _in_child(function: Callable[[], object]) -> int | None:
+    """Runs it in a copy of this process, which ends without any cleaning up; its exit status."""
+
+    def run() -> None:
+        function()
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _kill_at_rename(number: int, after: bool) -> None:
+    """Every result appears in a rename: kills this process before or after one of them."""
+    renames = 0
+
+    def counted(rename: Callable[..., None]) -> Callable[..., None]:
+        def dangerous(*args: object) -> None:
+            nonlocal renames
+            renames += 1
+            if renames == number and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(*args)
+            if renames == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return dangerous
+
+    os.replace, os.rename = counted(os.replace), counted(os.rename)
+
+
+@pytest.mark.parametrize(("in_place", "after"), [(False, True), (True, False)])
+def test_killed_at_any_write_the_same_command_goes_on(
+    work: Path, monkeypatch: pytest.MonkeyPatch, in_place: bool, after: bool
+) -> None:
+    """The first run is killed at its first rename, the second at its second, until one is not."""
+    monkeypatch.setattr(documents, "_LEAST_UNIT_BYTES", 12_000)
+    if in_place:
+        (work / "data").mkdir()
+
+    def killed() -> None:
+        _kill_at_rename(runs, after)
+        prepare("recipe.yaml", shard_tokens=SHARD_TOKENS)
+
+    runs = 1
+    while (status := _in_child(killed)) == -signal.SIGKILL:
+        runs += 1
+    assert status == 0
+    assert runs > 5
+    assert prepare("recipe.yaml")["already_there"]
+    assert hashes(work / "data") == GOLDEN
+    assert not list(work.glob(".*"))
+    assert not list((work / "data").glob(".*"))
+
+
+def test_finished_units_are_read_no_more(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line that is wrong stops the work after the units before it; corrected, its own file alone
+    is read again."""
+    monkeypatch.setattr(beginnings, "_TEXT_CHARS", 100)
+    good = (work / "corpus_2.jsonl").read_text()
+    (work / "corpus_2.jsonl").write_text(good + "{}\n")
+    with pytest.raises(DataError, match=r"corpus_2\.jsonl:81.*the same command goes on"):
+        prepare("recipe.yaml")
+    assert len(list(work.glob(".data.work/units/*.json"))) > 5
+    (work / "corpus_2.jsonl").write_text(good)
+    # What is encoded already is changed without a trace: it must not matter.
+    for path in (work / "corpus_0.jsonl", work / "corpus_1.jsonl"):
+        status = path.stat()
+        path.write_bytes(b" " * (status.st_size - 1) + b"\n")
+        os.utime(path, ns=(status.st_mtime_ns, status.st_mtime_ns))
+    prepare("recipe.yaml", shard_tokens=SHARD_TOKENS)
+    assert hashes(work / "data") == GOLDEN
+
+
+def test_a_changed_file_is_encoded_again(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(beginnings, "_TEXT_CHARS", 100)
+    path = work / "corpus_1.jsonl"
+    good = path.read_text()
+    (work / "corpus_2.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match="the same command goes on"):
+        prepare("recipe.yaml")
+    path.write_text(good.replace("river", "RIVER"))
+    (work / "corpus_2.jsonl").write_text('{"text": "good"}\n')
+    prepare("recipe.yaml")
+    written = _texts("train") + _texts("validation")
+    assert any("RIVER" in text for text in written)
+    assert "good" in written
+
+
+def test_a_refused_file_leaves_nothing_when_nothing_was_done(work: Path) -> None:
+    (work / "corpus_0.jsonl").write_text("{\n")
+    with pytest.raises(DataError, match="not a JSON line"):
+        prepare("recipe.yaml")
+    assert not list(work.glob(".*"))
+    assert not (work / "data").exists()
+
+
+def test_parts_on_several_machines(work: Path) -> None:
+    with pytest.raises(DataError, match=r"units are not encoded.*prepare recipe\.yaml` encodes"):
+        prepare("recipe.yaml", finish=True)
+    summary = prepare("recipe.yaml", part="2/3")
+    assert (summary["part"], summary["output"]) == ("2/3", "data")
+    assert not (work / "data").exists()
+    prepare("recipe.yaml", part="1/3")
+    with pytest.raises(DataError, match=r"--part 3/3`, or"):
+        prepare("recipe.yaml", finish=True)
+    prepare("recipe.yaml", part="3/3")
+    prepare("recipe.yaml", finish=True, shard_tokens=SHARD_TOKENS)
+    assert hashes(work / "data") == GOLDEN
+    assert not list(work.glob(".*"))
+    for bad in ("0/3", "4/3", "3", "a/b", "1/", "-1/3"):
+        with pytest.raises(DataError, match="write it as 2/5"):
+            prepare("recipe.yaml", ["output=other"], part=bad)
+
+
+def test_parts_train_one_tokenizer(work: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    tokenizer = {"kind": "sentencepiece", "train": {"vocab_size": 300}}
+    write_recipe(work, tokenizer=tokenizer)
+    prepare("recipe.yaml", ["output=whole"], SHARD_TOKENS)
+    with pytest.raises(DataError, match=r"no part has trained the tokenizer"):
+        prepare("recipe.yaml", finish=True)
+    for part in ("2/2", "1/2"):
+        prepare("recipe.yaml", part=part)
+    prepare("recipe.yaml", finish=True, shard_tokens=SHARD_TOKENS)
+    assert hashes(work / "data") == hashes(work / "whole")
+
+
+@pytest.mark.parametrize("deduplicate", [True, False])
+def test_validation_sources_of_ones_own(work: Path, deduplicate: bool) -> None:
+    lines = (work / "corpus_0.jsonl").read_text().splitlines(keepends=True)
+    held_out = [*lines[10:13], '{"text": "only for validation"}\n', lines[10]]
+    (work / "held_out.jsonl").write_text("".join(held_out))
+    validation = [{"kind": "jsonl", "path": "held_out.jsonl"}]
+    summary = prepare(write_recipe(work, validation=validation, deduplicate=deduplicate))
+    wanted = [json.loads(line)["text"] for line in held_out]
+    validation_texts, training_texts = _texts("validation"), _texts("train")
+    assert validation_texts == (wanted[:-1] if deduplicate else wanted)
+    assert not set(training_texts) & set(wanted)
+    # Of 240 documents 2 are empty, 3 are in validation, and one text is there three times.
+    assert len(training_texts) == (233 if deduplicate else 235)
+    assert summary["dropped"]["duplicate"] == (6 if deduplicate else 3)
+
+
+def test_own_validation_text_does_not_train_the_tokenizer(work: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    (work / "held_out.jsonl").write_text((work / "corpus_2.jsonl").read_text())
+    tokenizer = {"kind": "sentencepiece", "train": {"vocab_size": 300}}
+    own = [{"kind": "jsonl", "path": "held_out.jsonl"}]
+    write_recipe(work, tokenizer=tokenizer, validation=own)
+    prepare("recipe.yaml")
+    held_out = (work / "held_out.jsonl").read_text().splitlines(keepends=True)
+    for name in ("corpus_0.jsonl", "corpus_1.jsonl"):
+        lines = (work / name).read_text().splitlines(keepends=True)
+        (work / f"rest_of_{name}").write_text("".join(x for x in lines if x not in held_out))
+    rest = [{"kind": "jsonl", "path": "rest_of_*.jsonl"}]
+    (work / "other.jsonl").write_text('{"text": "something else"}\n')
+    other = [{"kind": "jsonl", "path": "other.jsonl"}]
+    write_recipe(work, tokenizer=tokenizer, sources=rest, validation=other, output="alone")
+    prepare("recipe.yaml")
+    assert load_tokenizer("alone").fingerprint == load_tokenizer("data").fingerprint
+
+
+def test_a_change_anywhere_in_a_source_is_seen(work: Path) -> None:
+    path = work / "corpus_1.jsonl"
+    # More than 2 MiB, of little text.
+    filler = json.dumps({"text": "x", "other": "y" * 10_000}) + "\n"
+    path.write_text(filler * 110 + '{"text": "middle"}\n' + filler * 110)
+    prepare("recipe.yaml")
+    content = path.read_bytes()
+    os.utime(path, (0, 0))
+    assert prepare("recipe.yaml")["already_there"], "only the time is another one"
+    path.write_bytes(content.replace(b"middle", b"mIddle"))
+    with pytest.raises(DataError, match=r"source files changed since: corpus_1\.jsonl changed"):
+        prepare("recipe.yaml")
+    path.write_bytes(content)
+    assert prepare("recipe.yaml")["already_there"]
+    (work / "corpus_9.jsonl").write_text(filler)
+    with pytest.raises(DataError, match=r"corpus_9\.jsonl is new"):
+        prepare("recipe.yaml")
+    (work / "corpus_9.jsonl").unlink()
+    path.unlink()
+    with pytest.raises(DataError, match=r"corpus_1\.jsonl is gone"):
+        prepare("recipe.yaml")
+
+
+def test_another_tokenizer_at_the_same_path_is_seen(work: Path) -> None:
+    prepare("recipe.yaml")
+    path = work / "tokenizer.json"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(DataError, match=r"another tokenizer than tokenizer\.json is now"):
+        prepare("recipe.yaml")
+
+
+def test_a_data_set_without_records_of_its_sources(work: Path) -> None:
+    """As they were made before there were such records and some keys of recipes."""
+    prepare("recipe.yaml")
+    (work / "data" / SOURCE_FILES).unlink()
+    manifest = json.loads((work / "data" / MANIFEST).read_text())
+    for name in ("skipped", "fidelity"):
+        del manifest[name]
+    for name in ("on_error", "lossy"):
+        del manifest["recipe"][name]
+    (work / "data" / MANIFEST).write_text(json.dumps(manifest))
+    said: list[str] = []
+    assert prepare("recipe.yaml", say=said.append)["already_there"]
+    assert "whether its source files changed is not known" in said[0]
+    assert inspect("data")["train"]["documents"] > 0
+
+
+def test_what_cannot_be_read_is_skipped_and_listed(work: Path) -> None:
+    with open(work / "corpus_1.jsonl", "a") as file:
+        file.write('{"text": null}\n{\n')
+    summary = prepare(write_recipe(work, on_error="skip"), shard_tokens=SHARD_TOKENS)
+    assert sum(summary["skipped"]["counts"].values()) == 2
+    assert any("corpus_1.jsonl:81" in line for line in summary["skipped"]["examples"])
+    assert hashes(work / "data") == GOLDEN
+    assert inspect("data")["skipped"] == summary["skipped"]
+
+
+def test_a_tokenizer_that_loses_text(work: Path) -> None:
+    (work / "corpus_0.jsonl").write_text(json.dumps({"text": "漢字 " * 300}) + "\n")
+    said: list[str] = []
+    with pytest.raises(DataError, match="loses.*lossy: true"):
+        prepare("recipe.yaml", say=said.append)
+    assert said == []
+    assert not list(work.glob(".*"))
+    summary = prepare("recipe.yaml", ["lossy=true"], say=said.append)
+    assert "warning: " in said[0]
+    assert "loses" in summary["fidelity"]
+    assert "loses" in inspect("data")["fidelity"]
+    assert prepare("recipe.yaml")["already_there"]
+
+
+def test_nothing_of_a_users_is_removed(work: Path) -> None:
+    mine = work / ".data.work" / "units"
+    mine.mkdir(parents=True)
+    (mine / "thesis.tex").write_text("years of work")
+    with pytest.raises(DataError, match="work directory of this output is not archscale's"):
+        prepare("recipe.yaml")
+    assert (mine / "thesis.tex").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("kind", ["link to an empty directory", "dangling link", "parents", "file"])
+def test_outputs(work: Path, kind: str) -> None:
+    output = work / "data"
+    if kind == "link to an empty directory":
+        (work / "disk").mkdir()
+        output.symlink_to("disk")
+    elif kind == "dangling link":
+        output.symlink_to("nowhere")
+    elif kind == "parents":
+        output = work / "a" / "b" / "ünï" / "data"
+    else:
+        output.write_text("a file")
+        with pytest.raises(DataError, match="is not a directory"):
+            prepare("recipe.yaml")
+        return
+    prepare("recipe.yaml", [f"output={output}"], SHARD_TOKENS)
+    assert hashes(output) == GOLDEN
+    assert output.is_symlink() == (kind not in ("parents", "file"))
+    assert prepare("recipe.yaml", [f"output={output}"])["already_there"]
+    assert not list(work.glob(".*"))
