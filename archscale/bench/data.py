@@ -83,7 +83,9 @@ def _try(failed: dict[str, str], reader: Reader, work: Callable[[], Any]) -> Any
     """The result of `work` in a child process; None, and the reason kept, where it failed."""
     if reader.label in failed:
         return None
-    context = multiprocessing.get_context("fork")
+    # From a process without threads: one forked from here could inherit a lock that nobody frees.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["archscale.bench.loaders"])
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, work))
     process.start()
