@@ -111,6 +111,7 @@ def test_text_that_is_not_utf_8(tmp_path: Path) -> None:
         ({"body": ["x"], "id": [1]}, "no text field", "no field 'text'; there is: body, id"),
         ({"text": [1]}, "not text", "field 'text' holds int64, not text; there is: text"),
         ({"text": [[1]]}, "not text", "list<.*int64>, not text"),
+        ({"text": [["a", None]]}, "not text", "but a list of more than strings; there is: text"),
         ({"text": [None]}, "null text", "null in field 'text'"),
     ],
 )

@@ -15,8 +15,8 @@ from archscale.data.preparing.trouble import DamagedFile, Trouble, UnreadableFil
 from archscale.errors import DataError, one_line
 
 _EXAMPLE = "*.parquet"
-# Rows as Python objects at a time, and bytes of a column that are read at a time.
-_BATCH_ROWS = 64
+# Decoded at a time, and read of a column at a time.
+_BATCH_BYTES = 1 << 20
 _BUFFER_BYTES = 1 << 20
 
 
@@ -117,8 +117,16 @@ class ParquetSource(SourceBase):
                 return
             groups = range(part.start, file.num_row_groups if part.stop is None else part.stop)
             row = sum(file.metadata.row_group(i).num_rows for i in range(part.start))
+            fields = field_names(file.schema_arrow.names)
             for values in _values(file, groups, column):
-                yield from self._documents(values, row, part, trouble)
+                for number, value in enumerate(values, row):
+                    try:
+                        document = text_of(_python(value), self.field, fields)
+                    except BadRecord as error:
+                        error.record(trouble, f"{shown(part.path)}, row {number}")
+                        continue
+                    yield document
+                    del document
                 row += len(values)
 
     def _column(self, schema: Any, part: Part, trouble: Trouble) -> list[str] | None:
@@ -136,17 +144,6 @@ class ParquetSource(SourceBase):
         trouble.record(cause, DataError(problem, shown(part.path), "set the source's field"))
         return None
 
-    def _documents(self, values: Any, row: int, part: Part, trouble: Trouble) -> Iterator[str]:
-        """Of an array whose first value is in row `row` of the file, from 0."""
-        for number, value in enumerate(values, row):
-            try:
-                document = text_of(_python(value), self.field, "")
-            except BadRecord as error:
-                error.record(trouble, f"{shown(part.path)}, row {number}")
-                continue
-            yield document
-            del document
-
 
 def _python(value: Any) -> Any:
     """A value of Arrow; bytes where it claims to be text and is not UTF-8."""
@@ -157,13 +154,15 @@ def _python(value: Any) -> Any:
 
 
 def _values(file: Any, groups: range, column: list[str]) -> Iterator[Any]:
-    """Arrays of a column, a few rows each."""
+    """Arrays of a column, a few rows each: as many as have `_BATCH_BYTES` on the average of the row
+    group with the longest."""
     import pyarrow.compute
 
-    batches = file.iter_batches(
-        _BATCH_ROWS, row_groups=list(groups), columns=[".".join(column)], use_threads=False
-    )
-    for batch in batches:
+    row_groups = [file.metadata.row_group(number) for number in groups]
+    longest = max((g.total_byte_size / max(1, g.num_rows) for g in row_groups), default=1)
+    rows = max(1, min(int(_BATCH_BYTES / max(1, longest)), 1000))
+    names = [".".join(column)]
+    for batch in file.iter_batches(rows, list(groups), columns=names, use_threads=False):
         array = batch.column(column[0])
         yield pyarrow.compute.struct_field(array, column[1:]) if column[1:] else array
 
