@@ -12,7 +12,7 @@ import yaml
 
 from archscale.data.preparing.prepare import inspect, prepare, verify
 from archscale.data.preparing.recipe import load_recipe
-from archscale.data.preparing.sources import PythonStdlibSource, fingerprint_files
+from archscale.data.preparing.sources import PythonStdlibSource
 from archscale.data.preparing.work import open_work
 from archscale.data.shards import MANIFEST, TOKEN_BYTES, ShardWriter, open_shard
 from archscale.data.split import TokenSplit
@@ -135,23 +135,6 @@ def test_the_tokenizer_does_not_see_validation_text(work: Path, tmp_path: Path) 
     summary = prepare("recipe.yaml")
     alone = train_sentencepiece(_documents("data/tiny", "train"), 350, tmp_path)
     assert alone.fingerprint == summary["fingerprint"]
-
-
-def test_source_fingerprints(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Name, size, beginning and end count; times and the machine do not."""
-    monkeypatch.setattr("archscale.data.preparing.sources.fingerprints._END_BYTES", 4)
-    path = work / "x"
-
-    def fingerprint(content: bytes, name: str = "x") -> str:
-        path.write_bytes(content)
-        return fingerprint_files([(name, path)])
-
-    base = fingerprint(b"begin middle end.")
-    os.utime(path, (0, 0))
-    assert fingerprint_files([("x", path)]) == base
-    for changed in (b"Begin middle end.", b"begin middle END.", b"begin a middle end."):
-        assert fingerprint(changed) != base
-    assert fingerprint(b"begin middle end.", "y") != base
 
 
 def test_again_is_a_no_op_and_anything_else_is_refused(work: Path) -> None:

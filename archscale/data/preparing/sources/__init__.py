@@ -5,7 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from archscale.data.preparing.sources.base import SourceBase
-from archscale.data.preparing.sources.fingerprints import fingerprint_files, hash_file
+from archscale.data.preparing.sources.fingerprints import hash_file
 from archscale.data.preparing.sources.hub import HuggingFaceSource
 from archscale.data.preparing.sources.jsonl import JsonlSource
 from archscale.data.preparing.sources.parquet import ParquetSource
@@ -24,7 +24,6 @@ __all__ = [
     "SourceBase",
     "TextSource",
     "Unit",
-    "fingerprint_files",
     "hash_file",
 ]
 
