@@ -15,7 +15,7 @@ from archscale.data.prepared import PreparedSplit
 from archscale.data.remote import is_remote
 from archscale.data.shards import MANIFEST, Manifest, read_manifest
 from archscale.data.tokenizer import Tokenizer, load_tokenizer
-from archscale.errors import ConfigError, DataError
+from archscale.errors import ConfigError, DataError, explain_os_error
 
 
 class StoredSplit(Protocol):
@@ -141,7 +141,11 @@ def _loaded(tokenizer: str | None) -> Tokenizer | None:
 
 
 def _is_foreign(place: Place) -> bool:
-    return not (place / MANIFEST).is_file() and bool(find_files(place))
+    try:
+        return not (place / MANIFEST).is_file() and bool(find_files(place))
+    except OSError as error:
+        cause, remedy = explain_os_error(error, "check the path")
+        raise DataError(f"cannot read the data set: {cause}", str(place), remedy) from error
 
 
 def _refuse_other_tokenizer(tokenizer: str | None, manifest: Manifest, place: Place) -> None:

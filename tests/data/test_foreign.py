@@ -293,6 +293,8 @@ def test_a_path_without_token_files_is_no_data_set(tmp_path: Path) -> None:
         TokenSplit(tmp_path, "train", 8)
     with pytest.raises(DataError, match=r"no data set"):
         TokenSplit(tmp_path / "*.bin", "train", 8)
+    with pytest.raises(DataError, match=r"cannot read the data set: File name too long"):
+        TokenSplit(tmp_path / ("x" * 300), "train", 8)
 
 
 def test_negative_ids_are_refused_in_every_batch(tmp_path: Path) -> None:
