@@ -284,6 +284,15 @@ BAD = [
     ({"sources": []}, r"sources: .*at least 1"),
     ({"sources": [TEXT | {"weight": 2}]}, r"sources\.0\.weight: .*less than or equal to 1"),
     ({"sources": [TEXT | {"weight": 0}]}, r"sources\.0\.weight: .*greater than 0"),
+    (
+        {"validation": [{"kind": "txt", "path": "x"}]},
+        r"validation\.0: unknown kind of source 'txt' .*mean 'text'\?",
+    ),
+    ({"validation": [TEXT | {"pth": 1}]}, r"unknown key 'validation\.0\.pth' .*mean 'path'\?"),
+    ({"validation": []}, r"validation: .*at least 1"),
+    ({"validation": "some"}, r"validation: .*valid number"),
+    ({"on_error": "ignore"}, r"on_error: .*'stop' or 'skip'"),
+    ({"tokenizer": {"train": {"vocab_size": 10**8}}}, r"vocab_size: .*less than or equal"),
     ({"validaton": 0.1}, r"unknown key 'validaton' .*did you mean 'validation'\?"),
     ({"validation": 1.5}, r"validation: .*less than 1"),
     (

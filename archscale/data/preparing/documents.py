@@ -118,7 +118,7 @@ def list_units(recipe: Recipe) -> list[RecipeUnit]:
     sources = [(source, True) for source in held_out]
     sources += [(source, False) for source in recipe.sources]
     units = [(source, unit, held) for source, held in sources for unit in source.units()]
-    total = sum(unit.size or UNIT_BYTES for _, unit, _ in units)
+    total = sum(UNIT_BYTES if unit.size is None else unit.size for _, unit, _ in units)
     if total < _UNITS * UNIT_BYTES:
         limit = max(total // _UNITS, _LEAST_UNIT_BYTES)
         units = [(source, unit, held) for source, held in sources for unit in source.units(limit)]

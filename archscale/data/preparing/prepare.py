@@ -72,7 +72,7 @@ def prepare(
     units = list_units(recipe)
     for note in (note for source in recipe.all_sources() for note in source.notes()):
         say(note)
-    with _errors_explained(destination), _work(destination, number, say) as work:
+    with _work(destination, number, say) as work:
         preparation = Preparation(
             recipe=recipe,
             units=units,
@@ -82,9 +82,9 @@ def prepare(
             shard_tokens=shard_tokens,
             say=say,
         )
-        texts = first_texts(recipe, units)
+        beginnings = first_texts(recipe, units)
         tokenizer, entry = make_tokenizer(preparation, may_train=not finish)
-        refuse_lossy(texts, tokenizer, recipe.lossy, say)
+        refuse_lossy(beginnings, tokenizer, recipe.lossy, say)
         encoding, hashing = encode_jobs(preparation, entry), hash_jobs(recipe, work)
         if finish:
             _refuse_unfinished(encoding, work, _command(recipe_path, overrides))
@@ -129,7 +129,7 @@ def _errors_explained(destination: Destination) -> Iterator[None]:
 @contextmanager
 def _work(destination: Destination, part: PartNumber | None, say: Say) -> Iterator[WorkDirectory]:
     """The work directory. If the block fails, it is kept where there is something to go on with."""
-    with open_work(destination.work, part, say) as work:
+    with _errors_explained(destination), open_work(destination.work, part, say) as work:
         try:
             with _errors_explained(destination):
                 yield work
@@ -148,21 +148,27 @@ def _work(destination: Destination, part: PartNumber | None, say: Say) -> Iterat
 
 
 def _refuse_unfinished(jobs: Sequence[EncodeUnit], work: WorkDirectory, command: str) -> None:
-    """Raises:
-    DataError: a unit is not encoded.
+    """Names what has to be done before the data set can be finished.
+
+    Args:
+        jobs: one for each unit.
+        command: that prepares this recipe.
+
+    Raises:
+        DataError: a unit is not encoded.
     """
     missing = [number for number, job in enumerate(jobs) if not job.result.exists()]
     if not missing:
         return
     problem = f"{len(missing)} of {len(jobs)} units are not encoded: first {jobs[missing[0]].name}"
-    here = f"`{command}` encodes them here"
+    remedy = f"`{command}` encodes them here"
     counts = {part.count for part in work.parts()}
     if len(counts) == 1:
         count = counts.pop()
         parts = sorted({number % count + 1 for number in missing})
         commands = [f"`{command} --part {number}/{count}`" for number in parts]
-        here = f"give {' and '.join(commands)}, or {here}"
-    raise DataError(problem, str(work.path), here)
+        remedy = f"give {' and '.join(commands)}, or {remedy}"
+    raise DataError(problem, str(work.path), remedy)
 
 
 def _part_summary(

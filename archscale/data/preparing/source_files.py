@@ -74,16 +74,17 @@ class HashFiles:
         write_atomically(self.result, json.dumps(records))
 
 
-def local_files(recipe: Recipe) -> dict[str, Path]:
-    """Path by name, of every file that the recipe's sources read."""
-    return {name: path for source in recipe.all_sources() for name, path in source.files()}
+def local_files(recipe: Recipe) -> list[tuple[str, Path]]:
+    """(name, path) of every file that the recipe's sources read, each once."""
+    files = (file for source in recipe.all_sources() for file in source.files())
+    return list(dict.fromkeys(files))
 
 
 def hash_jobs(recipe: Recipe, work: WorkDirectory) -> list[HashFiles]:
     """Jobs that make the records of all local files, in order."""
     folder = work.folder("files")
     jobs = []
-    for group in _groups(local_files(recipe).items()):
+    for group in _groups(local_files(recipe)):
         names, paths = zip(*group)
         stamps = tuple(stamp(path) or Stamp(0, 0) for path in paths)
         result = folder / f"{key(names, [str(path) for path in paths], stamps)}.json"
@@ -126,15 +127,16 @@ def first_change(path: Path, recipe: Recipe) -> str | None:
             "copy the file again from where it is whole",
         ) from error
     files = local_files(recipe)
-    recorded = {record.name for record in records}
-    if added := next((name for name in files if name not in recorded), None):
-        return f"{added} is new"
-    for record in records:
-        if record.name not in files:
-            return f"{record.name} is gone"
-        now = stamp(files[record.name])
+    names, recorded = [name for name, _ in files], [record.name for record in records]
+    if names != recorded:
+        differing = sorted({*names} ^ {*recorded})
+        if not differing:
+            return "the order of the files"
+        return f"{differing[0]} is {'new' if differing[0] in names else 'gone'}"
+    for (name, path), record in zip(files, records):
+        now = stamp(path)
         if now == (record.size, record.mtime_ns):
             continue
-        if now is None or now.size != record.size or hash_file(files[record.name]) != record.sha256:
-            return f"{record.name} changed"
+        if now is None or now.size != record.size or hash_file(path) != record.sha256:
+            return f"{name} changed"
     return None
