@@ -101,6 +101,16 @@ def gpt2_lower(folder: Path) -> Tokenizer:
     return gpt2(folder, normalizer="Lowercase")
 
 
+def gpt2_joined(folder: Path) -> Tokenizer:
+    """Every line break and tab comes back as a space."""
+    content = gpt2(folder).content
+    backend = pytest.importorskip("tokenizers")
+    tokenizer = backend.Tokenizer.from_str(content.decode())
+    tokenizer.normalizer = backend.normalizers.Replace(backend.Regex(r"[\n\t]"), " ")
+    (folder / "joined.json").write_text(tokenizer.to_str())
+    return load_tokenizer(folder / "joined.json")
+
+
 def llama3(folder: Path) -> Tokenizer:
     """Under NFC, as Qwen."""
 

@@ -12,6 +12,9 @@ from archscale.data.tokenizer import Tokenizer
 from archscale.errors import DataError
 
 LIMIT = 0.01  # of the text may be lost
+# White space may come back as other white space to a larger share: prose loses its line breaks,
+# which are one or two bytes in a hundred, where code would lose all of its form.
+WHITE_SPACE_LIMIT = 0.05
 _FIRST_BYTES = 20_000  # of documents that are decoded whatever they are
 _EVERY = 64  # of the others, one in so many is decoded, chosen by its content
 _PIECE = 1 << 18  # tokens whose bytes are counted at a time
@@ -27,7 +30,8 @@ class Fidelity:
         text_bytes, token_bytes: UTF-8 bytes of their text, and those that their tokens stand for.
         missing_bytes: by which the tokens of a document stand for less than its text, summed.
         decoded_bytes: of text that was decoded again.
-        changed_bytes: of these, characters that did not come back.
+        changed_bytes: of these, characters that did not come back, white space apart.
+        blank_bytes: white space that did not come back.
     """
 
     documents: int = 0
@@ -36,6 +40,7 @@ class Fidelity:
     missing_bytes: int = 0
     decoded_bytes: int = 0
     changed_bytes: int = 0
+    blank_bytes: int = 0
 
     def add(self, text: str, text_bytes: int, ids: np.ndarray, tokenizer: Tokenizer) -> None:
         """One document.
@@ -63,7 +68,9 @@ class Fidelity:
         self.decoded_bytes += text_bytes
         decoded = tokenizer.decode(ids.tolist())
         if decoded != excerpt:
-            self.changed_bytes += _difference(excerpt, decoded)
+            changed, blank = _difference(excerpt, decoded)
+            self.changed_bytes += changed
+            self.blank_bytes += blank
 
     def merge(self, other: Self) -> None:
         """Adds the counts of other documents."""
@@ -84,11 +91,21 @@ class Fidelity:
         missing = self.missing_bytes / max(1, self.text_bytes)
         return max(missing, self.changed_bytes / max(1, self.decoded_bytes))
 
+    @property
+    def blank_share(self) -> float:
+        """Share of the decoded text that is white space and came back as other white space, or
+        not at all."""
+        return self.blank_bytes / max(1, self.decoded_bytes)
+
     def report(self) -> str | None:
         """One line when tokens and text differ."""
         lines = []
         if self.lost_share:
             lines.append(f"the tokenizer loses {_percent(self.lost_share)} of the text")
+        if self.blank_share:
+            lines.append(
+                f"white space, {_percent(self.blank_share)} of the text, comes back otherwise"
+            )
         if self.token_bytes == 0 and self.text_bytes:
             lines.append("its tokens stand for no text, so there is no val_bits_per_byte")
         elif self.token_bytes != self.text_bytes:
@@ -100,12 +117,14 @@ class Fidelity:
         return "; ".join(lines) or None
 
     def refuse(self, lossy: bool) -> None:
-        """Refuses a tokenizer that loses more than LIMIT of the text, unless that is wanted.
+        """Refuses a tokenizer that loses more than LIMIT of the text, or WHITE_SPACE_LIMIT in white
+        space, unless that is wanted.
 
         Raises:
             DataError: it does.
         """
-        if self.lost_share > LIMIT and not lossy:
+        much = self.lost_share > LIMIT or self.blank_share > WHITE_SPACE_LIMIT
+        if much and not lossy:
             raise DataError(
                 str(self.report()),
                 "tokenizer",
@@ -113,14 +132,22 @@ class Fidelity:
             )
 
 
-def _difference(text: str, decoded: str) -> int:
-    """UTF-8 bytes of the characters of either that the other has not: at least 1."""
+def _difference(text: str, decoded: str) -> tuple[int, int]:
+    """UTF-8 bytes of the characters of either that the other has not: (others, white space).
+    Together at least 1, also where only their order differs."""
     before, after = Counter(text), Counter(decoded)
-    sizes = [
-        sum(len(character.encode()) * count for character, count in surplus.items())
-        for surplus in (before - after, after - before)
-    ]
-    return max(1, *sizes)
+    others = blanks = 0
+    for surplus in (before - after, after - before):
+        sizes = {
+            white: sum(
+                len(character.encode()) * count
+                for character, count in surplus.items()
+                if character.isspace() == white
+            )
+            for white in (False, True)
+        }
+        others, blanks = max(others, sizes[False]), max(blanks, sizes[True])
+    return (others, blanks) if others or blanks else (1, 0)
 
 
 def _percent(share: float, sign: bool = False) -> str:

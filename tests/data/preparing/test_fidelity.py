@@ -11,6 +11,7 @@ from archscale.data.tokenizer import Tokenizer
 from archscale.errors import DataError
 from tests.data.made_tokenizers import (
     gpt2,
+    gpt2_joined,
     gpt2_lower,
     gpt2_prefixed,
     llama2_json,
@@ -69,7 +70,22 @@ def test_a_little_is_only_said(tmp_path: Path) -> None:
     fidelity.refuse(lossy=False)
     (tmp_path / "prefixed").mkdir()
     prefixed = measured(gpt2_prefixed(tmp_path / "prefixed"), PLAIN)
-    assert 0 < prefixed.lost_share < 0.01
+    assert prefixed.lost_share == 0
+    assert 0 < prefixed.blank_share < 0.01
+    prefixed.refuse(lossy=False)
+
+
+def test_line_breaks_of_prose_are_said_those_of_code_refused(tmp_path: Path) -> None:
+    tokenizer = gpt2_joined(tmp_path)
+    prose = measured(tokenizer, [("a line of prose has some seventy bytes or so, " * 2 + "\n") * 9])
+    assert prose.lost_share == 0
+    assert 0.01 < prose.blank_share < 0.02
+    assert "white space, 1.1% of the text" in str(prose.report())
+    prose.refuse(lossy=False)
+    code = measured(tokenizer, ["if x:\n\ty = x\n\tz = 0\n" * 9])
+    with pytest.raises(DataError, match="white space, 2.*% of the text"):
+        code.refuse(lossy=False)
+    code.refuse(lossy=True)
 
 
 def test_nothing_at_all_comes_back(tmp_path: Path) -> None:
