@@ -19,8 +19,8 @@ from archscale.errors import DataError
 
 RECIPES = Path(__file__).resolve().parents[3] / "data_prep"
 HUB = {
-    "fineweb_edu_10bt": 10e9,
-    "fineweb_edu_100bt": 100e9,
+    "fineweb_edu_gpt2": 10e9,
+    "fineweb_edu": 100e9,
     "dclm": 40e9,
     "slimpajama": 627e9,
     "starcoder": 250e9,
