@@ -460,7 +460,9 @@ def prepare(
         str | None,
         typer.Option(metavar="I/N", help="Encode this share only, beside other machines."),
     ] = None,
-    finish: Annotated[bool, typer.Option(help="Make the data set of all parts.")] = False,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="Make the data set of all parts.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Text to token shards: sources, tokenizer, training and validation split.
