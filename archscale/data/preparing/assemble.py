@@ -184,4 +184,4 @@ def write_shards(
                     fingerprint=tokenizer.fingerprint,
                 )
             )
-    preparation.run("written to shards:", jobs)
+    preparation.run_light("written to shards:", jobs)

@@ -59,7 +59,7 @@ def write_directory(
     file = f"tokenizer/{tokenizer.file}"
     write_atomically(directory / file, tokenizer.content)
     table = io.BytesIO()
-    np.save(table, tokenizer.token_bytes())
+    np.save(table, tokenizer.lengths)
     write_atomically(directory / TOKEN_BYTES, table.getvalue())
     sources = write_records(hashing, directory / SOURCE_FILES)
     manifest = Manifest(

@@ -9,6 +9,8 @@ from archscale.data.preparing.progress import Say
 from archscale.data.preparing.recipe import Recipe
 from archscale.data.preparing.work import PartNumber, WorkDirectory
 
+_LIGHT_BYTES = 500_000_000  # read or copied in about the time in which a process starts
+
 
 @dataclass(frozen=True)
 class Preparation:
@@ -32,6 +34,13 @@ class Preparation:
     def run(self, verb: str, jobs: Sequence[Job]) -> None:
         """Does those of the jobs that belong to this part of the work."""
         run_jobs(verb, self._own(jobs), self.workers, self.say)
+
+    def run_light(self, verb: str, jobs: Sequence[Job]) -> None:
+        """As `run`, for jobs that read or copy bytes: so fast that more processes are worth their
+        start only where there is much of it."""
+        own = self._own(jobs)
+        enough = 1 + sum(job.size or 0 for job in own) // _LIGHT_BYTES
+        run_jobs(verb, own, min(self.workers, enough), self.say)
 
     def run_shared(self, verb: str, jobs: Sequence[Job]) -> None:
         """Does all of the jobs that no other part has done. Each part begins with its own, so that

@@ -89,7 +89,7 @@ def prepare(
         if finish:
             _refuse_unfinished(encoding, work, _command(recipe_path, overrides))
         preparation.run("encoded", encoding)
-        preparation.run("fingerprinted", hashing)
+        preparation.run_light("fingerprinted", hashing)
         if number:
             return _part_summary(recipe, number, encoding, say)
         encoded = [job.read() for job in encoding]
