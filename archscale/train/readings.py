@@ -23,7 +23,7 @@ from archscale.telemetry.guard import Guard
 from archscale.telemetry.spectrum import heterogeneity_gain, nuclear_norm_estimate
 from archscale.telemetry.spectrum import spectrum as spectrum_of
 from archscale.telemetry.stability import Probe, stability_metrics
-from archscale.train.step import Seen
+from archscale.train.step import PADDING, Seen
 
 # Of M̂, from ⟨M̂, Q⟩; of gradients by decomposition, as the rest.
 ESTIMATED = ("sigma_mean", "effective_rank")
@@ -111,7 +111,7 @@ class Readings:
         return every > 0 and step % every == 0
 
     def add(self, step: int, lr: float, measured: dict[str, Tensor]) -> None:
-        kept = {key: value for key, value in measured.items() if key != "padding" or self._packed}
+        kept = {key: value for key, value in measured.items() if key != PADDING or self._packed}
         self._pending.append((step, lr, kept))
 
     def read(self, seen: Seen, seconds: float, applied: bool = True) -> list[dict[str, Any]]:

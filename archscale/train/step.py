@@ -22,6 +22,8 @@ from archscale.parallel.engine import Engine
 from archscale.telemetry.stability import LayerSums
 from archscale.train.balance import StepBalance
 
+PADDING = "data/padding"
+
 
 class Seen(NamedTuple):
     """What a step showed of every layer, over the whole step's batch, on the device."""
@@ -65,7 +67,7 @@ def train_step(
         probe: looks into the forward passes.
 
     Returns:
-        `loss` (nats per target token, global), `padding` (share of positions without a target) and
+        `loss` (nats per target token, global), `PADDING` (share of positions without a target) and
         `grad_norm` (before clipping), scalars on the device; with experts also `aux_loss`
         (weighted), `moe/max_violation` and `moe/load_entropy`, of the whole step's batch. Beside
         these, what was seen of every layer.
@@ -101,7 +103,7 @@ def train_step(
     else:
         total, auxiliary = all_reduce(torch.stack([total, balance.total]))
         measured = {"loss": total / sizes[0], "aux_loss": auxiliary, **balance.metrics()}
-    measured["padding"] = 1 - sizes[0] / sizes[1]
+    measured[PADDING] = 1 - sizes[0] / sizes[1]
     allow = supervision.allow
     judged = None if allow is None else lambda norm: allow(measured["loss"], norm)
     measured["grad_norm"] = engine.update(optimizer, grad_clip, judged)

@@ -454,7 +454,7 @@ def traffic(
 ) -> tuple[dict, int, int]:
     """What one step sends, and bytes of parameters and optimizer state on this rank."""
     engine, optimizer = build(model, precision, shard, reshard)
-    batch = [tuple(torch.randint(1, 512, (2, 1, 32))) for _ in range(accumulation)]
+    batch = [Batch(*torch.randint(1, 512, (2, 1, 32))) for _ in range(accumulation)]
     with Traffic() as counter:
         train_step(engine, optimizer, batch, torch.device("cpu"), 1.0)
     held = sum(local_tensor(p).nbytes for p in engine.module.parameters())

@@ -79,10 +79,10 @@ def test_padding_is_counted(data: str, alone: list[dict]) -> None:
     made = packed(data)
     windows = open_training_data(made.data, CONTEXT, made.seed).windows(np.arange(STEPS * 24))
     shares = (windows.targets == IGNORE).reshape(STEPS, -1).mean(1)
-    np.testing.assert_allclose([line["padding"] for line in alone], shares, atol=1e-6)
+    np.testing.assert_allclose([line["data/padding"] for line in alone], shares, atol=1e-6)
     by_sequence = (windows.targets == IGNORE).mean(1)
     assert by_sequence.max() > by_sequence.min() + 0.3  # ragged
-    assert "padding" not in run(config(data, steps=1), data + "-concatenated")[0]
+    assert "data/padding" not in run(config(data, steps=1), data + "-concatenated")[0]
 
 
 def test_a_packed_run_resumes_bitwise_and_as_what_it_was(
