@@ -159,19 +159,20 @@ class MixtureEntry(Section):
 
 
 class DataConfig(Section):
-    """Directories of token shards from `archscale data prepare`, relative to the working directory:
-    `train`, or a `mixture` in its place."""
+    """Directories of token shards from `archscale data prepare`, or token files of other projects
+    (directory, pattern or file); relative to the working directory, or URLs: `train`, or a
+    `mixture` in its place."""
 
     train: Text | None = None
-    """Directory whose training split is read; required unless there is a mixture."""
+    """Directory, files or URL whose training split is read; required unless there is a mixture."""
     val: Text | None = None
-    """Directory whose validation split `val_loss` is of; null: no evaluation, or that of the
+    """The same, whose validation split `val_loss` is of; null: no evaluation, or that of the
     mixture's sources, weighted as they are."""
     mixture: Annotated[list[MixtureEntry], Field(min_length=1)] | None = None
     """Several training sources by weight, in place of `train`."""
     tokenizer: Text | None = None
-    """Tokenizer of files that do not hold theirs: file, directory, URL or Hugging Face name; null:
-    the data set's own."""
+    """Tokenizer of other projects' files: file, directory, URL or Hugging Face name; null: the data
+    set's own."""
     document_mask: StrictBool = False
     """Attention does not cross document boundaries."""
     packing: Literal["concatenate", "best_fit"] = "concatenate"

@@ -15,7 +15,7 @@ from archscale.data.prepared import PreparedSplit
 from archscale.data.remote import is_remote
 from archscale.data.shards import MANIFEST, Manifest, read_manifest
 from archscale.data.tokenizer import Tokenizer, load_tokenizer
-from archscale.errors import ConfigError, DataError
+from archscale.errors import ConfigError, DataError, explain_os_error
 
 
 class StoredSplit(Protocol):
@@ -111,6 +111,13 @@ def check_document_mask(data: DataConfig, eos_id: int | None) -> None:
         )
 
 
+def run_tokenizer(data: DataConfig) -> Tokenizer:
+    """The tokenizer of what is trained on. DataError where it is not known."""
+    if data.tokenizer is not None:
+        return load_named_tokenizer(data.tokenizer)
+    return load_tokenizer(data.training_paths[0])
+
+
 def load_named_tokenizer(name: str) -> Tokenizer:
     """The tokenizer of a file, a directory, a URL or a name on the Hugging Face hub."""
     here = is_remote(name) or Path(name).exists() or Path(name).suffix in (".model", ".json")
@@ -134,7 +141,11 @@ def _loaded(tokenizer: str | None) -> Tokenizer | None:
 
 
 def _is_foreign(place: Place) -> bool:
-    return not (place / MANIFEST).is_file() and bool(find_files(place))
+    try:
+        return not (place / MANIFEST).is_file() and bool(find_files(place))
+    except OSError as error:
+        cause, remedy = explain_os_error(error, "check the path")
+        raise DataError(f"cannot read the data set: {cause}", str(place), remedy) from error
 
 
 def _refuse_other_tokenizer(tokenizer: str | None, manifest: Manifest, place: Place) -> None:

@@ -8,7 +8,8 @@ import torch
 
 from archscale.checkpoint.saving import load_checkpoint
 from archscale.config import Config, load_config
-from archscale.data.tokenizer import Tokenizer, load_tokenizer
+from archscale.data.stored import run_tokenizer
+from archscale.data.tokenizer import Tokenizer
 from archscale.distributed import fragment
 from archscale.errors import CheckpointError
 from archscale.files import CHECKPOINTS, CONFIG, checkpoint_steps, step_directory
@@ -32,7 +33,7 @@ def load_run(run_dir: Path) -> tuple[Config, Transformer, Tokenizer]:
             "name a run directory, such as runs/<name>, that train has filled",
         )
     config = load_config(run_dir / CONFIG)
-    tokenizer = load_tokenizer(config.data.training_paths[0])
+    tokenizer = run_tokenizer(config.data)
     model = build_model(config, tokenizer.eos_id, transfer_of(config))
     weights = {name: fragment(parameter) for name, parameter in model.named_parameters()}
     load_checkpoint(step_directory(run_dir / CHECKPOINTS, steps[-1]), weights)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from archscale.config import Config
 from archscale.config.sections import DataConfig
 from archscale.data.foreign.sets import find_files, sort_into_splits
 from archscale.data.preparing.prepare import inspect, verify
@@ -20,6 +21,7 @@ from archscale.data.training_data import open_training_data
 from archscale.data.validation import validation_batches, validation_sets
 from archscale.data.windows import read_windows
 from archscale.errors import ConfigError, DataError
+from archscale.plan.preflight import plan_config
 from tests.data.foreign_files import write_datatrove, write_llmc, write_megatron
 
 IDS = np.random.default_rng(0).integers(0, 250, 1001)
@@ -120,6 +122,20 @@ def test_validation_needs_no_end_of_document(tmp_path: Path) -> None:
     batches = list(validation_batches(held.split, 100, 16))
     assert sum(int((batch.targets >= 0).sum()) for batch in batches) == 37 * 8
     assert int(batches[-1].inputs[-1].sum()) == 0
+
+
+def test_a_plan_says_what_the_files_lack(tmp_path: Path, tokenizer: str) -> None:
+    data = {"train": str(fineweb(tmp_path / "fw")), "document_mask": True}
+
+    def problems(vocab_size: int | None, **more: str) -> str:
+        model = {"depth": 2, "width": 32, "head_dim": 16, "vocab_size": vocab_size}
+        training = {"tokens": 65536, "batch_tokens": 32768, "micro_batch": 1}
+        config = {"name": "x", "model": model, "data": data | more, "training": training}
+        return "\n".join(map(str, plan_config(Config.from_dict(config)).problems))
+
+    assert "give model.vocab_size, or data.tokenizer" in problems(None)
+    assert "which token ends a document" in problems(256)
+    assert problems(None, tokenizer=tokenizer) == ""
 
 
 def test_files_are_not_both_trained_on_and_held_out(tmp_path: Path) -> None:
@@ -278,6 +294,8 @@ def test_a_path_without_token_files_is_no_data_set(tmp_path: Path) -> None:
         TokenSplit(tmp_path, "train", 8)
     with pytest.raises(DataError, match=r"no data set"):
         TokenSplit(tmp_path / "*.bin", "train", 8)
+    with pytest.raises(DataError, match=r"cannot read the data set: File name too long"):
+        TokenSplit(tmp_path / ("x" * 300), "train", 8)
 
 
 def test_negative_ids_are_refused_in_every_batch(tmp_path: Path) -> None:
