@@ -87,9 +87,13 @@ def _read_manifests(
 
 
 def _packed(config: Config, path: str) -> PackedSize | None:
-    """How full the windows of a data set are; None where training has not packed it yet."""
-    index = open_packing(config.data, path, config.model.context, config.model.vocab_size)
-    sizes = index.sizes()
+    """How full the windows of a data set are; None where training has not packed it yet, or its
+    shards are elsewhere."""
+    try:
+        index = open_packing(config.data, path, config.model.context, config.model.vocab_size)
+        sizes = index.sizes()
+    except DataError:
+        return None
     return None if sizes is None else total_size(sizes)
 
 

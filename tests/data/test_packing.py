@@ -5,6 +5,8 @@ import itertools
 import shutil
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,10 +17,13 @@ from archscale.config import Config
 from archscale.config.batch import BatchSchedule
 from archscale.config.sections import DataConfig
 from archscale.data import packing_index
+from archscale.data.foreign.split import ForeignSplit
 from archscale.data.loader import Batch, Loader
 from archscale.data.mixture import Order
 from archscale.data.packed import PackedSplit, open_packing
 from archscale.data.packing import best_fit, cut, pack
+from archscale.data.packing_index import PackingIndex
+from archscale.data.split import TokenSplit
 from archscale.data.training_data import TrainingData, open_training_data
 from archscale.data.windows import IGNORE, Windows
 from archscale.errors import ConfigError, DataError
@@ -212,6 +217,11 @@ def test_windows_longer_than_shards(web: Path, context: int) -> None:
     check_windows(everything, split.tokens(0, split.num_tokens), context)
 
 
+def shard_range(path: Path, number: int) -> tuple[int, int]:
+    sizes = shard_sizes(path)
+    return sum(sizes[:number]), sum(sizes[: number + 1])
+
+
 def shard_sizes(path: Path) -> list[int]:
     return [stretch.tokens for stretch in open_packing(MASKED, path, 9, None).stretches]
 
@@ -299,6 +309,35 @@ def test_what_cannot_be_written_is_kept_in_the_cache(web: Path, tmp_path: Path, 
     with pytest.raises(DataError, match="cannot write how documents are packed") as error:
         packed(tmp_path / "set")
     assert "ARCHSCALE_CACHE" in error.value.remedy
+
+
+def test_other_projects_and_remote_data_are_packed_alike(
+    web: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their indices are in the cache; what they were read from stays as it was."""
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setenv("ARCHSCALE_CACHE", str(tmp_path / "cache"))
+    for file in ("dataset.json", "train_00000.bin", "train_00001.bin", "train_00002.bin"):
+        fsspec.filesystem("memory").pipe(f"/packed/{file}", (web / file).read_bytes())
+    numbers = np.arange(90)
+    expected = packed(web).windows(numbers)
+    data = DataConfig(train="memory://packed", packing="best_fit", document_mask=True)
+    distant = open_training_data(data, CONTEXT, 0).windows(numbers)
+    assert all(map(np.array_equal, distant, expected))
+    local = open_packing(MASKED, web, CONTEXT, None)
+    (tmp_path / "other").mkdir()
+    for number in range(3):
+        ids = TokenSplit(web, "train", CONTEXT).tokens(*shard_range(web, number))
+        write_llmc(tmp_path / "other" / f"web_train_{number:06d}.bin", ids)
+    tokenizer: Any = SimpleNamespace(eos_id=EOS, vocab_size=500, fingerprint="")
+    stored = ForeignSplit(tmp_path / "other", "train", tokenizer, None)
+    foreign = PackingIndex(stored, CONTEXT)
+    assert foreign.make() == local.sizes()
+    assert all(
+        np.array_equal(*pair) for i in range(3) for pair in zip(foreign.open(i), local.open(i))
+    )
+    assert len(list((tmp_path / "cache" / "packing").iterdir())) == 6
+    assert len(list((tmp_path / "other").iterdir())) == 3
 
 
 def test_very_long_shards_are_packed_in_parts(web: Path, tmp_path: Path, monkeypatch) -> None:
