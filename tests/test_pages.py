@@ -131,9 +131,10 @@ def metrics_in_the_table() -> set[str]:
 
 
 def test_the_table_of_metrics_has_what_a_run_writes(tmp_path):
-    """With experts, spectra, validation; on one process, so without stragglers."""
+    """With experts, spectra, padding, validation; on one process, so without stragglers."""
     moe = {"sparsity": 2, "top_k": 2}
     sections = {
+        "data": {"packing": "best_fit"},
         "model": {"moe": moe},
         "telemetry": {"every": 2, "spectrum_every": 2, "per_layer": False},
     }

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from archscale.config import Config, MoEConfig
+from archscale.data.loader import Batch
 from archscale.distributed import Fragment
 from archscale.model import initialize
 from archscale.optim.roles import assign_roles
@@ -44,9 +45,8 @@ def plan_one_process(values: dict[str, Any]) -> Plan:
     return plan
 
 
-def random_batch(config: Config) -> list[tuple[Tensor, Tensor]]:
-    """The micro-batches of one step on one process: (inputs, targets), (B, T) int64 each, the same
-    at every call."""
+def random_batch(config: Config) -> list[Batch]:
+    """The micro-batches of one step on one process, the same at every call."""
     generator = torch.Generator().manual_seed(0)
     micro_batch, model = config.training.micro_batch, config.model
     assert model.vocab_size is not None
@@ -57,7 +57,7 @@ def random_batch(config: Config) -> list[tuple[Tensor, Tensor]]:
         if config.data.document_mask:
             ends = torch.rand(shape, generator=generator) < 1 / DOCUMENT_TOKENS
             tokens[ends] = EOS
-        batch.append((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
+        batch.append(Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
     return batch
 
 
@@ -110,7 +110,7 @@ class Workload:
         roles = assign_roles(self.engine.module)
         self.optimizer = build_optimizer(config, roles, transfer.roles)
         self.batch = random_batch(config)
-        self._first = [tokens.to(device) for tokens in self.batch[0]]
+        self._first = [tokens.to(device) for tokens in self.batch[0][:2]]
         self._readings = Readings(
             config.model,
             config.telemetry,

@@ -175,6 +175,9 @@ class DataConfig(Section):
     set's own."""
     document_mask: StrictBool = False
     """Attention does not cross document boundaries."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How training documents fill windows: one after another, cut where a window ends; or packed
+    (best_fit), cut only where they are longer. Validation text is always concatenated."""
 
     def problems(self) -> Iterator[ConfigError]:
         if self.train is None and self.mixture is None:

@@ -9,12 +9,12 @@ import threading
 from collections.abc import Iterator
 from typing import NamedTuple, Self
 
-import numpy as np
 import torch
 
 from archscale.config.batch import BatchSchedule
 from archscale.data.sampler import rank_numbers
 from archscale.data.training_data import TrainingData
+from archscale.data.windows import Windows
 
 
 class Batch(NamedTuple):
@@ -22,16 +22,21 @@ class Batch(NamedTuple):
 
     Attributes:
         inputs, targets: int64 [B, T].
+        documents: int32 [B, T], as of `Windows`.
     """
 
     inputs: torch.Tensor
     targets: torch.Tensor
+    documents: torch.Tensor | None = None
 
     @classmethod
-    def of_windows(cls, block: np.ndarray) -> Self:
-        """Of windows int64 [B, T + 1]."""
-        tokens = torch.from_numpy(block)
-        return cls(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+    def of_windows(cls, windows: Windows) -> Self:
+        inputs, targets, documents = windows
+        return cls(
+            torch.from_numpy(inputs).contiguous(),
+            torch.from_numpy(targets).contiguous(),
+            None if documents is None else torch.from_numpy(documents).contiguous(),
+        )
 
 
 class Loader:

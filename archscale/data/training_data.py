@@ -16,10 +16,13 @@ import numpy as np
 
 from archscale.config.sections import DataConfig
 from archscale.data.mixture import Order, quotas
+from archscale.data.packed import PackedSplit, open_packing
+from archscale.data.packing_index import PackedSize
 from archscale.data.sampler import WindowOrder
 from archscale.data.split import TokenSplit
 from archscale.data.stored import DataFacts
-from archscale.errors import ConfigError, DataError
+from archscale.data.windows import Concatenated, WindowReader, Windows
+from archscale.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -113,23 +116,6 @@ def source_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little")
 
 
-def read_windows(split: TokenSplit, indices: np.ndarray) -> np.ndarray:
-    """int64 [n, context + 1]: these windows of a split. An id outside the vocabulary would index
-    past the embedding: DataError."""
-    block = split.samples(indices.tolist())
-    # As unsigned numbers, so that a negative id is one that is too high.
-    highest = block.view(np.uint64).max()
-    if highest >= split.vocab_size:
-        wrong = highest.astype(np.int64)
-        raise DataError(
-            f"token id {wrong} in split {split.split!r} is outside the vocabulary of"
-            f" {split.vocab_size}",
-            str(split.path),
-            "run `archscale data verify` on it; the dataset changed or is damaged",
-        )
-    return block
-
-
 class TrainingData:
     """The windows of all sources, in the order of the global sample number.
 
@@ -137,19 +123,27 @@ class TrainingData:
         sources: what to read, sorted by name.
         splits: the training split of each.
         seed: of the run.
+        readers: the windows of each split; by default those that it is cut into as it stands.
 
     Attributes:
-        context: tokens of a window, less one.
+        context: positions of a window.
         vocabulary, vocab_size: that all sources share.
         eos_id: its end of a document; None where a source does not say.
         num_tokens: of all sources together.
         shares: of the samples, by name of the source.
+        readers: the windows of each source.
 
     Raises:
         ConfigError: sources of different tokenizers, or ends of documents.
     """
 
-    def __init__(self, sources: Sequence[Source], splits: Sequence[TokenSplit], seed: int):
+    def __init__(
+        self,
+        sources: Sequence[Source],
+        splits: Sequence[TokenSplit],
+        seed: int,
+        readers: Sequence[WindowReader] | None = None,
+    ):
         self.vocabulary = shared_vocabulary(
             [
                 Vocabulary.of_split(source.owner, split)
@@ -157,6 +151,8 @@ class TrainingData:
             ]
         )
         self.sources, self.splits = list(sources), list(splits)
+        self.readers: list[WindowReader]
+        self.readers = list(readers or map(Concatenated, splits))
         self.context, self.vocab_size = splits[0].context, splits[0].vocab_size
         self.eos_id = self._end_of_document()
         self.num_tokens = sum(split.num_tokens for split in splits)
@@ -164,9 +160,15 @@ class TrainingData:
         self.shares = {source.name: Fraction(source.part, period) for source in sources}
         self._order = Order({source.name: source.part for source in sources})
         self._windows = [
-            WindowOrder(source_seed(seed, source.name), split.num_samples)
-            for source, split in zip(sources, splits)
+            WindowOrder(source_seed(seed, source.name), reader.num_samples)
+            for source, reader in zip(sources, self.readers)
         ]
+
+    @property
+    def packed(self) -> list[PackedSize] | None:
+        """How full the windows of each source are, where documents are packed."""
+        readers = [reader for reader in self.readers if isinstance(reader, PackedSplit)]
+        return [reader.size for reader in readers] or None
 
     @property
     def mixed(self) -> bool:
@@ -186,19 +188,27 @@ class TrainingData:
             )
         return known[0] if len(ends) == 1 and known else None
 
-    def windows(self, numbers: np.ndarray) -> np.ndarray:
-        """int64 [n, context + 1]: the windows of global sample numbers [n].
+    def windows(self, numbers: np.ndarray) -> Windows:
+        """The windows of global sample numbers [n].
 
         Raises:
             DataError: a shard cannot be read, or has an id outside the vocabulary.
         """
         places, own = self._order.at(numbers)
-        block = np.empty((len(numbers), self.context + 1), np.int64)
+        parts, order = [], []
         for place in np.unique(places):
             rows = np.flatnonzero(places == place)
-            split = self.splits[place]
-            block[rows] = read_windows(split, self._windows[place].at(own[rows]))
-        return block
+            parts.append(self.readers[place].windows(self._windows[place].at(own[rows])))
+            order.append(rows)
+        if len(parts) == 1:
+            return parts[0]
+        back = np.argsort(np.concatenate(order))
+        inputs, targets, documents = zip(*parts)
+        return Windows(
+            np.concatenate(inputs)[back],
+            np.concatenate(targets)[back],
+            None if documents[0] is None else np.concatenate(documents)[back],
+        )
 
     def check(self) -> None:
         """Everything that can be known of all sources before step 1; DataError names the first bad
@@ -216,15 +226,19 @@ def open_training_data(
         vocab_size: of the model, for files that do not say theirs.
 
     Raises:
-        ConfigError: sources that cannot be mixed.
-        DataError: one of them is missing or too short.
+        ConfigError: sources that cannot be mixed, or documents to pack whose ends are unknown.
+        DataError: one of them is missing or too short, or how it is packed cannot be written.
     """
     chosen = training_sources(data)
-    return TrainingData(
-        chosen,
-        [
-            TokenSplit(source.path, "train", context, data.tokenizer, vocab_size)
-            for source in chosen
-        ],
-        seed,
-    )
+    splits = [
+        TokenSplit(source.path, "train", context, data.tokenizer, vocab_size) for source in chosen
+    ]
+    readers = None
+    if data.packing == "best_fit":
+        readers = [
+            PackedSplit(
+                split, open_packing(data, split.path, context, vocab_size), data.document_mask
+            )
+            for split in splits
+        ]
+    return TrainingData(chosen, splits, seed, readers)

@@ -13,10 +13,9 @@ from archscale.config.sections import DataConfig
 from archscale.data.loader import Batch
 from archscale.data.split import TokenSplit
 from archscale.data.stored import describe
-from archscale.data.training_data import TrainingData, Vocabulary, read_windows
+from archscale.data.training_data import TrainingData, Vocabulary
+from archscale.data.windows import IGNORE, read_windows
 from archscale.errors import ConfigError
-
-IGNORE = -100  # the target that `cross_entropy` ignores by default
 
 
 @dataclass(frozen=True)
@@ -109,5 +108,5 @@ def validation_batches(
         targets = torch.full((batch_size, split.context), IGNORE, dtype=torch.int64)
         if len(indices):
             held = Batch.of_windows(read_windows(split, indices))
-            inputs[: len(indices)], targets[: len(indices)] = held
+            inputs[: len(indices)], targets[: len(indices)] = held.inputs, held.targets
         yield Batch(inputs, targets)

@@ -249,7 +249,11 @@ def rope_table(
 
 
 def attention_mask(
-    tokens: Tensor, window: int | None, eos_id: int | None, dtype: torch.dtype
+    tokens: Tensor,
+    window: int | None,
+    eos_id: int | None,
+    dtype: torch.dtype,
+    documents: Tensor | None = None,
 ) -> Tensor | None:
     """What is added to the attention logits, (B or 1, 1, T, T) in `dtype`: 0 where a position may
     look, −∞ elsewhere. None where it may look at everything before it.
@@ -258,9 +262,13 @@ def attention_mask(
         tokens: (B, T).
         window: tokens that a position sees, itself included; None: all.
         eos_id: token that ends a document, and belongs to it: positions see their own document
-            only. None: documents are not separated.
+            only. None: documents are not separated, unless they are given.
+        documents: number of each position's document, (B, T), where the tokens do not say it.
     """
-    if window is None and eos_id is None:
+    if documents is None and eos_id is not None:
+        ended = (tokens == eos_id).cumsum(1)
+        documents = ended - (tokens == eos_id).to(ended.dtype)
+    if window is None and documents is None:
         return None
     T = tokens.shape[1]
     position = torch.arange(T, device=tokens.device)
@@ -268,10 +276,9 @@ def attention_mask(
     allowed = (distance >= 0)[None]
     if window is not None:
         allowed = allowed & (distance < window)[None]
-    if eos_id is not None:
-        ended = (tokens == eos_id).cumsum(1)
-        document = ended - (tokens == eos_id).to(ended.dtype)  # number of each token's document
-        allowed = allowed & (document[:, :, None] == document[:, None, :])
+    if documents is not None:
+        # Nothing else tells documents apart: rotary positions count by their differences alone.
+        allowed = allowed & (documents[:, :, None] == documents[:, None, :])
     # Not bool: attention would convert it in every block, and every block would save its own copy
     # for the backward pass.
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)

@@ -87,6 +87,7 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         targets: Tensor | None = None,
+        documents: Tensor | None = None,
         *,
         probe: Probe | None = None,
         head: bool = True,
@@ -95,6 +96,8 @@ class Transformer(nn.Module):
 
         Args:
             tokens, targets: (B, T) int64; targets of `loss.IGNORE` do not count.
+            documents: number of each position's document, (B, T): attention stays within it. None:
+                documents are told apart by `eos_id`, if it is given.
             probe: looks into the blocks.
             head: False: run the blocks alone, to see what they route; then there are neither logits
                 nor a loss.
@@ -103,7 +106,7 @@ class Transformer(nn.Module):
         rope = rope_table(
             tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device
         )
-        mask = attention_mask(tokens, self.config.window, self.eos_id, self.dtype)
+        mask = attention_mask(tokens, self.config.window, self.eos_id, self.dtype, documents)
         x = self.embedding(tokens)
         # Not a list of `BlockOutput`: it would keep every layer's residual stream.
         routed: list[Routing] = []

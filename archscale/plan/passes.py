@@ -7,11 +7,13 @@ from fractions import Fraction
 from typing import Any, NamedTuple
 
 from archscale.config import Config
+from archscale.data.packing_index import PackedSize
 from archscale.data.training_data import TrainingData
 from archscale.errors import ConfigError
 
 # Over a source; up to there repeated text is about as good as new text (arXiv 2305.16264).
 MANY_PASSES = 4
+MUCH_PADDING = 0.2  # of a source's positions
 
 
 class SourceTokens(NamedTuple):
@@ -21,18 +23,26 @@ class SourceTokens(NamedTuple):
         name: in the mixture; empty for `data.train`.
         share: of the run's samples.
         tokens: of its training split; None where it is not known, as before it is prepared.
+        packed: how full its windows are; None where documents are not packed, or not yet.
     """
 
     name: str
     share: Fraction
     tokens: int | None
+    packed: PackedSize | None = None
+
+    @property
+    def padding(self) -> float:
+        """Share of its positions that is known to have no target."""
+        return 0.0 if self.packed is None else self.packed.padding
 
 
 def source_tokens(data: TrainingData) -> list[SourceTokens]:
     """Of data that are there."""
+    packed: Sequence[PackedSize | None] = data.packed or [None] * len(data.sources)
     return [
-        SourceTokens(source.name, data.shares[source.name], split.num_tokens)
-        for source, split in zip(data.sources, data.splits)
+        SourceTokens(source.name, data.shares[source.name], split.num_tokens, size)
+        for source, split, size in zip(data.sources, data.splits, packed)
     ]
 
 
@@ -40,24 +50,49 @@ def data_figures(sources: Sequence[SourceTokens], trained: int) -> dict[str, Any
     """Tokens and passes in all and of every source.
 
     Args:
-        trained: tokens of the run.
+        trained: tokens of the run, padding among them.
     """
+    padding = sum(source.share * Fraction(source.padding) for source in sources)
     sizes = [source.tokens for source in sources]
     total = None if not sizes or None in sizes else sum(size or 0 for size in sizes)
     return {
         "tokens": total,
-        "passes": trained / total if total else None,
+        "passes": float(trained * (1 - padding) / total) if total else None,
         "sources": [
             {
                 "name": source.name or None,
                 "share": float(source.share),
                 "tokens": source.tokens,
                 "drawn": round(source.share * trained),
-                "passes": source.tokens and float(source.share * trained / source.tokens),
+                "passes": source.tokens
+                and float(source.share * trained / source.tokens) * (1 - source.padding),
+                "packed": source.packed and {**source.packed._asdict(), "padding": source.padding},
             }
             for source in sources
         ],
     }
+
+
+def _padding(row: Mapping[str, Any]) -> float:
+    """Of a source's row in the figures."""
+    return row["packed"]["padding"] if row["packed"] else 0.0
+
+
+def much_padding(figures: Mapping[str, Any]) -> ConfigError | None:
+    """Advice where windows are packed and far from full, as when they are longer than shards."""
+    padded = [row for row in figures["sources"] if _padding(row) > MUCH_PADDING]
+    if not padded:
+        return None
+    shares = " and ".join(
+        f"{_padding(row):.0%} of the positions"
+        + (f" of source {row['name']}" if row["name"] else "")
+        for row in padded
+    )
+    return ConfigError(
+        f"documents are packed shard by shard, and {shares} are padding",
+        "data.packing",
+        "prepare larger shards, shorten model.context, or set it to concatenate",
+    )
 
 
 def many_passes(config: Config, figures: Mapping[str, Any]) -> ConfigError | None:
@@ -71,7 +106,9 @@ def many_passes(config: Config, figures: Mapping[str, Any]) -> ConfigError | Non
     if not repeated:
         return None
     batch = config.batch_tokens
-    fewest = min(MANY_PASSES * row["tokens"] / row["share"] for row in repeated)
+    fewest = min(
+        MANY_PASSES * row["tokens"] / (row["share"] * (1 - _padding(row))) for row in repeated
+    )
     fewer = int(fewest) // batch * batch
     less = f", or set training.tokens to at most {fewer}" if fewer else ""
     over = " and ".join(

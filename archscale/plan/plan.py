@@ -18,7 +18,7 @@ from archscale.plan import counting
 from archscale.plan import transfer as transfers
 from archscale.plan.devices import Device
 from archscale.plan.memory import Execution, Memory, checkpoint_bytes, communication, memory
-from archscale.plan.passes import SourceTokens, data_figures, many_passes
+from archscale.plan.passes import SourceTokens, data_figures, many_passes, much_padding
 from archscale.plan.text import size
 from archscale.plan.transfer import Transfer
 from archscale.rules import RULES
@@ -122,8 +122,7 @@ def make_plan(
     plan.figures["parameterization"] = _parameterization(config, transfer)
     plan.figures["training"] = _training(config, world_size, accumulation)
     plan.figures["data"] = data = data_figures(sources, plan.figures["training"]["trained_tokens"])
-    if advice := many_passes(config, data):
-        plan.advice.append(advice)
+    plan.advice += filter(None, (many_passes(config, data), much_padding(data)))
     if accumulation is None and config.model.moe and config.model.moe.counts_first:
         return plan  # what the counting pass costs follows from the accumulation
     plan.figures["flops"] = flops = _flops(config, accumulation or 1)

@@ -6,6 +6,8 @@ from __future__ import annotations
 from fractions import Fraction
 
 from archscale.config import Config
+from archscale.data.packed import check_packing, open_packing
+from archscale.data.packing_index import PackedSize, total_size
 from archscale.data.stored import check_document_mask, describe
 from archscale.data.training_data import Vocabulary, shared_vocabulary, training_sources
 from archscale.errors import ConfigError, DataError
@@ -43,6 +45,7 @@ def plan_config(
             shared_vocabulary(vocabularies)
             for vocabulary in vocabularies:
                 check_document_mask(config.data, vocabulary.eos_id)
+                check_packing(config.data, vocabulary.eos_id)
         except ConfigError as problem:
             plan.problems.append(problem)
     if missing and config.model.vocab_size:
@@ -70,15 +73,28 @@ def _read_manifests(
         return [], [], []  # a problem that the plan lists
     period = sum(source.part for source in chosen)
     for source in chosen:
-        tokens = None
+        tokens = packed = None
         try:
             facts = describe(source.path, config.data.tokenizer, config.model.vocab_size)
             vocabularies.append(Vocabulary.of_facts(source, facts))
             tokens = facts.tokens.get("train")
+            if config.data.packing == "best_fit" and tokens and facts.eos_id is not None:
+                packed = _packed(config, source.path)
         except DataError as error:
             missing[source.path] = ConfigError(error.what, error.where, error.remedy)
-        sources.append(SourceTokens(source.name, Fraction(source.part, period), tokens))
+        sources.append(SourceTokens(source.name, Fraction(source.part, period), tokens, packed))
     return sources, vocabularies, list(missing.values())
+
+
+def _packed(config: Config, path: str) -> PackedSize | None:
+    """How full the windows of a data set are; None where training has not packed it yet, or its
+    shards are elsewhere."""
+    try:
+        index = open_packing(config.data, path, config.model.context, config.model.vocab_size)
+        sizes = index.sizes()
+    except DataError:
+        return None
+    return None if sizes is None else total_size(sizes)
 
 
 def refuse(plan: Plan) -> None:

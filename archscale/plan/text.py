@@ -179,7 +179,9 @@ def _data_row(data: Mapping[str, Any]) -> str:
         )
     if mixed:
         return f"{data['tokens']:,} tokens in a mixture of {len(mixed)}"
-    return f"{data['tokens']:,} tokens, passed {data['passes']:,.3g} times"
+    (source,) = data["sources"]
+    rows = f"{data['tokens']:,} tokens, passed {data['passes']:,.3g} times", packing_text(source)
+    return "; ".join(filter(None, rows))
 
 
 def mixture_rows(data: Mapping[str, Any]) -> dict[str, str]:
@@ -193,10 +195,27 @@ def mixture_rows(data: Mapping[str, Any]) -> dict[str, str]:
             if source["passes"] is None
             else f"{source['passes']:,.3g} passes over its {source['tokens']:,}"
         )
-        rows[source["name"]] = (
-            f"{source['share']:.4g} of the run, {source['drawn']:,} tokens: {passes}"
+        rows[source["name"]] = "; ".join(
+            filter(
+                None,
+                (
+                    f"{source['share']:.4g} of the run, {source['drawn']:,} tokens: {passes}",
+                    packing_text(source),
+                ),
+            )
         )
     return rows
+
+
+def packing_text(source: Mapping[str, Any]) -> str:
+    """How full the windows of a source are, where that is known; otherwise empty."""
+    packed = source["packed"]
+    if packed is None:
+        return ""
+    return (
+        f"packed into {packed['windows']:,} windows, of whose positions {packed['padding']:.3%} are"
+        " padding"
+    )
 
 
 def _flops_rows(f: dict[str, Any]) -> dict[str, str]:

@@ -88,6 +88,8 @@ spectrum/gradient/nuclear_norm | spectrum | Nuclear norm
     Σ ‖G‖_* over matrices: OrScale's criterion of convergence
 spectrum/gradient/heterogeneity_gain | spectrum | Heterogeneity gain
     what a step size for each matrix would gain over one for all; 1 where all σ̄ are equal
+data/padding | other | Padding
+    share of the step's positions that have no target: what packed documents leave of windows
 straggler/wait_seconds | other | Wait for the slowest rank | seconds
     how long another rank waits a step in the first collective for the one that arrives last
 straggler/rank | other | Slowest rank

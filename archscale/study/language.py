@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from archscale.data.loader import Batch
 from archscale.data.sampler import sample_index
 from archscale.data.split import TokenSplit
-from archscale.data.training_data import read_windows
+from archscale.data.windows import read_windows
 from archscale.errors import ConfigError
 from archscale.model import Transformer, initialize
 from archscale.optim import MatrixOptimizer, Rule
@@ -185,8 +185,8 @@ class Language:
         generator = torch.Generator().manual_seed(self.seed)
         hooks = [owners[p].register_forward_hook(watch) for p in stored]
         batches = [self.held_out(1 + i) for i in range(samples)]
-        for tokens, _ in batches:
-            logits = self.logits(tokens)
+        for batch in batches:
+            logits = self.logits(batch.inputs)
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).flatten()
             torch.autograd.grad(F.cross_entropy(logits, drawn, reduction="sum"), stored)
         for hook in hooks:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from archscale.config import MoEConfig
+from archscale.data.loader import Batch
 from archscale.distributed import all_reduce
 from archscale.model.loss import balance_loss, load_metrics, load_share
 from archscale.model.moe import Routing
@@ -41,11 +42,12 @@ class StepBalance:
         self._reduced = False
 
     @torch.no_grad()
-    def count(self, engine: Engine, inputs: Sequence[Tensor]) -> None:
+    def count(self, engine: Engine, micro_batches: Sequence[Batch]) -> None:
         """The counting pass, over all micro-batches but the first."""
         if self.moe.counts_first:
-            for tokens in inputs:
-                self._add(engine.forward(tokens, head=False).routing)
+            for batch in micro_batches:
+                output = engine.forward(batch.inputs, documents=batch.documents, head=False)
+                self._add(output.routing)
 
     def loss(self, routing: Routing) -> Tensor:
         """Balance loss of one micro-batch, in the order of the step: a scalar with gradient."""

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from archscale.data.loader import Batch
 from archscale.data.validation import ValidationSet, validation_batches
 from archscale.distributed import all_reduce, rank, world_size
 from archscale.model.loss import IGNORE
@@ -85,18 +86,18 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(
     engine: Engine,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     token_bytes: Tensor | None,
     device: torch.device,
 ) -> HeldOut:
     """Means over this rank's `batches`, reduced over all ranks.
 
     Args:
-        batches: (inputs, targets), the same number of batches on every rank.
+        batches: the same number on every rank.
         token_bytes: UTF-8 bytes that each token stands for, (V,); None where they are not known.
     """
     sums = torch.zeros(3, device=device, dtype=torch.float64)  # nats, tokens, bytes
-    for inputs, targets in batches:
+    for inputs, targets, _ in batches:
         counted = targets != IGNORE
         sums[0] += engine.forward(inputs.to(device), targets.to(device)).loss.double()
         sums[1] += counted.sum().to(device)

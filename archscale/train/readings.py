@@ -23,7 +23,7 @@ from archscale.telemetry.guard import Guard
 from archscale.telemetry.spectrum import heterogeneity_gain, nuclear_norm_estimate
 from archscale.telemetry.spectrum import spectrum as spectrum_of
 from archscale.telemetry.stability import Probe, stability_metrics
-from archscale.train.step import Seen
+from archscale.train.step import PADDING, Seen
 
 # Of M̂, from ⟨M̂, Q⟩; of gradients by decomposition, as the rest.
 ESTIMATED = ("sigma_mean", "effective_rank")
@@ -73,6 +73,7 @@ class Readings:
         batches: sequences of every step.
         grad_clip: as the step clips gradients, which spectra are freed of.
         optimizer: whose `watch` is set on the steps that are looked into.
+        packed: whether there may be padding, whose share is then a metric.
         peak: dense FLOP/s of all devices together; None where it is not known: then there is no
             `mfu`.
     """
@@ -85,11 +86,12 @@ class Readings:
         grad_clip: float | None,
         optimizer: MatrixOptimizer,
         peak: float | None = None,
+        packed: bool = False,
     ):
         self._clip = grad_clip
         self._per_token = None if peak is None else training_flops(model) / peak
         self.model, self.telemetry, self.optimizer = model, telemetry, optimizer
-        self.batches = batches
+        self.batches, self._packed = batches, packed
         self._pending: list[tuple[int, float, dict[str, Tensor]]] = []
         self._rows: tuple[Tensor, list[str], Tensor] | None = None
         self._short: Tensor | None = None
@@ -109,7 +111,8 @@ class Readings:
         return every > 0 and step % every == 0
 
     def add(self, step: int, lr: float, measured: dict[str, Tensor]) -> None:
-        self._pending.append((step, lr, measured))
+        kept = {key: value for key, value in measured.items() if key != PADDING or self._packed}
+        self._pending.append((step, lr, kept))
 
     def read(self, seen: Seen, seconds: float, applied: bool = True) -> list[dict[str, Any]]:
         """The lines of the steps since the last reading, the last one with what was seen in it.

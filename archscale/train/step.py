@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from archscale.config import MoEConfig
+from archscale.data.loader import Batch
 from archscale.distributed import all_reduce
 from archscale.model.layers import Probe
 from archscale.model.loss import IGNORE
@@ -20,6 +21,8 @@ from archscale.optim import MatrixOptimizer
 from archscale.parallel.engine import Engine
 from archscale.telemetry.stability import LayerSums
 from archscale.train.balance import StepBalance
+
+PADDING = "data/padding"
 
 
 class Seen(NamedTuple):
@@ -48,7 +51,7 @@ class Supervision(NamedTuple):
 def train_step(
     engine: Engine,
     optimizer: MatrixOptimizer,
-    micro_batches: Sequence[tuple[Tensor, Tensor]],
+    micro_batches: Sequence[Batch],
     device: torch.device,
     grad_clip: float | None,
     moe: MoEConfig | None = None,
@@ -58,35 +61,36 @@ def train_step(
     """One update from this rank's share of the batch. Waits for nothing on the host.
 
     Args:
-        micro_batches: (inputs, targets), each (micro_batch, context) int64.
+        micro_batches: of the batch; padding, whose targets are `loss.IGNORE`, may lie anywhere.
         grad_clip: largest global gradient norm; None: no clipping.
         moe: of a model with experts: their load balance joins the objective.
         probe: looks into the forward passes.
 
     Returns:
-        `loss` (nats per target token, global) and `grad_norm` (before clipping), scalars on the
-        device; with experts also `aux_loss` (weighted), `moe/max_violation` and `moe/load_entropy`,
-        of the whole step's batch. Beside these, what was seen of every layer.
+        `loss` (nats per target token, global), `PADDING` (share of positions without a target) and
+        `grad_norm` (before clipping), scalars on the device; with experts also `aux_loss`
+        (weighted), `moe/max_violation` and `moe/load_entropy`, of the whole step's batch. Beside
+        these, what was seen of every layer.
     """
     # Means over the tokens of ALL ranks and micro-batches, so their numbers are needed before the
     # first backward.
     # On the host: no waiting.
-    here = float(sum((targets != IGNORE).sum().item() for _, targets in micro_batches))
-    tokens = float(sum(inputs.numel() for inputs, _ in micro_batches))
+    here = float(sum((batch.targets != IGNORE).sum().item() for batch in micro_batches))
+    tokens = float(sum(batch.inputs.numel() for batch in micro_batches))
     sizes = supervision.first_reduce(
         torch.stack([torch.full((), here, device=device), torch.full((), tokens, device=device)])
     )
     scale = engine.gradient_scale / sizes[0]
-    moved = [(_move(inputs, device), _move(targets, device)) for inputs, targets in micro_batches]
+    moved = [_move(batch, device) for batch in micro_batches]
     balance = None
     if moe is not None:
         balance = StepBalance(moe, sizes[1])
-        balance.count(engine, [inputs for inputs, _ in moved[1:]])
+        balance.count(engine, moved[1:])
     total = torch.zeros((), device=device)
     probed: list[tuple[LayerSums, ...]] = []  # by micro-batch, by layer
-    for i, (inputs, targets) in enumerate(moved):
+    for i, batch in enumerate(moved):
         with engine.micro_batch(last=i == len(moved) - 1):
-            output = engine.forward(inputs, targets, probe=probe)
+            output = engine.forward(*batch, probe=probe)
             objective = output.loss * scale
             if balance is not None:
                 objective = objective + balance.loss(output.routing) * engine.gradient_scale
@@ -99,6 +103,7 @@ def train_step(
     else:
         total, auxiliary = all_reduce(torch.stack([total, balance.total]))
         measured = {"loss": total / sizes[0], "aux_loss": auxiliary, **balance.metrics()}
+    measured[PADDING] = 1 - sizes[0] / sizes[1]
     allow = supervision.allow
     judged = None if allow is None else lambda norm: allow(measured["loss"], norm)
     measured["grad_norm"] = engine.update(optimizer, grad_clip, judged)
@@ -120,10 +125,13 @@ def _add_up(probed: Sequence[tuple[LayerSums, ...]]) -> LayerSums:
     return LayerSums(*all_reduce(packed.sum(0)).unbind(1))
 
 
-def _move(tensor: Tensor, device: torch.device) -> Tensor:
+def _move(batch: Batch, device: torch.device) -> Batch:
     """To the device; from pinned memory on CUDA, because a copy from pageable memory waits."""
-    return (
-        tensor.pin_memory().to(device, non_blocking=True)
-        if device.type == "cuda"
-        else tensor.to(device)
-    )
+
+    def moved(tensor: Tensor) -> Tensor:
+        if device.type != "cuda":
+            return tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    documents = None if batch.documents is None else moved(batch.documents)
+    return Batch(moved(batch.inputs), moved(batch.targets), documents)

@@ -43,10 +43,10 @@ from archscale.files import (
 from archscale.optim.roles import assign_roles
 from archscale.optim.schedule import lr_multiplier
 from archscale.plan.devices import this_device
-from archscale.plan.passes import source_tokens
+from archscale.plan.passes import much_padding, source_tokens
 from archscale.plan.plan import Plan, make_plan
 from archscale.plan.preflight import refuse
-from archscale.plan.text import counting_pass_share, mixture_rows
+from archscale.plan.text import counting_pass_share, mixture_rows, packing_text
 from archscale.telemetry.guard import Guard
 from archscale.telemetry.tracking import check_wandb
 from archscale.train.build import (
@@ -184,6 +184,7 @@ class Run:
             config.optimizer.grad_clip,
             self.optimizer,
             peak and peak * distributed.world_size(),
+            self.data.packed is not None,
         )
         arrivals, judged = Arrivals(self.device), Judgement(guard)
         interval = time.monotonic()
@@ -338,16 +339,21 @@ class Run:
             f" tokens on {layout}, run directory {self.run_dir}",
             flush=True,
         )
-        self._describe_mixture()
+        self._describe_data()
         if share := counting_pass_share(self.plan.figures["flops"]):
             print(
                 "balance over the whole batch at accumulation > 1: a counting pass adds"
                 f" {share:.1%} to the work"
             )
 
-    def _describe_mixture(self) -> None:
-        for name, row in mixture_rows(self.plan.figures["data"]).items():
+    def _describe_data(self) -> None:
+        figures = self.plan.figures["data"]
+        for name, row in mixture_rows(figures).items():
             print(f"{name}: {row}")
+        if not self.data.mixed and (packed := packing_text(figures["sources"][0])):
+            print(f"documents are {packed}")
+        if advice := much_padding(figures):
+            print(f"archscale: warning: {advice}", file=sys.stderr)
         evaluated = {held.name for held in self.evaluation.sets}
         without = [source.name for source in self.data.sources if source.name not in evaluated]
         if self.data.mixed and without:

@@ -17,8 +17,9 @@ from archscale.data.split import TokenSplit
 from archscale.data.stored import check_document_mask, describe
 from archscale.data.summary_text import render
 from archscale.data.tokenizer import train_sentencepiece
-from archscale.data.training_data import open_training_data, read_windows
+from archscale.data.training_data import open_training_data
 from archscale.data.validation import validation_batches, validation_sets
+from archscale.data.windows import read_windows
 from archscale.errors import ConfigError, DataError
 from archscale.plan.preflight import plan_config
 from tests.data.foreign_files import write_datatrove, write_llmc, write_megatron

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from archscale.config.batch import BatchSchedule
-from archscale.data.loader import Loader
+from archscale.data.loader import Batch, Loader
 from archscale.data.sampler import sample_index
 from archscale.data.split import TokenSplit
 from archscale.data.training_data import Source, TrainingData
@@ -34,8 +34,8 @@ def alone(split: TokenSplit, seed: int = 0) -> TrainingData:
     return TrainingData([Source("", str(split.path), 1)], [split], seed)
 
 
-def _rows(steps: list[list[tuple[torch.Tensor, torch.Tensor]]]) -> list[torch.Tensor]:
-    return [torch.cat([inputs for inputs, _ in step]) for step in steps]
+def _rows(steps: list[list[Batch]]) -> list[torch.Tensor]:
+    return [torch.cat([batch.inputs for batch in step]) for step in steps]
 
 
 def test_batches_are_the_pure_function(split: TokenSplit) -> None:
@@ -47,11 +47,11 @@ def test_batches_are_the_pure_function(split: TokenSplit) -> None:
             indices = sample_index(3, np.arange(8 * step, 8 * step + 8), split.num_samples)
             expected = torch.from_numpy(np.stack([split.sample(i) for i in indices]))
             assert all(
-                inputs.shape == (4, CONTEXT) and inputs.dtype == torch.int64
-                for inputs, _ in batches
+                inputs.shape == (4, CONTEXT) and inputs.dtype == torch.int64 and documents is None
+                for inputs, _, documents in batches
             )
-            assert torch.equal(torch.cat([inputs for inputs, _ in batches]), expected[:, :-1])
-            assert torch.equal(torch.cat([targets for _, targets in batches]), expected[:, 1:])
+            assert torch.equal(torch.cat([batch.inputs for batch in batches]), expected[:, :-1])
+            assert torch.equal(torch.cat([batch.targets for batch in batches]), expected[:, 1:])
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_growing_batch_takes_every_window_once(split: TokenSplit) -> None:
         sizes, seen = [], []
         for _ in range(9):
             micro = next(even) + next(odd)
-            sizes.append(sum(len(inputs) for inputs, _ in micro))
+            sizes.append(sum(len(batch.inputs) for batch in micro))
             seen += torch.cat(_rows([micro])).tolist()
     assert sizes == [4, 4, 4, 4, 4, 8, 8, 8, 12]
     order = sample_index(0, np.arange(len(seen)), split.num_samples)
@@ -190,7 +190,7 @@ def test_validation_uses_every_window_once(
     assert len(ranks[0]) == -(-total // (size * world))
     seen = []
     for rank in ranks:
-        for inputs, targets in rank:
+        for inputs, targets, _ in rank:
             assert inputs.shape == targets.shape == (size, context)
             for row, target in zip(inputs.tolist(), targets.tolist()):
                 if target != [IGNORE] * context:

@@ -60,6 +60,14 @@ def three(folder: Path, seed: int = 0) -> TrainingData:
     return open_training_data(mixture(folder, web=0.7, code=0.2, wiki=0.1), CONTEXT, seed)
 
 
+def tokens(data: TrainingData, numbers: np.ndarray) -> np.ndarray:
+    """Of the windows of these samples: [n, context + 1]."""
+    inputs, targets, documents = data.windows(numbers)
+    assert documents is None
+    assert np.array_equal(inputs[:, 1:], targets[:, :-1])
+    return np.concatenate([inputs, targets[:, -1:]], axis=1)
+
+
 # --- proportions
 
 
@@ -150,18 +158,18 @@ def test_windows_are_those_of_the_sources(sets: Path) -> None:
     assert [source.name for source in data.sources] == ["code", "web", "wiki"]
     assert (data.num_tokens, data.vocab_size, data.eos_id) == (1091, 500, 1)
     numbers = np.arange(10**9, 10**9 + 200)
-    block = data.windows(numbers)
+    block = tokens(data, numbers)
     assert block.shape == (200, CONTEXT + 1)
     counts = np.bincount(block[:, 0] // 100, minlength=3)  # web, code, wiki
     assert counts.tolist() == [140, 40, 20]
     for number, window in zip(numbers, block):
-        assert np.array_equal(data.windows(np.array([number]))[0], window)
+        assert np.array_equal(tokens(data, np.array([number]))[0], window)
 
 
 def test_a_source_is_passed_over_once_an_epoch(sets: Path) -> None:
     data = three(sets)
     web = data.splits[1]
-    block = data.windows(np.arange(2000))
+    block = tokens(data, np.arange(2000))
     windows = block[block[:, 0] // 100 == 0].tolist()
     for epoch in range(3):
         seen = windows[epoch * web.num_samples :][: web.num_samples]
@@ -170,16 +178,16 @@ def test_a_source_is_passed_over_once_an_epoch(sets: Path) -> None:
 
 def test_the_order_in_the_yaml_does_not_matter(sets: Path) -> None:
     numbers = np.arange(300)
-    block = three(sets).windows(numbers)
+    block = tokens(three(sets), numbers)
     other = open_training_data(mixture(sets, wiki=1, web=7, code=2), CONTEXT, 0)
-    assert np.array_equal(other.windows(numbers), block)
-    assert not np.array_equal(three(sets, seed=1).windows(numbers), block)
+    assert np.array_equal(tokens(other, numbers), block)
+    assert not np.array_equal(tokens(three(sets, seed=1), numbers), block)
 
 
 def test_a_path_under_two_names_has_two_orders(sets: Path) -> None:
     twice = mixture(sets, **{"web": 1, "web-again": 1})
     data = open_training_data(twice, CONTEXT, 0)
-    block = data.windows(np.arange(100))
+    block = tokens(data, np.arange(100))
     assert not np.array_equal(block[::2], block[1::2])
 
 
@@ -188,7 +196,7 @@ def test_train_alone_keeps_the_order_of_the_sampler(sets: Path) -> None:
     (split,) = data.splits
     indices = sample_index(5, np.arange(200), split.num_samples)
     expected = np.stack([split.sample(i) for i in indices])
-    assert np.array_equal(data.windows(np.arange(200)), expected)
+    assert np.array_equal(tokens(data, np.arange(200)), expected)
 
 
 @given(
@@ -214,12 +222,12 @@ def test_a_global_batch_is_the_same_however_it_is_spread(
     size = world * accumulation * micro
     schedule = BatchSchedule(size)
     whole = open_training_data(config, CONTEXT, seed)
-    expected = whole.windows(np.arange(size) + restart * size)
+    expected = tokens(whole, np.arange(size) + restart * size)
     parts = []
     for rank in range(world):
         fresh = open_training_data(config, CONTEXT, seed)
         numbers = rank_numbers(*schedule.at(restart), rank, world, micro)
-        parts += [fresh.windows(row) for row in numbers]
+        parts += [tokens(fresh, row) for row in numbers]
     assert sorted(np.concatenate(parts).tolist()) == sorted(expected.tolist())
 
 
@@ -228,7 +236,7 @@ def test_the_loader_reads_a_mixture(sets: Path) -> None:
     with Loader(data, BatchSchedule(10), 5, start_step=7) as loader:
         micro = next(loader)
     block = np.concatenate([batch.inputs.numpy() for batch in micro])
-    assert np.array_equal(block, data.windows(np.arange(70, 80))[:, :-1])
+    assert np.array_equal(block, data.windows(np.arange(70, 80)).inputs)
     assert [batch.targets.shape for batch in micro] == [(5, CONTEXT)] * 2
 
 
@@ -240,7 +248,7 @@ def test_long_contexts_from_the_same_shards(tmp_path: Path, context: int) -> Non
     data = open_training_data(DataConfig(train=str(tmp_path / "long")), context, 0)
     (split,) = data.splits
     assert split.num_samples == 300_000 // context
-    rows = data.windows(np.arange(split.num_samples) + split.num_samples * 10**12)
+    rows = tokens(data, np.arange(split.num_samples) + split.num_samples * 10**12)
     assert rows.shape == (split.num_samples, context + 1)
     starts = sorted(range(0, split.num_samples * context, context))
     assert sorted(rows[:, 0].tolist()) == sorted(ids[starts].tolist())

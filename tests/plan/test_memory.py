@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from archscale.config import ModelConfig
+from archscale.data.loader import Batch
 from archscale.distributed import all_reduce, local_tensor, rank, world_size
 from archscale.model import Transformer, initialize, loss, moe
 from archscale.optim import MatrixOptimizer, shards
@@ -223,7 +224,7 @@ def measure(
 
         optimizer.step = marked  # type: ignore[method-assign]
         batch = [
-            tuple(torch.randint(1, 512, (2, micro_batch, model.context)))
+            Batch(*torch.randint(1, 512, (2, micro_batch, model.context)))
             for _ in range(accumulation)
         ]
         for _ in range(steps):
@@ -400,7 +401,7 @@ def test_the_bucket_is_deepspeeds():
 def routed(expert: int, accumulation: int) -> int:
     """Bytes of rows that this rank sends to other ranks' experts in one step."""
     engine, optimizer = build(SPREAD, "fp32", world_size(), expert=expert)
-    batch = [tuple(torch.randint(1, 512, (2, 2, SPREAD.context))) for _ in range(accumulation)]
+    batch = [Batch(*torch.randint(1, 512, (2, 2, SPREAD.context))) for _ in range(accumulation)]
     sent, original, me = [0], moe._exchange, rank() % expert
 
     def counting(x, sends, receives, group):
@@ -453,7 +454,7 @@ def traffic(
 ) -> tuple[dict, int, int]:
     """What one step sends, and bytes of parameters and optimizer state on this rank."""
     engine, optimizer = build(model, precision, shard, reshard)
-    batch = [tuple(torch.randint(1, 512, (2, 1, 32))) for _ in range(accumulation)]
+    batch = [Batch(*torch.randint(1, 512, (2, 1, 32))) for _ in range(accumulation)]
     with Traffic() as counter:
         train_step(engine, optimizer, batch, torch.device("cpu"), 1.0)
     held = sum(local_tensor(p).nbytes for p in engine.module.parameters())

@@ -163,7 +163,7 @@ OPTIONS = {
         "model": {"moe": MOE},
     },
     "masks, heads": {
-        "data": {"document_mask": True},
+        "data": {"document_mask": True, "packing": "best_fit"},
         "model": {"window": 5},
         "optimizer": {
             "matrix": {"rule": "orscale_lm", "per_head": True, "momentum_dtype": "bfloat16"}
