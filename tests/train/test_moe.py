@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from archscale.config import ModelConfig, MoEConfig, dump_config
+from archscale.data.loader import Batch
 from archscale.distributed import all_reduce, rank, world_size
 from archscale.model import Transformer, initialize
 from archscale.model.transformer import Block
@@ -318,7 +319,7 @@ def balance_gradients(
     )
     mine = GLOBAL_BATCH.chunk(world_size())[rank()].chunk(accumulation)
     step = StepBalance(moe, torch.tensor(float(GLOBAL_BATCH.numel())))
-    step.count(engine, mine[1:])
+    step.count(engine, [Batch(tokens, tokens) for tokens in mine[1:]])
     for i, tokens in enumerate(mine):
         with engine.micro_batch(last=i == accumulation - 1):
             output = engine.forward(tokens, tokens)
