@@ -124,7 +124,7 @@ def train(
 
             report_if_possible(Path(summary["run_dir"]))
         losses = "".join(
-            f", {key} {summary[key]:.4f}"
+            f", {key} not finite" if summary[key] is None else f", {key} {summary[key]:.4f}"
             for key in ("loss", "val_loss", "val_bits_per_byte")
             if key in summary
         )
@@ -136,6 +136,8 @@ def train(
             f" tokens{losses}"
         )
         print(f"metrics {summary['run_dir']}/metrics.jsonl, checkpoint {summary['checkpoint']}")
+        if (step := summary["not_finite_since"]) is not None:
+            print(f"{resolved.name}: diverged: loss not finite since step {step}")
 
 
 @app.command()
