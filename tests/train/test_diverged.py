@@ -8,9 +8,11 @@ import pytest
 from archscale import cli
 from archscale.checkpoint.directory import prune
 from archscale.config import dump_config
+from archscale.errors import CheckpointError
 from archscale.files import checkpoint_steps
 from archscale.telemetry.guard import not_finite_since
 from archscale.telemetry.sinks import TAIL, last_line
+from archscale.train.generate import generate
 from tests.train.tiny import config, tiny_data
 
 NAN = float("nan")
@@ -57,6 +59,8 @@ def test_a_diverged_run_ends_well_and_keeps_what_was_there_before(data, tmp_path
     status, out = train(made)
     assert (status, out.splitlines()[-1]) == (0, told)
     assert "already done" in out
+    with pytest.raises(CheckpointError, match="logits that are not finite"):
+        generate(tmp_path / "r", "ab", max_tokens=1, temperature=1.0, top_k=None, seed=0)
     # A run that is resumed after that step knows it still.
     (checkpoints / "step_00000005" / "state.json").unlink()
     assert train(made)[1].splitlines()[-1] == told
