@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from archscale import terminal
 from archscale.errors import ArchscaleError, ConfigError, explain_os_error
 
 app = typer.Typer(
@@ -117,14 +118,15 @@ def train(
     resolved = load_config(config, set or [])
     from archscale.train.trainer import train as run
 
+    terminal.go_on_without_reader()
     summary = run(resolved, run_dir or Path("runs") / resolved.name, resume)
-    if int(os.environ.get("RANK", "0")) == 0:
+    if summary["rank"] == 0:
         if not summary["already_done"]:
             from archscale.sweep.pages import report_if_possible
 
             report_if_possible(Path(summary["run_dir"]))
         losses = "".join(
-            f", {key} {summary[key]:.4f}"
+            f", {key} not finite" if summary[key] is None else f", {key} {summary[key]:.4f}"
             for key in ("loss", "val_loss", "val_bits_per_byte")
             if key in summary
         )
@@ -136,6 +138,8 @@ def train(
             f" tokens{losses}"
         )
         print(f"metrics {summary['run_dir']}/metrics.jsonl, checkpoint {summary['checkpoint']}")
+        if (step := summary["not_finite_since"]) is not None:
+            print(f"{resolved.name}: diverged: loss not finite since step {step}")
 
 
 @app.command()
@@ -259,6 +263,7 @@ def sweep(
     from archscale.sweep.run import How
     from archscale.sweep.run import sweep as run
 
+    terminal.go_on_without_reader()
     how = How(launcher.value, jobs, retries, wait, continued)
     run(
         grid,
@@ -452,6 +457,7 @@ def study(
 
     from archscale.study.run import run_study
 
+    terminal.go_on_without_reader()
     run_study(file, set or [], out, functools.partial(print, flush=True))
 
 
@@ -489,6 +495,7 @@ def prepare(
     if dry_run:
         _print_estimate(recipe, set or [], workers, json)
         return
+    terminal.go_on_without_reader()
     progress = functools.partial(print, file=sys.stderr if json else sys.stdout, flush=True)
     summary = run(recipe, set or [], say=progress, workers=workers, part=part, finish=finish)
     _print_data_set(summary, json)
@@ -755,9 +762,17 @@ def _print_table(rows: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Entry point: an error that a user can cause ends in one line on stderr and exit status 2."""
+    """Entry point: an error that a user can cause ends in one line on stderr and exit status 2; a
+    reader of stdout who leaves, as `head` does, in status 141, as shells say of SIGPIPE."""
+    terminal.prepare()
     try:
-        sys.exit(app(standalone_mode=False))
+        try:
+            status = app(standalone_mode=False)
+        except SystemExit as end:
+            # Rich makes that of a pipe that broke.
+            status = 141 if terminal.reader_left() else end.code
+        sys.stdout.flush()
+        sys.exit(status)
     except ArchscaleError as error:
         if os.environ.get("ARCHSCALE_DEBUG") == "1":
             raise
@@ -766,10 +781,10 @@ def main() -> None:
         else:
             # Torchrun ends all ranks with the first that exits: let the one that reports be it.
             time.sleep(5)
-        sys.stdout.flush()
+        terminal.flush()
         os._exit(2)  # without waiting for ranks and threads that may wait for this one
-    except BrokenPipeError:  # whoever read the output, such as `head`, has closed it
-        os._exit(1)
+    except terminal.ReaderLeft:
+        os._exit(141)
     except OSError as error:
         if os.environ.get("ARCHSCALE_DEBUG") == "1" or isinstance(
             error, ConnectionError | TimeoutError
@@ -783,7 +798,7 @@ def main() -> None:
             file=sys.stderr,
             flush=True,
         )
-        sys.stdout.flush()
+        terminal.flush()
         os._exit(2)
     except Exception as error:  # what typer raises for a wrong command line
         if not hasattr(error, "format_message"):
@@ -801,5 +816,7 @@ def _reports(error: ArchscaleError) -> bool:
     distributed = sys.modules.get("archscale.distributed")
     if distributed is not None and distributed.is_distributed():
         return os.environ.get("RANK", "0") == "0" or not getattr(error, "on_every_rank", False)
+    if os.environ.get("WORLD_SIZE") in (None, "", "1"):
+        return True
     # Before start-up ranks fail alone: one line a machine.
     return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -35,16 +35,50 @@ def world_size() -> int:
 
 
 def launched_world_size() -> int:
-    """World size that torchrun announced (1 without it); known before any process group starts."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """World size that torchrun announced (1 without it); known before any process group starts.
+
+    Raises:
+        ConfigError: WORLD_SIZE announces several processes and nothing says which this one is, or
+            one of the variables is no number.
+    """
+    count = _announced("WORLD_SIZE", 1)
+    if count > 1 and not os.environ.get("RANK", "").strip():
+        raise ConfigError(
+            f"WORLD_SIZE is {count}, and RANK is not set",
+            "environment",
+            "start with torchrun, which sets both, or unset WORLD_SIZE to train on one process",
+        )
+    for name in ("RANK", "LOCAL_RANK"):
+        if os.environ.get("WORLD_SIZE") and _announced(name, 0) >= count:
+            raise ConfigError(
+                f"{name} is {os.environ[name]}, with a WORLD_SIZE of {count}",
+                "environment",
+                "start with torchrun, which sets both",
+            )
+    return count
+
+
+def _announced(name: str, otherwise: int) -> int:
+    """A number from the environment; an empty one counts as not set, as images of schedulers export
+    it."""
+    text = os.environ.get(name, "").strip()
+    if text and not text.isdecimal():
+        raise ConfigError(
+            f"{name} is {text!r}, not a number", "environment", "unset it, or start with torchrun"
+        )
+    return int(text or otherwise)
 
 
 def start(timeout_seconds: float = 600.0) -> torch.device:
     """Join the process group that torchrun announced, if any, and return this process's device.
 
-    NCCL with CUDA, gloo without. A single process without torchrun gets no process group at all.
+    NCCL with CUDA, gloo without. A single process without torchrun gets no process group at all,
+    also where the environment has a WORLD_SIZE of 1.
+
+    Raises:
+        ConfigError: more processes than GPUs, or no address at which several processes meet.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = _announced("LOCAL_RANK", 0)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -55,7 +89,15 @@ def start(timeout_seconds: float = 600.0) -> torch.device:
                 "start at most one process per GPU, or hide the GPUs with CUDA_VISIBLE_DEVICES=",
             )
         torch.cuda.set_device(device)
-    if "WORLD_SIZE" in os.environ and not is_distributed():
+    needed = ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT")
+    unset = [name for name in needed if not os.environ.get(name)]
+    if unset and launched_world_size() > 1:
+        raise ConfigError(
+            f"WORLD_SIZE is {launched_world_size()}, and {' and '.join(unset)} not set",
+            "environment",
+            "start with torchrun, which sets all of them",
+        )
+    if not unset and not is_distributed():
         backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
     return device

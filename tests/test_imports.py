@@ -16,7 +16,7 @@ PACKAGE = ROOT / "archscale"
 
 # From the ground up. CONTRIBUTING.md draws the same floors.
 FLOORS = [
-    ["errors", "files", "rules", "yaml_reader", "distributed"],
+    ["errors", "files", "rules", "terminal", "yaml_reader", "distributed"],
     ["config"],
     ["data", "model", "optim", "parallel", "telemetry"],
     ["plan", "fit", "checkpoint"],

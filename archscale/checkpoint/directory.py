@@ -43,6 +43,25 @@ def discard_after(directory: Path, step: int) -> None:
             discard(step_directory(directory, later))
 
 
+def prune(directory: Path, keep: int, not_finite_since: int | None) -> None:
+    """Delete all but the newest `keep` checkpoints and, once the loss is not finite, the newest one
+    from before that.
+
+    Args:
+        not_finite_since: first step of the losses that are not finite up to now, if any. That loss
+            is the work of the weights of the step before: where there is a checkpoint of these, the
+            one before it stays too.
+    """
+    steps = checkpoint_steps(directory)
+    kept = steps[-keep:]
+    if not_finite_since is not None:
+        for end in (not_finite_since, not_finite_since - 1):
+            kept += [step for step in steps if step < end][-1:]
+    for step in steps:
+        if step not in kept:
+            discard(step_directory(directory, step))
+
+
 def damage(path: Path) -> str | None:
     """What is missing from or cut short in a checkpoint; None when it is whole."""
     try:

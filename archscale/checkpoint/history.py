@@ -11,7 +11,7 @@ from typing import Any
 
 from archscale.checkpoint.directory import newest_valid, read_state
 from archscale.config import Config
-from archscale.config.layers import flatten
+from archscale.config.layers import Layer, flatten
 from archscale.data.mixture import quotas
 from archscale.data.training_data import TrainingData
 from archscale.errors import CheckpointError, ConfigError, explain_os_error
@@ -64,7 +64,8 @@ def choose_checkpoint(
     Raises:
         ConfigError: a key that would change the trajectory, or a run directory that cannot be
             written.
-        CheckpointError: `resume` names no checkpoint, or is `never` where there is a run.
+        CheckpointError: `resume` names no checkpoint, or is `never` where there is a run; or
+            another version wrote the checkpoint.
     """
     checkpoints = run_dir / CHECKPOINTS
     if resume == "never" and (checkpoint_steps(checkpoints) or (run_dir / METRICS).exists()):
@@ -79,9 +80,7 @@ def choose_checkpoint(
     if source is not None:
         saved = read_state(source)
         before, now = (
-            # Through the present schema: keys that are newer than the checkpoint have their
-            # defaults.
-            flatten({**Config.from_dict(saved["config"]).resolved(), "data_set": saved["data"]}),
+            flatten({**_saved_config(source, saved).resolved(), "data_set": saved["data"]}),
             flatten({**config.resolved(), "data_set": identity(data)}),
         )
         for key in other_trajectory(before, now):
@@ -100,6 +99,23 @@ def choose_checkpoint(
             f"cannot write the run directory: {cause}", str(run_dir), remedy
         ) from error
     return source
+
+
+def _saved_config(source: Path, saved: Mapping[str, Any]) -> Config:
+    """The config of a checkpoint through the present schema: keys that are newer than it have their
+    defaults.
+
+    Raises:
+        CheckpointError: it has a key or a value that this version does not know.
+    """
+    try:
+        return Config.from_layers([Layer(str(source / "state.json"), saved["config"])])
+    except ConfigError as error:
+        raise CheckpointError(
+            f"another version of archscale wrote this checkpoint: {error.what}",
+            error.where,
+            "resume it with that version, or start another run with --run-dir",
+        ) from None
 
 
 def identity(data: TrainingData) -> dict[str, Any]:

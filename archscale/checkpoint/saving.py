@@ -22,11 +22,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from archscale.checkpoint.directory import FORMAT, discard, read_state
+from archscale.checkpoint.directory import FORMAT, discard, prune, read_state
 from archscale.checkpoint.fragments import Stored
 from archscale.distributed import Fragment, agree, on_rank_zero, rank, world_size
 from archscale.errors import CheckpointError, explain_os_error
-from archscale.files import checkpoint_steps, step_directory, sync
+from archscale.files import step_directory, sync
 from archscale.optim import MatrixOptimizer
 
 
@@ -37,12 +37,12 @@ def save_checkpoint(
     state: dict[str, Any],
     keep: int,
 ) -> None:
-    """Write `state["step"]`'s checkpoint on all ranks together, then prune all but the newest
-    `keep`.
+    """Write `state["step"]`'s checkpoint on all ranks together, then `prune` the others.
 
     Args:
         weights: float32 parameters by name.
-        state: plain data that `load_checkpoint` gives back; `step` names the directory.
+        state: plain data that `load_checkpoint` gives back; `step` names the directory, and
+            `not_finite_since` is what `prune` goes by.
 
     Raises:
         CheckpointError: the directory cannot be written.
@@ -83,8 +83,7 @@ def save_checkpoint(
         raised.on_every_rank = getattr(error, "on_every_rank", False)
         raise raised from error
     if rank() == 0:
-        for step in checkpoint_steps(directory)[:-keep]:
-            discard(step_directory(directory, step))
+        prune(directory, keep, state.get("not_finite_since"))
 
 
 def load_checkpoint(

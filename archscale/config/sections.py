@@ -304,7 +304,8 @@ class CheckpointConfig(Section):
     every: Count = 1000
     """Optimizer steps between checkpoints; one is written after the last step too."""
     keep: Count = 3
-    """Newest checkpoints that stay."""
+    """Newest checkpoints that stay; the newest one from before a loss that is not finite stays
+    too."""
     async_: StrictBool = Field(default=False, alias="async")
     """Write while training goes on; in Python `async_`, because `async` is a keyword."""
 

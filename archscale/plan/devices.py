@@ -122,5 +122,5 @@ def this_device() -> Device:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
         return dataclasses.replace(find_device(properties.name), memory=properties.total_memory)
-    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    share = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     return Device("cpu", None, physical_memory() // share, "this machine, shared by its processes")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +46,10 @@ KNOWN_COLUMNS = (
     "flops",
     "published_flops",
 )
-# Not in results.csv: what the clock says, which no two sweeps share, and figures of single layers
-# and matrices.
+# No metrics in results.csv: what the clock says, which no two sweeps share, figures of single
+# layers and matrices, and what stands under `status`.
 UNSHARED = re.compile(
-    r"time|mfu|step_seconds|tokens_per_second|run|straggler/.*|stability/layer_.*|moe/layer_.*|.*/matrix/.*"
+    r"diverged|time|mfu|step_seconds|tokens_per_second|run|straggler/.*|stability/layer_.*|moe/layer_.*|.*/matrix/.*"
 )
 
 
@@ -245,9 +247,9 @@ def write_results(
     ]
     keys_shown = list(dict.fromkeys([*(key for key in keys if key in all_keys), *differing]))
     metrics = [c for c in table.columns if c not in all_keys and not UNSHARED.fullmatch(c)]
-    status = dict.fromkeys(table.rows, "finished") | {
-        name: f"failed: {reason}" for name, reason in table.left_out
-    }
+    status = dict.fromkeys(table.rows, "finished")
+    status |= {name: f"diverged: {reason}" for name, reason in diverged(table)}
+    status |= {name: f"failed: {reason}" for name, reason in table.left_out}
     at = {name: number for number, name in enumerate(table.rows)}
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
@@ -280,12 +282,33 @@ def make_fits(table: Table, fits: Sequence[FitRequest]) -> list[GridFit]:
                 for i in range(len(table.rows))
             ]
             chosen = table.only(_rows_of(asked, rows, f"a fit of {asked.y}"))
-            fitted = fit_table(chosen, asked)
+            fitted = fit_table(_converged(chosen, asked.y), asked)
             refusal = fitted.refusal
         except ArchscaleError as error:
             refusal = error
         results.append(GridFit(asked, fitted, refusal))
     return results
+
+
+def diverged(table: Table) -> list[tuple[str, str]]:
+    """(name, reason) of the runs that ended with a loss that is not finite."""
+    reasons = table.columns.get("diverged", [])
+    return [(name, str(reason)) for name, reason in zip(table.rows, reasons) if reason is not None]
+
+
+def _converged(table: Table, y: str) -> Table:
+    """The table without runs that have diverged though their `y` is finite; a fit leaves out the
+    others by itself, and says so."""
+    reasons = dict(diverged(table))
+    left_out = {
+        name: reasons[name]
+        for name, value in zip(table.rows, table.numbers(table.find(y)))
+        if name in reasons and math.isfinite(value)
+    }
+    if not left_out:
+        return table
+    rest = table.only([name not in left_out for name in table.rows])
+    return replace(rest, left_out=[*table.left_out, *left_out.items()])
 
 
 def write_fits(fits: Sequence[GridFit], path: Path) -> None:

@@ -43,6 +43,7 @@ from archscale.sweep.planning import SweepRun, plan_runs, run_directories
 from archscale.sweep.results import (
     check_fits,
     collect,
+    diverged,
     fits_text,
     make_fits,
     write_fits,
@@ -336,6 +337,8 @@ class Sweep:
             f"\n{content.name}: {len(table.rows)} of {len(runs)} runs finished;"
             f" {directory}/results.csv, fits.json"
         )
+        for name, reason in diverged(table):
+            print(f"{name}: diverged, left out of all fits: {reason}")
         if fits:
             print("\n" + fits_text(fits), flush=True)
         if page := report_if_possible(directory):

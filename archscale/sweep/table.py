@@ -5,6 +5,7 @@ A run directory has config.yaml and metrics.jsonl. Its row has the columns
     run                      its path
     model.width, seed, …     the keys of the config, dotted
     val_loss, tokens, …      the last value of each metric
+    diverged                 where the loss is not finite at the end: since when
     parameters, active_parameters, published_parameters, flops_per_token, flops, published_flops
                              from the model's structure (`archscale.plan.counting`); flops of all
                              tokens trained
@@ -25,6 +26,7 @@ from archscale.files import CONFIG, METRICS
 from archscale.fit.table import Cell, Table, plain, read_csv
 from archscale.plan import counting
 from archscale.plan.transfer import resolve
+from archscale.telemetry.guard import not_finite_since
 
 
 def read_table(paths: Sequence[str | os.PathLike[str]]) -> Table:
@@ -68,9 +70,11 @@ def _runs(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, 
             continue
         inner.clear()  # nothing below a run is a run
         config = load_config(run / CONFIG)
-        metrics = _last_values(run / METRICS)
+        metrics, diverged = _last_values(run / METRICS)
         row: dict[str, Cell] = {"run": path, **config_cells(config), **metrics}
         row |= _structure(config, metrics.get("tokens"))
+        if diverged is not None:
+            row["diverged"] = f"loss not finite since step {diverged}"
         step = metrics.get("step")
         try:
             steps = resolve(config).steps
@@ -84,10 +88,12 @@ def _runs(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, 
             yield path, row
 
 
-def _last_values(path: Path) -> dict[str, Cell]:
-    """The last value of each metric; NaN where it was not finite. Lists, such as the loads of
-    experts, make no column. A last line cut short by a crash is lost."""
+def _last_values(path: Path) -> tuple[dict[str, Cell], int | None]:
+    """The last value of each metric, NaN where it was not finite; and the step since which the loss
+    is not, if so. Lists, such as the loads of experts, make no column. A last line cut short by a
+    crash is lost."""
     last: dict[str, Cell] = {}
+    since: int | None = None
     for count, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         try:
             values = json.loads(line)
@@ -96,6 +102,7 @@ def _last_values(path: Path) -> dict[str, Cell]:
                 for key, value in values.items()
                 if not isinstance(value, list)
             }
+            since = not_finite_since(since, values)
         except (ValueError, TypeError, AttributeError):
             if line.endswith("\n"):
                 raise DataError(
@@ -103,7 +110,7 @@ def _last_values(path: Path) -> dict[str, Cell]:
                     f"line {count} of {path}",
                     "correct the line, or name the other runs only",
                 ) from None
-    return last
+    return last, since
 
 
 def config_cells(config: Config) -> dict[str, Cell]:

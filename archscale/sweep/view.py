@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -11,12 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from archscale.files import METRICS
 from archscale.fit.text import aligned
 from archscale.plan.devices import Device, find_device, this_device
 from archscale.plan.text import duration, size
 from archscale.sweep.grid import Grid
 from archscale.sweep.launchers.local import Event, events_of
+from archscale.telemetry.sinks import last_line
 
 if TYPE_CHECKING:
     from archscale.sweep.planning import SweepRun
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
 MFU = 0.4  # share of the peak that estimates assume
 START = 5.0  # seconds until the first step of a run, most of them imports (measured)
 OFTEN = 60.0  # seconds between lines about running runs where there is no terminal
-TAIL = 1 << 16  # bytes of metrics.jsonl in which the last whole line is looked for
 
 
 def plan_text(
@@ -190,9 +187,11 @@ class View:
             )
         elif event.what == "finished":
             self._finished += 1
+            diverged = last_line(self._runs[name][0]).get("loss", 0.0) is None
             text = (
-                f"{name}: finished in"
-                f" {duration(event.seconds)}{again}{self._metrics(name, 'loss', 'val_loss')}"
+                f"{name}: finished in {duration(event.seconds)}{again}"
+                f"{self._metrics(name, 'loss', 'val_loss')}"
+                f"{', diverged: loss not finite' if diverged else ''}"
             )
         else:
             if not event.again:
@@ -255,16 +254,3 @@ class View:
             )
             table.add_row(name, f"{step}/{steps}", *numbers, left)
         return table
-
-
-def last_line(directory: Path) -> dict[str, Any]:
-    """The last whole line of a run's metrics.jsonl, empty while there is none."""
-    try:
-        with open(directory / METRICS, "rb") as stream:
-            stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL))
-            for line in reversed(stream.read().splitlines(keepends=True)):
-                if line.endswith(b"\n") and line.startswith(b"{"):
-                    return json.loads(line)
-    except (OSError, ValueError):
-        pass
-    return {}

@@ -117,6 +117,20 @@ class Guard:
         self.skipped, self._raised = state["skipped"], set(state["raised"])
 
 
+def not_finite_since(before: int | None, line: Mapping[str, Any]) -> int | None:
+    """Step since which the loss of a run is not finite, up to and with `line`; None where it is.
+
+    Args:
+        before: the same up to the line before.
+        line: of metrics.jsonl, or before it was written: None stands there for what is not finite.
+            A validation loss counts as well: the weights after the step already give none.
+    """
+    losses = [line.get(key, 0.0) for key in ("loss", "val_loss")]
+    if all(loss is not None and math.isfinite(loss) for loss in losses):
+        return None
+    return line["step"] if before is None else before
+
+
 def robust_z(value: float, history: deque[float]) -> float:
     """(value − median) / (1.4826 · median absolute deviation). Median and not mean: a spike in the
     window would raise both mean and standard deviation, and hide the next one."""

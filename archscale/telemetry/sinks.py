@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
 
-from archscale.files import write_atomically
+from archscale.files import METRICS, write_atomically
+
+TAIL = 1 << 16  # bytes of metrics.jsonl in which the last whole line is looked for at first
 
 
 class MetricsFile:
@@ -52,6 +55,21 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def last_line(run_dir: Path) -> dict[str, Any]:
+    """The last whole line of a run's metrics.jsonl, empty while there is none."""
+    try:
+        with open(run_dir / METRICS, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            for tail in (TAIL, size):
+                stream.seek(max(0, size - tail))
+                for line in reversed(stream.read().splitlines(keepends=True)):
+                    if line.endswith(b"\n") and line.startswith(b"{"):
+                        return json.loads(line)
+    except (OSError, ValueError):
+        pass
+    return {}
 
 
 def _step(line: str, resume_step: int) -> int:

@@ -70,6 +70,9 @@ def generate(
     """`prompt` and its continuation, up to `max_tokens` tokens or the end of the document.
 
     Every token reads the last `context` tokens anew.
+
+    Raises:
+        CheckpointError: as `load_run`, or the run has diverged.
     """
     config, model, tokenizer = load_run(run_dir)
     device = next(model.parameters()).device
@@ -80,6 +83,12 @@ def generate(
     for _ in range(max_tokens):
         window = torch.tensor([(given + produced)[-config.model.context :]], device=device)
         logits = model(window).logits[0, -1, : tokenizer.vocab_size]
+        if not logits.isfinite().all():
+            raise CheckpointError(
+                "the weights of the newest checkpoint give logits that are not finite",
+                str(run_dir),
+                "name a run that has not diverged",
+            )
         if temperature == 0:
             token = int(logits.argmax())
         else:

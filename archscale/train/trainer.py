@@ -34,7 +34,6 @@ from archscale.files import (
     CONFIG,
     ENVIRONMENT,
     MANIFEST,
-    METRICS,
     PLAN,
     TOKENIZER,
     step_directory,
@@ -47,7 +46,8 @@ from archscale.plan.passes import much_padding, source_tokens
 from archscale.plan.plan import Plan, make_plan
 from archscale.plan.preflight import refuse
 from archscale.plan.text import counting_pass_share, mixture_rows, packing_text
-from archscale.telemetry.guard import Guard
+from archscale.telemetry.guard import Guard, not_finite_since
+from archscale.telemetry.sinks import last_line
 from archscale.telemetry.tracking import check_wandb
 from archscale.train.build import (
     build_engine,
@@ -133,6 +133,7 @@ class Run:
         guard = config.telemetry.guard
         self.guard = None if guard.mode == "off" else Guard(**guard.model_dump())
         self._fell_back_to: int | None = None  # step that the last fall-back went to
+        self._not_finite_since: int | None = None  # first step of the losses now that are not
         # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
         # the training size.
         count = config.eval.batches * config.batch_size // config.training.micro_batch
@@ -223,6 +224,8 @@ class Run:
                 lines[-1] |= arrivals.read(lines[-1]["step_seconds"])
                 if evaluating:
                     lines[-1] |= self.evaluation.metrics(self.engine)
+                for line in lines:
+                    self._not_finite_since = not_finite_since(self._not_finite_since, line)
                 recorder.write(lines)
                 # In a streak of skipped steps the weights have not changed. The last step saves all
                 # the same, so that the run counts as finished.
@@ -243,11 +246,13 @@ class Run:
         self.engine.weights_changed()
         if self.guard and state.get("guard"):
             self.guard.load(state["guard"])
+        self._not_finite_since = state.get("not_finite_since")
         return int(state["step"])
 
     def _save(self, step: int) -> None:
         state = {"step": step, "config": self.config.resolved(), "data": identity(self.data)}
         state["guard"] = self.guard and self.guard.state()
+        state["not_finite_since"] = self._not_finite_since
         keep = self.config.checkpoint.keep
         save_checkpoint(
             self.run_dir / CHECKPOINTS, self.engine.weights(), self.optimizer, state, keep
@@ -365,17 +370,15 @@ class Run:
             "tokens": self._tokens(step),
             "seconds": time.monotonic() - started,
             "already_done": already_done,
+            "rank": distributed.rank(),
+            "not_finite_since": self._not_finite_since,
             "run_dir": str(self.run_dir),
             "checkpoint": str(step_directory(self.run_dir / CHECKPOINTS, step)),
         }
-        metrics = self.run_dir / METRICS
-        if metrics.exists():
-            last = [json.loads(line) for line in metrics.read_text().splitlines()[-1:]]
-            summary |= {
-                key: last[0][key]
-                for key in ("loss", "val_loss", "val_bits_per_byte")
-                if last and key in last[0]
-            }
+        last = last_line(self.run_dir)
+        summary |= {
+            key: last[key] for key in ("loss", "val_loss", "val_bits_per_byte") if key in last
+        }
         return summary
 
 

@@ -1,9 +1,11 @@
 """`archscale sweep`: planned before it starts, the same results however often it is killed, fits at
 its end."""
 
+import csv
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -364,6 +366,34 @@ def test_losses_that_are_not_finite_are_excluded_and_named(tmp_path, data, capsy
     assert fit["groups"][0]["points"] == 5
 
 
+def test_a_diverged_run_is_finished_listed_and_in_no_fit(tmp_path, data, capsys):
+    """Also where what is fitted is finite."""
+    rates = [0.005, 0.01, 0.02, 0.05, 1e30]
+    asked = {"form": "power", "x": LR, "y": "tokens_per_second"}
+    path = grid(tmp_path, data, axes={LR: rates}, fit=[BOWL, asked])
+    dump_config(config(data, "muon", 4, telemetry={"every": 1}), tmp_path / "base.yaml")
+    pretend(path, tmp_path / "s", bowl)
+    [diverging] = [one for one in plan_runs(read_grid(path), tmp_path / "s") if "e+30" in one.name]
+    shutil.rmtree(diverging.directory)
+    lines = run(diverging.plan.config, str(diverging.directory))
+    reason = f"loss not finite since step {min(x['step'] for x in lines if x['loss'] is None)}"
+    for line in (tmp_path / "s").glob("*/metrics.jsonl"):
+        if line.parent.name != diverging.name:
+            content = json.loads(line.read_text())
+            line.write_text(json.dumps(content | {"tokens_per_second": 1 / content["val_loss"]}))
+    capsys.readouterr()
+    sweep(path, sweep_dir=tmp_path / "s")  # raises if a run had failed; starts none
+    out = capsys.readouterr().out
+    assert "5 of 5 runs finished" in out
+    assert f"{diverging.name}: diverged, left out of all fits: {reason}" in out
+    rows = list(csv.DictReader((tmp_path / "s" / "results.csv").open()))
+    assert [row["status"] for row in rows] == ["finished"] * 4 + [f"diverged: {reason}"]
+    assert "diverged" not in rows[0]
+    bowl_fit, power = json.loads((tmp_path / "s" / "fits.json").read_text())
+    assert bowl_fit["excluded"] == [{"row": diverging.name, "reason": "val_loss is not finite"}]
+    assert power["excluded"] == [{"row": diverging.name, "reason": reason}]
+
+
 def test_too_few_points_are_left_for_a_fit(tmp_path, data):
     path = grid(tmp_path, data, axes={LR: [0.002, 0.005, 0.01, 0.02]}, fit=[BOWL])
     pretend(
@@ -458,6 +488,21 @@ def kill_sweep(command, folder, until):
             time.sleep(0.02)
     finally:
         job.kill()
+
+
+@pytest.mark.slow
+def test_a_diverging_run_is_started_once(tmp_path, data):
+    """Through the commands, twice."""
+    path = grid(tmp_path, data, axes={LR: [0.01, 1e30]})
+    dump_config(config(data, "muon", 4, telemetry={"every": 1}), tmp_path / "base.yaml")
+    for _ in range(2):
+        out = launch(["sweep", str(path), "--sweep-dir", "s"], cwd=tmp_path).stdout
+        assert "2 of 2 runs finished" in out
+        assert "lr1e+30: diverged, left out of all fits: loss not finite since step " in out
+    assert len(events(tmp_path / "s", "started")) == 2
+    assert not events(tmp_path / "s", "failed")
+    log = (tmp_path / "s" / "logs" / "lr1e+30.log").read_text()
+    assert "diverged: loss not finite since step " in log.splitlines()[-1]
 
 
 def test_sigterm_ends_as_ctrl_c_does():

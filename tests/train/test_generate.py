@@ -56,7 +56,9 @@ def test_without_its_own_only_the_same_tokenizer_will_do(folder: Path) -> None:
     shutil.rmtree(folder / "run/tokenizer")  # as in runs that were started before
     assert text_of(folder) == before
     prepare_otherwise(folder)
-    with pytest.raises(DataError, match=r"was trained with \w+ .*tokens.*data\.train in .*run"):
+    with pytest.raises(
+        DataError, match=r"was trained with \w+ .*tokens.*data directory that has it in .*run"
+    ):
         text_of(folder)
     shutil.rmtree(folder / "tokens")
     with pytest.raises(DataError, match="no data set"):

@@ -144,6 +144,15 @@ def test_refusals(data, tmp_path):
     whole = str(step_directory(tmp_path / "r" / "checkpoints", 4))
     with pytest.raises(ConfigError, match=r"model.aspect is"):
         run(config(data, steps=4, model={"width": 32}), str(tmp_path / "new2"), resume=whole)
+    state = Path(whole) / "state.json"
+    content = json.loads(state.read_text())
+    content["config"]["optimizer"]["mutton"] = True
+    state.write_text(json.dumps(content))
+    with pytest.raises(
+        CheckpointError,
+        match=r"another version.*mutton.*step_00000004/state.json.*with that version.*--run-dir",
+    ):
+        run(config(data, steps=6), str(tmp_path / "r"))
     assert not (tmp_path / "new2").exists()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "state.json").write_text('{"format": 99}')
