@@ -4,7 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,8 @@ import pytest
 
 from archscale.data.preparing import beginnings, documents, duplicates
 from archscale.data.preparing.prepare import inspect, prepare, verify
+from archscale.data.preparing.recipe import load_recipe
+from archscale.data.preparing.sources import JsonlSource
 from archscale.data.shards import MANIFEST, SOURCE_FILES, open_shard, read_manifest
 from archscale.data.tokenizer import load_tokenizer
 from archscale.errors import DataError
@@ -281,9 +283,33 @@ def test_what_cannot_be_read_is_skipped_and_listed(work: Path) -> None:
         file.write('{"text": null}\n{\n')
     summary = prepare(write_recipe(work, on_error="skip"), shard_tokens=SHARD_TOKENS)
     assert sum(summary["skipped"]["counts"].values()) == 2
-    assert any("corpus_1.jsonl:81" in line for line in summary["skipped"]["examples"])
+    end = (work / "corpus_1.jsonl").stat().st_size - len("{\n")
+    assert any(f"corpus_1.jsonl, byte {end:,}" in line for line in summary["skipped"]["examples"])
     assert hashes(work / "data") == GOLDEN
     assert inspect("data")["skipped"] == summary["skipped"]
+
+
+def test_the_look_at_a_source_with_a_small_weight_is_short(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beginnings, "_TEXT_CHARS", 10_000)
+    lines = [json.dumps({"text": f"{i:0100}"}) + "\n" for i in range(12_000)]
+    (work / "corpus_0.jsonl").write_text("".join(lines))
+    texts_read = 0
+
+    def counted(*args: object) -> Iterator[str]:
+        nonlocal texts_read
+        for text in read(*args):
+            texts_read += 1
+            yield text
+
+    read = JsonlSource.read
+    monkeypatch.setattr(JsonlSource, "read", counted)
+    sources = [{"kind": "jsonl", "path": "corpus_0.jsonl", "weight": 0.01}]
+    recipe = load_recipe(write_recipe(work, sources=sources))
+    beginnings.first_texts(recipe, documents.list_units(recipe))
+    # 1,000 characters are 10 documents of about 1,000; the whole 10,000 would be those of 10,000.
+    assert texts_read < 3000
 
 
 def test_a_tokenizer_that_loses_text(work: Path) -> None:

@@ -45,7 +45,7 @@ class JsonlSource(SourceBase):
                     return
                 except BadRecord as error:
                     content.read_on(trouble)
-                    error.record(trouble, lines.place)
+                    error.record(trouble, lines.place(trouble))
                     continue
                 yield document
                 del document
