@@ -37,6 +37,7 @@ class SourceBase(BaseModel):
 
         Raises:
             DamagedFile, UnreadableFile: nothing more can be read of it.
+            DataError: what may pass, such as an error of the network.
         """
         raise NotImplementedError
 
@@ -50,7 +51,12 @@ class SourceBase(BaseModel):
 
     def read(self, unit: Unit, trouble: Trouble) -> Iterator[str]:
         """The documents of a unit, in order. What cannot be read goes to `trouble`: of a damaged
-        file, the documents before the damage are there, and the rest counts once."""
+        file, the documents before the damage are there, and the rest counts once.
+
+        Raises:
+            DataError: under "stop" the first trouble; always what may pass, or it would be left out
+                for good.
+        """
         for part in unit.parts:
             try:
                 yield from self.read_part(part, trouble)

@@ -30,18 +30,34 @@ def _explained(url: str) -> Iterator[None]:
         reason = one_line(str(error))
         raise DataError(f"cannot read {protocol}://: {reason}", shown(url), remedy) from error
     except Exception as error:
-        reason = _reason(error)
+        cause = _cause(error)
+        plain = isinstance(cause, FileNotFoundError)
+        reason = "no such file" if plain else one_line(str(cause))[:300] or type(cause).__name__
         remedy = "check the URL, the network and your credentials"
-        raise UnreadableFile(f"cannot read the file: {reason}", shown(url), remedy) from error
+        # What is not there can be left out; the rest may be there when it is tried again.
+        refusal = UnreadableFile if is_missing(error) else DataError
+        raise refusal(f"cannot read the file: {reason}", shown(url), remedy) from error
 
 
-def _reason(error: BaseException) -> str:
+def is_missing(error: BaseException) -> bool:
+    """Whether an error of a file system says that a file is not there."""
+    cause = _cause(error)
+    return isinstance(cause, FileNotFoundError) or _status(cause) in (404, 410)
+
+
+def _cause(error: BaseException) -> BaseException:
     """A web server that cannot be reached is a `FileNotFoundError` as well, by its cause."""
     while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    return one_line(str(error))[:300] or type(error).__name__
+    return error
+
+
+def _status(error: BaseException) -> int | None:
+    """The status in an error of HTTP: those of web servers, of object stores, of the hub."""
+    response = getattr(error, "response", error)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return getattr(response, "status", getattr(response, "status_code", None))
 
 
 def list_files(pattern: str) -> list[Part]:
@@ -111,7 +127,8 @@ def open_file(url: str) -> io.BufferedReader:
     """A remote file to read; from anywhere, if its file system can.
 
     Raises:
-        UnreadableFile: also while it is read.
+        UnreadableFile: it is not there.
+        DataError: it cannot be reached; also while it is read.
     """
     with _explained(url):
         from fsspec.core import url_to_fs
