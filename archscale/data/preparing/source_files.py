@@ -2,37 +2,20 @@
 `prepare` sees whether any of them changed."""
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from archscale.data.preparing.jobs import Report
+from archscale.data.preparing.preparation import Preparation
 from archscale.data.preparing.recipe import Recipe
-from archscale.data.preparing.sources import hash_file
-from archscale.data.preparing.work import WorkDirectory, key
+from archscale.data.preparing.sources.fingerprints import LocalFile, hash_file, stamp
+from archscale.data.preparing.work import key
 from archscale.errors import DataError
 from archscale.files import write_atomically
 
 _TOGETHER = 256  # small files that one job hashes
 _TOGETHER_BYTES = 64_000_000
-
-
-class Stamp(NamedTuple):
-    """Size in bytes and time of the last change of a file."""
-
-    size: int
-    mtime_ns: int
-
-
-def stamp(path: str | Path) -> Stamp | None:
-    """Of a local file; None where there is none, as for a URL."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError):
-        return None
-    return Stamp(status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -49,60 +32,45 @@ class SourceFile:
 class HashFiles:
     """A job: records of some files, as a list in JSON."""
 
-    names: tuple[str, ...]
-    paths: tuple[Path, ...]
-    stamps: tuple[Stamp, ...]
+    files: tuple[LocalFile, ...]
     result: Path
 
     @property
     def name(self) -> str:
-        return self.names[0]
+        return self.files[0].name
 
     @property
     def size(self) -> int:
-        return sum(each.size for each in self.stamps)
+        return sum(file.stamp.size for file in self.files)
 
     def run(self, report: Report) -> None:
         records = []
-        for name, path, expected in zip(self.names, self.paths, self.stamps):
-            sha256 = hash_file(path)
-            report(expected.size)
-            if stamp(path) != expected:
-                remedy = "give the same command again when nothing writes to it"
-                raise DataError("the file changed while it was read", str(path), remedy)
-            records.append(asdict(SourceFile(name, *expected, sha256)))
+        for file in self.files:
+            sha256 = hash_file(file.path)
+            report(file.stamp.size)
+            file.refuse_change()
+            records.append(asdict(SourceFile(file.name, *file.stamp, sha256)))
         write_atomically(self.result, json.dumps(records))
 
 
-def local_files(recipe: Recipe) -> list[tuple[str, Path]]:
-    """(name, path) of every file that the recipe's sources read, each once."""
-    files = (file for source in recipe.all_sources() for file in source.files())
-    return list(dict.fromkeys(files))
+def hash_jobs(preparation: Preparation) -> list[HashFiles]:
+    """Jobs that make the records of all local files that its units read, each once, in order."""
+    folder = preparation.work.folder("files")
+    files = dict.fromkeys(file for unit in preparation.units for file in unit.files)
+    return [HashFiles(group, folder / f"{key(group)}.json") for group in _groups(files)]
 
 
-def hash_jobs(recipe: Recipe, work: WorkDirectory) -> list[HashFiles]:
-    """Jobs that make the records of all local files, in order."""
-    folder = work.folder("files")
-    jobs = []
-    for group in _groups(local_files(recipe)):
-        names, paths = zip(*group)
-        stamps = tuple(stamp(path) or Stamp(0, 0) for path in paths)
-        result = folder / f"{key(names, [str(path) for path in paths], stamps)}.json"
-        jobs.append(HashFiles(names, paths, stamps, result))
-    return jobs
-
-
-def _groups(files: Iterable[tuple[str, Path]]) -> Iterator[list[tuple[str, Path]]]:
-    group: list[tuple[str, Path]] = []
+def _groups(files: Iterable[LocalFile]) -> Iterator[tuple[LocalFile, ...]]:
+    group: list[LocalFile] = []
     size = 0
-    for name, path in files:
-        group.append((name, path))
-        size += (stamp(path) or Stamp(0, 0)).size
+    for file in files:
+        group.append(file)
+        size += file.stamp.size
         if len(group) == _TOGETHER or size >= _TOGETHER_BYTES:
-            yield group
+            yield tuple(group)
             group, size = [], 0
     if group:
-        yield group
+        yield tuple(group)
 
 
 def write_records(jobs: Iterable[HashFiles], path: Path) -> str:
@@ -126,7 +94,8 @@ def first_change(path: Path, recipe: Recipe) -> str | None:
             str(path),
             "copy the file again from where it is whole",
         ) from error
-    files = local_files(recipe)
+    listed = (file for source in recipe.all_sources() for file in source.files())
+    files = list(dict.fromkeys(listed))
     names, recorded = [name for name, _ in files], [record.name for record in records]
     if names != recorded:
         differing = sorted({*names} ^ {*recorded})
@@ -137,6 +106,6 @@ def first_change(path: Path, recipe: Recipe) -> str | None:
         now = stamp(path)
         if now == (record.size, record.mtime_ns):
             continue
-        if now is None or now.size != record.size or hash_file(path) != record.sha256:
+        if now.size != record.size or hash_file(path) != record.sha256:
             return f"{name} changed"
     return None

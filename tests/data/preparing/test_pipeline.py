@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from archscale.data.preparing import beginnings, documents, duplicates
+from archscale.data.preparing import prepare as module
+from archscale.data.preparing.preparation import Preparation
 from archscale.data.preparing.prepare import inspect, prepare, verify
 from archscale.data.preparing.recipe import load_recipe
+from archscale.data.preparing.source_files import HashFiles, hash_jobs
 from archscale.data.preparing.sources import JsonlSource
 from archscale.data.shards import MANIFEST, SOURCE_FILES, open_shard, read_manifest
 from archscale.data.tokenizer import load_tokenizer
@@ -251,6 +254,24 @@ def test_a_change_anywhere_in_a_source_is_seen(work: Path) -> None:
     (work / "corpus_9.jsonl").unlink()
     path.unlink()
     with pytest.raises(DataError, match=r"corpus_1\.jsonl is gone"):
+        prepare("recipe.yaml")
+
+
+def test_the_record_of_a_file_is_of_what_was_read(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of what stands there when the record is made."""
+
+    def changed_before_it_is_recorded(preparation: Preparation) -> list[HashFiles]:
+        path.write_text(path.read_text().replace("river", "RIVER"))
+        return hash_jobs(preparation)
+
+    path = work / "corpus_1.jsonl"
+    prepare("recipe.yaml", part="1/1")  # all units
+    monkeypatch.setattr(module, "hash_jobs", changed_before_it_is_recorded)
+    prepare("recipe.yaml", shard_tokens=SHARD_TOKENS)
+    assert hashes(work / "data") == GOLDEN
+    with pytest.raises(DataError, match=r"source files changed since: corpus_1\.jsonl"):
         prepare("recipe.yaml")
 
 

@@ -1,44 +1,45 @@
-"""Whether files are those of the last time, by content."""
+"""Whether a local file is that of the last time: by size and time, or by content."""
 
-import errno
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from pathlib import Path
+from typing import NamedTuple
 
+from archscale.data.preparing.sources.opening import reading
 from archscale.data.preparing.sources.units import shown
-from archscale.data.preparing.trouble import UnreadableFile
-from archscale.errors import DataError, explain_os_error
-
-# Of the process or the network, not of the file.
-_PASSING = {
-    errno.EAGAIN,
-    errno.ECONNABORTED,
-    errno.ECONNREFUSED,
-    errno.ECONNRESET,
-    errno.EHOSTDOWN,
-    errno.EHOSTUNREACH,
-    errno.EMFILE,
-    errno.ENETDOWN,
-    errno.ENETUNREACH,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.ENOTCONN,
-    errno.ESTALE,
-    errno.ETIMEDOUT,
-}
+from archscale.errors import DataError
 
 
-@contextmanager
-def reading(path: str | Path) -> Iterator[None]:
-    """Turns an `OSError` into an error that names `path`: an `UnreadableFile`, or for what passes a
-    plain `DataError`, which no recipe skips."""
-    try:
-        yield
-    except OSError as error:
-        cause, remedy = explain_os_error(error, "check the path")
-        refusal = DataError if error.errno in _PASSING else UnreadableFile
-        raise refusal(f"cannot read the file: {cause}", shown(str(path)), remedy) from error
+class Stamp(NamedTuple):
+    """Size in bytes and time of the last change of a file."""
+
+    size: int
+    mtime_ns: int
+
+
+class LocalFile(NamedTuple):
+    """A file as it was when it was listed; `name` does not depend on the machine."""
+
+    name: str
+    path: str
+    stamp: Stamp
+
+    def refuse_change(self) -> None:
+        """DataError if it is another one now."""
+        if stamp(self.path) != self.stamp:
+            remedy = "give the same command again when nothing writes to it"
+            raise DataError("the file changed while it was read", shown(self.path), remedy)
+
+
+def stamp(path: str | Path) -> Stamp:
+    """That of a file now.
+
+    Raises:
+        UnreadableFile: there is none.
+    """
+    with reading(path):
+        status = os.stat(path)
+    return Stamp(status.st_size, status.st_mtime_ns)
 
 
 def hash_file(path: str | Path) -> str:
