@@ -5,11 +5,13 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from archscale.data.preparing.jobs import Report
 from archscale.data.preparing.preparation import Preparation
 from archscale.data.preparing.recipe import Recipe
 from archscale.data.preparing.sources.fingerprints import LocalFile, hash_file, stamp
+from archscale.data.preparing.trouble import UnreadableFile
 from archscale.data.preparing.work import key
 from archscale.errors import DataError
 from archscale.files import write_atomically
@@ -20,12 +22,13 @@ _TOGETHER_BYTES = 64_000_000
 
 @dataclass(frozen=True)
 class SourceFile:
-    """A file as it was read; `name` does not depend on the machine."""
+    """A file as it was read; `name` does not depend on the machine. `sha256` is None if it could
+    not be read, and was left out."""
 
     name: str
     size: int
     mtime_ns: int
-    sha256: str
+    sha256: str | None
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class HashFiles:
     """A job: records of some files, as a list in JSON."""
 
     files: tuple[LocalFile, ...]
+    on_error: Literal["stop", "skip"]
     result: Path
 
     @property
@@ -46,18 +50,30 @@ class HashFiles:
     def run(self, report: Report) -> None:
         records = []
         for file in self.files:
-            sha256 = hash_file(file.path)
+            skipping = self.on_error == "skip"
+            sha256 = _hash_if_readable(file.path) if skipping else hash_file(file.path)
             report(file.stamp.size)
             file.refuse_change()
             records.append(asdict(SourceFile(file.name, *file.stamp, sha256)))
         write_atomically(self.result, json.dumps(records))
 
 
+def _hash_if_readable(path: str | Path) -> str | None:
+    try:
+        return hash_file(path)
+    except UnreadableFile:
+        return None
+
+
 def hash_jobs(preparation: Preparation) -> list[HashFiles]:
     """Jobs that make the records of all local files that its units read, each once, in order."""
     folder = preparation.work.folder("files")
     files = dict.fromkeys(file for unit in preparation.units for file in unit.files)
-    return [HashFiles(group, folder / f"{key(group)}.json") for group in _groups(files)]
+    on_error = preparation.recipe.on_error
+    return [
+        HashFiles(group, on_error, folder / f"{key(on_error, group)}.json")
+        for group in _groups(files)
+    ]
 
 
 def _groups(files: Iterable[LocalFile]) -> Iterator[tuple[LocalFile, ...]]:
@@ -84,7 +100,7 @@ def first_change(path: Path, recipe: Recipe) -> str | None:
     """What is different from the records of an earlier `prepare`, in words; None if nothing is.
 
     A file whose size and time are those of its record is taken to be the same; of any other, the
-    whole content is compared.
+    whole content is compared. One that could not be read has changed when it can be.
     """
     try:
         records = [SourceFile(**record) for record in json.loads(path.read_bytes())]
@@ -104,8 +120,8 @@ def first_change(path: Path, recipe: Recipe) -> str | None:
         return f"{differing[0]} is {'new' if differing[0] in names else 'gone'}"
     for (name, path), record in zip(files, records):
         now = stamp(path)
-        if now == (record.size, record.mtime_ns):
+        if now == (record.size, record.mtime_ns) and record.sha256 is not None:
             continue
-        if now.size != record.size or hash_file(path) != record.sha256:
+        if now.size != record.size or _hash_if_readable(path) != record.sha256:
             return f"{name} changed"
     return None

@@ -1,5 +1,6 @@
 """The bytes of a data set do not depend on who made it, in how many steps."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -308,6 +309,24 @@ def test_what_cannot_be_read_is_skipped_and_listed(work: Path) -> None:
     assert any(f"corpus_1.jsonl, byte {end:,}" in line for line in summary["skipped"]["examples"])
     assert hashes(work / "data") == GOLDEN
     assert inspect("data")["skipped"] == summary["skipped"]
+
+
+def test_an_unreadable_file_is_skipped_until_it_can_be_read(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: object, *args: object, **keys: object) -> object:
+        if str(path) == "corpus_1.jsonl":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return open_as_ever(path, *args, **keys)  # type: ignore[call-overload]
+
+    open_as_ever = open
+    monkeypatch.setattr("builtins.open", refuse)
+    write_recipe(work, on_error="skip")
+    assert prepare("recipe.yaml")["skipped"]["counts"] == {"unreadable file": 1}
+    assert prepare("recipe.yaml")["already_there"]
+    monkeypatch.setattr("builtins.open", open_as_ever)
+    with pytest.raises(DataError, match=r"source files changed since: corpus_1\.jsonl"):
+        prepare("recipe.yaml")
 
 
 def test_the_look_at_a_source_with_a_small_weight_is_short(
