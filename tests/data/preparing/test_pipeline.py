@@ -161,6 +161,48 @@ def test_a_changed_file_is_encoded_again(work: Path, monkeypatch: pytest.MonkeyP
     assert "good" in written
 
 
+def test_a_changed_remote_file_is_encoded_again(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fsspec")
+    monkeypatch.setattr(beginnings, "_TEXT_CHARS", 100)
+    write_recipe(work, sources=[{"kind": "jsonl", "path": f"file://{work}/corpus_*.jsonl"}])
+    paths = [work / f"corpus_{number}.jsonl" for number in range(3)]
+    good = [path.read_text() for path in paths]
+    paths[0].write_text(good[0].replace("river", "RIVER"))
+    paths[2].write_text(good[2] + "{}\n")
+    with pytest.raises(DataError, match="the same command goes on"):
+        prepare("recipe.yaml")
+    assert list(work.glob(".data.work/units/*.json"))
+    paths[0].write_text(good[0])
+    paths[2].write_text(good[2])
+    prepare("recipe.yaml", shard_tokens=SHARD_TOKENS)
+    assert hashes(work / "data") == GOLDEN
+    assert prepare("recipe.yaml")["already_there"]
+    paths[1].write_text(good[1].replace("river", "RIVER"))
+    with pytest.raises(DataError, match=r"files changed since: file://.*corpus_1\.jsonl changed"):
+        prepare("recipe.yaml")
+    paths[1].rename(work / "corpus_9.jsonl")
+    with pytest.raises(DataError, match=r"files changed since: file://.*corpus_1\.jsonl is gone"):
+        prepare("recipe.yaml")
+
+
+def test_where_remote_files_are_out_of_reach_the_data_set_stands(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fsspec")
+    write_recipe(work, sources=[{"kind": "jsonl", "path": f"file://{work}/corpus_*.jsonl"}])
+    prepare("recipe.yaml")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise TimeoutError("no network")
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.glob", refuse)
+    said: list[str] = []
+    assert prepare("recipe.yaml", say=said.append)["already_there"]
+    assert "changed is not known: cannot read the file: no network" in said[0]
+
+
 def test_a_refused_file_leaves_nothing_when_nothing_was_done(work: Path) -> None:
     (work / "corpus_0.jsonl").write_text("{\n")
     with pytest.raises(DataError, match="not a JSON line"):

@@ -115,7 +115,11 @@ def test_a_web_server(server: str, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(LINES))
     (tmp_path / "y.jsonl").write_bytes(LINES)
     assert read(jsonl(f"{server}/x.jsonl.gz?download=true")) == TEXTS
-    assert read(jsonl(f"{server}/*.jsonl*")) == TEXTS * 2
+    both = jsonl(f"{server}/*.jsonl*")
+    assert read(both) == TEXTS * 2
+    assert [
+        part.mark for part in both.remote_files() if "Last-Modified" not in str(part.mark)
+    ] == []
     trouble = Trouble("skip")
     gone = jsonl(f"{server}/none")
     assert list(gone.read(Unit((Part(gone.path),)), trouble)) == []
@@ -173,6 +177,12 @@ def test_s3(monkeypatch: pytest.MonkeyPatch) -> None:
         client.put_object(Bucket="corpus", Key="a/b/2.jsonl", Body=LINES)
         assert read(jsonl("s3://corpus/**/*.jsonl*")) == TEXTS * 2
         assert jsonl("s3://corpus/a/b/2.jsonl").units()[0].size == len(LINES)
+        marks = []
+        for content in (LINES, LINES.swapcase()):
+            client.put_object(Bucket="corpus", Key="a/b/2.jsonl", Body=content)
+            marks += [part.mark for part in jsonl("s3://corpus/**/2.jsonl").remote_files()]
+        assert marks[0] != marks[1]
+        assert all("ETag" in str(mark) for mark in marks)
         gone = jsonl("s3://corpus/none.jsonl")
         with pytest.raises(DataError, match="s3://corpus/none"):
             read(gone)

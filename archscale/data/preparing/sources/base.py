@@ -45,6 +45,14 @@ class SourceBase(BaseModel):
         """(name, path) of the local files read; the name does not depend on the machine."""
         return []
 
+    def remote_files(self) -> list[Part]:
+        """What is read from elsewhere, with the marks by which a change of it is seen.
+
+        Raises:
+            DataError: it cannot be reached.
+        """
+        return []
+
     def notes(self) -> list[str]:
         """What a user may not expect of how the source is read, one line each."""
         return []

@@ -30,6 +30,9 @@ class JsonlSource(SourceBase):
     def files(self) -> list[tuple[str, Path]]:
         return [] if is_remote(self.path) else match_files(self.path, _EXAMPLE)
 
+    def remote_files(self) -> list[Part]:
+        return list_files(self.path, _EXAMPLE) if is_remote(self.path) else []
+
     def units(self, limit: int = UNIT_BYTES) -> list[Unit]:
         parts = list_files(self.path, _EXAMPLE)
         return group([piece for part in parts for piece in cut_large(part, limit)], limit)

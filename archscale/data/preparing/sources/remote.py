@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from archscale.data.preparing.sources.units import Part, shown
@@ -11,6 +11,25 @@ from archscale.errors import ArchscaleError, DataError, one_line
 
 _READ_BYTES = 1 << 20
 _EXTRAS = {"hf": "hf"}  # the extra that has what a protocol needs; of the others, remote
+
+# What file systems of fsspec call the version of a file, that of its content first.
+_MARKS = (
+    "ETag",
+    "etag",
+    "checksum",
+    "md5Hash",
+    "Content-MD5",
+    "Digest",
+    "blob_id",
+    "generation",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "Last-Modified",
+    "modified",
+    "updated",
+    "created",
+)
 
 
 def is_remote(path: str) -> bool:
@@ -70,18 +89,27 @@ def list_files(pattern: str) -> list[Part]:
         from fsspec.core import url_to_fs
 
         system, path = url_to_fs(pattern)
+        system.invalidate_cache()
         if _is_pattern(pattern) and not _is_file(system, path):
             listing = system.glob(path, detail=True).values()
         else:
             listing = [system.info(path)]
-        files = sorted(
-            (system.unstrip_protocol(entry["name"]), entry.get("size"))
-            for entry in listing
-            if entry["type"] == "file"
-        )
-    if not files:
+        parts = [_part(system, entry) for entry in listing if entry["type"] == "file"]
+    if not parts:
         raise DataError("no file matches", shown(pattern), "correct the source's path")
-    return [Part(name, size=size) for name, size in files]
+    return sorted(parts, key=lambda part: part.path)
+
+
+def _part(system: Any, entry: dict[str, Any]) -> Part:
+    """A file as a listing describes it, or its store where the listing has no mark."""
+    if not any(entry.get(key) for key in _MARKS):
+        with suppress(FileNotFoundError):  # reading it says so, or counts it
+            entry = entry | system.info(entry["name"])
+    size = entry.get("size")
+    words = [f"{key} {entry[key]}" for key in _MARKS if entry.get(key)][:1]
+    if size is not None:
+        words.append(f"{size} bytes")
+    return Part(system.unstrip_protocol(entry["name"]), size=size, mark=", ".join(words))
 
 
 def _is_pattern(url: str) -> bool:
