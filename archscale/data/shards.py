@@ -6,7 +6,8 @@ and uint32 where it does not. A dataset directory is
     dataset.json       the manifest, written last: a directory without it was never finished
     tokenizer/         the tokenizer the ids came from
     token_bytes.npy    int32 [vocab_size]: UTF-8 bytes each id stands for, 0 for special tokens
-    sources.json       name, size, mtime_ns and sha256 of each local file that it was made from
+    sources.json       name, size, mtime_ns and sha256 of each local file that it was made from;
+                       name and mark (ETag or the like) of each remote one
     train_00000.bin …  validation_00000.bin …
 
 Every way in which such a file can be wrong is a `DataError` that names the file.

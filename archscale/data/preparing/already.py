@@ -32,7 +32,7 @@ def already_there(recipe: Recipe, destination: Destination, say: Say) -> dict[st
     records = destination.directory / SOURCE_FILES
     if not records.exists():
         say(f"{output} has no {SOURCE_FILES}: whether its source files changed is not known")
-    elif change := first_change(records, recipe):
+    elif change := first_change(records, recipe, say):
         problem = f"output holds a dataset whose source files changed since: {change}"
         raise DataError(problem, output, ELSEWHERE)
     say(f"{output} is already there, made from this recipe and these sources")

@@ -1,6 +1,7 @@
 """A look at the beginning of each source before the long work: a tokenizer that loses text, and a
 corpus that cannot be divided, are known within seconds."""
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 
@@ -12,11 +13,11 @@ from archscale.data.preparing.recipe import Recipe
 from archscale.data.preparing.trouble import Trouble
 from archscale.data.tokenizer import Tokenizer
 
-_TEXT_CHARS = 1_000_000  # of each source
+_TEXT_CHARS = 1_000_000  # of each source with a weight of 1
 
 
 def first_texts(recipe: Recipe, units: Iterable[RecipeUnit]) -> list[str]:
-    """The first text of each source, about 1 MB.
+    """The first text of each source, about 1 MB; less where the weight is small.
 
     Raises:
         DataError: all documents are equal, so that a split stays empty; or one of them cannot be
@@ -28,15 +29,17 @@ def first_texts(recipe: Recipe, units: Iterable[RecipeUnit]) -> list[str]:
     spreads = {True: Spread(), False: Spread()}  # of validation sources, and of the others
     texts = []
     for source_units in by_source.values():
-        held_out = source_units[0].held_out
+        source, held_out = source_units[0].source, source_units[0].held_out
         spread, size = spreads[held_out], 0
+        # 1 / weight times as much is read.
+        enough = math.ceil(_TEXT_CHARS * math.sqrt(source.weight))
         for document in _documents(source_units):
             spread.add(document.share)
-            if size < _TEXT_CHARS:
-                texts.append(document.text[: _TEXT_CHARS - size])
+            if size < enough:
+                texts.append(document.text[: enough - size])
                 size += len(texts[-1])
             different = spread.lowest < spread.highest
-            if size >= _TEXT_CHARS and (different or isinstance(recipe.validation, list)):
+            if size >= enough and (different or isinstance(recipe.validation, list)):
                 break
     validation_share(recipe, spreads[False], spreads[True])
     return texts

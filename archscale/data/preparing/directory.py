@@ -61,7 +61,7 @@ def write_directory(
     table = io.BytesIO()
     np.save(table, tokenizer.lengths)
     write_atomically(directory / TOKEN_BYTES, table.getvalue())
-    sources = write_records(hashing, directory / SOURCE_FILES)
+    sources = write_records(hashing, preparation.units, directory / SOURCE_FILES)
     manifest = Manifest(
         format_version=DATASET_VERSION,
         name=recipe.name,

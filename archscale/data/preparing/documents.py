@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, NamedTuple
 
 from archscale.data.preparing.recipe import Recipe
-from archscale.data.preparing.source_files import Stamp, stamp
 from archscale.data.preparing.sources import Source
+from archscale.data.preparing.sources.fingerprints import LocalFile, stamp
 from archscale.data.preparing.sources.units import UNIT_BYTES, Unit
 from archscale.data.preparing.trouble import Trouble
 from archscale.data.preparing.work import key
-from archscale.errors import DataError
 
 # Enough units that many processes end at about the same time, where the corpus is small.
 _UNITS = 64
@@ -50,14 +49,14 @@ class RecipeUnit:
 
     Attributes:
         held_out: it belongs to the recipe's own validation sources.
-        stamps: size and time of the file of each part, as they were when the unit was listed.
+        files: the local files that it reads, as they were when it was listed.
     """
 
     source: Source
     unit: Unit
     held_out: bool
     on_error: Literal["stop", "skip"]
-    stamps: tuple[Stamp | None, ...]
+    files: tuple[LocalFile, ...]
 
     @property
     def name(self) -> str:
@@ -71,7 +70,8 @@ class RecipeUnit:
         """The name of what is made from this unit, where `decides` has the rest that decides it."""
         parts = [asdict(part) for part in self.unit.parts]
         source = self.source.model_dump(mode="json")
-        return key(source, parts, self.stamps, self.held_out, self.on_error, *decides)
+        stamps = [file.stamp for file in self.files]
+        return key(source, parts, stamps, self.held_out, self.on_error, *decides)
 
     def documents(self, trouble: Trouble, dropped: Counter) -> Iterator[Document]:
         """Those that are taken, which depends on the content of each alone.
@@ -99,13 +99,8 @@ class RecipeUnit:
             else:
                 yield Document(text, size, digest)
             del text  # before the next one is read
-        if _stamps(self.unit) != self.stamps:
-            remedy = "give the same command again when nothing writes to it"
-            raise DataError("the file changed while it was read", self.name, remedy)
-
-
-def _stamps(unit: Unit) -> tuple[Stamp | None, ...]:
-    return tuple(stamp(part.path) for part in unit.parts)
+        for file in self.files:
+            file.refuse_change()
 
 
 def list_units(recipe: Recipe) -> list[RecipeUnit]:
@@ -122,7 +117,18 @@ def list_units(recipe: Recipe) -> list[RecipeUnit]:
     if total < _UNITS * UNIT_BYTES:
         limit = max(total // _UNITS, _LEAST_UNIT_BYTES)
         units = [(source, unit, held) for source, held in sources for unit in source.units(limit)]
+    # Looked at once: what is read, and later recorded, has to be what is named here.
+    files = {id(source): _local_files(source) for source, _ in sources}
     return [
-        RecipeUnit(source, unit, held, recipe.on_error, _stamps(unit))
+        RecipeUnit(source, unit, held, recipe.on_error, _files(unit, files[id(source)]))
         for source, unit, held in units
     ]
+
+
+def _local_files(source: Source) -> dict[str, LocalFile]:
+    """By path."""
+    return {str(path): LocalFile(name, str(path), stamp(path)) for name, path in source.files()}
+
+
+def _files(unit: Unit, files: dict[str, LocalFile]) -> tuple[LocalFile, ...]:
+    return tuple(files[part.path] for part in unit.parts if part.path in files)

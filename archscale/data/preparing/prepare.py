@@ -85,7 +85,7 @@ def prepare(
         beginnings = first_texts(recipe, units)
         tokenizer, entry = make_tokenizer(preparation, may_train=not finish)
         refuse_lossy(beginnings, tokenizer, recipe.lossy, say)
-        encoding, hashing = encode_jobs(preparation, entry), hash_jobs(recipe, work)
+        encoding, hashing = encode_jobs(preparation, entry), hash_jobs(preparation)
         if finish:
             _refuse_unfinished(encoding, work, _command(recipe_path, overrides))
         preparation.run("encoded", encoding)

@@ -17,7 +17,8 @@ class DamagedFile(DataError):
 
 
 class UnreadableFile(DataError):
-    """A file that the file system or the network does not give."""
+    """A file that is not there, or that the file system does not give. The errors of a network or
+    server, which pass, are plain `DataError`s."""
 
     cause: ClassVar[str] = "unreadable file"
 

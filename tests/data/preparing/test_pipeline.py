@@ -1,17 +1,23 @@
 """The bytes of a data set do not depend on who made it, in how many steps."""
 
+import errno
 import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from archscale.data.preparing import beginnings, documents, duplicates
+from archscale.data.preparing import prepare as module
+from archscale.data.preparing.preparation import Preparation
 from archscale.data.preparing.prepare import inspect, prepare, verify
+from archscale.data.preparing.recipe import load_recipe
+from archscale.data.preparing.source_files import HashFiles, hash_jobs
+from archscale.data.preparing.sources import JsonlSource
 from archscale.data.shards import MANIFEST, SOURCE_FILES, open_shard, read_manifest
 from archscale.data.tokenizer import load_tokenizer
 from archscale.errors import DataError
@@ -155,6 +161,48 @@ def test_a_changed_file_is_encoded_again(work: Path, monkeypatch: pytest.MonkeyP
     assert "good" in written
 
 
+def test_a_changed_remote_file_is_encoded_again(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fsspec")
+    monkeypatch.setattr(beginnings, "_TEXT_CHARS", 100)
+    write_recipe(work, sources=[{"kind": "jsonl", "path": f"file://{work}/corpus_*.jsonl"}])
+    paths = [work / f"corpus_{number}.jsonl" for number in range(3)]
+    good = [path.read_text() for path in paths]
+    paths[0].write_text(good[0].replace("river", "RIVER"))
+    paths[2].write_text(good[2] + "{}\n")
+    with pytest.raises(DataError, match="the same command goes on"):
+        prepare("recipe.yaml")
+    assert list(work.glob(".data.work/units/*.json"))
+    paths[0].write_text(good[0])
+    paths[2].write_text(good[2])
+    prepare("recipe.yaml", shard_tokens=SHARD_TOKENS)
+    assert hashes(work / "data") == GOLDEN
+    assert prepare("recipe.yaml")["already_there"]
+    paths[1].write_text(good[1].replace("river", "RIVER"))
+    with pytest.raises(DataError, match=r"files changed since: file://.*corpus_1\.jsonl changed"):
+        prepare("recipe.yaml")
+    paths[1].rename(work / "corpus_9.jsonl")
+    with pytest.raises(DataError, match=r"files changed since: file://.*corpus_1\.jsonl is gone"):
+        prepare("recipe.yaml")
+
+
+def test_where_remote_files_are_out_of_reach_the_data_set_stands(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fsspec")
+    write_recipe(work, sources=[{"kind": "jsonl", "path": f"file://{work}/corpus_*.jsonl"}])
+    prepare("recipe.yaml")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise TimeoutError("no network")
+
+    monkeypatch.setattr("fsspec.implementations.local.LocalFileSystem.glob", refuse)
+    said: list[str] = []
+    assert prepare("recipe.yaml", say=said.append)["already_there"]
+    assert "changed is not known: cannot read the file: no network" in said[0]
+
+
 def test_a_refused_file_leaves_nothing_when_nothing_was_done(work: Path) -> None:
     (work / "corpus_0.jsonl").write_text("{\n")
     with pytest.raises(DataError, match="not a JSON line"):
@@ -252,6 +300,24 @@ def test_a_change_anywhere_in_a_source_is_seen(work: Path) -> None:
         prepare("recipe.yaml")
 
 
+def test_the_record_of_a_file_is_of_what_was_read(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of what stands there when the record is made."""
+
+    def changed_before_it_is_recorded(preparation: Preparation) -> list[HashFiles]:
+        path.write_text(path.read_text().replace("river", "RIVER"))
+        return hash_jobs(preparation)
+
+    path = work / "corpus_1.jsonl"
+    prepare("recipe.yaml", part="1/1")  # all units
+    monkeypatch.setattr(module, "hash_jobs", changed_before_it_is_recorded)
+    prepare("recipe.yaml", shard_tokens=SHARD_TOKENS)
+    assert hashes(work / "data") == GOLDEN
+    with pytest.raises(DataError, match=r"source files changed since: corpus_1\.jsonl"):
+        prepare("recipe.yaml")
+
+
 def test_another_tokenizer_at_the_same_path_is_seen(work: Path) -> None:
     prepare("recipe.yaml")
     path = work / "tokenizer.json"
@@ -281,9 +347,51 @@ def test_what_cannot_be_read_is_skipped_and_listed(work: Path) -> None:
         file.write('{"text": null}\n{\n')
     summary = prepare(write_recipe(work, on_error="skip"), shard_tokens=SHARD_TOKENS)
     assert sum(summary["skipped"]["counts"].values()) == 2
-    assert any("corpus_1.jsonl:81" in line for line in summary["skipped"]["examples"])
+    end = (work / "corpus_1.jsonl").stat().st_size - len("{\n")
+    assert any(f"corpus_1.jsonl, byte {end:,}" in line for line in summary["skipped"]["examples"])
     assert hashes(work / "data") == GOLDEN
     assert inspect("data")["skipped"] == summary["skipped"]
+
+
+def test_an_unreadable_file_is_skipped_until_it_can_be_read(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: object, *args: object, **keys: object) -> object:
+        if str(path) == "corpus_1.jsonl":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return open_as_ever(path, *args, **keys)  # type: ignore[call-overload]
+
+    open_as_ever = open
+    monkeypatch.setattr("builtins.open", refuse)
+    write_recipe(work, on_error="skip")
+    assert prepare("recipe.yaml")["skipped"]["counts"] == {"unreadable file": 1}
+    assert prepare("recipe.yaml")["already_there"]
+    monkeypatch.setattr("builtins.open", open_as_ever)
+    with pytest.raises(DataError, match=r"source files changed since: corpus_1\.jsonl"):
+        prepare("recipe.yaml")
+
+
+def test_the_look_at_a_source_with_a_small_weight_is_short(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beginnings, "_TEXT_CHARS", 10_000)
+    lines = [json.dumps({"text": f"{i:0100}"}) + "\n" for i in range(12_000)]
+    (work / "corpus_0.jsonl").write_text("".join(lines))
+    texts_read = 0
+
+    def counted(*args: object) -> Iterator[str]:
+        nonlocal texts_read
+        for text in read(*args):
+            texts_read += 1
+            yield text
+
+    read = JsonlSource.read
+    monkeypatch.setattr(JsonlSource, "read", counted)
+    sources = [{"kind": "jsonl", "path": "corpus_0.jsonl", "weight": 0.01}]
+    recipe = load_recipe(write_recipe(work, sources=sources))
+    beginnings.first_texts(recipe, documents.list_units(recipe))
+    # 1,000 characters are 10 documents of about 1,000; the whole 10,000 would be those of 10,000.
+    assert texts_read < 3000
 
 
 def test_a_tokenizer_that_loses_text(work: Path) -> None:

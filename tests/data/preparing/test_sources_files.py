@@ -1,5 +1,6 @@
 """Which files a pattern matches, whatever stands in the folder; and whether they have changed."""
 
+import errno
 import hashlib
 import os
 from glob import glob
@@ -139,6 +140,20 @@ def test_a_file_that_is_gone_or_cannot_be_read(work: Path) -> None:
         assert list(source.read(units[0], trouble)) == ["a.txt", "c.txt"]
         assert trouble.counts == {"unreadable file": 1}
         os.remove("b.txt")
+
+
+def test_too_many_open_files_are_no_reason_to_leave_one_out(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _make("a.txt")
+    units = text("a.txt").units()
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(DataError, match=r"Too many open files .*ulimit"):
+        list(text("a.txt").read(units[0], Trouble("skip")))
 
 
 def test_fingerprints_of_files(work: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from archscale.data.preparing.sources import HuggingFaceSource, ParquetSource
+from archscale.data.preparing.sources import HuggingFaceSource, ParquetSource, Part, Unit
 from archscale.data.preparing.trouble import Trouble
 from archscale.errors import DataError
 from tests.data.preparing.sources import jsonl, read, text
@@ -93,12 +93,37 @@ def test_trouble_with_an_object_store(memory: str) -> None:
     assert trouble.counts == {"damaged file": 1, "unreadable file": 1}
 
 
+@pytest.mark.parametrize("error", [TimeoutError("timed out"), PermissionError("Access Denied")])
+def test_what_may_pass_is_never_skipped(
+    memory: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the file would be missing for good in a data set that says that it is done."""
+    _put(f"{memory}/1.jsonl", LINES)
+    source = jsonl(f"{memory}/1.jsonl")
+    unit = source.units()[0]
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fsspec.implementations.memory.MemoryFile.read", fail)
+    with pytest.raises(DataError, match=f"cannot read the file: {error} .*check the URL"):
+        list(source.read(unit, Trouble("skip")))
+
+
 def test_a_web_server(server: str, tmp_path: Path) -> None:
     pytest.importorskip("aiohttp")
     (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(LINES))
     (tmp_path / "y.jsonl").write_bytes(LINES)
     assert read(jsonl(f"{server}/x.jsonl.gz?download=true")) == TEXTS
-    assert read(jsonl(f"{server}/*.jsonl*")) == TEXTS * 2
+    both = jsonl(f"{server}/*.jsonl*")
+    assert read(both) == TEXTS * 2
+    assert [
+        part.mark for part in both.remote_files() if "Last-Modified" not in str(part.mark)
+    ] == []
+    trouble = Trouble("skip")
+    gone = jsonl(f"{server}/none")
+    assert list(gone.read(Unit((Part(gone.path),)), trouble)) == []
+    assert trouble.counts == {"unreadable file": 1}
     for name in ("none", "none*"):
         with pytest.raises(DataError, match=rf"(no file|File not found).*{server}/none"):
             read(jsonl(f"{server}/{name}"))
@@ -109,11 +134,14 @@ def test_no_network_is_one_line() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         port = unused.getsockname()[1]
+    source = jsonl(f"http://127.0.0.1:{port}/x")
     with pytest.raises(
         DataError, match=rf"cannot read the file: Cannot connect .*{port}.*check"
     ) as caught:
-        read(jsonl(f"http://127.0.0.1:{port}/x"))
+        read(source)
     assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match="Cannot connect"):
+        list(source.read(Unit((Part(source.path),)), Trouble("skip")))
 
 
 @pytest.mark.parametrize(
@@ -149,8 +177,18 @@ def test_s3(monkeypatch: pytest.MonkeyPatch) -> None:
         client.put_object(Bucket="corpus", Key="a/b/2.jsonl", Body=LINES)
         assert read(jsonl("s3://corpus/**/*.jsonl*")) == TEXTS * 2
         assert jsonl("s3://corpus/a/b/2.jsonl").units()[0].size == len(LINES)
+        marks = []
+        for content in (LINES, LINES.swapcase()):
+            client.put_object(Bucket="corpus", Key="a/b/2.jsonl", Body=content)
+            marks += [part.mark for part in jsonl("s3://corpus/**/2.jsonl").remote_files()]
+        assert marks[0] != marks[1]
+        assert all("ETag" in str(mark) for mark in marks)
+        gone = jsonl("s3://corpus/none.jsonl")
         with pytest.raises(DataError, match="s3://corpus/none"):
-            read(jsonl("s3://corpus/none.jsonl"))
+            read(gone)
+        trouble = Trouble("skip")
+        assert list(gone.read(Unit((Part(gone.path),)), trouble)) == []
+        assert trouble.counts == {"unreadable file": 1}
     finally:
         server.stop()
 
@@ -179,3 +217,36 @@ def test_hub_data_sets_are_read_by_shards(tmp_path: Path, monkeypatch: pytest.Mo
         assert read(source, trouble) == [f"{n}.{i}" for n in range(3) for i in (0, 2)]
         assert trouble.counts == {"null text": 3}
         assert len(source.files()) == 3
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_only_damage_of_a_hub_data_set_is_skipped(
+    tmp_path: Path, streaming: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n' * 3)
+    source = HuggingFaceSource(
+        kind="huggingface", name="json", data_files=str(tmp_path / "x.jsonl"), streaming=streaming
+    )
+    (unit,) = source.units()
+    for error, skipped in {
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"): "damaged file",
+        FileNotFoundError("gone"): "unreadable file",
+        ConnectionError("Network is unreachable"): None,
+        RuntimeError("anything else"): None,
+    }.items():
+
+        def fail(*_: object, error: Exception = error) -> Iterator[dict]:
+            yield {"text": "before"}
+            raise error
+
+        monkeypatch.setattr(datasets.IterableDataset, "__iter__", fail)
+        monkeypatch.setattr(datasets.Dataset, "__iter__", fail)
+        trouble = Trouble("skip")
+        if skipped:
+            assert list(source.read(unit, trouble)) == ["before"]
+            assert trouble.counts == {skipped: 1}
+        else:
+            with pytest.raises(DataError, match=f"cannot read the data set: {error}"):
+                list(source.read(unit, trouble))

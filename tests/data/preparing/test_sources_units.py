@@ -8,8 +8,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from archscale.data.preparing.sources.compressed import BUFFER_BYTES
 from archscale.data.preparing.sources.cutting import cut
 from archscale.data.preparing.sources.units import Part, Unit, byte_ranges, group
+from archscale.data.preparing.trouble import Trouble
 from tests.data.preparing.sources import jsonl, read, text
 
 LINES = st.lists(
@@ -129,3 +131,23 @@ def test_a_line_of_a_later_range_is_named_by_its_number_in_the_file(tmp_path: Pa
     path.write_text("\n".join(lines))
     with pytest.raises(Exception, match=r"x\.jsonl:71\)"):
         read(jsonl(path), limit=100)
+    trouble = Trouble("skip")
+    assert len(read(jsonl(path), trouble, limit=100)) == 98
+    assert f"x.jsonl, byte {70 * len(lines[0] + ' '):,})" in trouble.examples[0]
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts the bytes read")
+@pytest.mark.parametrize("kind", ["bad lines", "no blank line", "no line end"])
+def test_units_read_no_more_than_the_file(tmp_path: Path, kind: str) -> None:
+    """But for a buffer at each end of a unit: not half of the file again for every unit."""
+    path, size, limit = tmp_path / "x", 2_000_000, 40_000
+    path.write_bytes(b"x" * size if kind == "no line end" else (b"x" * 99 + b"\n") * (size // 100))
+    source = jsonl(path) if kind == "bad lines" else text(path, document="paragraph")
+    began = _bytes_read()
+    read(source, Trouble("skip"), limit)
+    assert size <= _bytes_read() - began < size + size // limit * 2 * BUFFER_BYTES
+
+
+def _bytes_read() -> int:
+    """By this process, up to now."""
+    return int(Path("/proc/self/io").read_text().split()[1])

@@ -37,11 +37,20 @@ class SourceBase(BaseModel):
 
         Raises:
             DamagedFile, UnreadableFile: nothing more can be read of it.
+            DataError: what may pass, such as an error of the network.
         """
         raise NotImplementedError
 
     def files(self) -> list[tuple[str, Path]]:
         """(name, path) of the local files read; the name does not depend on the machine."""
+        return []
+
+    def remote_files(self) -> list[Part]:
+        """What is read from elsewhere, with the marks by which a change of it is seen.
+
+        Raises:
+            DataError: it cannot be reached.
+        """
         return []
 
     def notes(self) -> list[str]:
@@ -50,7 +59,12 @@ class SourceBase(BaseModel):
 
     def read(self, unit: Unit, trouble: Trouble) -> Iterator[str]:
         """The documents of a unit, in order. What cannot be read goes to `trouble`: of a damaged
-        file, the documents before the damage are there, and the rest counts once."""
+        file, the documents before the damage are there, and the rest counts once.
+
+        Raises:
+            DataError: under "stop" the first trouble; always what may pass, or it would be left out
+                for good.
+        """
         for part in unit.parts:
             try:
                 yield from self.read_part(part, trouble)

@@ -94,11 +94,15 @@ def paragraphs(stream: io.BufferedReader, start: int, stop: int | None) -> Itera
         start, stop: those after the first blank line that begins after `start` (0: from the
             beginning), as far as the first that begins after `stop` (None: to the end).
     """
-    position = seek_line(stream, start)
+    position = seek_line(stream, start, stop)
     others = start > 0
     pieces: list[bytes] = []
     first = position
-    while line := stream.readline():
+    # Until the end, or until it is known that no paragraph begins in the range.
+    while not (others and stop is not None and position > stop):
+        line = stream.readline()
+        if not line:
+            break
         if (line if position else line.removeprefix(UTF8_MARK)).strip():
             if not others:
                 pieces.append(line)

@@ -1,5 +1,8 @@
 """Data sets of the Hugging Face hub."""
 
+import gzip
+import lzma
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -9,9 +12,13 @@ from pydantic import Field
 from archscale.data.preparing.sources.base import SourceBase
 from archscale.data.preparing.sources.fields import BadRecord, record_text
 from archscale.data.preparing.sources.globbing import match
+from archscale.data.preparing.sources.remote import is_missing
 from archscale.data.preparing.sources.units import UNIT_BYTES, Part, Unit
-from archscale.data.preparing.trouble import Trouble, UnreadableFile
+from archscale.data.preparing.trouble import DamagedFile, Trouble, UnreadableFile
 from archscale.errors import DataError
+
+# What `datasets` raises for content that cannot be decoded. Those of Arrow are a `ValueError`.
+_DAMAGE = (ValueError, EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile)
 
 
 class HuggingFaceSource(SourceBase):
@@ -52,8 +59,11 @@ class HuggingFaceSource(SourceBase):
                 number, record = next(records)
             except StopIteration:
                 return
+            except _DAMAGE as error:
+                raise _error(DamagedFile, self.name, error) from error
             except Exception as error:
-                raise _unreadable(self.name, error) from error
+                refusal = UnreadableFile if is_missing(error) else DataError
+                raise _error(refusal, self.name, error) from error
             try:
                 document = record_text(record, self.field)
             except BadRecord as error:
@@ -82,7 +92,7 @@ class HuggingFaceSource(SourceBase):
                 streaming=self.streaming,
             )
         except Exception as error:
-            raise _unreadable(self.name, error) from error
+            raise _error(DataError, self.name, error) from error
 
 
 def _shards(data: Any) -> int:
@@ -90,8 +100,7 @@ def _shards(data: Any) -> int:
     return getattr(data, "num_shards", 1)
 
 
-def _unreadable(name: str, error: Exception) -> UnreadableFile:
+def _error(kind: type[DataError], name: str, error: Exception) -> DataError:
     """Network, names, formats: `datasets` raises dozens of classes."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    remedy = "check the name, files and network"
-    return UnreadableFile(f"cannot read the data set: {reason}", name, remedy)
+    return kind(f"cannot read the data set: {reason}", name, "check the name, files and network")

@@ -30,6 +30,9 @@ class JsonlSource(SourceBase):
     def files(self) -> list[tuple[str, Path]]:
         return [] if is_remote(self.path) else match_files(self.path, _EXAMPLE)
 
+    def remote_files(self) -> list[Part]:
+        return list_files(self.path, _EXAMPLE) if is_remote(self.path) else []
+
     def units(self, limit: int = UNIT_BYTES) -> list[Unit]:
         parts = list_files(self.path, _EXAMPLE)
         return group([piece for part in parts for piece in cut_large(part, limit)], limit)
@@ -45,7 +48,7 @@ class JsonlSource(SourceBase):
                     return
                 except BadRecord as error:
                     content.read_on(trouble)
-                    error.record(trouble, lines.place)
+                    error.record(trouble, lines.place(trouble))
                     continue
                 yield document
                 del document

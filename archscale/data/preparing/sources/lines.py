@@ -1,24 +1,31 @@
 """The lines of a file that begin in a range of its bytes."""
 
 import io
-from functools import cached_property
 
+from archscale.data.preparing.sources.compressed import BUFFER_BYTES
 from archscale.data.preparing.sources.opening import Content, opened
 from archscale.data.preparing.sources.units import Part, shown
+from archscale.data.preparing.trouble import Trouble
 
 UTF8_MARK = b"\xef\xbb\xbf"
 
 
-def seek_line(stream: io.BufferedReader, start: int) -> int:
-    """Goes to the first line that begins after byte `start`, or to the file's beginning for 0.
+def seek_line(stream: io.BufferedReader, start: int, stop: int | None) -> int:
+    """Goes to the first line that begins after byte `start`, or to the file's beginning for 0; not
+    much further than `stop`, as the rest of a line without end may be huge.
 
     Returns:
-        Where that is.
+        Where that is: after `stop` if no line begins before.
     """
     if start == 0:
         return 0
-    stream.seek(start)
-    return start + len(stream.readline())
+    position = stream.seek(start)
+    while stop is None or position <= stop:
+        piece = stream.readline(BUFFER_BYTES)
+        position += len(piece)
+        if not piece or piece.endswith(b"\n"):
+            break
+    return position
 
 
 class Lines:
@@ -37,7 +44,7 @@ class Lines:
         self.number = self.start = 0
         self._readline = content.stream.readline
         self._part = part
-        self._position = seek_line(content.stream, part.start)
+        self._position = seek_line(content.stream, part.start, part.stop)
 
     def __iter__(self) -> "Lines":
         return self
@@ -55,16 +62,14 @@ class Lines:
         self.number += 1
         return line
 
-    @property
-    def place(self) -> str:
-        """File and number of the last line, from 1, for messages."""
-        return f"{shown(self._part.path)}:{self._before + self.number}"
-
-    @cached_property
-    def _before(self) -> int:
-        """How many lines of the file belong to the parts before this one: only read when there is a
-        message."""
-        if self._part.start == 0:
-            return 0
-        with opened(self._part.path) as content:
-            return sum(1 for _ in Lines(content, Part(self._part.path, stop=self._part.start)))
+    def place(self, trouble: Trouble) -> str:
+        """File and number of the last line, from 1, for messages. In a later part, where all before
+        it is to be counted for that, only if the work ends with the message; else its byte."""
+        path, before = shown(self._part.path), 0
+        if self._part.start:
+            if trouble.on_error == "skip":
+                return f"{path}, byte {self.start:,}"
+            with opened(self._part.path) as content:
+                earlier = Part(self._part.path, stop=self._part.start)
+                before = sum(1 for _ in Lines(content, earlier))
+        return f"{path}:{before + self.number}"

@@ -1,17 +1,37 @@
 """Files opened for reading: local or remote, decompressed, and from anywhere in them."""
 
+import errno
 import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NamedTuple
 
 from archscale.data.preparing.sources import remote
 from archscale.data.preparing.sources.compressed import BUFFER_BYTES, compression, decompressing
-from archscale.data.preparing.sources.fingerprints import reading
 from archscale.data.preparing.sources.globbing import match_files
-from archscale.data.preparing.sources.units import Part, byte_ranges
+from archscale.data.preparing.sources.units import Part, byte_ranges, shown
 from archscale.data.preparing.trouble import Trouble, UnreadableFile
+from archscale.errors import DataError, explain_os_error
+
+# Of the process or the network, not of the file.
+_PASSING = {
+    errno.EAGAIN,
+    errno.ECONNABORTED,
+    errno.ECONNREFUSED,
+    errno.ECONNRESET,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+    errno.EMFILE,
+    errno.ENETDOWN,
+    errno.ENETUNREACH,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOTCONN,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
 
 
 class Content(NamedTuple):
@@ -37,6 +57,18 @@ class Content(NamedTuple):
         if trouble.on_error == "stop" and self.compressed:
             while self.stream.read(BUFFER_BYTES):
                 pass
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turns an `OSError` into an error that names `path`: an `UnreadableFile`, or for what passes a
+    plain `DataError`, which no recipe skips."""
+    try:
+        yield
+    except OSError as error:
+        cause, remedy = explain_os_error(error, "check the path")
+        refusal = DataError if error.errno in _PASSING else UnreadableFile
+        raise refusal(f"cannot read the file: {cause}", shown(str(path)), remedy) from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,6 +106,9 @@ class ParquetSource(SourceBase):
     def files(self) -> list[tuple[str, Path]]:
         return [] if is_remote(self.path) else match_files(self.path, _EXAMPLE)
 
+    def remote_files(self) -> list[Part]:
+        return list_files(self.path, _EXAMPLE) if is_remote(self.path) else []
+
     def units(self, limit: int = UNIT_BYTES) -> list[Unit]:
         _pyarrow(shown(self.path))
         parts = list_files(self.path, _EXAMPLE)
@@ -181,10 +185,10 @@ def _cut_large(part: Part, limit: int) -> list[Part]:
     start = size = 0
     for number, group_size in enumerate(sizes):
         if size and size + group_size > limit:
-            parts.append(Part(part.path, start, number, size, "row groups"))
+            parts.append(replace(part, start=start, stop=number, size=size, measure="row groups"))
             start, size = number, 0
         size += group_size
-    return [*parts, Part(part.path, start, None, size, "row groups")]
+    return [*parts, replace(part, start=start, size=size, measure="row groups")]
 
 
 def _size_on_disk(row_group: Any) -> int:

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from archscale.data.preparing.sources.units import Part, shown
@@ -11,6 +11,25 @@ from archscale.errors import ArchscaleError, DataError, one_line
 
 _READ_BYTES = 1 << 20
 _EXTRAS = {"hf": "hf"}  # the extra that has what a protocol needs; of the others, remote
+
+# What file systems of fsspec call the version of a file, that of its content first.
+_MARKS = (
+    "ETag",
+    "etag",
+    "checksum",
+    "md5Hash",
+    "Content-MD5",
+    "Digest",
+    "blob_id",
+    "generation",
+    "mtime",
+    "LastModified",
+    "last_modified",
+    "Last-Modified",
+    "modified",
+    "updated",
+    "created",
+)
 
 
 def is_remote(path: str) -> bool:
@@ -30,18 +49,34 @@ def _explained(url: str) -> Iterator[None]:
         reason = one_line(str(error))
         raise DataError(f"cannot read {protocol}://: {reason}", shown(url), remedy) from error
     except Exception as error:
-        reason = _reason(error)
+        cause = _cause(error)
+        plain = isinstance(cause, FileNotFoundError)
+        reason = "no such file" if plain else one_line(str(cause))[:300] or type(cause).__name__
         remedy = "check the URL, the network and your credentials"
-        raise UnreadableFile(f"cannot read the file: {reason}", shown(url), remedy) from error
+        # What is not there can be left out; the rest may be there when it is tried again.
+        refusal = UnreadableFile if is_missing(error) else DataError
+        raise refusal(f"cannot read the file: {reason}", shown(url), remedy) from error
 
 
-def _reason(error: BaseException) -> str:
+def is_missing(error: BaseException) -> bool:
+    """Whether an error of a file system says that a file is not there."""
+    cause = _cause(error)
+    return isinstance(cause, FileNotFoundError) or _status(cause) in (404, 410)
+
+
+def _cause(error: BaseException) -> BaseException:
     """A web server that cannot be reached is a `FileNotFoundError` as well, by its cause."""
     while isinstance(error, FileNotFoundError) and error.__cause__ is not None:
         error = error.__cause__
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    return one_line(str(error))[:300] or type(error).__name__
+    return error
+
+
+def _status(error: BaseException) -> int | None:
+    """The status in an error of HTTP: those of web servers, of object stores, of the hub."""
+    response = getattr(error, "response", error)
+    if isinstance(response, dict):
+        return response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return getattr(response, "status", getattr(response, "status_code", None))
 
 
 def list_files(pattern: str) -> list[Part]:
@@ -54,18 +89,27 @@ def list_files(pattern: str) -> list[Part]:
         from fsspec.core import url_to_fs
 
         system, path = url_to_fs(pattern)
+        system.invalidate_cache()
         if _is_pattern(pattern) and not _is_file(system, path):
             listing = system.glob(path, detail=True).values()
         else:
             listing = [system.info(path)]
-        files = sorted(
-            (system.unstrip_protocol(entry["name"]), entry.get("size"))
-            for entry in listing
-            if entry["type"] == "file"
-        )
-    if not files:
+        parts = [_part(system, entry) for entry in listing if entry["type"] == "file"]
+    if not parts:
         raise DataError("no file matches", shown(pattern), "correct the source's path")
-    return [Part(name, size=size) for name, size in files]
+    return sorted(parts, key=lambda part: part.path)
+
+
+def _part(system: Any, entry: dict[str, Any]) -> Part:
+    """A file as a listing describes it, or its store where the listing has no mark."""
+    if not any(entry.get(key) for key in _MARKS):
+        with suppress(FileNotFoundError):  # reading it says so, or counts it
+            entry = entry | system.info(entry["name"])
+    size = entry.get("size")
+    words = [f"{key} {entry[key]}" for key in _MARKS if entry.get(key)][:1]
+    if size is not None:
+        words.append(f"{size} bytes")
+    return Part(system.unstrip_protocol(entry["name"]), size=size, mark=", ".join(words))
 
 
 def _is_pattern(url: str) -> bool:
@@ -111,7 +155,8 @@ def open_file(url: str) -> io.BufferedReader:
     """A remote file to read; from anywhere, if its file system can.
 
     Raises:
-        UnreadableFile: also while it is read.
+        UnreadableFile: it is not there.
+        DataError: it cannot be reached; also while it is read.
     """
     with _explained(url):
         from fsspec.core import url_to_fs

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from archscale.data.preparing.sources.base import SourceBase
-from archscale.data.preparing.sources.fingerprints import reading
+from archscale.data.preparing.sources.opening import reading
 from archscale.data.preparing.sources.units import UNIT_BYTES, Part, Unit, group
 from archscale.data.preparing.trouble import Trouble
 from archscale.errors import DataError

@@ -66,6 +66,9 @@ class TextSource(SourceBase):
     def files(self) -> list[tuple[str, Path]]:
         return [] if is_remote(self.path) else match_files(self.path, _EXAMPLE)
 
+    def remote_files(self) -> list[Part]:
+        return list_files(self.path, _EXAMPLE) if is_remote(self.path) else []
+
     def units(self, limit: int = UNIT_BYTES) -> list[Unit]:
         parts = self._parts()
         has_several = self.document in ("line", "paragraph") or parts[0].cut

@@ -29,6 +29,7 @@ class Part:
         measure: what `start` and `stop` count. Parts by bytes begin and end inside of lines: each
             reads the documents that begin in it.
         cut: the file is cut at line ends into several documents.
+        mark: the version of what is remote, as its store names it; "" if it does not.
     """
 
     path: str
@@ -37,6 +38,7 @@ class Part:
     size: int | None = None
     measure: Literal["bytes", "row groups", "shards"] = "bytes"
     cut: bool = False
+    mark: str | None = None
 
     @property
     def name(self) -> str:
