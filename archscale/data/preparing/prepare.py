@@ -72,7 +72,7 @@ def prepare(
     units = list_units(recipe)
     for note in (note for source in recipe.all_sources() for note in source.notes()):
         say(note)
-    with _work(destination, number, say) as work:
+    with _work(destination, number, not finish, say) as work:
         preparation = Preparation(
             recipe=recipe,
             units=units,
@@ -127,15 +127,19 @@ def _errors_explained(destination: Destination) -> Iterator[None]:
 
 
 @contextmanager
-def _work(destination: Destination, part: PartNumber | None, say: Say) -> Iterator[WorkDirectory]:
-    """The work directory. If the block fails, it is kept where there is something to go on with."""
+def _work(
+    destination: Destination, part: PartNumber | None, may_remove: bool, say: Say
+) -> Iterator[WorkDirectory]:
+    """The work directory. If the block fails, it is kept where there is something to go on with,
+    or other machines may work there."""
     with _errors_explained(destination), open_work(destination.work, part, say) as work:
         try:
             with _errors_explained(destination):
                 yield work
         except BaseException as error:
-            if not work.worth_keeping():
-                if part is None:
+            if not work.has_results():
+                # Another machine may have begun a part where the file system has no locks.
+                if may_remove and not work.parts():
                     work.remove()
                 raise
             place = shown(str(work.path))

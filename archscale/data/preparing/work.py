@@ -75,10 +75,10 @@ class WorkDirectory:
         names = [path.name.split("-") for path in self.path.glob("part-*-of-*")]
         return {PartNumber(int(number), int(count)) for _, number, _, count in names}
 
-    def worth_keeping(self) -> bool:
-        """Whether a unit is encoded or a tokenizer trained."""
-        encoded = any((self.path / "units").glob("*.json"))
-        return encoded or any(self.path.glob("trained-*"))
+    def has_results(self) -> bool:
+        """Whether there is anything to go on with."""
+        results = ("units/*.json", "samples/*.json", "files/*.json", "trained-*")
+        return any(any(self.path.glob(pattern)) for pattern in results)
 
     def remove(self) -> None:
         """Removes what is ours in it, and the directory if nothing else is in it."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from archscale.data.preparing import beginnings, documents, duplicates
+from archscale.data.preparing import beginnings, documents, duplicates, make_tokenizer
 from archscale.data.preparing.prepare import inspect, prepare, verify
 from archscale.data.shards import MANIFEST, SOURCE_FILES, open_shard, read_manifest
 from archscale.data.tokenizer import load_tokenizer
@@ -192,6 +192,25 @@ def test_parts_train_one_tokenizer(work: Path) -> None:
         prepare("recipe.yaml", part=part)
     prepare("recipe.yaml", finish=True, shard_tokens=SHARD_TOKENS)
     assert hashes(work / "data") == hashes(work / "whole")
+
+
+def test_samples_are_kept_when_the_work_is_interrupted(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_tokenizer, "train_sentencepiece", interrupt)
+    write_recipe(work, tokenizer={"kind": "sentencepiece", "train": {"vocab_size": 300}})
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        prepare("recipe.yaml", say=said.append)
+    assert "the same command goes on" in said[-1]
+    samples = list(work.glob(".data.work/samples/*.json"))
+    assert len(samples) > 5
+    with pytest.raises(DataError, match="no part has trained the tokenizer"):
+        prepare("recipe.yaml", finish=True)
+    assert list(work.glob(".data.work/samples/*.json")) == samples
 
 
 @pytest.mark.parametrize("deduplicate", [True, False])
