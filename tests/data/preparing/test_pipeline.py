@@ -328,6 +328,26 @@ def test_nothing_of_a_users_is_removed(work: Path) -> None:
     assert (mine / "thesis.tex").read_text() == "years of work"
 
 
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_what_a_user_puts_into_the_output_is_not_overwritten(work: Path, meanwhile: bool) -> None:
+    """Between two commands, or while one of them works."""
+    (work / "data" / "lost+found").mkdir(parents=True)
+    mine = work / "data" / SOURCE_FILES
+
+    def put(_: str) -> None:
+        mine.write_text("years of work")
+
+    if not meanwhile:
+        prepare("recipe.yaml", part="1/2")
+        put("")
+    with pytest.raises(DataError, match="it has sources.json and no dataset.json"):
+        prepare("recipe.yaml", say=put)
+    assert mine.read_text() == "years of work"
+    mine.unlink()
+    prepare("recipe.yaml", shard_tokens=SHARD_TOKENS)
+    assert hashes(work / "data") == GOLDEN
+
+
 @pytest.mark.parametrize("kind", ["link to an empty directory", "dangling link", "parents", "file"])
 def test_outputs(work: Path, kind: str) -> None:
     output = work / "data"
