@@ -65,12 +65,13 @@ class Destination:
         sync(self.directory)
 
 
-def choose_destination(output: Path) -> Destination:
-    """The place of a data set.
+def choose_destination(name: str) -> Destination:
+    """The place of a data set, from the recipe's `output`; `~` is the home directory.
 
     Raises:
         DataError: something else stands there.
     """
+    output = Path(os.path.expanduser(name))
     directory = Path(os.path.realpath(output))
     beside = directory.with_name(f".{directory.name}.work")
     if not os.path.lexists(directory):

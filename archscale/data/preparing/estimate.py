@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from archscale.data.preparing.destination import choose_destination
 from archscale.data.preparing.recipe import Recipe
 from archscale.data.preparing.sources import SourceBase
 from archscale.data.preparing.sources.hub import HuggingFaceSource
@@ -68,9 +69,10 @@ def estimate(recipe: Recipe, workers: int | None = None) -> dict[str, Any]:
 
     Raises:
         DataError: a source or the tokenizer cannot be read here, and the recipe does not say how
-            many tokens there are.
+            many tokens there are; or `output` holds something else.
     """
-    notes: list[str] = []
+    destination = choose_destination(recipe.output)
+    notes = [f"{recipe.output} is there already"] if destination.finished else []
     samples = [_sample(source, notes) for source in recipe.sources]
     tokenizer = _tokenizer(recipe, samples, notes)
     texts = [text for sample in samples for text in sample.documents]
@@ -95,7 +97,7 @@ def estimate(recipe: Recipe, workers: int | None = None) -> dict[str, Any]:
             f"shards take {narrow:,.3g} GB, or {wide:,.3g} GB where the vocabulary is above 65,536"
         )
     work = None if shards is None else shards + _TABLE_BYTES * (documents or 0)
-    free = _free(Path(recipe.output))
+    free = _free(destination.directory)
     if shards is not None and work is not None and shards + work > free:
         notes.append(f"the disk of {recipe.output} has not enough room")
     return {
@@ -215,9 +217,8 @@ def _id_bytes(tokenizer: Tokenizer) -> int:
     return DTYPES[1 if tokenizer.vocab_size <= 1 << 16 else 2].itemsize
 
 
-def _free(output: Path) -> int:
-    """Bytes free on the disk of `output`, which need not exist yet."""
-    folder = output.absolute()
+def _free(folder: Path) -> int:
+    """Bytes free on the disk of a directory, which need not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

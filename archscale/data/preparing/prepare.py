@@ -66,7 +66,7 @@ def prepare(
     """
     recipe = load_recipe(recipe_path, overrides)
     number = PartNumber.parse(part) if part else None
-    destination = choose_destination(Path(recipe.output))
+    destination = choose_destination(recipe.output)
     if destination.finished:
         return already_there(recipe, destination, say)
     units = list_units(recipe)

@@ -92,6 +92,13 @@ def test_a_full_disk_is_expected(tmp_path, monkeypatch) -> None:
     assert any("has not enough room" in note for note in notes)
 
 
+def test_an_output_that_is_taken_is_refused(tmp_path) -> None:
+    write_lines(tmp_path / "a.jsonl", 30, 1)
+    recipe = recipe_of(tmp_path)
+    with pytest.raises(DataError, match="not a directory"):
+        estimate(load_recipe(recipe, [f"output={recipe}"]))
+
+
 @pytest.mark.parametrize("name", HUB)
 def test_ready_recipes_are_planned_without_network(name: str, monkeypatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

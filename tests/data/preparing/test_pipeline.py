@@ -328,6 +328,13 @@ def test_nothing_of_a_users_is_removed(work: Path) -> None:
     assert (mine / "thesis.tex").read_text() == "years of work"
 
 
+def test_the_home_directory(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(work / "home"))
+    assert prepare("recipe.yaml", ["output=~/data"])["output"] == str(work / "home" / "data")
+    assert (work / "home" / "data" / MANIFEST).is_file()
+    assert not (work / "~").exists()
+
+
 @pytest.mark.parametrize("meanwhile", [False, True])
 def test_what_a_user_puts_into_the_output_is_not_overwritten(work: Path, meanwhile: bool) -> None:
     """Between two commands, or while one of them works."""
