@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from archscale.data.preparing.arrays import write_array
 from archscale.data.preparing.division import Spread, validation_share
 from archscale.data.preparing.documents import RecipeUnit
 from archscale.data.preparing.jobs import Report
@@ -53,7 +54,8 @@ class IdentifyUnit:
 
 def _save_identities(path: Path, identities: np.ndarray) -> None:
     temporary = path.with_name(f"{uuid.uuid4().hex}.tmp.npy")
-    np.save(temporary, np.unique(identities))
+    with open(temporary, "wb") as file:
+        write_array(file, np.unique(identities))
     temporary.replace(path)
 
 
