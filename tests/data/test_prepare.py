@@ -245,6 +245,34 @@ def test_verify_names_every_damaged_file(work: Path, flip) -> None:
     assert "not a prepared data set" in verify(directory)[0]
 
 
+def test_a_damaged_manifest_is_named(work: Path) -> None:
+    prepare("recipe.yaml")
+    path = work / "data/tiny" / MANIFEST
+    for damage, message in (
+        (lambda manifest: manifest["splits"].pop("train"), "split 'train' is missing"),
+        (lambda manifest: manifest["splits"]["train"]["shards"].clear(), "'train' is empty"),
+        (lambda manifest: manifest["splits"]["train"].update(tokens=0), "'train' is empty"),
+        (lambda manifest: manifest["splits"]["train"]["shards"][0].update(file="\0"), "file: "),
+        (lambda manifest: manifest["fidelity"].update(other=1), "fidelity"),
+    ):
+        whole = path.read_text()
+        manifest = json.loads(whole)
+        damage(manifest)
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(DataError, match=rf"foreign manifest.*{message}.*dataset\.json"):
+            inspect("data/tiny")
+        assert len(verify("data/tiny")) == 1
+        path.write_text(whole)
+
+
+def test_files_in_place_of_data_sets(work: Path) -> None:
+    for path in ("recipe.yaml", "/dev/null"):
+        with pytest.raises(DataError, match=r"not a directory .*give the directory"):
+            inspect(path)
+    with pytest.raises(DataError, match="root of the file system"):
+        prepare("recipe.yaml", ["output=/"])
+
+
 def test_verify_finds_a_shard_of_another_tokenizer(work: Path) -> None:
     prepare("recipe.yaml")
     tokens = open_shard("data/tiny/train_00000.bin").copy()
@@ -259,6 +287,8 @@ def test_verify_finds_a_shard_of_another_tokenizer(work: Path) -> None:
 def test_verify_compares_token_lengths(work: Path) -> None:
     prepare("recipe.yaml")
     np.save(work / "data/tiny" / TOKEN_BYTES, np.ones(350, np.int32))
+    assert [TOKEN_BYTES in problem for problem in verify("data/tiny")] == [True]
+    (work / "data/tiny" / TOKEN_BYTES).write_bytes(b"")
     assert [TOKEN_BYTES in problem for problem in verify("data/tiny")] == [True]
 
 
@@ -304,6 +334,9 @@ BAD = [
         r"'tokenizer\.train\.sede' .*did you mean 'seed'",
     ),
     ({"tokenizer": {"knd": "x", "path": "y"}}, r"'tokenizer\.knd' .*did you mean 'kind'"),
+    ({"name": "\ud800"}, r"name: not Unicode text"),
+    ({"output": "a\0b"}, r"output: .*NUL"),
+    ({"tokenizer": {"path": "y", "eos": ""}}, r"tokenizer\.eos: .*at least 1"),
     ({"tokenizer": {}}, r"tokenizer: give either tokenizer\.path or tokenizer\.train"),
     (
         {"tokenizer": {"kind": "huggingface", "train": {"vocab_size": 300}}},

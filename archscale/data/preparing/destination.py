@@ -73,6 +73,8 @@ def choose_destination(name: str) -> Destination:
     """
     output = Path(os.path.expanduser(name))
     directory = Path(os.path.realpath(output))
+    if directory == directory.parent:
+        raise DataError("output is the root of the file system", str(output), ELSEWHERE)
     beside = directory.with_name(f".{directory.name}.work")
     if not os.path.lexists(directory):
         return Destination(output, directory, beside, in_place=False)
