@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -480,18 +481,24 @@ def prepare(
 
     Example: archscale data prepare data_prep/python_stdlib.yaml
     """
-    import functools
-
     from archscale.data.preparing.prepare import prepare as run
 
     if part and finish:
         raise typer.BadParameter("--part and --finish exclude each other")
+    if dry_run and (part or finish):
+        raise typer.BadParameter("--dry-run is for the whole, without --part and --finish")
     if dry_run:
         _print_estimate(recipe, set or [], workers, json)
         return
-    progress = functools.partial(print, file=sys.stderr if json else sys.stdout, flush=True)
-    summary = run(recipe, set or [], say=progress, workers=workers, part=part, finish=finish)
+
+    def say(line: str) -> None:
+        # Whoever read the lines, such as `head`, may be gone: that is no end of hours of work.
+        with suppress(OSError):
+            print(line, file=sys.stderr if json else sys.stdout, flush=True)
+
+    summary = run(recipe, set or [], say=say, workers=workers, part=part, finish=finish)
     _print_data_set(summary, json)
+    sys.stdout.flush()
 
 
 @data_app.command()
@@ -766,7 +773,8 @@ def main() -> None:
         else:
             # Torchrun ends all ranks with the first that exits: let the one that reports be it.
             time.sleep(5)
-        sys.stdout.flush()
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
         os._exit(2)  # without waiting for ranks and threads that may wait for this one
     except BrokenPipeError:  # whoever read the output, such as `head`, has closed it
         os._exit(1)

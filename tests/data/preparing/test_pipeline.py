@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from archscale.data.preparing.prepare import inspect, prepare, verify
 from archscale.data.shards import MANIFEST, SOURCE_FILES, open_shard, read_manifest
 from archscale.data.tokenizer import load_tokenizer
 from archscale.errors import DataError
+from tests.commands import ROOT
 from tests.data.preparing.corpora import hashes, write_corpus, write_recipe, write_tokenizer
 
 pytest.importorskip("tokenizers")
@@ -326,6 +329,17 @@ def test_nothing_of_a_users_is_removed(work: Path) -> None:
     with pytest.raises(DataError, match="work directory of this output is not archscale's"):
         prepare("recipe.yaml")
     assert (mine / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_reader_of_the_progress_that_goes_does_not_end_the_work(work: Path) -> None:
+    command = [sys.executable, "-m", "archscale", "data", "prepare", "recipe.yaml"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = subprocess.run(command, env=environment, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (process.returncode, process.stderr) == (1, b"")
+    assert verify("data") == []
 
 
 def test_the_home_directory(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
