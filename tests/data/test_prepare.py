@@ -3,6 +3,7 @@ order."""
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from archscale.data.preparing.sources import PythonStdlibSource
 from archscale.data.preparing.work import open_work
 from archscale.data.shards import MANIFEST, TOKEN_BYTES, ShardWriter, open_shard
 from archscale.data.split import TokenSplit
+from archscale.data.summary_text import render
 from archscale.data.tokenizer import load_tokenizer, train_sentencepiece
 from archscale.errors import DataError
 
@@ -127,7 +129,13 @@ def test_lone_surrogates_are_repaired_and_counted(work: Path) -> None:
     (work / "s.jsonl").write_text('{"text": "a \\ud800 b"}\n')
     sources = [{"kind": "text", "path": "corpus/**/*.txt"}, {"kind": "jsonl", "path": "s.jsonl"}]
     _recipe(work, sources=sources)
-    assert prepare("recipe.yaml")["dropped"]["repaired"] == 1
+    summary = prepare("recipe.yaml")
+    assert summary["dropped"]["repaired"] == 1
+    left_out, repaired = (
+        line for line in render(summary).splitlines() if line.startswith("documents ")
+    )
+    assert re.fullmatch("documents repaired +1", repaired)
+    assert "repaired" not in left_out
     assert "a \ufffd b" in _documents("data/tiny", "train") + _documents("data/tiny", "validation")
 
 

@@ -112,15 +112,16 @@ def _default_workers(units: list[RecipeUnit]) -> int:
 
 
 @contextmanager
-def _errors_explained(destination: Destination) -> Iterator[None]:
-    """What the file system refuses, as a DataError."""
+def _errors_explained(destination: Destination, opened: bool) -> Iterator[None]:
+    """What the file system refuses, as a DataError. What is missing in a work directory that was
+    opened was deleted."""
     try:
         yield
     except OSError as error:
         where = Path(error.filename or destination.output)
         ours = destination.work.parent
         if where.is_relative_to(ours) or ours.is_relative_to(where):
-            cause, remedy = explain_os_error(error, ELSEWHERE, vanished=True)
+            cause, remedy = explain_os_error(error, ELSEWHERE, vanished=opened)
         else:  # a file that a source reads
             cause, remedy = explain_os_error(error, "check the path")
         raise DataError(f"cannot prepare: {cause}", str(where), remedy) from error
@@ -132,9 +133,12 @@ def _work(
 ) -> Iterator[WorkDirectory]:
     """The work directory. If the block fails, it is kept where there is something to go on with,
     or other machines may work there."""
-    with _errors_explained(destination), open_work(destination.work, part, say) as work:
+    with (
+        _errors_explained(destination, opened=False),
+        open_work(destination.work, part, say) as work,
+    ):
         try:
-            with _errors_explained(destination):
+            with _errors_explained(destination, opened=True):
                 yield work
         except BaseException as error:
             if not work.has_results():

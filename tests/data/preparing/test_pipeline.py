@@ -14,6 +14,7 @@ import pytest
 
 from archscale.data.preparing import beginnings, documents, duplicates, make_tokenizer
 from archscale.data.preparing.prepare import inspect, prepare, verify
+from archscale.data.preparing.trouble import Trouble
 from archscale.data.shards import MANIFEST, SOURCE_FILES, open_shard, read_manifest
 from archscale.data.tokenizer import load_tokenizer
 from archscale.errors import DataError
@@ -340,6 +341,19 @@ def test_a_reader_of_the_progress_that_goes_does_not_end_the_work(work: Path) ->
     os.close(writing)
     assert (process.returncode, process.stderr) == (1, b"")
     assert verify("data") == []
+
+
+def test_what_was_skipped_is_listed_without_the_advice_to_skip_it() -> None:
+    trouble = Trouble("skip")
+    trouble.record("null text", DataError("no text", "a:1", "on_error: skip leaves it out"))
+    assert trouble.examples == ["no text (a:1)"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_a_place_where_nothing_can_be_made(work: Path) -> None:
+    with pytest.raises(DataError, match="No such file or directory") as caught:
+        prepare("recipe.yaml", ["output=/proc/data"])
+    assert "deleted" not in str(caught.value)
 
 
 def test_the_home_directory(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
