@@ -63,9 +63,11 @@ def estimate(recipe: Recipe, workers: int | None = None) -> dict[str, Any]:
         workers: processes that will prepare; None: all cores.
 
     Returns:
-        `sources`: for each, {source, disk (bytes), text (bytes), tokens}; in total `text`,
-        `documents`, `tokens`, `shards` and `work` (bytes on disk, the latter while it is made),
-        `free` (bytes), `seconds`, `workers`, `vocab_size`, None where unknown; `notes`, lines.
+        `sources`: for each, those of validation last, {source, disk (bytes), text (bytes),
+            tokens}.
+        In total `text`, `documents`, `tokens`, `shards` and `work` (bytes on disk, the latter
+        while it is made), `free` (bytes), `seconds`, `workers`, `vocab_size`, None where unknown;
+        `notes`, lines.
 
     Raises:
         DataError: a source or the tokenizer cannot be read here, and the recipe does not say how
@@ -73,13 +75,15 @@ def estimate(recipe: Recipe, workers: int | None = None) -> dict[str, Any]:
     """
     destination = choose_destination(recipe.output)
     notes = [f"{recipe.output} is there already"] if destination.finished else []
-    samples = [_sample(source, notes) for source in recipe.sources]
+    held_out = recipe.validation if isinstance(recipe.validation, list) else []
+    sources = [*recipe.sources, *held_out]
+    samples = [_sample(source, notes) for source in sources]
     tokenizer = _tokenizer(recipe, samples, notes)
     texts = [text for sample in samples for text in sample.documents]
     tokens_per_byte, encode_rate = _encode(tokenizer, texts) if tokenizer else (None, None)
-    rows = [
-        _row(source, sample, tokens_per_byte) for source, sample in zip(recipe.sources, samples)
-    ]
+    rows = [_row(source, sample, tokens_per_byte) for source, sample in zip(sources, samples)]
+    for row in rows[len(recipe.sources) :]:
+        row["source"] = f"validation: {row['source']}"
     text, tokens = _total(row["text"] for row in rows), _total(row["tokens"] for row in rows)
     if text is None and tokens is not None and tokens_per_byte:
         text = tokens / tokens_per_byte
@@ -164,11 +168,14 @@ def _read(source: SourceBase, unit: Unit, sample: Sample) -> int | None:
 
 
 def _tokenizer(recipe: Recipe, samples: Sequence[Sample], notes: list[str]) -> Tokenizer | None:
+    """The recipe's; None where it is out of reach. `samples`: of its sources, then of those of
+    validation."""
     spec = recipe.tokenizer
     try:
         if spec.train is None:
             return load_tokenizer(str(spec.path), spec.kind, spec.eos)
-        texts = [text for sample in samples for text in sample.documents]
+        training = samples[: len(recipe.sources)]
+        texts = [text for sample in training for text in sample.documents]
         with tempfile.TemporaryDirectory() as folder:
             return train_sentencepiece(texts, spec.train.vocab_size, folder)
     except DataError as error:
