@@ -343,6 +343,14 @@ def test_a_reader_of_the_progress_that_goes_does_not_end_the_work(work: Path) ->
     assert verify("data") == []
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_training_documents_that_are_all_for_validation(work: Path, trained: bool) -> None:
+    own = [{"kind": "jsonl", "path": "corpus_*.jsonl"}]
+    changes = {"tokenizer": {"train": {"vocab_size": 300}}} if trained else {}
+    with pytest.raises(DataError, match="'train' is empty: its documents are in validation too"):
+        prepare(write_recipe(work, validation=own, **changes))
+
+
 def test_what_was_skipped_is_listed_without_the_advice_to_skip_it() -> None:
     trouble = Trouble("skip")
     trouble.record("null text", DataError("no text", "a:1", "on_error: skip leaves it out"))
