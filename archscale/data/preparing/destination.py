@@ -96,5 +96,5 @@ def _refuse_strangers(output: Path, directory: Path) -> None:
     names = {path.name for path in directory.iterdir()}
     ours = _NOBODYS if (inner / WORK_MARK).is_file() else _NOBODYS - {_INNER_WORK}
     if strangers := sorted(names - ours):
-        problem = f"output is not a prepared data set: it has {strangers[0]} and no {MANIFEST}"
+        problem = f"output has {strangers[0]} and is not a prepared data set: it has no {MANIFEST}"
         raise DataError(problem, str(output), ELSEWHERE)

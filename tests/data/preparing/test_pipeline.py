@@ -383,7 +383,7 @@ def test_what_a_user_puts_into_the_output_is_not_overwritten(work: Path, meanwhi
     if not meanwhile:
         prepare("recipe.yaml", part="1/2")
         put("")
-    with pytest.raises(DataError, match="it has sources.json and no dataset.json"):
+    with pytest.raises(DataError, match=r"output has sources\.json and is not a prepared"):
         prepare("recipe.yaml", say=put)
     assert mine.read_text() == "years of work"
     mine.unlink()
