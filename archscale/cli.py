@@ -486,12 +486,12 @@ def prepare(
 
     Example: archscale data prepare data_prep/python_stdlib.yaml
     """
-    import functools
-
     from archscale.data.preparing.prepare import prepare as run
 
     if part and finish:
         raise typer.BadParameter("--part and --finish exclude each other")
+    if dry_run and (part or finish):
+        raise typer.BadParameter("--dry-run is for the whole, without --part and --finish")
     if dry_run:
         _print_estimate(recipe, set or [], workers, json)
         return

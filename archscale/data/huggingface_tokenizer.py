@@ -45,7 +45,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self._backend = backend = _load(content, where)
         self._vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
         if eos_id is None:
-            names = (eos,) if eos else _EOS_NAMES
+            names = _EOS_NAMES if eos is None else (eos,)
             known = (self._vocabulary.get(name) for name in names)
             eos_id = next((token for token in known if token is not None), None)
         if eos_id is None:
@@ -224,7 +224,7 @@ def import_package(package: str, where: str):
         return importlib.import_module(package)
     except ImportError as error:
         problem = f"the package {package!r} is not installed"
-        raise DataError(problem, where, "pip install transformers datasets") from error
+        raise DataError(problem, where, "pip install archscale[hf]") from error
 
 
 def from_hub(name: str, eos: str | None) -> HuggingFaceTokenizer:
@@ -242,4 +242,4 @@ def from_hub(name: str, eos: str | None) -> HuggingFaceTokenizer:
     if backend is None:
         raise DataError("the tokenizer has no fast version", name, "convert it to a tokenizer.json")
     content = backend.to_str(pretty=True).encode()
-    return HuggingFaceTokenizer(content, name, eos=eos or tokenizer.eos_token)
+    return HuggingFaceTokenizer(content, name, eos=tokenizer.eos_token if eos is None else eos)

@@ -59,7 +59,7 @@ class PreparedSplit:
         path = self._directory / TOKEN_BYTES
         try:
             table = np.load(io.BytesIO(path.read_bytes()))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise DataError(
                 f"cannot read the token lengths: {error}", str(path), DAMAGED
             ) from error

@@ -18,10 +18,10 @@ import json
 import os
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, model_validator
 
 from archscale.data.missing import how_to_make
 from archscale.data.places import Place, Tokens, locate, map_tokens, read_start
@@ -225,8 +225,11 @@ class _Entry(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+FileName = Annotated[str, StringConstraints(pattern=r"^[^\x00]+$")]
+
+
 class ShardEntry(_Entry):
-    file: str
+    file: FileName
     tokens: int
 
 
@@ -244,7 +247,7 @@ class TokenizerEntry(_Entry):
     sha256."""
 
     kind: str
-    file: str
+    file: FileName
     fingerprint: str
     vocab_size: int
     eos_id: int
@@ -271,12 +274,22 @@ class Manifest(_Entry):
     skipped: SkippedEntry | None = None
     fidelity: dict[str, int] | None = None
 
+    @model_validator(mode="after")
+    def _has_both_splits(self) -> Self:
+        for split in SPLITS:
+            entry = self.splits.get(split)
+            if entry is None or not entry.shards or entry.tokens < 1:
+                raise ValueError(f"split {split!r} is {'missing' if entry is None else 'empty'}")
+        return self
+
 
 def read_manifest(directory: str | Place) -> Manifest:
     """The manifest of a dataset directory. DataError if the directory is missing, half prepared or
     foreign."""
     directory = locate(directory)
     if isinstance(directory, Path) and not directory.is_dir():
+        if directory.exists():
+            raise DataError("no data set: not a directory", str(directory), GIVE_PREPARED)
         raise DataError(
             "no data set", str(directory), f"{how_to_make(directory)}, or correct the path"
         )
@@ -302,5 +315,6 @@ def read_manifest(directory: str | Place) -> Manifest:
         return Manifest.model_validate(raw)
     except ValidationError as error:
         first = error.errors()[0]
-        problem = f"foreign manifest: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+        key, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+        problem = f"foreign manifest: {key}: {message}" if key else f"foreign manifest: {message}"
         raise DataError(problem, str(path), GIVE_PREPARED) from error

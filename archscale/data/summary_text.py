@@ -28,7 +28,11 @@ def render(summary: Mapping[str, Any]) -> str:
         key.replace("_", " "): _text(value) for key, value in summary.items() if key not in _DETAILS
     }
     if "dropped" in summary:
-        facts["documents left out"] = _counts(summary["dropped"])
+        counts = dict(summary["dropped"])
+        repaired = counts.pop("repaired", 0)  # these are kept
+        facts["documents left out"] = _counts(counts)
+        if repaired:
+            facts["documents repaired"] = _text(repaired)
     if "skipped" in summary:
         facts["skipped for errors"] = _counts(summary["skipped"]["counts"])
     lines = _aligned([[key, value] for key, value in facts.items()])

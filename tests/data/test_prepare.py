@@ -3,6 +3,7 @@ order."""
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from archscale.data.preparing.sources import PythonStdlibSource
 from archscale.data.preparing.work import open_work
 from archscale.data.shards import MANIFEST, TOKEN_BYTES, ShardWriter, open_shard
 from archscale.data.split import TokenSplit
+from archscale.data.summary_text import render
 from archscale.data.tokenizer import load_tokenizer, train_sentencepiece
 from archscale.errors import DataError
 
@@ -127,7 +129,13 @@ def test_lone_surrogates_are_repaired_and_counted(work: Path) -> None:
     (work / "s.jsonl").write_text('{"text": "a \\ud800 b"}\n')
     sources = [{"kind": "text", "path": "corpus/**/*.txt"}, {"kind": "jsonl", "path": "s.jsonl"}]
     _recipe(work, sources=sources)
-    assert prepare("recipe.yaml")["dropped"]["repaired"] == 1
+    summary = prepare("recipe.yaml")
+    assert summary["dropped"]["repaired"] == 1
+    left_out, repaired = (
+        line for line in render(summary).splitlines() if line.startswith("documents ")
+    )
+    assert re.fullmatch("documents repaired +1", repaired)
+    assert "repaired" not in left_out
     assert "a \ufffd b" in _documents("data/tiny", "train") + _documents("data/tiny", "validation")
 
 
@@ -245,6 +253,34 @@ def test_verify_names_every_damaged_file(work: Path, flip) -> None:
     assert "not a prepared data set" in verify(directory)[0]
 
 
+def test_a_damaged_manifest_is_named(work: Path) -> None:
+    prepare("recipe.yaml")
+    path = work / "data/tiny" / MANIFEST
+    for damage, message in (
+        (lambda manifest: manifest["splits"].pop("train"), "split 'train' is missing"),
+        (lambda manifest: manifest["splits"]["train"]["shards"].clear(), "'train' is empty"),
+        (lambda manifest: manifest["splits"]["train"].update(tokens=0), "'train' is empty"),
+        (lambda manifest: manifest["splits"]["train"]["shards"][0].update(file="\0"), "file: "),
+        (lambda manifest: manifest["fidelity"].update(other=1), "fidelity"),
+    ):
+        whole = path.read_text()
+        manifest = json.loads(whole)
+        damage(manifest)
+        path.write_text(json.dumps(manifest))
+        with pytest.raises(DataError, match=rf"foreign manifest.*{message}.*dataset\.json"):
+            inspect("data/tiny")
+        assert len(verify("data/tiny")) == 1
+        path.write_text(whole)
+
+
+def test_files_in_place_of_data_sets(work: Path) -> None:
+    for path in ("recipe.yaml", "/dev/null"):
+        with pytest.raises(DataError, match=r"not a directory .*give the directory"):
+            inspect(path)
+    with pytest.raises(DataError, match="root of the file system"):
+        prepare("recipe.yaml", ["output=/"])
+
+
 def test_verify_finds_a_shard_of_another_tokenizer(work: Path) -> None:
     prepare("recipe.yaml")
     tokens = open_shard("data/tiny/train_00000.bin").copy()
@@ -259,6 +295,8 @@ def test_verify_finds_a_shard_of_another_tokenizer(work: Path) -> None:
 def test_verify_compares_token_lengths(work: Path) -> None:
     prepare("recipe.yaml")
     np.save(work / "data/tiny" / TOKEN_BYTES, np.ones(350, np.int32))
+    assert [TOKEN_BYTES in problem for problem in verify("data/tiny")] == [True]
+    (work / "data/tiny" / TOKEN_BYTES).write_bytes(b"")
     assert [TOKEN_BYTES in problem for problem in verify("data/tiny")] == [True]
 
 
@@ -304,6 +342,9 @@ BAD = [
         r"'tokenizer\.train\.sede' .*did you mean 'seed'",
     ),
     ({"tokenizer": {"knd": "x", "path": "y"}}, r"'tokenizer\.knd' .*did you mean 'kind'"),
+    ({"name": "\ud800"}, r"name: not Unicode text"),
+    ({"output": "a\0b"}, r"output: .*NUL"),
+    ({"tokenizer": {"path": "y", "eos": ""}}, r"tokenizer\.eos: .*at least 1"),
     ({"tokenizer": {}}, r"tokenizer: give either tokenizer\.path or tokenizer\.train"),
     (
         {"tokenizer": {"kind": "huggingface", "train": {"vocab_size": 300}}},

@@ -162,7 +162,7 @@ def test_missing_package_names_the_extra(
         name = str(tmp_path / "tokenizer.json")
         Path(name).write_text("{}")
     with pytest.raises(
-        DataError, match=rf"'{package}' is not installed .*pip install transformers datasets"
+        DataError, match=rf"'{package}' is not installed .*pip install archscale\[hf\]"
     ):
         load_tokenizer(name, kind="huggingface")
 

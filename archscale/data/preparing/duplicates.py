@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from archscale.data.preparing.arrays import write_header
 from archscale.data.preparing.encode import EncodedUnit
 
 _BUCKET_ROWS = 1 << 21  # 50 MB, and as much again to sort them
@@ -33,8 +34,8 @@ def mark_kept(units: Sequence[EncodedUnit], deduplicate: bool, folder: Path) -> 
     path = folder / "kept.npy"
     total = sum(unit.documents for unit in units)
     held_out = sum(unit.documents for unit in units if unit.unit.held_out)
-    kept = np.lib.format.open_memmap(path, "w+", np.bool_, (total,))
-    kept[:] = True
+    _write_true(path, total)
+    kept = np.load(path, mmap_mode="r+")
     if deduplicate or held_out:
         for bucket in _deal(units, total, folder):
             rows = np.fromfile(bucket, _ROW)
@@ -42,6 +43,18 @@ def mark_kept(units: Sequence[EncodedUnit], deduplicate: bool, folder: Path) -> 
             bucket.unlink()
     kept.flush()
     return path
+
+
+def _write_true(path: Path, total: int) -> None:
+    """A .npy file of bool [total], all true.
+
+    It is written before it is mapped: on a full disk a write is an error, and touching a map of
+    what has no room yet is the end of the process.
+    """
+    with open(path, "wb") as file:
+        write_header(file, np.dtype(np.bool_), total)
+        for start in range(0, total, _BUCKET_ROWS):
+            file.write(b"\1" * min(_BUCKET_ROWS, total - start))
 
 
 def _deal(units: Sequence[EncodedUnit], total: int, folder: Path) -> list[Path]:
@@ -63,7 +76,7 @@ def _deal(units: Sequence[EncodedUnit], total: int, folder: Path) -> list[Path]:
         for path, chosen in zip(buckets, np.split(order, ends[:-1])):
             if len(chosen):
                 with open(path, "ab") as file:
-                    rows[chosen].tofile(file)
+                    file.write(rows[chosen].data)
     return [path for path in buckets if path.exists()]
 
 

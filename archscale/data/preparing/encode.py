@@ -22,6 +22,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from archscale.data.preparing.arrays import write_array
 from archscale.data.preparing.division import Spread
 from archscale.data.preparing.documents import Document, RecipeUnit
 from archscale.data.preparing.fidelity import Fidelity
@@ -117,7 +118,7 @@ class EncodeUnit:
                     report(unreported)
                     unreported = 0
         with _new_file(self.stem.with_name(f"{self.stem.name}.table.npy")) as file:
-            np.save(file, np.frombuffer(table, TABLE))
+            write_array(file, np.frombuffer(table, TABLE))
         report(unreported)
         record = {
             "spread": asdict(spread),

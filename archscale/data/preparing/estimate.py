@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from archscale.data.preparing.destination import choose_destination
 from archscale.data.preparing.recipe import Recipe
 from archscale.data.preparing.sources import SourceBase
 from archscale.data.preparing.sources.hub import HuggingFaceSource
@@ -62,22 +63,27 @@ def estimate(recipe: Recipe, workers: int | None = None) -> dict[str, Any]:
         workers: processes that will prepare; None: all cores.
 
     Returns:
-        `sources`: for each, {source, disk (bytes), text (bytes), tokens}; in total `text`,
-        `documents`, `tokens`, `shards` and `work` (bytes on disk, the latter while it is made),
-        `free` (bytes), `seconds`, `workers`, `vocab_size`, None where unknown; `notes`, lines.
+        `sources`: for each, those of validation last, {source, disk (bytes), text (bytes),
+            tokens}.
+        In total `text`, `documents`, `tokens`, `shards` and `work` (bytes on disk, the latter
+        while it is made), `free` (bytes), `seconds`, `workers`, `vocab_size`, None where unknown;
+        `notes`, lines.
 
     Raises:
         DataError: a source or the tokenizer cannot be read here, and the recipe does not say how
-            many tokens there are.
+            many tokens there are; or `output` holds something else.
     """
-    notes: list[str] = []
-    samples = [_sample(source, notes) for source in recipe.sources]
+    destination = choose_destination(recipe.output)
+    notes = [f"{recipe.output} is there already"] if destination.finished else []
+    held_out = recipe.validation if isinstance(recipe.validation, list) else []
+    sources = [*recipe.sources, *held_out]
+    samples = [_sample(source, notes) for source in sources]
     tokenizer = _tokenizer(recipe, samples, notes)
     texts = [text for sample in samples for text in sample.documents]
     tokens_per_byte, encode_rate = _encode(tokenizer, texts) if tokenizer else (None, None)
-    rows = [
-        _row(source, sample, tokens_per_byte) for source, sample in zip(recipe.sources, samples)
-    ]
+    rows = [_row(source, sample, tokens_per_byte) for source, sample in zip(sources, samples)]
+    for row in rows[len(recipe.sources) :]:
+        row["source"] = f"validation: {row['source']}"
     text, tokens = _total(row["text"] for row in rows), _total(row["tokens"] for row in rows)
     if text is None and tokens is not None and tokens_per_byte:
         text = tokens / tokens_per_byte
@@ -95,7 +101,7 @@ def estimate(recipe: Recipe, workers: int | None = None) -> dict[str, Any]:
             f"shards take {narrow:,.3g} GB, or {wide:,.3g} GB where the vocabulary is above 65,536"
         )
     work = None if shards is None else shards + _TABLE_BYTES * (documents or 0)
-    free = _free(Path(recipe.output))
+    free = _free(destination.directory)
     if shards is not None and work is not None and shards + work > free:
         notes.append(f"the disk of {recipe.output} has not enough room")
     return {
@@ -162,11 +168,14 @@ def _read(source: SourceBase, unit: Unit, sample: Sample) -> int | None:
 
 
 def _tokenizer(recipe: Recipe, samples: Sequence[Sample], notes: list[str]) -> Tokenizer | None:
+    """The recipe's; None where it is out of reach. `samples`: of its sources, then of those of
+    validation."""
     spec = recipe.tokenizer
     try:
         if spec.train is None:
             return load_tokenizer(str(spec.path), spec.kind, spec.eos)
-        texts = [text for sample in samples for text in sample.documents]
+        training = samples[: len(recipe.sources)]
+        texts = [text for sample in training for text in sample.documents]
         with tempfile.TemporaryDirectory() as folder:
             return train_sentencepiece(texts, spec.train.vocab_size, folder)
     except DataError as error:
@@ -215,9 +224,8 @@ def _id_bytes(tokenizer: Tokenizer) -> int:
     return DTYPES[1 if tokenizer.vocab_size <= 1 << 16 else 2].itemsize
 
 
-def _free(output: Path) -> int:
-    """Bytes free on the disk of `output`, which need not exist yet."""
-    folder = output.absolute()
+def _free(folder: Path) -> int:
+    """Bytes free on the disk of a directory, which need not exist yet."""
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free

@@ -8,6 +8,7 @@ import numpy as np
 from archscale.data.places import Place, locate
 from archscale.data.preparing.fidelity import Fidelity
 from archscale.data.shards import (
+    DAMAGED,
     MANIFEST,
     SPLITS,
     TOKEN_BYTES,
@@ -28,7 +29,7 @@ def summarize(
 ) -> dict[str, Any]:
     """What the manifest of a dataset says. `already_there` is in it where it is given, `skipped`
     where documents could not be read, `fidelity` where tokens and text differ."""
-    fidelity = manifest.fidelity and Fidelity.from_json(manifest.fidelity).report()
+    fidelity = _fidelity(output, manifest)
     skipped = manifest.skipped
     return {
         "name": manifest.name,
@@ -52,6 +53,16 @@ def summarize(
     }
 
 
+def _fidelity(output: Place, manifest: Manifest) -> str | None:
+    if not manifest.fidelity:
+        return None
+    try:
+        return Fidelity.from_json(manifest.fidelity).report()
+    except TypeError as error:
+        problem = "foreign manifest: fidelity has not the counts that belong there"
+        raise DataError(problem, str(output / MANIFEST), DAMAGED) from error
+
+
 def inspect(directory: str | Place, tokenizer: str | None = None) -> dict[str, Any]:
     """A summary as `prepare` returns it, without `already_there`; and tokenizer, recipe, and a
     decoded `excerpt`. Of another project's files as `inspect_foreign`.
@@ -63,8 +74,12 @@ def inspect(directory: str | Place, tokenizer: str | None = None) -> dict[str, A
         return foreign
     directory = locate(directory)
     manifest = read_manifest(directory)
-    ids = open_shard(directory / manifest.splits[SPLITS[0]].shards[0].file)[:_EXCERPT_TOKENS]
-    excerpt = load_tokenizer(directory).decode(ids.tolist())
+    shard = directory / manifest.splits[SPLITS[0]].shards[0].file
+    ids = open_shard(shard)[:_EXCERPT_TOKENS].tolist()
+    if ids and max(ids) >= manifest.tokenizer.vocab_size:
+        problem = f"token id {max(ids)} is outside the vocabulary"
+        raise DataError(problem, str(shard), DAMAGED)
+    excerpt = load_tokenizer(directory).decode(ids)
     return summarize(directory, manifest) | {
         "tokenizer": manifest.tokenizer.kind,
         "recipe": manifest.recipe,
@@ -80,14 +95,15 @@ def verify(directory: str | Place, tokenizer: str | None = None) -> list[str]:
     directory, problems = locate(directory), []
     try:
         manifest = read_manifest(directory)
+        _fidelity(directory, manifest)
     except DataError as error:
         return [str(error)]
     try:
         table = load_tokenizer(directory).token_bytes()
-        path = directory / TOKEN_BYTES
-        if not path.is_file() or not np.array_equal(np.load(io.BytesIO(path.read_bytes())), table):
-            problems.append(f"token lengths are missing or not those of the tokenizer ({path})")
-    except (DataError, OSError, ValueError) as error:
+        if not _has_lengths(directory / TOKEN_BYTES, table):
+            where = directory / TOKEN_BYTES
+            problems.append(f"token lengths are missing or not those of the tokenizer ({where})")
+    except (DataError, OSError) as error:
         problems.append(str(error))
     for entry in manifest.splits.values():
         if sum(shard.tokens for shard in entry.shards) != entry.tokens:
@@ -109,3 +125,11 @@ def verify(directory: str | Place, tokenizer: str | None = None) -> list[str]:
             except DataError as error:
                 problems.append(str(error))
     return problems
+
+
+def _has_lengths(path: Place, lengths: np.ndarray) -> bool:
+    """Whether a .npy file has these token lengths."""
+    try:
+        return path.is_file() and np.array_equal(np.load(io.BytesIO(path.read_bytes())), lengths)
+    except (ValueError, EOFError):  # not such a file
+        return False

@@ -8,9 +8,10 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -24,6 +25,7 @@ Report = Callable[[int], None]
 
 # Before the libraries start: each worker has one core to itself.
 _ONE_THREAD = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+_END_SECONDS = 5.0  # after which workers that are through are ended all the same
 
 
 class Job(Protocol):
@@ -77,7 +79,8 @@ def run_jobs(verb: str, jobs: Sequence[Job], workers: int, say: Say) -> None:
     if not missing:
         return
     if len(missing) < len(jobs):
-        say(f"{len(jobs) - len(missing)} of {len(jobs)} parts are {verb} already")
+        done = len(jobs) - len(missing)
+        say(f"{verb.rstrip(':')} already: {done} of {len(jobs)} pieces")
     progress = Progress(verb, [job.size for job in missing], say)
     if min(workers, len(missing)) == 1:
         for number, job in enumerate(missing):
@@ -136,7 +139,10 @@ def _died(job: Job, exitcode: int | None) -> DataError:
 
 @contextmanager
 def _workers(count: int) -> Iterator[dict[Connection, BaseProcess]]:
-    """Processes that wait for jobs, by the connection to each; they are gone after the block."""
+    """Processes that wait for jobs, by the connection to each; they are gone after the block.
+
+    Where all went well they end by themselves, so that libraries can clean up behind them.
+    """
     # Not fork: a copy of a process with threads can wait for ever on a lock that one of them held.
     context = multiprocessing.get_context("spawn")
     pool: dict[Connection, BaseProcess] = {}
@@ -148,6 +154,12 @@ def _workers(count: int) -> Iterator[dict[Connection, BaseProcess]]:
             theirs.close()
             pool[ours] = process
         yield pool
+        for connection in pool:
+            with suppress(OSError):  # it may have been killed meanwhile
+                connection.send(None)
+        deadline = time.monotonic() + _END_SECONDS
+        for process in pool.values():
+            process.join(max(0.0, deadline - time.monotonic()))
     finally:
         for connection, process in pool.items():
             process.terminate()
@@ -157,13 +169,12 @@ def _workers(count: int) -> Iterator[dict[Connection, BaseProcess]]:
 
 
 def _serve(connection: Connection) -> None:
-    """The life of a worker: does jobs until it is ended."""
+    """The life of a worker: does jobs until None comes, or it is ended."""
     # Ctrl-C reaches every process of the terminal; the first of them ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.update(_ONE_THREAD)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    while True:
-        job: Job = connection.recv()
+    while (job := connection.recv()) is not None:
         connection.send(_outcome(job, connection.send))
 
 

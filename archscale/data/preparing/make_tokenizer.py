@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from archscale.data.preparing.division import Spread, validation_share
+from archscale.data.preparing.arrays import write_array
+from archscale.data.preparing.division import Spread, empty_split, validation_share
 from archscale.data.preparing.documents import RecipeUnit
 from archscale.data.preparing.jobs import Report
 from archscale.data.preparing.preparation import Preparation
@@ -53,7 +54,8 @@ class IdentifyUnit:
 
 def _save_identities(path: Path, identities: np.ndarray) -> None:
     temporary = path.with_name(f"{uuid.uuid4().hex}.tmp.npy")
-    np.save(temporary, np.unique(identities))
+    with open(temporary, "wb") as file:
+        write_array(file, np.unique(identities))
     temporary.replace(path)
 
 
@@ -153,6 +155,8 @@ def _train(preparation: Preparation, folder: Path) -> None:
     held_out = _held_out(preparation)
     own = 0.0 if isinstance(preparation.recipe.validation, list) else preparation.recipe.validation
     sample, spread = _sample(preparation, own, held_out)
+    if held_out is not None and spread.documents == 0:
+        raise empty_split("train", "its documents are in validation too", preparation.recipe.name)
     held_out_spread = Spread(0 if held_out is None else len(_identities(held_out)))
     share = validation_share(preparation.recipe, spread, held_out_spread)
     if share != own:

@@ -66,13 +66,13 @@ def prepare(
     """
     recipe = load_recipe(recipe_path, overrides)
     number = PartNumber.parse(part) if part else None
-    destination = choose_destination(Path(recipe.output))
+    destination = choose_destination(recipe.output)
     if destination.finished:
         return already_there(recipe, destination, say)
     units = list_units(recipe)
     for note in (note for source in recipe.all_sources() for note in source.notes()):
         say(note)
-    with _work(destination, number, say) as work:
+    with _work(destination, number, not finish, say) as work:
         preparation = Preparation(
             recipe=recipe,
             units=units,
@@ -112,30 +112,38 @@ def _default_workers(units: list[RecipeUnit]) -> int:
 
 
 @contextmanager
-def _errors_explained(destination: Destination) -> Iterator[None]:
-    """What the file system refuses, as a DataError."""
+def _errors_explained(destination: Destination, opened: bool) -> Iterator[None]:
+    """What the file system refuses, as a DataError. What is missing in a work directory that was
+    opened was deleted."""
     try:
         yield
     except OSError as error:
         where = Path(error.filename or destination.output)
         ours = destination.work.parent
         if where.is_relative_to(ours) or ours.is_relative_to(where):
-            cause, remedy = explain_os_error(error, ELSEWHERE, vanished=True)
+            cause, remedy = explain_os_error(error, ELSEWHERE, vanished=opened)
         else:  # a file that a source reads
             cause, remedy = explain_os_error(error, "check the path")
         raise DataError(f"cannot prepare: {cause}", str(where), remedy) from error
 
 
 @contextmanager
-def _work(destination: Destination, part: PartNumber | None, say: Say) -> Iterator[WorkDirectory]:
-    """The work directory. If the block fails, it is kept where there is something to go on with."""
-    with _errors_explained(destination), open_work(destination.work, part, say) as work:
+def _work(
+    destination: Destination, part: PartNumber | None, may_remove: bool, say: Say
+) -> Iterator[WorkDirectory]:
+    """The work directory. If the block fails, it is kept where there is something to go on with,
+    or other machines may work there."""
+    with (
+        _errors_explained(destination, opened=False),
+        open_work(destination.work, part, say) as work,
+    ):
         try:
-            with _errors_explained(destination):
+            with _errors_explained(destination, opened=True):
                 yield work
         except BaseException as error:
-            if not work.worth_keeping():
-                if part is None:
+            if not work.has_results():
+                # Another machine may have begun a part where the file system has no locks.
+                if may_remove and not work.parts():
                     work.remove()
                 raise
             place = shown(str(work.path))

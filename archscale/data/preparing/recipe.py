@@ -12,6 +12,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -23,6 +24,14 @@ from archscale.yaml_reader import parse_yaml
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @field_validator("*")
+    @classmethod
+    def _can_be_stored(cls, value: Any) -> Any:
+        """The recipe is kept with the data set, as JSON, and names files."""
+        if isinstance(value, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+            raise ValueError("not Unicode text, or with a NUL in it")
+        return value
 
 
 class TrainTokenizer(_Strict):
@@ -37,9 +46,9 @@ class TokenizerRecipe(_Strict):
     name)."""
 
     kind: Literal["sentencepiece", "huggingface"] = "sentencepiece"
-    path: str | None = None
+    path: str | None = Field(default=None, min_length=1)
     train: TrainTokenizer | None = None
-    eos: str | None = None
+    eos: str | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _one_origin(self) -> "TokenizerRecipe":

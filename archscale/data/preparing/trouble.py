@@ -44,7 +44,8 @@ class Trouble:
             raise error
         self.counts[cause] += 1
         if len(self.examples) < MAX_EXAMPLES:
-            self.examples.append(str(error))
+            # Without the remedy, which may be to skip.
+            self.examples.append(f"{error.what} ({error.where})")
 
     def merge(self, other: "Trouble") -> None:
         """Adds what happened in a later part of the same work."""

@@ -9,6 +9,7 @@
     files/KEY.json          sizes, times and hashes of source files
     duplicates/             of the present run
     whole-KEY/              the dataset directory, until it is published
+    publishing              it is being moved into a directory that was there
 
 Every file appears in one rename, so that a process can be killed at any moment, and several can
 share the directory. What another recipe, source file or tokenizer made has another key, and is
@@ -31,8 +32,10 @@ from archscale.data.preparing.progress import Say
 from archscale.errors import DataError
 
 WORK_MARK = "archscale-work"
+PUBLISHING = "publishing"
 _FORMAT = 1  # of the files in the directory: another one makes other keys
-_OURS = ("samples", "trained-", "given-", "units", "files", "duplicates", "whole-", "part-")
+_FOLDERS = ("samples", "trained-", "given-", "units", "files", "duplicates", "whole-")
+_OURS = (*_FOLDERS, "part-", PUBLISHING)
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,10 @@ class WorkDirectory:
         names = [path.name.split("-") for path in self.path.glob("part-*-of-*")]
         return {PartNumber(int(number), int(count)) for _, number, _, count in names}
 
-    def worth_keeping(self) -> bool:
-        """Whether a unit is encoded or a tokenizer trained."""
-        encoded = any((self.path / "units").glob("*.json"))
-        return encoded or any(self.path.glob("trained-*"))
+    def has_results(self) -> bool:
+        """Whether there is anything to go on with."""
+        results = ("units/*.json", "samples/*.json", "files/*.json", "trained-*")
+        return any(any(self.path.glob(pattern)) for pattern in results)
 
     def remove(self) -> None:
         """Removes what is ours in it, and the directory if nothing else is in it."""

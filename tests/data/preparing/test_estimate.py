@@ -22,7 +22,7 @@ HUB = {
     "fineweb_edu_gpt2": 10e9,
     "fineweb_edu": 100e9,
     "dclm": 40e9,
-    "slimpajama": 627e9,
+    "slimpajama": 627.5e9,
     "starcoder": 250e9,
 }
 
@@ -90,6 +90,27 @@ def test_a_full_disk_is_expected(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(module, "_free", lambda output: 1000)
     notes = estimate(load_recipe(recipe_of(tmp_path)))["notes"]
     assert any("has not enough room" in note for note in notes)
+
+
+def test_validation_sources_are_expected_too(tmp_path) -> None:
+    write_lines(tmp_path / "a.jsonl", 300, 1)
+    write_lines(tmp_path / "held_out.json", 100, 2)
+    own = [{"kind": "jsonl", "path": str(tmp_path / "held_out.json")}]
+    expected = estimate(load_recipe(recipe_of(tmp_path, validation=own)))
+    training, validation = expected["sources"]
+    assert validation["source"] == f"validation: {own[0]['path']}"
+    assert training["text"] == pytest.approx(3 * validation["text"], rel=0.1)
+    assert expected["tokens"] == training["tokens"] + validation["tokens"]
+    own[0]["path"] = str(tmp_path / "nope")
+    with pytest.raises(DataError, match="no file matches"):
+        estimate(load_recipe(recipe_of(tmp_path, validation=own)))
+
+
+def test_an_output_that_is_taken_is_refused(tmp_path) -> None:
+    write_lines(tmp_path / "a.jsonl", 30, 1)
+    recipe = recipe_of(tmp_path)
+    with pytest.raises(DataError, match="not a directory"):
+        estimate(load_recipe(recipe, [f"output={recipe}"]))
 
 
 @pytest.mark.parametrize("name", HUB)

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ class Write:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.first == "crash":
             raise KeyError("a bug")
+        if self.first == "clean up":
+            Finalize(None, Path(self.result).with_suffix(".cleaned").touch, exitpriority=1)
         if self.first == "wait":
             time.sleep(60)
         self.result.write_text(str(os.getpid()))
@@ -48,7 +51,7 @@ def test_jobs_that_are_done_are_not_done_again(tmp_path: Path) -> None:
     (tmp_path / "b").write_text("made before")
     lines: list[str] = []
     run_jobs("counted", _jobs(tmp_path), 2, lines.append)
-    assert lines[0] == "1 of 6 parts are counted already"
+    assert lines[0] == "counted already: 1 of 6 pieces"
     assert lines[-1].startswith("counted 0.0 MB in")
     assert (tmp_path / "b").read_text() == "made before"
     makers = {(tmp_path / name).read_text() for name in "acdef"}
@@ -76,6 +79,11 @@ def test_a_failure_ends_the_others(
         run_jobs("counted", _jobs(tmp_path, b="wait", c=first), 2, print)
     assert time.monotonic() - began < 50
     assert (tmp_path / "a").exists()
+
+
+def test_workers_clean_up_behind_them(tmp_path: Path) -> None:
+    run_jobs("counted", _jobs(tmp_path, a="clean up"), 2, print)
+    assert (tmp_path / "a.cleaned").exists()
 
 
 def test_progress() -> None:

@@ -5,22 +5,26 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from archscale.data.preparing import beginnings, documents, duplicates
+from archscale.data.preparing import beginnings, documents, duplicates, make_tokenizer
 from archscale.data.preparing import prepare as module
 from archscale.data.preparing.preparation import Preparation
 from archscale.data.preparing.prepare import inspect, prepare, verify
 from archscale.data.preparing.recipe import load_recipe
 from archscale.data.preparing.source_files import HashFiles, hash_jobs
 from archscale.data.preparing.sources import JsonlSource
+from archscale.data.preparing.trouble import Trouble
 from archscale.data.shards import MANIFEST, SOURCE_FILES, open_shard, read_manifest
 from archscale.data.tokenizer import load_tokenizer
 from archscale.errors import DataError
+from tests.commands import ROOT
 from tests.data.preparing.corpora import hashes, write_corpus, write_recipe, write_tokenizer
 
 pytest.importorskip("tokenizers")
@@ -242,6 +246,25 @@ def test_parts_train_one_tokenizer(work: Path) -> None:
     assert hashes(work / "data") == hashes(work / "whole")
 
 
+def test_samples_are_kept_when_the_work_is_interrupted(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(make_tokenizer, "train_sentencepiece", interrupt)
+    write_recipe(work, tokenizer={"kind": "sentencepiece", "train": {"vocab_size": 300}})
+    said: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        prepare("recipe.yaml", say=said.append)
+    assert "the same command goes on" in said[-1]
+    samples = list(work.glob(".data.work/samples/*.json"))
+    assert len(samples) > 5
+    with pytest.raises(DataError, match="no part has trained the tokenizer"):
+        prepare("recipe.yaml", finish=True)
+    assert list(work.glob(".data.work/samples/*.json")) == samples
+
+
 @pytest.mark.parametrize("deduplicate", [True, False])
 def test_validation_sources_of_ones_own(work: Path, deduplicate: bool) -> None:
     lines = (work / "corpus_0.jsonl").read_text().splitlines(keepends=True)
@@ -415,6 +438,65 @@ def test_nothing_of_a_users_is_removed(work: Path) -> None:
     with pytest.raises(DataError, match="work directory of this output is not archscale's"):
         prepare("recipe.yaml")
     assert (mine / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_reader_of_the_progress_that_goes_does_not_end_the_work(work: Path) -> None:
+    command = [sys.executable, "-m", "archscale", "data", "prepare", "recipe.yaml"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = subprocess.run(command, env=environment, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (process.returncode, process.stderr) == (1, b"")
+    assert verify("data") == []
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_training_documents_that_are_all_for_validation(work: Path, trained: bool) -> None:
+    own = [{"kind": "jsonl", "path": "corpus_*.jsonl"}]
+    changes = {"tokenizer": {"train": {"vocab_size": 300}}} if trained else {}
+    with pytest.raises(DataError, match="'train' is empty: its documents are in validation too"):
+        prepare(write_recipe(work, validation=own, **changes))
+
+
+def test_what_was_skipped_is_listed_without_the_advice_to_skip_it() -> None:
+    trouble = Trouble("skip")
+    trouble.record("null text", DataError("no text", "a:1", "on_error: skip leaves it out"))
+    assert trouble.examples == ["no text (a:1)"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_a_place_where_nothing_can_be_made(work: Path) -> None:
+    with pytest.raises(DataError, match="No such file or directory") as caught:
+        prepare("recipe.yaml", ["output=/proc/data"])
+    assert "deleted" not in str(caught.value)
+
+
+def test_the_home_directory(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(work / "home"))
+    assert prepare("recipe.yaml", ["output=~/data"])["output"] == str(work / "home" / "data")
+    assert (work / "home" / "data" / MANIFEST).is_file()
+    assert not (work / "~").exists()
+
+
+@pytest.mark.parametrize("meanwhile", [False, True])
+def test_what_a_user_puts_into_the_output_is_not_overwritten(work: Path, meanwhile: bool) -> None:
+    """Between two commands, or while one of them works."""
+    (work / "data" / "lost+found").mkdir(parents=True)
+    mine = work / "data" / SOURCE_FILES
+
+    def put(_: str) -> None:
+        mine.write_text("years of work")
+
+    if not meanwhile:
+        prepare("recipe.yaml", part="1/2")
+        put("")
+    with pytest.raises(DataError, match=r"output has sources\.json and is not a prepared"):
+        prepare("recipe.yaml", say=put)
+    assert mine.read_text() == "years of work"
+    mine.unlink()
+    prepare("recipe.yaml", shard_tokens=SHARD_TOKENS)
+    assert hashes(work / "data") == GOLDEN
 
 
 @pytest.mark.parametrize("kind", ["link to an empty directory", "dangling link", "parents", "file"])

@@ -42,7 +42,7 @@ def test_a_line_without_text_is_named_or_counted(
     trouble = Trouble("skip")
     assert read(jsonl(path), trouble) == ["before", "after"]
     assert trouble.counts == {cause: 1}
-    assert trouble.examples == [str(caught.value)]
+    assert trouble.examples == [f"{caught.value.what} ({caught.value.where})"]
 
 
 def test_what_json_allows_is_read(tmp_path: Path) -> None:
