@@ -17,6 +17,7 @@ MANIFEST = "manifest.json"  # parameter → role → rule
 CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"  # the run's own, whatever becomes of the data directory
 REPORT = "report.html"
+OWNER = "owner.json"  # the process that trains there, while it lives
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

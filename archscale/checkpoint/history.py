@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from archscale.config import Config
 from archscale.config.layers import flatten
 from archscale.data.mixture import quotas
 from archscale.data.training_data import TrainingData
-from archscale.errors import CheckpointError, ConfigError, explain_os_error
+from archscale.errors import CheckpointError, ConfigError
 from archscale.files import CHECKPOINTS, METRICS, checkpoint_steps
 
 MIXTURE = "data.mixture"
@@ -58,12 +57,10 @@ def _proportions(mixture: Any) -> dict[str, int]:
 def choose_checkpoint(
     config: Config, data: TrainingData, run_dir: Path, resume: str
 ) -> Path | None:
-    """The checkpoint to continue from, if any, after checking that it belongs to this trajectory
-    and that the run directory can be written.
+    """The checkpoint to continue from, if any, after checking that it belongs to this trajectory.
 
     Raises:
-        ConfigError: a key that would change the trajectory, or a run directory that cannot be
-            written.
+        ConfigError: a key that would change the trajectory.
         CheckpointError: `resume` names no checkpoint, or is `never` where there is a run.
     """
     checkpoints = run_dir / CHECKPOINTS
@@ -90,15 +87,6 @@ def choose_checkpoint(
                 str(source),
                 "restore the value, or start another run with --run-dir",
             )
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir):
-            pass
-    except OSError as error:
-        cause, remedy = explain_os_error(error, "give another with --run-dir")
-        raise ConfigError(
-            f"cannot write the run directory: {cause}", str(run_dir), remedy
-        ) from error
     return source
 
 

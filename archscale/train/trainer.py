@@ -57,6 +57,7 @@ from archscale.train.build import (
     manifest,
 )
 from archscale.train.evaluate import Evaluation
+from archscale.train.ownership import sole_owner
 from archscale.train.readings import FallBack, Judgement, Readings
 from archscale.train.record import Recorder
 from archscale.train.step import Supervision, train_step
@@ -100,13 +101,14 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
     device = distributed.start(max(3600.0, config.telemetry.stuck_after + 60))
     # No clean-up when something fails: a rank that failed alone would wait here for ranks that wait
     # for it elsewhere.
-    source = distributed.on_rank_zero(lambda: choose_checkpoint(config, data, run_dir, resume))
-    distributed.on_rank_zero(data.check)
-    for held in validation:
-        distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
-    run = Run(plan, run_dir, data, validation, device)
-    summary = run.go(source)
-    distributed.stop()
+    with sole_owner(run_dir):
+        source = distributed.on_rank_zero(lambda: choose_checkpoint(config, data, run_dir, resume))
+        distributed.on_rank_zero(data.check)
+        for held in validation:
+            distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
+        run = Run(plan, run_dir, data, validation, device)
+        summary = run.go(source)
+        distributed.stop()
     return summary
 
 

@@ -90,10 +90,11 @@ def run(config: Config, run_dir: str, resume: str = "auto") -> list[dict]:
         config.with_vocab(data.vocab_size), world_size=world_size(), sources=source_tokens(data)
     )
     run = trainer.Run(plan, Path(run_dir), data, validation, torch.device("cpu"))
-    source = on_rank_zero(
-        lambda: trainer.choose_checkpoint(run.config, data, Path(run_dir), resume)
-    )
-    run.go(source)
+    with trainer.sole_owner(Path(run_dir)):
+        source = on_rank_zero(
+            lambda: trainer.choose_checkpoint(run.config, data, Path(run_dir), resume)
+        )
+        run.go(source)
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
