@@ -19,8 +19,9 @@ import torch
 
 import archscale
 from archscale import distributed
+from archscale.checkpoint.abandoned import leave_one_history
 from archscale.checkpoint.directory import discard_after, newest_valid
-from archscale.checkpoint.history import choose_checkpoint, identity
+from archscale.checkpoint.history import Lineage, Start, choose_checkpoint, identity
 from archscale.checkpoint.saving import load_checkpoint, save_checkpoint
 from archscale.config import Config, dump_config
 from archscale.data.loader import Loader
@@ -48,6 +49,7 @@ from archscale.plan.plan import Plan, make_plan
 from archscale.plan.preflight import refuse
 from archscale.plan.text import counting_pass_share, mixture_rows
 from archscale.telemetry.guard import Guard
+from archscale.telemetry.sinks import last_line
 from archscale.telemetry.tracking import check_wandb
 from archscale.train.build import (
     build_engine,
@@ -95,19 +97,19 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
     check_document_mask(config.data, data.eos_id)
     check_engine(config)
     check_wandb(config.telemetry.wandb.mode)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-        resume = "auto"  # after a crash of this very job, not back to where it was told to start
+    if resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        resume = "auto"  # after a crash of this very job
     # The watchdog comes first, with stacks.
     device = distributed.start(max(3600.0, config.telemetry.stuck_after + 60))
     # No clean-up when something fails: a rank that failed alone would wait here for ranks that wait
     # for it elsewhere.
     with sole_owner(run_dir):
-        source = distributed.on_rank_zero(lambda: choose_checkpoint(config, data, run_dir, resume))
+        start = distributed.on_rank_zero(lambda: choose_checkpoint(config, data, run_dir, resume))
         distributed.on_rank_zero(data.check)
         for held in validation:
             distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
         run = Run(plan, run_dir, data, validation, device)
-        summary = run.go(source)
+        summary = run.go(start)
         distributed.stop()
     return summary
 
@@ -134,6 +136,7 @@ class Run:
         self.optimizer = build_optimizer(config, self.roles, self.transfer.roles, self.engine)
         guard = config.telemetry.guard
         self.guard = None if guard.mode == "off" else Guard(**guard.model_dump())
+        self.lineage = Lineage()
         self._fell_back_to: int | None = None  # step that the last fall-back went to
         # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
         # the training size.
@@ -142,17 +145,18 @@ class Run:
 
     # --- the loop
 
-    def go(self, source: Path | None) -> dict[str, Any]:
-        """Train to the end, from the checkpoint `source` or from the start.
+    def go(self, start: Start) -> dict[str, Any]:
+        """Train to the end.
 
         Raises:
             TrainingError: the guard has no older checkpoint to fall back to, or has fallen back
                 `max_fallbacks` times.
         """
         started = time.monotonic()
-        step = 0 if source is None else self._restore(source)
+        step = 0 if start.checkpoint is None else self._restore(start.checkpoint, start.rewinds)
         if step >= self.config.steps:
             return self._summary(step, started, already_done=True)
+        distributed.on_rank_zero(lambda: leave_one_history(self.run_dir, start, step))
         distributed.on_rank_zero(self._describe)
         watchdog = Watchdog(self.run_dir, self.config.telemetry.stuck_after)
         config = self.config
@@ -238,9 +242,10 @@ class Run:
             loader.close()
         return step
 
-    def _restore(self, source: Path) -> int:
+    def _restore(self, source: Path, rewinds: bool = False) -> int:
         """Load a checkpoint; returns its step."""
         state = load_checkpoint(source, self.engine.weights(), self.optimizer)
+        self.lineage.restore(state, rewinds)
         self.engine.weights_changed()
         if self.guard and state.get("guard"):
             self.guard.load(state["guard"])
@@ -248,7 +253,7 @@ class Run:
 
     def _save(self, step: int) -> None:
         state = {"step": step, "config": self.config.resolved(), "data": identity(self.data)}
-        state["guard"] = self.guard and self.guard.state()
+        state |= {"guard": self.guard and self.guard.state(), **self.lineage.next(step)}
         keep = self.config.checkpoint.keep
         save_checkpoint(
             self.run_dir / CHECKPOINTS, self.engine.weights(), self.optimizer, state, keep
@@ -364,14 +369,11 @@ class Run:
             "run_dir": str(self.run_dir),
             "checkpoint": str(step_directory(self.run_dir / CHECKPOINTS, step)),
         }
-        metrics = self.run_dir / METRICS
-        if metrics.exists():
-            last = [json.loads(line) for line in metrics.read_text().splitlines()[-1:]]
-            summary |= {
-                key: last[0][key]
-                for key in ("loss", "val_loss", "val_bits_per_byte")
-                if last and key in last[0]
-            }
+        last = last_line(self.run_dir / METRICS)
+        # A crash may have cut the line of the last step short.
+        if last.get("step") == step:
+            names = ("loss", "val_loss", "val_bits_per_byte")
+            summary |= {name: last[name] for name in names if name in last}
         return summary
 
 

@@ -104,8 +104,8 @@ def losses(data: str, run_dir: str, rule: str, steps: int, /, **sections) -> lis
     return [line["loss"] for line in lines] + [lines[-1]["val_loss"]]
 
 
-def crash_after(config: Config, run_dir: str, step: int) -> None:
-    """Train until just before step `step` + 1 and stop without any clean-up, as a crash would."""
+def crash_after(config: Config, run_dir: str, step: int, resume: str = "auto") -> None:
+    """Train `step` steps and stop without any clean-up, as a crash would."""
 
     class Crash(Exception):
         pass
@@ -120,7 +120,7 @@ def crash_after(config: Config, run_dir: str, step: int) -> None:
 
     trainer.train_step = stopping
     try:
-        run(config, run_dir)
+        run(config, run_dir, resume)
     except Crash:
         return
     finally:
