@@ -22,8 +22,10 @@ from archscale.files import (
 )
 from archscale.telemetry.sinks import lines_until
 
-# Of saving and discarding checkpoints; of `write_atomically` in the run directory.
+# What saving and discarding checkpoints, a watchdog without anything to write, and
+# `write_atomically` leave behind when they are killed.
 UNFINISHED_CHECKPOINT = re.compile(r"\.step_\d+\.(partial|deleted)")
+EMPTY_FILE = re.compile(r"stacks_rank_\d+\.txt")
 UNFINISHED_FILE = re.compile(r"\.(?!report).+\.[0-9a-f]{12}\.tmp")
 
 
@@ -55,7 +57,8 @@ def _delete_unfinished(run_dir: Path) -> None:
         if UNFINISHED_CHECKPOINT.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
     for path in run_dir.iterdir():
-        if UNFINISHED_FILE.fullmatch(path.name):
+        empty = EMPTY_FILE.fullmatch(path.name) and path.stat().st_size == 0
+        if empty or UNFINISHED_FILE.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 

@@ -150,19 +150,22 @@ def test_what_killed_runs_did_not_finish_is_deleted(data, copied):
         (checkpoints / name / "x").write_text("x")
     for name in (".plan.json.0123456789ab.tmp", ".report.html.0123456789ab.tmp", ".mine.tmp"):
         (copied / name).touch()
+    (copied / "stacks_rank_7.txt").touch()
+    (copied / "stacks_rank_8.txt").write_text("Thread …")
     shutil.rmtree(step_directory(checkpoints, 8))
     run(made(data), str(copied))
     assert [path.name for path in checkpoints.glob(".*")] == [".mine"]
-    left = sorted(path.name for path in copied.glob(".*"))
-    assert left == [".mine.tmp", ".report.html.0123456789ab.tmp"]  # a report may be in the making
+    left = sorted(path.name for path in copied.iterdir() if path.suffix in (".tmp", ".txt"))
+    # A report may be in the making, and stacks are there to be read.
+    assert left == [".mine.tmp", ".report.html.0123456789ab.tmp", "stacks_rank_8.txt"]
 
 
 def test_a_line_cut_short_does_not_stop_a_finished_run(data, finished, copied):
     metrics = copied / "metrics.jsonl"
     with metrics.open("ab") as file:
-        file.write(b'{"step": 9, "lo\0\xff')
+        file.write(b'{"step": 9, "lo\0\xff\n{"step": 9}')
     assert trainer.train(made(data), copied)["loss"] == lines(finished)[-1][1]
-    metrics.write_text("".join(metrics.read_text(errors="replace").splitlines(True)[:-2]) + '{"st')
+    metrics.write_text("".join(metrics.read_text(errors="replace").splitlines(True)[:-3]) + '{"st')
     summary = trainer.train(made(data), copied)
     assert summary["already_done"]
     assert "loss" not in summary
