@@ -486,6 +486,8 @@ def prepare(
 
     Example: archscale data prepare data_prep/python_stdlib.yaml
     """
+    import functools
+
     from archscale.data.preparing.prepare import prepare as run
 
     if part and finish:

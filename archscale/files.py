@@ -15,8 +15,10 @@ METRICS = "metrics.jsonl"  # a JSON object for each step
 ENVIRONMENT = "environment.json"  # versions, git revision, host
 MANIFEST = "manifest.json"  # parameter → role → rule
 CHECKPOINTS = "checkpoints"
+ABANDONED = "abandoned"  # what lay after a checkpoint to which the run has gone back
 TOKENIZER = "tokenizer"  # the run's own, whatever becomes of the data directory
 REPORT = "report.html"
+OWNER = "owner.json"  # the process that trains there, while it lives
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:

@@ -2,11 +2,13 @@
 
 A checkpoint is the directory `step_00001000`: it is written under a temporary name and renamed once
 every rank has finished, so a directory with that name is whole. `state.json` in it has the step,
-the config and data that it belongs to, and the size of every file.
+the config and data that it belongs to, its own identity and that of the checkpoint before it, and
+the size of every file.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,14 +23,17 @@ FORMAT = 2
 
 
 def newest_valid(
-    directory: Path, warn: Callable[[str], None], before: int | None = None
+    directory: Path,
+    warn: Callable[[str], None],
+    before: int | None = None,
+    counts: Callable[[Path], bool] = lambda path: True,
 ) -> Path | None:
-    """The newest checkpoint (of a step below `before`) whose files are all there in their full
-    size; `warn` hears of the ones passed over."""
+    """The newest checkpoint (of a step below `before`, and that `counts`) whose files are all there
+    in their full size; `warn` hears of the ones passed over."""
     for step in reversed(checkpoint_steps(directory)):
-        if before is not None and step >= before:
-            continue
         path = step_directory(directory, step)
+        if (before is not None and step >= before) or not counts(path):
+            continue
         problem = damage(path)
         if problem is None:
             return path
@@ -96,6 +101,13 @@ def read_state(path: Path) -> dict[str, Any]:
             "load it with the version that wrote it",
         )
     return state
+
+
+def checkpoint_id(state: dict[str, Any]) -> str:
+    """What tells a checkpoint from all others, wherever it lies; one that was written before
+    checkpoints had an `id` has the digest of its state."""
+    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+    return str(state.get("id") or digest[:16])
 
 
 def discard(path: Path) -> None:

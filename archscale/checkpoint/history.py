@@ -1,21 +1,23 @@
-"""Which checkpoint a run continues from, and whether it belongs to this run's trajectory."""
+"""Which checkpoint a run continues from, whether it belongs to this run's trajectory, and what the
+run's own checkpoints say of those before them."""
 
 from __future__ import annotations
 
 import json
 import sys
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from archscale.checkpoint.directory import newest_valid, read_state
+from archscale.checkpoint.directory import checkpoint_id, newest_valid, read_state
 from archscale.config import Config
 from archscale.config.layers import Layer, flatten
 from archscale.data.mixture import quotas
 from archscale.data.training_data import TrainingData
-from archscale.errors import CheckpointError, ConfigError, explain_os_error
-from archscale.files import CHECKPOINTS, METRICS, checkpoint_steps
+from archscale.errors import CheckpointError, ConfigError
+from archscale.files import CHECKPOINTS, METRICS, checkpoint_steps, step_directory
 
 MIXTURE = "data.mixture"
 # May differ between a checkpoint and the run that resumes it: they do not change the trajectory.
@@ -55,15 +57,53 @@ def _proportions(mixture: Any) -> dict[str, int]:
     return quotas({entry["name"]: entry["weight"] for entry in entries}) if entries else {}
 
 
-def choose_checkpoint(
-    config: Config, data: TrainingData, run_dir: Path, resume: str
-) -> Path | None:
-    """The checkpoint to continue from, if any, after checking that it belongs to this trajectory
-    and that the run directory can be written.
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts.
+
+    Attributes:
+        checkpoint: that it continues from; None: from the beginning.
+        rewinds: `--resume` names the checkpoint, and nothing in the run directory continues it yet.
+        own: the run directory's history leads to it; otherwise nothing there does.
+    """
+
+    checkpoint: Path | None
+    rewinds: bool = False
+    own: bool = True
+
+
+class Lineage:
+    """What a run's next checkpoint continues: its parent, and before it the checkpoints that
+    `--resume` has named, each as `{"step": …, "id": …}`."""
+
+    def __init__(self) -> None:
+        self._parent: dict[str, Any] | None = None
+        self._resumed: list[dict[str, Any]] = []
+
+    def restore(self, state: dict[str, Any], rewinds: bool) -> None:
+        """The run goes on from the checkpoint of this `state`, to which `--resume` goes back."""
+        self._parent = {"step": state["step"], "id": checkpoint_id(state)}
+        # After a fall-back the state may be of the very checkpoint that was named.
+        named = [*self._resumed, self._parent] if rewinds else self._resumed
+        named = [entry for entry in named if entry["step"] <= state["step"]]
+        before = state.get("resumed", [])
+        self._resumed = before + [entry for entry in named if entry not in before]
+
+    def next(self, step: int) -> dict[str, Any]:
+        """For the state of the checkpoint of `step`, which is the parent from then on. Each rank
+        makes an `id` of its own: that of rank 0 is written."""
+        entries = {"id": uuid.uuid4().hex[:16], "parent": self._parent, "resumed": self._resumed}
+        self._parent = {"step": step, "id": entries["id"]}
+        return entries
+
+
+def choose_checkpoint(config: Config, data: TrainingData, run_dir: Path, resume: str) -> Start:
+    """The checkpoint to continue from, if any, after checking that it belongs to this trajectory:
+    the newest one; with a path as `resume` the newest one that continues that path's, or else that
+    itself.
 
     Raises:
-        ConfigError: a key that would change the trajectory, or a run directory that cannot be
-            written.
+        ConfigError: a key that would change the trajectory.
         CheckpointError: `resume` names no checkpoint, or is `never` where there is a run; or
             another version wrote the checkpoint.
     """
@@ -72,11 +112,10 @@ def choose_checkpoint(
         remedy = "give another --run-dir, or drop --resume never"
         raise CheckpointError("the run directory holds a run", str(run_dir), remedy)
     if resume in ("auto", "never"):
-        source = newest_valid(
-            checkpoints, lambda text: print(f"archscale: warning: {text}", file=sys.stderr)
-        )
+        start = Start(newest_valid(checkpoints, _warn))
     else:
-        source = Path(resume)
+        start = _named(checkpoints, Path(resume))
+    source = start.checkpoint
     if source is not None:
         saved = read_state(source)
         before, now = (
@@ -89,16 +128,45 @@ def choose_checkpoint(
                 str(source),
                 "restore the value, or start another run with --run-dir",
             )
+    return start
+
+
+def _named(checkpoints: Path, path: Path) -> Start:
+    """The start that `--resume path` means: a job that is started again with it goes on from where
+    it is, also when `path` has been pruned since."""
+    own = path.resolve().parent == checkpoints.resolve()
+    pruned = own and not (path / "state.json").exists()
+    named = "" if pruned else checkpoint_id(read_state(path))
+
+    def continues(candidate: Path) -> bool:
+        try:
+            resumed = read_state(candidate).get("resumed", [])
+        except CheckpointError:
+            return False
+        return any(
+            step_directory(checkpoints, entry["step"]).name == path.name
+            if pruned
+            else entry["id"] == named
+            for entry in resumed
+        )
+
+    newest = newest_valid(checkpoints, _warn, counts=continues)
+    if newest is not None:
+        print(f"goes on from {newest}, which continues {path}", flush=True)
+        return Start(newest)
+    copy = step_directory(checkpoints, read_state(path)["step"])
+    return Start(path, rewinds=True, own=_has_id(copy, named))
+
+
+def _has_id(path: Path, named: str) -> bool:
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir):
-            pass
-    except OSError as error:
-        cause, remedy = explain_os_error(error, "give another with --run-dir")
-        raise ConfigError(
-            f"cannot write the run directory: {cause}", str(run_dir), remedy
-        ) from error
-    return source
+        return checkpoint_id(read_state(path)) == named
+    except CheckpointError:
+        return False
+
+
+def _warn(text: str) -> None:
+    print(f"archscale: warning: {text}", file=sys.stderr)
 
 
 def _saved_config(source: Path, saved: Mapping[str, Any]) -> Config:

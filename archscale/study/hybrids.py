@@ -16,6 +16,7 @@ from archscale.rules import RULES
 from archscale.study.config import Arm, HybridStudy
 from archscale.study.output import Results, Row, column, curves, groups, mean_and_spread, median
 from archscale.sweep.pages import report_if_possible
+from archscale.telemetry.sinks import read_lines
 from archscale.train.trainer import train
 
 MATRIX = "optimizer/matrix/"
@@ -33,7 +34,7 @@ def run_hybrids(study: HybridStudy, directory: Path, say: Callable[[str], None])
         say(f"{arm.label}: {arm.rule}, η = {arm.lr:g}, λ = {arm.weight_decay:g}, seed {seed}")
         train(study.config(arm, seed), run)
         report_if_possible(run)
-        lines = [json.loads(line) for line in (run / METRICS).read_text().splitlines()]
+        lines = read_lines(run / METRICS)
         readings = [line for line in lines if any(key.startswith(MATRIX) for key in line)]
         rows = matrix_rows(arm, readings, read_shapes(run))
         first = {"arm": arm.label, "seed": seed}

@@ -26,12 +26,7 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int = 0):
         self.path = path
         if path.exists():
-            kept = [
-                line
-                for line in path.read_text().splitlines(keepends=True)
-                if _step(line, resume_step) <= resume_step
-            ]
-            write_atomically(path, "".join(kept))
+            write_atomically(path, "".join(lines_until(path, resume_step)[0]))
         self._file = path.open("a")
 
     def write(self, step: int, tokens: int, **values: Any) -> dict[str, Any]:
@@ -72,9 +67,30 @@ def last_line(run_dir: Path) -> dict[str, Any]:
     return {}
 
 
-def _step(line: str, resume_step: int) -> int:
-    """Step of a line; one that a crash cut short counts as later than `resume_step`."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Every whole line; a crash may have cut the last one short."""
+    return [values for line in _lines(path) if (values := _values(line)) is not None]
+
+
+def lines_until(path: Path, step: int) -> tuple[list[str], list[str]]:
+    """(lines of steps up to `step`, lines of later steps), as they stand in the file; what is not
+    whole belongs to neither. Both are empty without the file."""
+    kept: list[str] = []
+    later: list[str] = []
+    for line in _lines(path):
+        if (values := _values(line)) is not None:
+            (kept if values["step"] <= step else later).append(line)
+    return kept, later
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
+
+
+def _values(line: str) -> dict[str, Any] | None:
+    """None where the line is not whole."""
     try:
-        return int(json.loads(line)["step"]) if line.endswith("\n") else resume_step + 1
-    except (ValueError, KeyError, TypeError):
-        return resume_step + 1
+        values = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None

@@ -19,8 +19,9 @@ import torch
 
 import archscale
 from archscale import distributed
+from archscale.checkpoint.abandoned import leave_one_history
 from archscale.checkpoint.directory import discard_after, newest_valid
-from archscale.checkpoint.history import choose_checkpoint, identity
+from archscale.checkpoint.history import Lineage, Start, choose_checkpoint, identity
 from archscale.checkpoint.saving import load_checkpoint, save_checkpoint
 from archscale.config import Config, dump_config
 from archscale.data.loader import Loader
@@ -57,6 +58,7 @@ from archscale.train.build import (
     manifest,
 )
 from archscale.train.evaluate import Evaluation
+from archscale.train.ownership import sole_owner
 from archscale.train.readings import FallBack, Judgement, Readings
 from archscale.train.record import Recorder
 from archscale.train.step import Supervision, train_step
@@ -94,19 +96,20 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
     check_document_mask(config.data, data.eos_id)
     check_engine(config)
     check_wandb(config.telemetry.wandb.mode)
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-        resume = "auto"  # after a crash of this very job, not back to where it was told to start
+    if resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        resume = "auto"  # after a crash of this very job
     # The watchdog comes first, with stacks.
     device = distributed.start(max(3600.0, config.telemetry.stuck_after + 60))
     # No clean-up when something fails: a rank that failed alone would wait here for ranks that wait
     # for it elsewhere.
-    source = distributed.on_rank_zero(lambda: choose_checkpoint(config, data, run_dir, resume))
-    distributed.on_rank_zero(data.check)
-    for held in validation:
-        distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
-    run = Run(plan, run_dir, data, validation, device)
-    summary = run.go(source)
-    distributed.stop()
+    with sole_owner(run_dir):
+        start = distributed.on_rank_zero(lambda: choose_checkpoint(config, data, run_dir, resume))
+        distributed.on_rank_zero(data.check)
+        for held in validation:
+            distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
+        run = Run(plan, run_dir, data, validation, device)
+        summary = run.go(start)
+        distributed.stop()
     return summary
 
 
@@ -132,6 +135,7 @@ class Run:
         self.optimizer = build_optimizer(config, self.roles, self.transfer.roles, self.engine)
         guard = config.telemetry.guard
         self.guard = None if guard.mode == "off" else Guard(**guard.model_dump())
+        self.lineage = Lineage()
         self._fell_back_to: int | None = None  # step that the last fall-back went to
         self._not_finite_since: int | None = None  # first step of the losses now that are not
         # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
@@ -141,17 +145,18 @@ class Run:
 
     # --- the loop
 
-    def go(self, source: Path | None) -> dict[str, Any]:
-        """Train to the end, from the checkpoint `source` or from the start.
+    def go(self, start: Start) -> dict[str, Any]:
+        """Train to the end.
 
         Raises:
             TrainingError: the guard has no older checkpoint to fall back to, or has fallen back
                 `max_fallbacks` times.
         """
         started = time.monotonic()
-        step = 0 if source is None else self._restore(source)
+        step = 0 if start.checkpoint is None else self._restore(start.checkpoint, start.rewinds)
         if step >= self.config.steps:
             return self._summary(step, started, already_done=True)
+        distributed.on_rank_zero(lambda: leave_one_history(self.run_dir, start, step))
         distributed.on_rank_zero(self._describe)
         watchdog = Watchdog(self.run_dir, self.config.telemetry.stuck_after)
         config = self.config
@@ -240,9 +245,10 @@ class Run:
             loader.close()
         return step
 
-    def _restore(self, source: Path) -> int:
+    def _restore(self, source: Path, rewinds: bool = False) -> int:
         """Load a checkpoint; returns its step."""
         state = load_checkpoint(source, self.engine.weights(), self.optimizer)
+        self.lineage.restore(state, rewinds)
         self.engine.weights_changed()
         if self.guard and state.get("guard"):
             self.guard.load(state["guard"])
@@ -251,7 +257,7 @@ class Run:
 
     def _save(self, step: int) -> None:
         state = {"step": step, "config": self.config.resolved(), "data": identity(self.data)}
-        state["guard"] = self.guard and self.guard.state()
+        state |= {"guard": self.guard and self.guard.state(), **self.lineage.next(step)}
         state["not_finite_since"] = self._not_finite_since
         keep = self.config.checkpoint.keep
         save_checkpoint(
@@ -376,9 +382,10 @@ class Run:
             "checkpoint": str(step_directory(self.run_dir / CHECKPOINTS, step)),
         }
         last = last_line(self.run_dir)
-        summary |= {
-            key: last[key] for key in ("loss", "val_loss", "val_bits_per_byte") if key in last
-        }
+        # A crash may have cut the line of the last step short.
+        if last.get("step") == step:
+            names = ("loss", "val_loss", "val_bits_per_byte")
+            summary |= {name: last[name] for name in names if name in last}
         return summary
 
 

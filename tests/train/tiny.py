@@ -90,10 +90,11 @@ def run(config: Config, run_dir: str, resume: str = "auto") -> list[dict]:
         config.with_vocab(data.vocab_size), world_size=world_size(), sources=source_tokens(data)
     )
     run = trainer.Run(plan, Path(run_dir), data, validation, torch.device("cpu"))
-    source = on_rank_zero(
-        lambda: trainer.choose_checkpoint(run.config, data, Path(run_dir), resume)
-    )
-    run.go(source)
+    with trainer.sole_owner(Path(run_dir)):
+        source = on_rank_zero(
+            lambda: trainer.choose_checkpoint(run.config, data, Path(run_dir), resume)
+        )
+        run.go(source)
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -103,8 +104,8 @@ def losses(data: str, run_dir: str, rule: str, steps: int, /, **sections) -> lis
     return [line["loss"] for line in lines] + [lines[-1]["val_loss"]]
 
 
-def crash_after(config: Config, run_dir: str, step: int) -> None:
-    """Train until just before step `step` + 1 and stop without any clean-up, as a crash would."""
+def crash_after(config: Config, run_dir: str, step: int, resume: str = "auto") -> None:
+    """Train `step` steps and stop without any clean-up, as a crash would."""
 
     class Crash(Exception):
         pass
@@ -119,7 +120,7 @@ def crash_after(config: Config, run_dir: str, step: int) -> None:
 
     trainer.train_step = stopping
     try:
-        run(config, run_dir)
+        run(config, run_dir, resume)
     except Crash:
         return
     finally:

@@ -1,0 +1,96 @@
+"""What a run leaves behind when it goes back to an older checkpoint, and what a killed one did not
+finish.
+
+A run directory has one history: what does not belong to it is moved into `abandoned/`.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+from archscale.checkpoint.history import Start
+from archscale.errors import CheckpointError, explain_os_error
+from archscale.files import (
+    ABANDONED,
+    CHECKPOINTS,
+    METRICS,
+    checkpoint_steps,
+    step_directory,
+    write_atomically,
+)
+from archscale.telemetry.sinks import lines_until
+
+# What saving and discarding checkpoints, a watchdog without anything to write, and
+# `write_atomically` leave behind when they are killed.
+UNFINISHED_CHECKPOINT = re.compile(r"\.step_\d+\.(partial|deleted)")
+EMPTY_FILE = re.compile(r"stacks_rank_\d+\.txt")
+UNFINISHED_FILE = re.compile(r"\.(?!report).+\.[0-9a-f]{12}\.tmp")
+
+
+def leave_one_history(run_dir: Path, start: Start, step: int) -> None:
+    """Move what does not precede `start` from the run directory into `abandoned/`, and say so;
+    nothing is deleted. What killed processes did not finish writing or deleting is.
+
+    Args:
+        step: of `start`.
+
+    Raises:
+        CheckpointError: something cannot be moved.
+    """
+    try:
+        _delete_unfinished(run_dir)
+        _move_abandoned(run_dir, start, step if start.own else 0)
+    except OSError as error:
+        cause, remedy = explain_os_error(error, "train in another directory with --run-dir")
+        raise CheckpointError(
+            f"cannot move what the run leaves behind: {cause}",
+            error.filename or str(run_dir),
+            remedy,
+        ) from error
+
+
+def _delete_unfinished(run_dir: Path) -> None:
+    checkpoints = run_dir / CHECKPOINTS
+    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
+        if UNFINISHED_CHECKPOINT.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in run_dir.iterdir():
+        empty = EMPTY_FILE.fullmatch(path.name) and path.stat().st_size == 0
+        if empty or UNFINISHED_FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+
+
+def _move_abandoned(run_dir: Path, start: Start, step: int) -> None:
+    """Move the checkpoints and, unless a crash lost their checkpoint, the metrics of later steps
+    than `step`."""
+    checkpoints, metrics = run_dir / CHECKPOINTS, run_dir / METRICS
+    later = [number for number in checkpoint_steps(checkpoints) if number > step]
+    kept, lines = lines_until(metrics, step) if start.rewinds else ([], [])
+    if not later and not lines:
+        return
+    target = _new_directory(run_dir / ABANDONED, step)
+    # Killed between any two of these, the run goes on from where it is then, or does them again.
+    if lines:
+        write_atomically(target / METRICS, "".join(lines))
+    for number in reversed(later):
+        source = step_directory(checkpoints, number)
+        shutil.move(source, target / source.name)  # `checkpoints` may be a link to another disk
+    if lines:
+        write_atomically(metrics, "".join(kept))
+    steps = f"checkpoints of steps {', '.join(map(str, later))}" if later else "no checkpoint"
+    print(
+        f"moved what came after step {step} into {target}: {steps}, {len(lines)} lines of metrics",
+        flush=True,
+    )
+
+
+def _new_directory(abandoned: Path, step: int) -> Path:
+    """`after_step_00000004`, or with a number behind it from the second one on."""
+    number, target = 1, abandoned / f"after_step_{step:08d}"
+    while target.exists():
+        number += 1
+        target = abandoned / f"after_step_{step:08d}_{number}"
+    target.mkdir(parents=True)
+    return target
