@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -54,16 +55,14 @@ class MetricsFile:
 
 def last_line(run_dir: Path) -> dict[str, Any]:
     """The last whole line of a run's metrics.jsonl, empty while there is none."""
-    try:
-        with open(run_dir / METRICS, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            for tail in (TAIL, size):
-                stream.seek(max(0, size - tail))
-                for line in reversed(stream.read().splitlines(keepends=True)):
-                    if line.endswith(b"\n") and line.startswith(b"{"):
-                        return json.loads(line)
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(OSError), open(run_dir / METRICS, "rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
+        for tail in (TAIL, size):
+            stream.seek(max(0, size - tail))
+            lines = stream.read().decode(errors="replace").splitlines(keepends=True)
+            for line in reversed(lines):
+                if (values := _values(line)) is not None:
+                    return values
     return {}
 
 
