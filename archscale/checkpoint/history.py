@@ -13,6 +13,7 @@ from archscale.checkpoint.directory import newest_valid, read_state
 from archscale.config import Config
 from archscale.config.layers import flatten
 from archscale.data.mixture import quotas
+from archscale.data.split import TokenSplit
 from archscale.data.training_data import TrainingData
 from archscale.errors import CheckpointError, ConfigError, explain_os_error
 from archscale.files import CHECKPOINTS, METRICS, checkpoint_steps
@@ -104,12 +105,14 @@ def choose_checkpoint(
 
 def identity(data: TrainingData) -> dict[str, Any]:
     """What makes the training data the same, wherever they lie; of a mixture by source."""
-    sources = {
-        source.name: {
-            "tokenizer": split.fingerprint,
-            "tokens": split.num_tokens,
-            "origin": split.origin,
-        }
-        for source, split in zip(data.sources, data.splits)
-    }
+    sources = {source.name: identity_of(split) for source, split in zip(data.sources, data.splits)}
     return {"sources": sources} if data.mixed else sources[""]
+
+
+def identity_of(split: TokenSplit) -> dict[str, Any]:
+    """What tells a split from others, wherever it lies."""
+    return {
+        "tokenizer": split.fingerprint,
+        "tokens": split.num_tokens,
+        "origin": split.origin,
+    }

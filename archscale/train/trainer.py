@@ -59,6 +59,7 @@ from archscale.train.build import (
 from archscale.train.evaluate import Evaluation
 from archscale.train.readings import FallBack, Judgement, Readings
 from archscale.train.record import Recorder
+from archscale.train.same_data import refuse_other_data
 from archscale.train.step import Supervision, train_step
 from archscale.train.watchdog import Arrivals, Watchdog
 
@@ -100,6 +101,7 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
     device = distributed.start(max(3600.0, config.telemetry.stuck_after + 60))
     # No clean-up when something fails: a rank that failed alone would wait here for ranks that wait
     # for it elsewhere.
+    refuse_other_data(data, validation)
     source = distributed.on_rank_zero(lambda: choose_checkpoint(config, data, run_dir, resume))
     distributed.on_rank_zero(data.check)
     for held in validation:
