@@ -1,13 +1,15 @@
 """One split of a data set as it is stored: a prepared directory, or the files of another project;
 here, or behind a URL."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from archscale.config.sections import DataConfig
-from archscale.data.foreign.sets import find_files, read_files, sort_into_splits
+from archscale.data.foreign.sets import TRAIN, find_files, read_files, sort_into_splits
 from archscale.data.foreign.split import ForeignSplit, known_vocabulary, unknown_vocabulary
 from archscale.data.foreign.summary import inspect_foreign, verify_foreign
 from archscale.data.places import Place, Tokens, locate
@@ -53,12 +55,14 @@ class StoredSplit(Protocol):
 
 
 class DataFacts(NamedTuple):
-    """What a plan needs to know of a data set: as of its splits, and `tokens` of each."""
+    """What a plan needs to know of a data set: as of its splits, and `tokens` and `files` of each
+    that it can be read as."""
 
     vocab_size: int
     eos_id: int | None
     fingerprint: str
     tokens: dict[str, int]
+    files: dict[str, list[str]]
 
 
 def open_stored(
@@ -84,21 +88,54 @@ def describe(path: str | Place, tokenizer: str | None, vocab_size: int | None) -
     if not _is_foreign(place):
         manifest = read_manifest(place)
         _refuse_other_tokenizer(tokenizer, manifest, place)
-        tokens = {split: entry.tokens for split, entry in manifest.splits.items()}
         own = manifest.tokenizer
-        return DataFacts(own.vocab_size, own.eos_id, own.fingerprint, tokens)
+        return DataFacts(
+            own.vocab_size,
+            own.eos_id,
+            own.fingerprint,
+            {split: entry.tokens for split, entry in manifest.splits.items()},
+            {
+                split: [str(place / shard.file) for shard in entry.shards]
+                for split, entry in manifest.splits.items()
+            },
+        )
     splits = {
         split: read_files(files) for split, files in sort_into_splits(find_files(place)).items()
     }
-    first = next(iter(splits.values()))[0]
+    # Training reads files whose names all say validation, too: they are what it was given.
+    splits.setdefault(TRAIN, next(iter(splits.values())))
+    first = splits[TRAIN][0]
     loaded = _loaded(tokenizer)
     size = known_vocabulary(first, loaded) or vocab_size
     if size is None:
         raise unknown_vocabulary(first, place)
-    tokens = {split: sum(file.tokens for file in files) for split, files in splits.items()}
-    if loaded is None:
-        return DataFacts(size, None, "", tokens)
-    return DataFacts(size, loaded.eos_id, loaded.fingerprint, tokens)
+    return DataFacts(
+        size,
+        None if loaded is None else loaded.eos_id,
+        "" if loaded is None else loaded.fingerprint,
+        {split: sum(file.tokens for file in files) for split, files in splits.items()},
+        {split: [str(file.place) for file in files] for split, files in splits.items()},
+    )
+
+
+def refuse_training_files(
+    owner: str, held_out: Sequence[str], trained: Sequence[str], path: str
+) -> None:
+    """ConfigError if a file that is to be held out is one that is trained on, under whichever
+    name."""
+    names = {_resolved(file) for file in trained}
+    if shared := [file for file in held_out if _resolved(file) in names]:
+        remedy = (
+            "give other files as data.val, or null"
+            if owner == "data.val"
+            else "give its path training files, whose names do not all say validation, or leave it"
+            " out"
+        )
+        raise ConfigError(f"{owner} holds out a file that is trained on, {shared[0]}", path, remedy)
+
+
+def _resolved(file: str) -> str:
+    return file if is_remote(file) else os.path.realpath(file)
 
 
 def check_document_mask(data: DataConfig, eos_id: int | None) -> None:

@@ -171,6 +171,11 @@ class TrainingData:
         return [reader.size for reader in readers] or None
 
     @property
+    def files(self) -> list[str]:
+        """Names of the files that are trained on."""
+        return [file for split in self.splits for file in split.files]
+
+    @property
     def mixed(self) -> bool:
         """Whether the sources have names, even if there is only one; `data.train` has none."""
         return bool(self.sources[0].name)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from archscale.config import Config
-from archscale.config.sections import DataConfig
+from archscale.config.sections import DataConfig, MixtureEntry
 from archscale.data.foreign.sets import find_files, sort_into_splits
 from archscale.data.preparing.prepare import inspect, verify
 from archscale.data.shards import SPLITS
@@ -146,6 +146,24 @@ def test_files_are_not_both_trained_on_and_held_out(tmp_path: Path) -> None:
     assert describe(path, None, 256).tokens == {"train": 1001}
 
 
+def test_a_file_is_the_same_under_other_names(tmp_path: Path, monkeypatch) -> None:
+    path = write_llmc(tmp_path / "tokens.bin", IDS)
+    (tmp_path / "link.bin").symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("tokens.bin", "link.bin"):
+        data = DataConfig(train=name, val=str(path))
+        with pytest.raises(ConfigError, match=r"^data\.val holds out a file that is trained on"):
+            validation_sets(data, open_training_data(data, 8, 0, 256))
+
+
+def test_a_source_of_validation_files_alone_is_not_held_out_too(tmp_path: Path) -> None:
+    path = str(fineweb(tmp_path / "fw") / "*val*.bin")
+    data = DataConfig(mixture=[MixtureEntry(name="v", path=path, weight=1)])
+    assert describe(path, None, 256).tokens == {"train": 301, "validation": 301}
+    with pytest.raises(ConfigError, match=r"^source v of data\.mixture holds out a file that is"):
+        validation_sets(data, open_training_data(data, 8, 0, 256))
+
+
 def test_names_say_splits_only_as_words(tmp_path: Path) -> None:
     def splits(*names: str) -> dict[str, list[str]]:
         files = sort_into_splits([tmp_path / name for name in names])
@@ -160,6 +178,8 @@ def test_names_say_splits_only_as_words(tmp_path: Path) -> None:
     assert splits("a_val_0.bin") == {validation: ["a_val_0.bin"]}
     with pytest.raises(DataError, match=r"some names say train or val and 1 do not"):
         splits("x_train.bin", "x_val.bin", "y.bin")
+    with pytest.raises(DataError, match=r"the name says test and val, .*test_val_0\.bin\): rename"):
+        splits("train_train_0.bin", "test_val_0.bin")
 
 
 def test_identity_is_of_names_sizes_and_beginnings(tmp_path: Path) -> None:
