@@ -123,8 +123,8 @@ def refuse_training_files(
 ) -> None:
     """ConfigError if a file that is to be held out is one that is trained on, under whichever
     name."""
-    names = {_resolved(file) for file in trained}
-    if shared := [file for file in held_out if _resolved(file) in names]:
+    names = {real_name(file) for file in trained}
+    if shared := [file for file in held_out if real_name(file) in names]:
         remedy = (
             "give other files as data.val, or null"
             if owner == "data.val"
@@ -134,8 +134,9 @@ def refuse_training_files(
         raise ConfigError(f"{owner} holds out a file that is trained on, {shared[0]}", path, remedy)
 
 
-def _resolved(file: str) -> str:
-    return file if is_remote(file) else os.path.realpath(file)
+def real_name(path: str) -> str:
+    """The same for all names of a file or data set here; a URL as it is."""
+    return path if is_remote(path) else os.path.realpath(path)
 
 
 def check_document_mask(data: DataConfig, eos_id: int | None) -> None:

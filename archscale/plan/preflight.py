@@ -8,7 +8,7 @@ from fractions import Fraction
 from archscale.config import Config
 from archscale.data.packed import check_packing, open_packing
 from archscale.data.packing_index import PackedSize, total_size
-from archscale.data.stored import check_document_mask, describe
+from archscale.data.stored import check_document_mask, describe, real_name
 from archscale.data.training_data import Vocabulary, shared_vocabulary, training_sources
 from archscale.errors import ConfigError, DataError
 from archscale.plan.devices import DEVICES, Device
@@ -82,7 +82,8 @@ def _read_manifests(
                 packed = _packed(config, source.path)
         except DataError as error:
             missing[source.path] = ConfigError(error.what, error.where, error.remedy)
-        sources.append(SourceTokens(source.name, Fraction(source.part, period), tokens, packed))
+        share = Fraction(source.part, period)
+        sources.append(SourceTokens(source.name, share, tokens, packed, real_name(source.path)))
     return sources, vocabularies, list(missing.values())
 
 
