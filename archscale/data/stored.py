@@ -118,6 +118,17 @@ def describe(path: str | Place, tokenizer: str | None, vocab_size: int | None) -
     )
 
 
+def is_there(path: str) -> bool:
+    """Whether there is a data set at a path or URL, even a damaged one."""
+    place = locate(path)
+    try:
+        return (place / MANIFEST).is_file() or bool(find_files(place))
+    except DataError:  # a URL that cannot be read here may be readable where training runs
+        return not is_remote(path)
+    except OSError:
+        return False
+
+
 def refuse_training_files(
     owner: str, held_out: Sequence[str], trained: Sequence[str], path: str
 ) -> None:
@@ -153,7 +164,15 @@ def run_tokenizer(data: DataConfig) -> Tokenizer:
     """The tokenizer of what is trained on. DataError where it is not known."""
     if data.tokenizer is not None:
         return load_named_tokenizer(data.tokenizer)
-    return load_tokenizer(data.training_paths[0])
+    for path in data.training_paths:
+        if not _is_foreign(locate(path)):
+            read_manifest(path)  # says what is wrong, if that is the data set
+            return load_tokenizer(path)
+    raise DataError(
+        "the data do not say which tokenizer they were made with",
+        data.training_paths[0],
+        "give it as data.tokenizer",
+    )
 
 
 def load_named_tokenizer(name: str) -> Tokenizer:

@@ -45,7 +45,8 @@ def validation_sets(data: DataConfig, training: TrainingData) -> list[Validation
     if data.val is not None:
         split = _open(data, data.val, training)
         refuse_training_files("data.val", split.files, training.files, data.val)
-        Vocabulary.of_split("data.val", split).check_same(training.vocabulary)
+        vocabulary = Vocabulary.of("data.val", data.val, split, training.vocab_size)
+        vocabulary.check_same(training.vocabulary)
         sets.append(ValidationSet("", split, 1.0))
     if data.mixture is None:
         return sets
