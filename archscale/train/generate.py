@@ -13,7 +13,7 @@ from archscale.config import Config, load_config
 from archscale.data.stored import run_tokenizer
 from archscale.data.tokenizer import Tokenizer, load_kept_tokenizer
 from archscale.distributed import fragment
-from archscale.errors import CheckpointError, DataError
+from archscale.errors import CheckpointError, ConfigError, DataError
 from archscale.files import CHECKPOINTS, CONFIG, TOKENIZER, checkpoint_steps, step_directory
 from archscale.model import Transformer
 from archscale.plan.transfer import transfer_of
@@ -76,7 +76,16 @@ def generate(
     """`prompt` and its continuation, up to `max_tokens` tokens or the end of the document.
 
     Every token reads the last `context` tokens anew.
+
+    Raises:
+        ConfigError: the prompt is no text, such as bytes of a command line that are not UTF-8.
+        CheckpointError, DataError: as of `load_run`.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        problem = f"character {error.start + 1} of the prompt is not UTF-8"
+        raise ConfigError(problem, "--prompt", "give it as UTF-8 text") from error
     config, model, tokenizer = load_run(run_dir)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)

@@ -9,7 +9,7 @@ import pytest
 
 from archscale.checkpoint.history import other_trajectory
 from archscale.data.preparing.prepare import prepare
-from archscale.errors import DataError
+from archscale.errors import ConfigError, DataError
 from archscale.train.generate import generate, tokenizer_of
 from tests.data.foreign_files import write_llmc
 from tests.train.tiny import config, run, tiny_data
@@ -78,6 +78,11 @@ def test_a_run_on_files_of_an_unknown_tokenizer_needs_one(folder: Path) -> None:
     for key in ("data_set.tokenizer", "data_set.sources.a.tokenizer"):
         assert list(other_trajectory({key: ""}, {key: "x"})) == []
         assert list(other_trajectory({key: "y"}, {key: "x"})) == [key]
+
+
+def test_a_prompt_is_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^character 2 of the prompt is not UTF-8 \(--prompt\)"):
+        generate(tmp_path, "a\udcff", max_tokens=1, temperature=0.0, top_k=None, seed=0)
 
 
 def test_a_damaged_copy_is_named(folder: Path) -> None:
