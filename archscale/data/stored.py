@@ -182,15 +182,28 @@ def load_named_tokenizer(name: str) -> Tokenizer:
 
 
 def inspect_stored(path: str | Place, tokenizer: str | None) -> dict[str, Any] | None:
-    """The summary of another project's files; None where the path names none."""
+    """The summary of another project's files; None where the path names none.
+
+    Raises:
+        DataError: a file is wrong, or a prepared data set has another tokenizer.
+    """
     place = locate(path)
-    return inspect_foreign(place, _loaded(tokenizer)) if _is_foreign(place) else None
+    if _is_foreign(place):
+        return inspect_foreign(place, _loaded(tokenizer))
+    if tokenizer is not None:
+        _refuse_other_tokenizer(tokenizer, read_manifest(place), place)
+    return None
 
 
 def verify_stored(path: str | Place, tokenizer: str | None) -> list[str] | None:
-    """What is wrong with another project's files, a line each; None where the path names none."""
+    """What is wrong with another project's files, a line each; None where the path names none.
+    DataError if a prepared data set has another tokenizer."""
     place = locate(path)
-    return verify_foreign(place, _loaded(tokenizer)) if _is_foreign(place) else None
+    if _is_foreign(place):
+        return verify_foreign(place, _loaded(tokenizer))
+    if tokenizer is not None:
+        _refuse_other_tokenizer(tokenizer, read_manifest(place), place)
+    return None
 
 
 def _loaded(tokenizer: str | None) -> Tokenizer | None:
@@ -210,7 +223,7 @@ def _refuse_other_tokenizer(tokenizer: str | None, manifest: Manifest, place: Pl
         return
     if load_named_tokenizer(tokenizer).fingerprint != manifest.tokenizer.fingerprint:
         raise DataError(
-            f"data.tokenizer {tokenizer} is not the one that the data set was made with",
+            f"tokenizer {tokenizer} is not the one that the data set was made with",
             str(place),
-            "set data.tokenizer to null: a prepared data set has its own",
+            "leave it out (data.tokenizer: null): a prepared data set has its own",
         )

@@ -359,7 +359,8 @@ class Run:
         evaluated = {held.name for held in self.evaluation.sets}
         without = [source.name for source in self.data.sources if source.name not in evaluated]
         if self.data.mixed and without:
-            print(f"no validation split of a window, and no val_loss/<name>: {', '.join(without)}")
+            names = ", ".join(without)
+            print(f"no val_loss/<name>: {names} (validation text shorter than a window, or none)")
 
     def _summary(self, step: int, started: float, already_done: bool = False) -> dict[str, Any]:
         summary: dict[str, Any] = {

@@ -388,7 +388,7 @@ def test_negative_ids_are_refused_in_every_batch(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"token id -3 in split 'train' is outside"):
         read_windows(split, np.array([0]))
     read_windows(split, np.array([1]))
-    with pytest.raises(DataError, match=r"token id -3 does not fit"):
+    with pytest.raises(DataError, match=r"token id -3 is negative"):
         split.check(256)
 
 
@@ -409,3 +409,20 @@ def test_inspect_says_what_there_is(tmp_path: Path, tokenizer: str) -> None:
     # Ids of the trained tokenizer's bytes and pieces come out as text.
     assert inspect(path, tokenizer)["excerpt"] != summary["excerpt"]
     assert verify(tmp_path) == []
+
+
+def test_inspect_and_verify_refuse_another_tokenizer(
+    tmp_path: Path, tokenizer: str, dataset: Path
+) -> None:
+    files = write_megatron(tmp_path / "a", [IDS + 270], "i4")
+    with pytest.raises(DataError, match=r"token id \d+ does not fit a vocabulary of 270"):
+        inspect(files, tokenizer)
+    for examine in (inspect, verify):
+        with pytest.raises(DataError, match=r"is not the one that the data set was made with"):
+            examine(dataset, tokenizer)
+    assert verify(files) == []
+    write_megatron(tmp_path / "a", [np.array([1, -5])], "i4")
+    assert [line.partition(" (")[0] for line in verify(files)] == ["token id -5 is negative"]
+    (tmp_path / "b.bin").write_bytes(np.array([20240520, 1, -5, *[0] * 253], "<i4").tobytes())
+    with pytest.raises(DataError, match=r"^damaged: it announces -5 tokens"):
+        inspect(tmp_path / "b.bin")
