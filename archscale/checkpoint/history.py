@@ -15,6 +15,7 @@ from archscale.checkpoint.directory import checkpoint_id, newest_valid, read_sta
 from archscale.config import Config
 from archscale.config.layers import Layer, flatten
 from archscale.data.mixture import quotas
+from archscale.data.split import TokenSplit
 from archscale.data.training_data import TrainingData
 from archscale.errors import CheckpointError, ConfigError
 from archscale.files import CHECKPOINTS, METRICS, checkpoint_steps, step_directory
@@ -46,6 +47,8 @@ def other_trajectory(before: Mapping[str, Any], now: Mapping[str, Any]) -> Itera
         same = before.get(key) == now.get(key) or (
             key == MIXTURE and _proportions(before.get(key)) == _proportions(now.get(key))
         )
+        if key.startswith("data_set.") and key.endswith(".tokenizer"):
+            same |= not (before.get(key) and now.get(key))  # one that is unknown may be any
         if not same and (not free or (acts and key.startswith("telemetry.guard."))):
             yield key
 
@@ -188,12 +191,14 @@ def _saved_config(source: Path, saved: Mapping[str, Any]) -> Config:
 
 def identity(data: TrainingData) -> dict[str, Any]:
     """What makes the training data the same, wherever they lie; of a mixture by source."""
-    sources = {
-        source.name: {
-            "tokenizer": split.fingerprint,
-            "tokens": split.num_tokens,
-            "origin": split.origin,
-        }
-        for source, split in zip(data.sources, data.splits)
-    }
+    sources = {source.name: identity_of(split) for source, split in zip(data.sources, data.splits)}
     return {"sources": sources} if data.mixed else sources[""]
+
+
+def identity_of(split: TokenSplit) -> dict[str, Any]:
+    """What tells a split from others, wherever it lies."""
+    return {
+        "tokenizer": split.fingerprint,
+        "tokens": split.num_tokens,
+        "origin": split.origin,
+    }

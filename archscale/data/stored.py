@@ -1,13 +1,15 @@
 """One split of a data set as it is stored: a prepared directory, or the files of another project;
 here, or behind a URL."""
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from archscale.config.sections import DataConfig
-from archscale.data.foreign.sets import find_files, read_files, sort_into_splits
+from archscale.data.foreign.sets import TRAIN, find_files, read_files, sort_into_splits
 from archscale.data.foreign.split import ForeignSplit, known_vocabulary, unknown_vocabulary
 from archscale.data.foreign.summary import inspect_foreign, verify_foreign
 from archscale.data.places import Place, Tokens, locate
@@ -53,12 +55,14 @@ class StoredSplit(Protocol):
 
 
 class DataFacts(NamedTuple):
-    """What a plan needs to know of a data set: as of its splits, and `tokens` of each."""
+    """What a plan needs to know of a data set: as of its splits, and `tokens` and `files` of each
+    that it can be read as."""
 
     vocab_size: int
     eos_id: int | None
     fingerprint: str
     tokens: dict[str, int]
+    files: dict[str, list[str]]
 
 
 def open_stored(
@@ -84,21 +88,66 @@ def describe(path: str | Place, tokenizer: str | None, vocab_size: int | None) -
     if not _is_foreign(place):
         manifest = read_manifest(place)
         _refuse_other_tokenizer(tokenizer, manifest, place)
-        tokens = {split: entry.tokens for split, entry in manifest.splits.items()}
         own = manifest.tokenizer
-        return DataFacts(own.vocab_size, own.eos_id, own.fingerprint, tokens)
+        return DataFacts(
+            own.vocab_size,
+            own.eos_id,
+            own.fingerprint,
+            {split: entry.tokens for split, entry in manifest.splits.items()},
+            {
+                split: [str(place / shard.file) for shard in entry.shards]
+                for split, entry in manifest.splits.items()
+            },
+        )
     splits = {
         split: read_files(files) for split, files in sort_into_splits(find_files(place)).items()
     }
-    first = next(iter(splits.values()))[0]
+    # Training reads files whose names all say validation, too: they are what it was given.
+    splits.setdefault(TRAIN, next(iter(splits.values())))
+    first = splits[TRAIN][0]
     loaded = _loaded(tokenizer)
     size = known_vocabulary(first, loaded) or vocab_size
     if size is None:
         raise unknown_vocabulary(first, place)
-    tokens = {split: sum(file.tokens for file in files) for split, files in splits.items()}
-    if loaded is None:
-        return DataFacts(size, None, "", tokens)
-    return DataFacts(size, loaded.eos_id, loaded.fingerprint, tokens)
+    return DataFacts(
+        size,
+        None if loaded is None else loaded.eos_id,
+        "" if loaded is None else loaded.fingerprint,
+        {split: sum(file.tokens for file in files) for split, files in splits.items()},
+        {split: [str(file.place) for file in files] for split, files in splits.items()},
+    )
+
+
+def is_there(path: str) -> bool:
+    """Whether there is a data set at a path or URL, even a damaged one."""
+    place = locate(path)
+    try:
+        return (place / MANIFEST).is_file() or bool(find_files(place))
+    except DataError:  # a URL that cannot be read here may be readable where training runs
+        return not is_remote(path)
+    except OSError:
+        return False
+
+
+def refuse_training_files(
+    owner: str, held_out: Sequence[str], trained: Sequence[str], path: str
+) -> None:
+    """ConfigError if a file that is to be held out is one that is trained on, under whichever
+    name."""
+    names = {real_name(file) for file in trained}
+    if shared := [file for file in held_out if real_name(file) in names]:
+        remedy = (
+            "give other files as data.val, or null"
+            if owner == "data.val"
+            else "give its path training files, whose names do not all say validation, or leave it"
+            " out"
+        )
+        raise ConfigError(f"{owner} holds out a file that is trained on, {shared[0]}", path, remedy)
+
+
+def real_name(path: str) -> str:
+    """The same for all names of a file or data set here; a URL as it is."""
+    return path if is_remote(path) else os.path.realpath(path)
 
 
 def check_document_mask(data: DataConfig, eos_id: int | None) -> None:
@@ -115,7 +164,15 @@ def run_tokenizer(data: DataConfig) -> Tokenizer:
     """The tokenizer of what is trained on. DataError where it is not known."""
     if data.tokenizer is not None:
         return load_named_tokenizer(data.tokenizer)
-    return load_tokenizer(data.training_paths[0])
+    for path in data.training_paths:
+        if not _is_foreign(locate(path)):
+            read_manifest(path)  # says what is wrong, if that is the data set
+            return load_tokenizer(path)
+    raise DataError(
+        "the data do not say which tokenizer they were made with",
+        data.training_paths[0],
+        "give it as data.tokenizer",
+    )
 
 
 def load_named_tokenizer(name: str) -> Tokenizer:
@@ -125,15 +182,28 @@ def load_named_tokenizer(name: str) -> Tokenizer:
 
 
 def inspect_stored(path: str | Place, tokenizer: str | None) -> dict[str, Any] | None:
-    """The summary of another project's files; None where the path names none."""
+    """The summary of another project's files; None where the path names none.
+
+    Raises:
+        DataError: a file is wrong, or a prepared data set has another tokenizer.
+    """
     place = locate(path)
-    return inspect_foreign(place, _loaded(tokenizer)) if _is_foreign(place) else None
+    if _is_foreign(place):
+        return inspect_foreign(place, _loaded(tokenizer))
+    if tokenizer is not None:
+        _refuse_other_tokenizer(tokenizer, read_manifest(place), place)
+    return None
 
 
 def verify_stored(path: str | Place, tokenizer: str | None) -> list[str] | None:
-    """What is wrong with another project's files, a line each; None where the path names none."""
+    """What is wrong with another project's files, a line each; None where the path names none.
+    DataError if a prepared data set has another tokenizer."""
     place = locate(path)
-    return verify_foreign(place, _loaded(tokenizer)) if _is_foreign(place) else None
+    if _is_foreign(place):
+        return verify_foreign(place, _loaded(tokenizer))
+    if tokenizer is not None:
+        _refuse_other_tokenizer(tokenizer, read_manifest(place), place)
+    return None
 
 
 def _loaded(tokenizer: str | None) -> Tokenizer | None:
@@ -153,7 +223,7 @@ def _refuse_other_tokenizer(tokenizer: str | None, manifest: Manifest, place: Pl
         return
     if load_named_tokenizer(tokenizer).fingerprint != manifest.tokenizer.fingerprint:
         raise DataError(
-            f"data.tokenizer {tokenizer} is not the one that the data set was made with",
+            f"tokenizer {tokenizer} is not the one that the data set was made with",
             str(place),
-            "set data.tokenizer to null: a prepared data set has its own",
+            "leave it out (data.tokenizer: null): a prepared data set has its own",
         )

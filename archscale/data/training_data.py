@@ -20,7 +20,7 @@ from archscale.data.packed import PackedSplit, open_packing
 from archscale.data.packing_index import PackedSize
 from archscale.data.sampler import WindowOrder
 from archscale.data.split import TokenSplit
-from archscale.data.stored import DataFacts
+from archscale.data.stored import DataFacts, StoredSplit
 from archscale.data.windows import Concatenated, WindowReader, Windows
 from archscale.errors import ConfigError
 
@@ -52,29 +52,41 @@ class Vocabulary(NamedTuple):
         owner: the data set, for people.
         path: its directory.
         fingerprint: of its tokenizer; empty where that is not known, as of shards made elsewhere.
-        size: of the vocabulary.
+        size: of the vocabulary; None where no more is known than that ids fit into the model's.
         eos_id: the token after every document; None where that is not known.
     """
 
     owner: str
     path: str
     fingerprint: str
-    size: int
+    size: int | None
     eos_id: int | None = None
 
     @classmethod
-    def of_split(cls, owner: str, split: TokenSplit) -> Self:
-        return cls(owner, str(split.path), split.fingerprint, split.vocab_size, split.eos_id)
-
-    @classmethod
-    def of_facts(cls, source: Source, facts: DataFacts) -> Self:
-        return cls(source.owner, source.path, facts.fingerprint, facts.vocab_size, facts.eos_id)
+    def of(
+        cls,
+        owner: str,
+        path: str,
+        data: TokenSplit | StoredSplit | DataFacts,
+        model_size: int | None,
+    ) -> Self:
+        """That of a split or data set that was opened for a model of this vocabulary, whose
+        padding counts."""
+        known = bool(data.fingerprint) or data.vocab_size != model_size
+        size = data.vocab_size if known else None
+        return cls(owner, path, data.fingerprint, size, data.eos_id)
 
     def check_same(self, other: Vocabulary) -> None:
         """Refuses, by a ConfigError that names both, ids that mean different texts. Where a
-        tokenizer is not known, the vocabularies must at least have the same size."""
-        known = self.fingerprint and other.fingerprint
-        if (known and self.fingerprint != other.fingerprint) or self.size != other.size:
+        tokenizer is not known, vocabularies must at least have the same size, if that is known."""
+        same = all(
+            not mine or not theirs or mine == theirs
+            for mine, theirs in (
+                (self.fingerprint, other.fingerprint),
+                (self.size, other.size),
+            )
+        )
+        if not same:
             raise ConfigError(
                 f"{self.owner} was made with another tokenizer than {other.owner}",
                 self.path,
@@ -83,12 +95,12 @@ class Vocabulary(NamedTuple):
 
 
 def shared_vocabulary(vocabularies: Sequence[Vocabulary]) -> Vocabulary:
-    """That of all data sets, of a known tokenizer if there is one.
+    """That of all data sets, of a known tokenizer if there is one, or else of a known size.
 
     Raises:
         ConfigError: they do not share one.
     """
-    shared = next((each for each in vocabularies if each.fingerprint), vocabularies[0])
+    shared = max(vocabularies, key=lambda each: (bool(each.fingerprint), each.size is not None))
     for vocabulary in vocabularies:
         vocabulary.check_same(shared)
     return shared
@@ -124,10 +136,12 @@ class TrainingData:
         splits: the training split of each.
         seed: of the run.
         readers: the windows of each split; by default those that it is cut into as it stands.
+        vocab_size: of the model that the splits were opened for.
 
     Attributes:
         context: positions of a window.
-        vocabulary, vocab_size: that all sources share.
+        vocabulary: that all sources share.
+        vocab_size: ids are below it.
         eos_id: its end of a document; None where a source does not say.
         num_tokens: of all sources together.
         shares: of the samples, by name of the source.
@@ -143,17 +157,19 @@ class TrainingData:
         splits: Sequence[TokenSplit],
         seed: int,
         readers: Sequence[WindowReader] | None = None,
+        vocab_size: int | None = None,
     ):
         self.vocabulary = shared_vocabulary(
             [
-                Vocabulary.of_split(source.owner, split)
+                Vocabulary.of(source.owner, str(split.path), split, vocab_size)
                 for source, split in zip(sources, splits, strict=True)
             ]
         )
         self.sources, self.splits = list(sources), list(splits)
         self.readers: list[WindowReader]
         self.readers = list(readers or map(Concatenated, splits))
-        self.context, self.vocab_size = splits[0].context, splits[0].vocab_size
+        self.context = splits[0].context
+        self.vocab_size = self.vocabulary.size or splits[0].vocab_size
         self.eos_id = self._end_of_document()
         self.num_tokens = sum(split.num_tokens for split in splits)
         period = sum(source.part for source in sources)
@@ -169,6 +185,11 @@ class TrainingData:
         """How full the windows of each source are, where documents are packed."""
         readers = [reader for reader in self.readers if isinstance(reader, PackedSplit)]
         return [reader.size for reader in readers] or None
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files that are trained on."""
+        return [file for split in self.splits for file in split.files]
 
     @property
     def mixed(self) -> bool:
@@ -241,4 +262,4 @@ def open_training_data(
             )
             for split in splits
         ]
-    return TrainingData(chosen, splits, seed, readers)
+    return TrainingData(chosen, splits, seed, readers, vocab_size)

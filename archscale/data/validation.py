@@ -12,10 +12,9 @@ import torch
 from archscale.config.sections import DataConfig
 from archscale.data.loader import Batch
 from archscale.data.split import TokenSplit
-from archscale.data.stored import describe
+from archscale.data.stored import describe, refuse_training_files
 from archscale.data.training_data import TrainingData, Vocabulary
 from archscale.data.windows import IGNORE, read_windows
-from archscale.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -38,15 +37,16 @@ def validation_sets(data: DataConfig, training: TrainingData) -> list[Validation
     are weighted in the mixture, renormalised over those that have such a split.
 
     Raises:
-        ConfigError: `data.val` was made with another tokenizer than the training data, or is a part
-            of them.
+        ConfigError: `data.val` was made with another tokenizer than the training data, or files
+            are both trained on and held out.
         DataError: `data.val` is missing or too short.
     """
     sets = []
     if data.val is not None:
         split = _open(data, data.val, training)
-        _refuse_training_files(split, training)
-        Vocabulary.of_split("data.val", split).check_same(training.vocabulary)
+        refuse_training_files("data.val", split.files, training.files, data.val)
+        vocabulary = Vocabulary.of("data.val", data.val, split, training.vocab_size)
+        vocabulary.check_same(training.vocabulary)
         sets.append(ValidationSet("", split, 1.0))
     if data.mixture is None:
         return sets
@@ -57,6 +57,8 @@ def validation_sets(data: DataConfig, training: TrainingData) -> list[Validation
     }
     total = sum(training.shares[name] for name in held)
     for name, split in held.items():
+        owner = f"source {name} of data.mixture"
+        refuse_training_files(owner, split.files, training.files, str(split.path))
         weight = 0.0 if data.val is not None else float(training.shares[name] / total)
         sets.append(ValidationSet(name, split, weight))
     return sets
@@ -70,17 +72,6 @@ def _holds_a_window(data: DataConfig, path: str, training: TrainingData) -> bool
     """Whether the data set of a source has a validation split of at least one window."""
     facts = describe(path, data.tokenizer, training.vocab_size)
     return facts.tokens.get("validation", 0) > training.context
-
-
-def _refuse_training_files(split: TokenSplit, training: TrainingData) -> None:
-    """Files of other projects whose names say no split are of any that they are given for."""
-    trained = {file for source in training.splits for file in source.files}
-    if same := sorted(trained.intersection(split.files)):
-        raise ConfigError(
-            f"data.val holds a file that is trained on, {same[0]}",
-            str(split.path),
-            "give other files as data.val, or null",
-        )
 
 
 def validation_batches(

@@ -9,7 +9,9 @@ import numpy as np
 from archscale.data.split import TokenSplit
 from archscale.errors import DataError
 
-IGNORE = -100  # the target that `cross_entropy` ignores by default
+# The target that `cross_entropy` ignores by default; also in model/loss.py, since neither room
+# imports the other.
+IGNORE = -100
 
 
 class Windows(NamedTuple):

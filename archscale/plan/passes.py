@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from archscale.config import Config
 from archscale.data.packing_index import PackedSize
+from archscale.data.stored import real_name
 from archscale.data.training_data import TrainingData
 from archscale.errors import ConfigError
 
@@ -24,48 +25,73 @@ class SourceTokens(NamedTuple):
         share: of the run's samples.
         tokens: of its training split; None where it is not known, as before it is prepared.
         packed: how full its windows are; None where documents are not packed, or not yet.
+        path: real one of its data set, which may be another source's, too.
     """
 
     name: str
     share: Fraction
     tokens: int | None
     packed: PackedSize | None = None
+    path: str = ""
 
     @property
     def padding(self) -> float:
         """Share of its positions that is known to have no target."""
         return 0.0 if self.packed is None else self.packed.padding
 
+    def positions(self, context: int) -> int | None:
+        """Those that a pass trains on, of all its windows; None where that is not known."""
+        if self.packed is not None:
+            return self.packed.windows * self.packed.context
+        return self.tokens and (self.tokens - 1) // context * context
+
 
 def source_tokens(data: TrainingData) -> list[SourceTokens]:
     """Of data that are there."""
     packed: Sequence[PackedSize | None] = data.packed or [None] * len(data.sources)
     return [
-        SourceTokens(source.name, data.shares[source.name], split.num_tokens, size)
+        SourceTokens(
+            source.name,
+            data.shares[source.name],
+            split.num_tokens,
+            size,
+            real_name(source.path),
+        )
         for source, split, size in zip(data.sources, data.splits, packed)
     ]
 
 
-def data_figures(sources: Sequence[SourceTokens], trained: int) -> dict[str, Any]:
-    """Tokens and passes in all and of every source.
+def data_figures(sources: Sequence[SourceTokens], trained: int, context: int) -> dict[str, Any]:
+    """Tokens and passes in all and of every source. A data set that several sources read counts
+    once, and its passes are those of all of them.
 
     Args:
         trained: tokens of the run, padding among them.
+        context: tokens of a window.
     """
-    padding = sum(source.share * Fraction(source.padding) for source in sources)
-    sizes = [source.tokens for source in sources]
-    total = None if not sizes or None in sizes else sum(size or 0 for size in sizes)
+    sets = {source.path: source for source in sources}
+    shares = {
+        path: sum((each.share for each in sources if each.path == path), Fraction())
+        for path in sets
+    }
+    tokens = [source.tokens for source in sets.values()]
+    positions = [source.positions(context) for source in sets.values()]
+    total = None if None in positions else sum(count or 0 for count in positions)
+
+    def passes(source: SourceTokens) -> float | None:
+        of_a_pass = source.positions(context)
+        return float(shares[source.path] * trained / of_a_pass) if of_a_pass else None
+
     return {
-        "tokens": total,
-        "passes": float(trained * (1 - padding) / total) if total else None,
+        "tokens": None if not tokens or None in tokens else sum(count or 0 for count in tokens),
+        "passes": trained / total if total else None,
         "sources": [
             {
                 "name": source.name or None,
                 "share": float(source.share),
                 "tokens": source.tokens,
                 "drawn": round(source.share * trained),
-                "passes": source.tokens
-                and float(source.share * trained / source.tokens) * (1 - source.padding),
+                "passes": passes(source),
                 "packed": source.packed and {**source.packed._asdict(), "padding": source.padding},
             }
             for source in sources
@@ -106,10 +132,9 @@ def many_passes(config: Config, figures: Mapping[str, Any]) -> ConfigError | Non
     if not repeated:
         return None
     batch = config.batch_tokens
-    fewest = min(
-        MANY_PASSES * row["tokens"] / (row["share"] * (1 - _padding(row))) for row in repeated
-    )
-    fewer = int(fewest) // batch * batch
+    trained = config.batches.at(config.steps)[0] * config.model.context
+    fewest = trained * MANY_PASSES / max(row["passes"] for row in repeated)
+    fewer = int(fewest * (1 + 1e-12)) // batch * batch  # a whole number may be rounded down
     less = f", or set training.tokens to at most {fewer}" if fewer else ""
     over = " and ".join(
         f"{row['passes']:,.3g} times over"

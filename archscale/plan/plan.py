@@ -121,7 +121,9 @@ def make_plan(
     plan.transfer = transfer = None if untransferable else transfers.transfer_of(config)
     plan.figures["parameterization"] = _parameterization(config, transfer)
     plan.figures["training"] = _training(config, world_size, accumulation)
-    plan.figures["data"] = data = data_figures(sources, plan.figures["training"]["trained_tokens"])
+    plan.figures["data"] = data = data_figures(
+        sources, plan.figures["training"]["trained_tokens"], model.context
+    )
     plan.advice += filter(None, (many_passes(config, data), much_padding(data)))
     if accumulation is None and config.model.moe and config.model.moe.counts_first:
         return plan  # what the counting pass costs follows from the accumulation

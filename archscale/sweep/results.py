@@ -83,9 +83,9 @@ def check_fits(grid: Grid, configs: Sequence[Config]) -> None:
             of too few runs.
     """
     rows = [config_cells(config) for config in configs]
-    if (refine := grid.content.refine) and "/" not in refine.y:
+    if refine := grid.content.refine:
         where = f"refine.y in {grid.path}"
-        if refine.y not in KNOWN_COLUMNS:
+        if "/" not in refine.y and refine.y not in KNOWN_COLUMNS:
             raise ConfigError(
                 f"no run has {refine.y}", where, f"give one of {', '.join(KNOWN_COLUMNS[:8])}, …"
             )

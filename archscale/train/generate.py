@@ -13,7 +13,7 @@ from archscale.config import Config, load_config
 from archscale.data.stored import run_tokenizer
 from archscale.data.tokenizer import Tokenizer, load_kept_tokenizer
 from archscale.distributed import fragment
-from archscale.errors import CheckpointError, DataError
+from archscale.errors import CheckpointError, ConfigError, DataError
 from archscale.files import CHECKPOINTS, CONFIG, TOKENIZER, checkpoint_steps, step_directory
 from archscale.model import Transformer
 from archscale.plan.transfer import transfer_of
@@ -36,21 +36,27 @@ def load_run(run_dir: Path) -> tuple[Config, Transformer, Tokenizer]:
         )
     config = load_config(run_dir / CONFIG)
     checkpoint = step_directory(run_dir / CHECKPOINTS, steps[-1])
-    tokenizer = _tokenizer_of(run_dir, config, read_state(checkpoint)["data"])
+    tokenizer = tokenizer_of(run_dir, config, read_state(checkpoint)["data"])
     model = build_model(config, tokenizer.eos_id, transfer_of(config))
     weights = {name: fragment(parameter) for name, parameter in model.named_parameters()}
     load_checkpoint(checkpoint, weights)
     return config, model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
 
 
-def _tokenizer_of(run_dir: Path, config: Config, data: dict[str, Any]) -> Tokenizer:
+def tokenizer_of(run_dir: Path, config: Config, data: dict[str, Any]) -> Tokenizer:
     """The tokenizer that a run has kept, or, where it was started before runs kept theirs, that of
     its data; `data` is what the checkpoint says of them."""
     sources = data.get("sources", {"": data}).values()
     # A data set made elsewhere may not say which tokenizer it was made with.
     trained_with = next((source["tokenizer"] for source in sources if source["tokenizer"]), "")
     kept = load_kept_tokenizer(run_dir / TOKENIZER)
-    tokenizer = kept or run_tokenizer(config.data)
+    try:
+        tokenizer = kept or run_tokenizer(config.data)
+    except DataError as error:
+        if config.data.tokenizer is not None or trained_with:
+            raise
+        remedy = f"give the tokenizer as data.tokenizer in {run_dir / CONFIG}"
+        raise DataError(error.what, error.where, remedy) from error
     if trained_with and tokenizer.fingerprint != trained_with:
         raise DataError(
             f"tokenizer {tokenizer.fingerprint[:12]} is there, but the run was trained with"
@@ -72,8 +78,15 @@ def generate(
     Every token reads the last `context` tokens anew.
 
     Raises:
+        ConfigError: the prompt is no text, such as bytes of a command line that are not UTF-8.
         CheckpointError: as `load_run`, or the run has diverged.
+        DataError: as `load_run`.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        problem = f"character {error.start + 1} of the prompt is not UTF-8"
+        raise ConfigError(problem, "--prompt", "give it as UTF-8 text") from error
     config, model, tokenizer = load_run(run_dir)
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)

@@ -61,6 +61,7 @@ from archscale.train.evaluate import Evaluation
 from archscale.train.ownership import sole_owner
 from archscale.train.readings import FallBack, Judgement, Readings
 from archscale.train.record import Recorder
+from archscale.train.same_data import refuse_other_data
 from archscale.train.step import Supervision, train_step
 from archscale.train.watchdog import Arrivals, Watchdog
 
@@ -102,6 +103,7 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
     device = distributed.start(max(3600.0, config.telemetry.stuck_after + 60))
     # No clean-up when something fails: a rank that failed alone would wait here for ranks that wait
     # for it elsewhere.
+    refuse_other_data(data, validation)
     with sole_owner(run_dir):
         start = distributed.on_rank_zero(lambda: choose_checkpoint(config, data, run_dir, resume))
         distributed.on_rank_zero(data.check)
@@ -368,7 +370,8 @@ class Run:
         evaluated = {held.name for held in self.evaluation.sets}
         without = [source.name for source in self.data.sources if source.name not in evaluated]
         if self.data.mixed and without:
-            print(f"no validation split of a window, and no val_loss/<name>: {', '.join(without)}")
+            names = ", ".join(without)
+            print(f"no val_loss/<name>: {names} (validation text shorter than a window, or none)")
 
     def _summary(self, step: int, started: float, already_done: bool = False) -> dict[str, Any]:
         summary: dict[str, Any] = {

@@ -9,19 +9,21 @@ import numpy as np
 import pytest
 
 from archscale.config import Config
-from archscale.config.sections import DataConfig
+from archscale.config.sections import DataConfig, MixtureEntry
 from archscale.data.foreign.sets import find_files, sort_into_splits
 from archscale.data.preparing.prepare import inspect, verify
 from archscale.data.shards import SPLITS
 from archscale.data.split import TokenSplit
-from archscale.data.stored import check_document_mask, describe
+from archscale.data.stored import check_document_mask, describe, run_tokenizer
 from archscale.data.summary_text import render
 from archscale.data.tokenizer import train_sentencepiece
 from archscale.data.training_data import open_training_data
 from archscale.data.validation import validation_batches, validation_sets
 from archscale.data.windows import read_windows
 from archscale.errors import ConfigError, DataError
+from archscale.plan.plan import Plan
 from archscale.plan.preflight import plan_config
+from tests.data.conftest import FINGERPRINT, write_dataset
 from tests.data.foreign_files import write_datatrove, write_llmc, write_megatron
 
 IDS = np.random.default_rng(0).integers(0, 250, 1001)
@@ -124,6 +126,28 @@ def test_validation_needs_no_end_of_document(tmp_path: Path) -> None:
     assert int(batches[-1].inputs[-1].sum()) == 0
 
 
+def test_files_of_an_unknown_tokenizer_go_with_prepared_data(tmp_path: Path, dataset: Path) -> None:
+    """Whatever the padding of the model: their ids must be those of the known tokenizer."""
+    files = write_llmc(tmp_path / "a.bin", np.append(IDS, 499))
+    for names in ("fp", "pf"):
+        paths = dict(zip(names, (str(files), str(dataset))))
+        mixture = [MixtureEntry(name=name, path=paths[name], weight=1) for name in paths]
+        data = DataConfig(mixture=mixture, val=str(dataset))
+        training = open_training_data(data, 8, 0, 512)
+        assert (training.vocab_size, training.vocabulary.fingerprint) == (500, FINGERPRINT)
+        training.check()
+        assert {held.split.vocab_size for held in validation_sets(data, training)} == {500}
+        # Not a tokenizer, but that of the data set.
+        with pytest.raises(DataError, match=r"set/tokenizer/tokenizer\.model"):
+            run_tokenizer(data)
+    write_llmc(files, np.append(IDS, 500))
+    with pytest.raises(DataError, match=r"token id 500 does not fit a vocabulary of 500"):
+        open_training_data(data, 8, 0, 512).check()
+    alone = DataConfig(train=str(files))
+    with pytest.raises(DataError, match=r"do not say which tokenizer .*data\.tokenizer$"):
+        run_tokenizer(alone)
+
+
 def test_a_plan_says_what_the_files_lack(tmp_path: Path, tokenizer: str) -> None:
     data = {"train": str(fineweb(tmp_path / "fw")), "document_mask": True}
 
@@ -138,12 +162,69 @@ def test_a_plan_says_what_the_files_lack(tmp_path: Path, tokenizer: str) -> None
     assert problems(None, tokenizer=tokenizer) == ""
 
 
+def test_a_plan_says_what_training_refuses_of_the_data(tmp_path: Path, dataset: Path) -> None:
+    """Of damaged, other and repeated data; what is not here at all may be where training runs."""
+    files = str(write_llmc(tmp_path / "a.bin", IDS))
+    held_out = str(fineweb(tmp_path / "fw") / "*val*.bin")
+    other = write_dataset(tmp_path / "other", [IDS], [IDS], 300)
+    cut = write_llmc(tmp_path / "cut.bin", IDS)
+    _cut(cut)
+
+    def plan(vocab_size: int | None, *sources: object, **data: object) -> Plan:
+        mixture = [
+            {"name": f"s{number}", "path": str(path), "weight": 1}
+            for number, path in enumerate(sources)
+        ]
+        model = {"depth": 2, "width": 32, "head_dim": 16, "context": 8, "vocab_size": vocab_size}
+        training = {"tokens": 65536, "batch_tokens": 32768, "micro_batch": 1}
+        config = {"name": "x", "model": model, "training": training}
+        return plan_config(Config.from_dict(config | {"data": {"mixture": mixture, **data}}))
+
+    for made, problem in (
+        (plan(512, dataset, val="nowhere"), "no data set"),
+        (plan(512, dataset, val=str(other)), "data.val was made with another tokenizer than"),
+        (plan(512, files, val=files), "data.val holds out a file that is trained on"),
+        (plan(512, held_out), "source s0 of data.mixture holds out a file that is trained on"),
+        (plan(512, files, cut), "truncated"),
+        (plan(None, dataset, files), "llm.c files do not say how large"),
+    ):
+        (found,) = made.problems
+        assert found.what.startswith(problem)
+    assert plan(512, dataset, files).problems == []
+    away = plan(512, "nowhere", val="there")
+    assert (away.problems, [advice.where for advice in away.advice][:2]) == (
+        [],
+        ["nowhere", "there"],
+    )
+    weights = [{"name": "a", "path": "a", "weight": 1}, {"name": "b", "path": "b", "weight": 1e-9}]
+    (found,) = plan(None, mixture=weights).problems
+    assert found.what.startswith("weight 1e-09 of source b")
+
+
 def test_files_are_not_both_trained_on_and_held_out(tmp_path: Path) -> None:
     path = str(write_llmc(tmp_path / "tokens.bin", IDS))
     data = DataConfig(train=path, val=path)
     with pytest.raises(ConfigError, match=r"a file that is trained on"):
         validation_sets(data, open_training_data(data, 8, 0, 256))
     assert describe(path, None, 256).tokens == {"train": 1001}
+
+
+def test_a_file_is_the_same_under_other_names(tmp_path: Path, monkeypatch) -> None:
+    path = write_llmc(tmp_path / "tokens.bin", IDS)
+    (tmp_path / "link.bin").symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+    for name in ("tokens.bin", "link.bin"):
+        data = DataConfig(train=name, val=str(path))
+        with pytest.raises(ConfigError, match=r"^data\.val holds out a file that is trained on"):
+            validation_sets(data, open_training_data(data, 8, 0, 256))
+
+
+def test_a_source_of_validation_files_alone_is_not_held_out_too(tmp_path: Path) -> None:
+    path = str(fineweb(tmp_path / "fw") / "*val*.bin")
+    data = DataConfig(mixture=[MixtureEntry(name="v", path=path, weight=1)])
+    assert describe(path, None, 256).tokens == {"train": 301, "validation": 301}
+    with pytest.raises(ConfigError, match=r"^source v of data\.mixture holds out a file that is"):
+        validation_sets(data, open_training_data(data, 8, 0, 256))
 
 
 def test_names_say_splits_only_as_words(tmp_path: Path) -> None:
@@ -160,6 +241,8 @@ def test_names_say_splits_only_as_words(tmp_path: Path) -> None:
     assert splits("a_val_0.bin") == {validation: ["a_val_0.bin"]}
     with pytest.raises(DataError, match=r"some names say train or val and 1 do not"):
         splits("x_train.bin", "x_val.bin", "y.bin")
+    with pytest.raises(DataError, match=r"the name says test and val, .*test_val_0\.bin\): rename"):
+        splits("train_train_0.bin", "test_val_0.bin")
 
 
 def test_identity_is_of_names_sizes_and_beginnings(tmp_path: Path) -> None:
@@ -305,7 +388,7 @@ def test_negative_ids_are_refused_in_every_batch(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"token id -3 in split 'train' is outside"):
         read_windows(split, np.array([0]))
     read_windows(split, np.array([1]))
-    with pytest.raises(DataError, match=r"token id -3 does not fit"):
+    with pytest.raises(DataError, match=r"token id -3 is negative"):
         split.check(256)
 
 
@@ -326,3 +409,20 @@ def test_inspect_says_what_there_is(tmp_path: Path, tokenizer: str) -> None:
     # Ids of the trained tokenizer's bytes and pieces come out as text.
     assert inspect(path, tokenizer)["excerpt"] != summary["excerpt"]
     assert verify(tmp_path) == []
+
+
+def test_inspect_and_verify_refuse_another_tokenizer(
+    tmp_path: Path, tokenizer: str, dataset: Path
+) -> None:
+    files = write_megatron(tmp_path / "a", [IDS + 270], "i4")
+    with pytest.raises(DataError, match=r"token id \d+ does not fit a vocabulary of 270"):
+        inspect(files, tokenizer)
+    for examine in (inspect, verify):
+        with pytest.raises(DataError, match=r"is not the one that the data set was made with"):
+            examine(dataset, tokenizer)
+    assert verify(files) == []
+    write_megatron(tmp_path / "a", [np.array([1, -5])], "i4")
+    assert [line.partition(" (")[0] for line in verify(files)] == ["token id -5 is negative"]
+    (tmp_path / "b.bin").write_bytes(np.array([20240520, 1, -5, *[0] * 253], "<i4").tobytes())
+    with pytest.raises(DataError, match=r"^damaged: it announces -5 tokens"):
+        inspect(tmp_path / "b.bin")

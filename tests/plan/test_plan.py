@@ -3,13 +3,16 @@ repository."""
 
 import json
 import re
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from archscale.config import Config, load_config
+from archscale.data.packing_index import PackedSize
 from archscale.errors import ConfigError
 from archscale.plan.devices import DEVICES, RESERVED, Device, find_device
+from archscale.plan.passes import SourceTokens, data_figures
 from archscale.plan.plan import INITIALIZATION, make_plan
 from archscale.plan.preflight import plan_config, refuse
 from archscale.plan.text import render
@@ -341,3 +344,24 @@ def test_initialization_of_the_plan_is_the_models():
         "0.0001", "1e-4"
     ).replace("1e-04", "1e-4")
     assert INITIALIZATION["head"] == INITIALIZATION["tied"] == f"N(0, {HEAD_STD:g})"
+
+
+def test_passes_are_over_windows_and_a_data_set_counts_once():
+    """101 tokens are 10 windows of 10; two sources that share them repeat the same text."""
+    half, quarter = Fraction(1, 2), Fraction(1, 4)
+    figures = data_figures(
+        [
+            SourceTokens("a", half, 101, path="x"),
+            SourceTokens("b", quarter, 101, path="x"),
+            SourceTokens("c", quarter, 1009, path="y"),
+        ],
+        4400,
+        10,
+    )
+    assert figures["tokens"] == 1110
+    assert figures["passes"] == 4
+    assert [row["passes"] for row in figures["sources"]] == [33, 33, 1.1]
+    assert [row["drawn"] for row in figures["sources"]] == [2200, 1100, 1100]
+    packed = PackedSize(windows=11, context=10, pieces=20, targets=100)
+    assert data_figures([SourceTokens("", Fraction(1), 101, packed)], 220, 10)["passes"] == 2
+    assert data_figures([SourceTokens("", Fraction(1), 10)], 220, 10)["passes"] is None

@@ -332,6 +332,9 @@ def test_refine_by_what_no_run_has(tmp_path, data):
         ConfigError, match=r"no run has val_los \(refine.y in .*\): give one of step, tokens"
     ):
         sweep(path, dry_run=True)
+    path = grid(tmp_path, data, **keys, refine={"x": LR, "seeds": 2, "y": "val_loss/zz"})
+    with pytest.raises(ConfigError, match=r"no val_loss/zz without a source zz of data\.mixture"):
+        sweep(path, dry_run=True)
     path = grid(tmp_path, data, **keys, refine={"x": LR, "seeds": 2, "y": "moe/none"})
     pretend(path, tmp_path / "s", bowl)
     with pytest.raises(

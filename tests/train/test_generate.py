@@ -4,11 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from archscale.checkpoint.history import other_trajectory
 from archscale.data.preparing.prepare import prepare
-from archscale.errors import DataError
-from archscale.train.generate import generate
+from archscale.errors import ConfigError, DataError
+from archscale.train.generate import generate, tokenizer_of
+from tests.data.foreign_files import write_llmc
 from tests.train.tiny import config, run, tiny_data
 
 
@@ -56,13 +59,30 @@ def test_without_its_own_only_the_same_tokenizer_will_do(folder: Path) -> None:
     shutil.rmtree(folder / "run/tokenizer")  # as in runs that were started before
     assert text_of(folder) == before
     prepare_otherwise(folder)
-    with pytest.raises(
-        DataError, match=r"was trained with \w+ .*tokens.*data directory that has it in .*run"
-    ):
+    with pytest.raises(DataError, match=r"was trained with \w+ .*tokens.*has it in .*run"):
         text_of(folder)
     shutil.rmtree(folder / "tokens")
     with pytest.raises(DataError, match="no data set"):
         text_of(folder)
+
+
+def test_a_run_on_files_of_an_unknown_tokenizer_needs_one(folder: Path) -> None:
+    """Which does not make it another trajectory."""
+    shutil.rmtree(folder / "run/tokenizer")
+    write_llmc(folder / "a.bin", np.arange(100))
+    made = config(str(folder / "a.bin"))
+    with pytest.raises(DataError, match=r"do not say which .*as data\.tokenizer in .*config\.yaml"):
+        tokenizer_of(folder / "run", made, {"tokenizer": ""})
+    given = config(str(folder / "a.bin"), data={"tokenizer": str(folder / "tokens")})
+    assert tokenizer_of(folder / "run", given, {"tokenizer": ""}).vocab_size == 300
+    for key in ("data_set.tokenizer", "data_set.sources.a.tokenizer"):
+        assert list(other_trajectory({key: ""}, {key: "x"})) == []
+        assert list(other_trajectory({key: "y"}, {key: "x"})) == [key]
+
+
+def test_a_prompt_is_text(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^character 2 of the prompt is not UTF-8 \(--prompt\)"):
+        generate(tmp_path, "a\udcff", max_tokens=1, temperature=0.0, top_k=None, seed=0)
 
 
 def test_a_damaged_copy_is_named(folder: Path) -> None:

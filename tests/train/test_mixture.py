@@ -1,6 +1,7 @@
 """A run on a mixture: one trajectory, a loss for each source, and no other mixture on resuming."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 from archscale.checkpoint.history import other_trajectory
 from archscale.config import Config
 from archscale.data.shards import TOKEN_BYTES
+from archscale.distributed import rank
 from archscale.errors import ConfigError
 from archscale.sweep.table import config_cells
+from archscale.train.trainer import train
 from tests.data.conftest import write_dataset
 from tests.golden.curves import FOLDER, VOCAB
 from tests.train.tiny import config, crash_after, run
@@ -68,6 +71,27 @@ def test_a_mixture_has_one_trajectory(pool: Callable, sets: Path, tmp_path: Path
         np.testing.assert_allclose(losses(lines), losses(straight), rtol=1e-5)
         for key in ("val_loss", "val_loss/web", "val_loss/code"):
             np.testing.assert_allclose(lines[-1][key], straight[-1][key], rtol=1e-5)
+
+
+def train_of_own_disk(made: list[Config], folder: str) -> None:
+    train(made[rank()], Path(folder))
+
+
+def test_ranks_with_other_data_stop_together(pool: Callable, sets: Path, tmp_path: Path) -> None:
+    """Before the first step, whether it is training or validation that differs."""
+    shutil.copytree(sets, tmp_path / "moved")
+    write_dataset(tmp_path / "other/web", [np.arange(900) % 250], [np.arange(150)], VOCAB)
+    held = mixed(sets, val=str(sets / "code")), mixed(sets, val=str(tmp_path / "other/web"))
+    shutil.copytree(tmp_path / "other/web", tmp_path / "moved/code", dirs_exist_ok=True)
+    for made, problem in (
+        ([mixed(sets), mixed(tmp_path / "moved")], r"source code of data\.mixture has 900 tokens"),
+        (held, r"data\.val has 150 tokens on rank 1, 100 on rank 0"),
+    ):
+        raised = pool(2).run(train_of_own_disk, made, str(tmp_path / "r"), expect_error=True)
+        for name, message in raised:
+            assert name == "ConfigError"
+            assert re.match(problem, message)
+    assert not (tmp_path / "r").exists()
 
 
 def test_every_source_has_its_own_validation_loss(sets: Path, tmp_path: Path, capsys) -> None:

@@ -12,7 +12,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from archscale.data.foreign.files import COPY_AGAIN, ForeignFile, count_problem, whole_tokens
+from archscale.data.foreign.files import (
+    COPY_AGAIN,
+    ForeignFile,
+    count_problem,
+    disagree,
+    whole_tokens,
+)
 from archscale.data.places import Place, map_tokens, read_start
 from archscale.errors import DataError
 
@@ -51,7 +57,7 @@ def read(place: Place) -> ForeignFile:
     if metadata is not None and metadata.tokens != tokens:
         raise count_problem(place, size, metadata.tokens, metadata.tokens * id_bytes)
     if index_size is not None and _last(index, index_size) != tokens:
-        raise _disagree(index, place, f"it ends at token {_last(index, index_size)} of {tokens}")
+        raise disagree(index, place, f"it ends at token {_last(index, index_size)} of {tokens}")
     return ForeignFile(
         place,
         KIND,
@@ -91,7 +97,7 @@ def _id_bytes(place: Place, size: int, index: Place, index_size: int | None) -> 
     for id_bytes in _DTYPES:
         if last * id_bytes == size:
             return id_bytes
-    raise _disagree(index, place, f"it ends at token {last}, and the ids have {size} bytes")
+    raise disagree(index, place, f"it ends at token {last}, and the ids have {size} bytes")
 
 
 def _last(index: Place, size: int) -> int:
@@ -102,12 +108,4 @@ def _last(index: Place, size: int) -> int:
 def _verify(index: Place, size: int, place: Place) -> None:
     ends = map_tokens(index, _END, 0, size // 8)[0 : size // 8]
     if (ends[1:] < ends[:-1]).any():
-        raise _disagree(index, place, "a document ends before the one before it")
-
-
-def _disagree(index: Place, place: Place, problem: str) -> DataError:
-    return DataError(
-        f"{index.name} and {place.name} do not belong together: {problem}",
-        str(index),
-        "copy both files again from where they are whole, or write them anew",
-    )
+        raise disagree(index, place, "a document ends before the one before it")

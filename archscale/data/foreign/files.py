@@ -51,18 +51,24 @@ class ForeignFile:
         for start in range(0, self.tokens, _IDS):
             yield tokens[start : start + _IDS]
 
-    def check_ids(self, vocab_size: int) -> None:
-        """Reads the file. DataError for an id that is negative or outside the vocabulary."""
+    def check_ids(self, vocab_size: int | None) -> None:
+        """Reads the file. DataError for an id that is negative, or outside the vocabulary where
+        that is known."""
         for ids in self.chunks():
-            low, high = int(ids.min()), int(ids.max())
-            if low < 0 or high >= vocab_size:
-                raise DataError(
-                    f"token id {low if low < 0 else high} does not fit a vocabulary of"
-                    f" {vocab_size}",
-                    str(self.place),
-                    "give the tokenizer that the file was made with as data.tokenizer, or the size"
-                    " of its vocabulary as model.vocab_size",
-                )
+            self.check_some(ids, vocab_size)
+
+    def check_some(self, ids: np.ndarray, vocab_size: int | None) -> None:
+        """As `check_ids`, of some ids of the file [n], n > 0."""
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0:
+            raise DataError(f"token id {low} is negative", str(self.place), COPY_AGAIN)
+        if vocab_size is not None and high >= vocab_size:
+            raise DataError(
+                f"token id {high} does not fit a vocabulary of {vocab_size}",
+                str(self.place),
+                "give the tokenizer that the file was made with as data.tokenizer, or the size of"
+                " its vocabulary as model.vocab_size",
+            )
 
 
 def whole_tokens(place: Place, size: int, offset: int, dtype: np.dtype) -> int:
@@ -79,7 +85,18 @@ def whole_tokens(place: Place, size: int, offset: int, dtype: np.dtype) -> int:
 
 def count_problem(place: Place, size: int, tokens: int, expected: int) -> DataError:
     """A file whose size is not that of the tokens it announces."""
+    if tokens < 0:
+        return DataError(f"damaged: it announces {tokens} tokens", str(place), COPY_AGAIN)
     word = "truncated" if size < expected else "foreign bytes after the tokens"
     return DataError(
         f"{word}: {size} bytes where {tokens} tokens need {expected}", str(place), COPY_AGAIN
+    )
+
+
+def disagree(index: Place, place: Place, problem: str) -> DataError:
+    """An index that is not of the file beside it."""
+    return DataError(
+        f"{index.name} and {place.name} do not belong together: {problem}",
+        str(index),
+        "copy both files again from where they are whole, or write them anew",
     )

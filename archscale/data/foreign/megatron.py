@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from archscale.data.foreign.files import COPY_AGAIN, ForeignFile, whole_tokens
+from archscale.data.foreign.files import COPY_AGAIN, ForeignFile, disagree, whole_tokens
 from archscale.data.places import Place, map_tokens, read_start
 from archscale.errors import DataError
 
@@ -63,7 +63,7 @@ def read(place: Place) -> ForeignFile:
         )
         described = pointer + length * index.dtype.itemsize
     if described != size:
-        raise _disagree(index, place, f"its last sequence ends at byte {described} of {size}")
+        raise disagree(index.place, place, f"its last sequence ends at byte {described} of {size}")
     return ForeignFile(
         place,
         KIND,
@@ -118,7 +118,9 @@ def _verify(index: _Index, place: Place) -> None:
         wrong = (lengths < 0) | (pointers != ends - lengths * index.dtype.itemsize)
         if wrong.any():
             number = start + int(wrong.argmax())
-            raise _disagree(index, place, f"sequence {number} is not where the one before it ends")
+            raise disagree(
+                index.place, place, f"sequence {number} is not where the one before it ends"
+            )
         end = int(ends[-1])
     borders = index.part("documents")
     sound = len(borders) == 0 or (
@@ -127,11 +129,3 @@ def _verify(index: _Index, place: Place) -> None:
     if not sound:
         problem = f"its documents are not made of its {index.sequences} sequences"
         raise DataError(problem, str(index.place), COPY_AGAIN)
-
-
-def _disagree(index: _Index, place: Place, problem: str) -> DataError:
-    return DataError(
-        f"{index.place.name} and {place.name} do not belong together: {problem}",
-        str(index.place),
-        "copy both files again from where they are whole, or write them anew",
-    )

@@ -59,12 +59,18 @@ def sort_into_splits(files: list[Place]) -> dict[str, list[Place]]:
     test are in none.
 
     Raises:
-        DataError: some names say their split and others nothing.
+        DataError: some names say their split and others nothing, or one says two.
     """
     said: dict[str, list[Place]] = {}
     for file in files:
-        match = _WORD.search(file.name.lower())
-        said.setdefault(match[1][:3] if match else "", []).append(file)
+        words = {match[:3]: match for match in _WORD.findall(file.name.lower())}
+        if len(words) > 1:
+            raise DataError(
+                f"the name says {' and '.join(words.values())}, which are different splits",
+                str(file),
+                "rename it, or give a link to it whose name says one of them",
+            )
+        said.setdefault("".join(words), []).append(file)
     if len(said) == 1:
         return {VALIDATION if "val" in said else TRAIN: files}
     if "" in said:

@@ -17,14 +17,17 @@ def inspect_foreign(place: Place, tokenizer: Tokenizer | None) -> dict[str, Any]
     is text where the tokenizer is known and ids otherwise; per split tokens, documents, shards.
 
     Raises:
-        DataError: a file is wrong.
+        DataError: a file is wrong, or not of this tokenizer.
     """
     splits = {
         split: read_files(files) for split, files in sort_into_splits(find_files(place)).items()
     }
     first = next(iter(splits.values()))[0]
     name = first.tokenizer if tokenizer is None else tokenizer.fingerprint[:12]
-    ids = first.open()[: min(_EXCERPT_TOKENS, first.tokens)].tolist()
+    excerpt = first.open()[: min(_EXCERPT_TOKENS, first.tokens)]
+    if tokenizer is not None and len(excerpt):
+        first.check_some(excerpt, tokenizer.vocab_size)
+    ids = excerpt.tolist()
     return {
         "output": str(place),
         "format": first.kind,
@@ -53,7 +56,7 @@ def verify_foreign(place: Place, tokenizer: Tokenizer | None) -> list[str]:
             (read,) = read_files([file])
             if read.verify is not None:
                 read.verify()
-            read.check_ids(known_vocabulary(read, tokenizer) or 1 << 32)
+            read.check_ids(known_vocabulary(read, tokenizer))
         except DataError as error:
             problems.append(str(error))
     if not problems:
