@@ -1,5 +1,5 @@
-"""`python -m tests.train.starved train …`: archscale, where rank 1 cannot read the data of its third
-step."""
+"""`python -m tests.train.starved train …`: archscale, where rank 1 cannot read the data of its
+third step."""
 
 import os
 
