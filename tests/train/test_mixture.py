@@ -127,7 +127,7 @@ def test_another_mixture_is_not_resumed(sets: Path, tmp_path: Path) -> None:
         run(alone, folder)
     shutil.rmtree(tmp_path / "moved" / "code")
     shutil.copytree(sets / "wiki", tmp_path / "moved" / "code")
-    with pytest.raises(ConfigError, match=r"^data_set\.sources\.code\.tokens is"):
+    with pytest.raises(ConfigError, match=r"^data_set\.sources\.code\.(origin|tokens) is"):
         run(mixed(tmp_path / "moved", 5, web=0.7, code=0.3), folder)
 
 
