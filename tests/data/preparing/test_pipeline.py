@@ -121,6 +121,13 @@ def test_killed_at_any_write_the_same_command_goes_on(
     assert runs > 5
     assert prepare("recipe.yaml")["already_there"]
     assert hashes(work / "data") == GOLDEN
+    prepare("recipe.yaml", ["output=undisturbed"], SHARD_TOKENS)
+    records, undisturbed = work / "data" / SOURCE_FILES, work / "undisturbed" / SOURCE_FILES
+    assert records.read_bytes() == undisturbed.read_bytes()
+    manifest = read_manifest("undisturbed")
+    assert read_manifest("data") == manifest.model_copy(
+        update={"recipe": manifest.recipe | {"output": "data"}}
+    )
     assert not list(work.glob(".*"))
     assert not list((work / "data").glob(".*"))
 
