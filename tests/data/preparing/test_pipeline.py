@@ -282,14 +282,6 @@ def test_a_change_anywhere_in_a_source_is_seen(work: Path) -> None:
         prepare("recipe.yaml")
 
 
-def test_the_sources_of_a_finished_data_set_are_gone(work: Path) -> None:
-    prepare("recipe.yaml")
-    for path in work.glob("corpus_*"):
-        path.unlink()
-    with pytest.raises(DataError, match=r"data is already there, but its sources .*no file"):
-        prepare("recipe.yaml")
-
-
 def test_another_tokenizer_at_the_same_path_is_seen(work: Path) -> None:
     prepare("recipe.yaml")
     path = work / "tokenizer.json"
@@ -377,6 +369,14 @@ def test_a_place_where_nothing_can_be_made(work: Path) -> None:
     with pytest.raises(DataError, match="No such file or directory") as caught:
         prepare("recipe.yaml", ["output=/proc/data"])
     assert "deleted" not in str(caught.value)
+
+
+def test_the_sources_of_a_finished_data_set_are_gone(work: Path) -> None:
+    prepare("recipe.yaml")
+    for path in work.glob("corpus_*"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"data is already there, but its sources .*no file"):
+        prepare("recipe.yaml")
 
 
 def test_the_home_directory(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
