@@ -30,6 +30,8 @@ def already_there(recipe: Recipe, destination: Destination, say: Say) -> dict[st
             problem = f"output holds a dataset made with another tokenizer than {given} is now"
             raise DataError(problem, output, ELSEWHERE)
     records = destination.directory / SOURCE_FILES
+    if records.exists():
+        _refuse_missing_sources(recipe, output)
     if not records.exists():
         say(f"{output} has no {SOURCE_FILES}: whether its source files changed is not known")
     elif change := first_change(records, recipe, say):
@@ -40,3 +42,14 @@ def already_there(recipe: Recipe, destination: Destination, say: Say) -> dict[st
         with open_work(destination.work, None, say) as work:
             work.remove()
     return summarize(destination.output, manifest, already_there=True)
+
+
+def _refuse_missing_sources(recipe: Recipe, output: str) -> None:
+    """DataError if the sources cannot be listed any more."""
+    try:
+        for source in recipe.all_sources():
+            source.files()
+    except DataError as error:
+        problem = f"{output} is already there, but its sources cannot be found: {error.what}"
+        remedy = "use the data set as it is, or bring them back"
+        raise DataError(problem, error.where, remedy) from error

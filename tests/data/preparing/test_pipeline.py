@@ -127,6 +127,13 @@ def test_killed_at_any_write_the_same_command_goes_on(
     assert runs > 5
     assert prepare("recipe.yaml")["already_there"]
     assert hashes(work / "data") == GOLDEN
+    prepare("recipe.yaml", ["output=undisturbed"], SHARD_TOKENS)
+    records, undisturbed = work / "data" / SOURCE_FILES, work / "undisturbed" / SOURCE_FILES
+    assert records.read_bytes() == undisturbed.read_bytes()
+    manifest = read_manifest("undisturbed")
+    assert read_manifest("data") == manifest.model_copy(
+        update={"recipe": manifest.recipe | {"output": "data"}}
+    )
     assert not list(work.glob(".*"))
     assert not list((work / "data").glob(".*"))
 
@@ -471,6 +478,14 @@ def test_a_place_where_nothing_can_be_made(work: Path) -> None:
     with pytest.raises(DataError, match="No such file or directory") as caught:
         prepare("recipe.yaml", ["output=/proc/data"])
     assert "deleted" not in str(caught.value)
+
+
+def test_the_sources_of_a_finished_data_set_are_gone(work: Path) -> None:
+    prepare("recipe.yaml")
+    for path in work.glob("corpus_*"):
+        path.unlink()
+    with pytest.raises(DataError, match=r"data is already there, but its sources .*no file"):
+        prepare("recipe.yaml")
 
 
 def test_the_home_directory(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
