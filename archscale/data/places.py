@@ -39,6 +39,16 @@ def read_start(place: Place, count: int) -> tuple[bytes, int]:
         return file.read(count), os.fstat(file.fileno()).st_size
 
 
+def read_range(place: Place, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop`. OSError if a local file cannot be read; DataError if a remote one
+    cannot, or is shorter."""
+    if isinstance(place, RemotePath):
+        return place.read_bytes(start, stop)
+    with open(place, "rb") as file:
+        file.seek(start)
+        return file.read(stop - start)
+
+
 def map_tokens(
     place: Place,
     dtype: np.dtype,
