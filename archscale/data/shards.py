@@ -225,8 +225,11 @@ class _Entry(BaseModel):
 
 
 class ShardEntry(_Entry):
+    """`checksum` is that of the shard's header; None in data sets made before it was kept."""
+
     file: str
     tokens: int
+    checksum: str | None = None
 
 
 class SplitEntry(_Entry):
@@ -269,6 +272,21 @@ class Manifest(_Entry):
     dropped: dict[str, int]
     skipped: SkippedEntry | None = None
     fidelity: dict[str, int] | None = None
+
+
+def disagreements(header: ShardHeader, shard: ShardEntry, tokenizer: TokenizerEntry) -> list[str]:
+    """How a shard is not the one that the manifest lists, a line each."""
+    problems = []
+    if header.tokens != shard.tokens:
+        problems.append(f"the shard has {header.tokens} tokens, {MANIFEST} says {shard.tokens}")
+    if header.fingerprint != tokenizer.fingerprint:
+        ours, theirs = tokenizer.fingerprint[:12], header.fingerprint[:12]
+        problems.append(
+            f"the shard was made with another tokenizer, {theirs}, than the data set, {ours}"
+        )
+    if not problems and shard.checksum not in (None, header.checksum):
+        problems.append(f"the shard has other tokens than the one that {MANIFEST} lists")
+    return problems
 
 
 def read_manifest(directory: str | Place) -> Manifest:
