@@ -60,7 +60,7 @@ class RemoteTokens:
         first = self._offset + start * self._dtype.itemsize
         last = self._offset + max(start, stop) * self._dtype.itemsize
         cache = self._cache
-        if cache is not None and (copy := cache.read(self._name)) is not None:
+        if cache is not None and (copy := cache.read(self._name, self._version.size)) is not None:
             return copy[first:last].view(self._dtype)
         if self._failure is not None:
             raise self._failure
@@ -71,6 +71,12 @@ class RemoteTokens:
             self._checked = time.monotonic()
             self._refuse_other()
         return np.frombuffer(self._place.read_bytes(first, last), self._dtype)
+
+    @property
+    def copied(self) -> Path | None:
+        """The copy that is read; None where there is none."""
+        path = self._cache and self._cache.directory / self._name
+        return path if path and path.exists() else None
 
     def copy(self, cache: Cache) -> bool:
         """Copies the whole file into the cache; whether it is there now."""

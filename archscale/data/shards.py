@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from archscale.data.missing import how_to_make
 from archscale.data.places import Place, Tokens, locate, map_tokens, read_start
+from archscale.data.remote_tokens import RemoteTokens
 from archscale.errors import DataError, explain_os_error
 from archscale.files import sync
 
@@ -210,7 +211,14 @@ def verify_shard(path: str | Place) -> ShardHeader:
         digest.update(chunk.data)
         max_id = max(max_id, int(chunk.max()))
     if digest.hexdigest() != header.checksum:
-        raise DataError("damaged shard: the tokens do not match their checksum", str(path), DAMAGED)
+        problem = "damaged shard: the tokens do not match their checksum"
+        if isinstance(tokens, RemoteTokens) and tokens.copied:
+            raise DataError(
+                f"damaged copy of {path}: the tokens do not match their checksum",
+                str(tokens.copied),
+                "delete that file: the shard is copied again",
+            )
+        raise DataError(problem, str(path), DAMAGED)
     if max_id != header.max_id:
         raise DataError(
             f"the highest id is {max_id}, the header says {header.max_id}",

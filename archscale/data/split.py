@@ -85,6 +85,12 @@ class TokenSplit:
         while done < len(out):
             begin = self._begins[number]
             part = self._open(number)[start + done - begin : stop - begin]
+            if len(part) < min(stop, self._ends[number]) - start - done:
+                raise DataError(
+                    f"the file ends before token {self._ends[number] - begin}",
+                    self.files[number],
+                    "check that nobody writes there, then give the same command again",
+                )
             out[done : done + len(part)] = part
             done, number = done + len(part), number + 1
         return out
