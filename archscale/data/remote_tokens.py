@@ -44,8 +44,9 @@ class RemoteTokens:
     ):
         self._place, self._dtype, self._offset, self._count = place, dtype, offset, count
         self._verify = verify
-        self._cache = the_cache()
         self._version = place.version()
+        # Without a mark of the version, a copy would be read for ever, whatever stands there.
+        self._cache = the_cache() if self._version.tag else None
         mark = f"{place.url}\n{self._version.size}\n{self._version.tag}"
         self._name = f"{hashlib.sha256(mark.encode()).hexdigest()[:32]}-{place.name}"
         self._checked = time.monotonic()

@@ -386,6 +386,7 @@ def test_many_processes_make_one_copy(tmp_path: Path) -> None:
 class _Server(ThreadingHTTPServer):
     directory: Path
     ranges = True
+    marks = True
     failures = 0
 
 
@@ -410,7 +411,8 @@ class _Handler(BaseHTTPRequestHandler):
             content, status = content[int(start) : int(stop or size) + 1], 206
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
+        if self.server.marks:
+            self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
         self.send_header("Accept-Ranges", "bytes" if self.server.ranges else "none")
         self.end_headers()
         if body:
@@ -450,6 +452,21 @@ def test_http(dataset: Path, server: _Server, cache: Path) -> None:
         TokenSplit(url, "other", CONTEXT)
     with pytest.raises(DataError, match=r"not a prepared data set"):
         TokenSplit(url + "2", "train", CONTEXT)
+
+
+def test_nothing_is_copied_without_marks_of_versions(
+    dataset: Path, server: _Server, cache: Path
+) -> None:
+    server.marks = False
+    ids = np.arange(1000) % 250
+    write_llmc(dataset.parent / "x.bin", ids)
+    url = f"http://127.0.0.1:{server.server_port}/x.bin"
+    windows(TokenSplit(url, "train", CONTEXT, vocab_size=250))
+    wait_for(remote_tokens._WORKER._queue.empty)
+    write_llmc(dataset.parent / "x.bin", ids[::-1])
+    again = TokenSplit(url, "train", CONTEXT, vocab_size=250)
+    assert again.tokens(0, 1000).tolist() == ids[::-1].tolist()
+    assert copies(cache) == []
 
 
 def test_http_without_ranges_or_a_server(
