@@ -10,8 +10,10 @@ import numpy as np
 
 from archscale.data.remote import RemotePath, is_remote
 from archscale.data.remote_tokens import RemoteTokens
+from archscale.errors import DataError
 
 Place = Path | RemotePath
+_TOKEN_FILES = (".bin", ".ds", ".idx")
 
 
 class Tokens(Protocol):
@@ -67,7 +69,11 @@ def map_tokens(
 
 
 def files_in(place: Place) -> list[Place]:
-    """Files of a directory, those that match a pattern, or none; sorted by name."""
+    """Files of a directory, those that match a pattern, or none; sorted by name.
+
+    Raises:
+        DataError: an entry is called as one of token ids, and is no file.
+    """
     if isinstance(place, RemotePath):
         return list(place.files())
     if place.is_dir():
@@ -76,4 +82,9 @@ def files_in(place: Place) -> list[Place]:
         return []
     else:
         paths = [Path(name) for name in glob.glob(str(place), recursive=True)]
+    for path in paths:
+        if path.suffix in _TOKEN_FILES and not path.is_file():
+            problem = "a link to nothing" if path.is_symlink() else "not a file"
+            remedy = "restore the file, or move this entry elsewhere to read the others alone"
+            raise DataError(f"{problem} among files of token ids", str(path), remedy)
     return [*sorted(path for path in paths if path.is_file())]

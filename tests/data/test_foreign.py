@@ -194,6 +194,16 @@ def test_identity_of_a_large_file_is_of_blocks_up_to_its_end(tmp_path: Path) -> 
         assert TokenSplit(path, "train", 8, vocab_size=256).origin != before
 
 
+def test_a_link_to_nothing_is_not_left_out(tmp_path: Path) -> None:
+    directory = fineweb(tmp_path / "fw")
+    shard = directory / "fineweb_train_000002.bin"
+    shard.unlink()
+    shard.symlink_to(tmp_path / "gone.bin")
+    for path in (directory, directory / "*train*.bin"):
+        with pytest.raises(DataError, match=r"link to nothing.*fineweb_train_000002\.bin"):
+            all_tokens(path)
+
+
 def test_names_that_are_not_utf8(tmp_path: Path) -> None:
     path = write_llmc(tmp_path / os.fsdecode(b"caf\xe9.bin"), IDS)
     assert len(TokenSplit(path, "train", 8, vocab_size=256).origin) == 64
