@@ -26,7 +26,7 @@ DIRECTORY, GIGABYTES = "ARCHSCALE_CACHE", "ARCHSCALE_CACHE_GB"
 # Copies read during this time stay: where the bound is below what runs read, one copy after another
 # would be fetched only to be deleted before it is read again.
 RECENT = 600.0  # seconds
-_TOUCH = 60.0  # seconds between notes that a copy is in use
+_TOUCH = 60.0  # seconds between notes that a copy is in use, when it is mapped anew
 # A mapped file holds a descriptor: stay below the usual limit of 1,024 for a process.
 _MAPPED = 200
 _LOCK, _PART = ".lock", ".part"
@@ -45,28 +45,38 @@ class Cache:
         self._maps: OrderedDict[str, tuple[np.ndarray, float]] = OrderedDict()
         self._guard = threading.Lock()
 
-    def read(self, name: str) -> np.ndarray | None:
-        """A copy, memory-mapped: uint8 [bytes]; None where there is none."""
+    def read(self, name: str, size: int) -> np.ndarray | None:
+        """A copy, memory-mapped: uint8 [size]; None where there is none. One of another size is
+        damaged, and deleted."""
+        now = time.monotonic()
         with self._guard:
-            mapped, touched = self._maps.get(name, (None, 0.0))
-            if mapped is not None and time.monotonic() - touched < _TOUCH:
+            mapped, since = self._maps.get(name, (None, now))
+            if mapped is not None and now - since < _TOUCH:
                 self._maps.move_to_end(name)
                 return mapped
+            # A deleted file stays on the disk as long as it is mapped: no map becomes old.
+            for old in [key for key, (_, since) in self._maps.items() if now - since >= _TOUCH]:
+                del self._maps[old]
             path = self.directory / name
             try:
-                if mapped is None:
-                    mapped = np.memmap(path, np.uint8, "r").view(np.ndarray)
+                if path.stat().st_size != size:
+                    self._delete_damaged(path, size)
+                    return None
+                mapped = np.memmap(path, np.uint8, "r", 0, (size,)).view(np.ndarray)
                 os.utime(path)
             except FileNotFoundError:
-                if mapped is None:
-                    return None
+                return None
             except OSError as error:
                 raise self._problem(error) from error
-            self._maps[name] = mapped, time.monotonic()
-            self._maps.move_to_end(name)
+            self._maps[name] = mapped, now
             if len(self._maps) > _MAPPED:
                 self._maps.popitem(last=False)
             return mapped
+
+    def _delete_damaged(self, path: Path, size: int) -> None:
+        with self._locked():
+            if path.stat().st_size != size:  # not yet made anew by another process
+                path.unlink()
 
     def add(self, name: str, size: int, write: Callable[[BinaryIO], None]) -> bool:
         """Makes a copy unless it is there; whether it is there now.
@@ -81,7 +91,8 @@ class Cache:
         """
         try:
             with self._locked():
-                if (self.directory / name).exists():
+                path = self.directory / name
+                if path.exists() and path.stat().st_size == size:
                     return True
                 part = self._reserve(name, size)
         except OSError as error:

@@ -10,8 +10,10 @@ import numpy as np
 
 from archscale.data.remote import RemotePath, is_remote
 from archscale.data.remote_tokens import RemoteTokens
+from archscale.errors import DataError
 
 Place = Path | RemotePath
+_TOKEN_FILES = (".bin", ".ds", ".idx")
 
 
 class Tokens(Protocol):
@@ -39,6 +41,16 @@ def read_start(place: Place, count: int) -> tuple[bytes, int]:
         return file.read(count), os.fstat(file.fileno()).st_size
 
 
+def read_range(place: Place, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop`. OSError if a local file cannot be read; DataError if a remote one
+    cannot, or is shorter."""
+    if isinstance(place, RemotePath):
+        return place.read_bytes(start, stop)
+    with open(place, "rb") as file:
+        file.seek(start)
+        return file.read(stop - start)
+
+
 def map_tokens(
     place: Place,
     dtype: np.dtype,
@@ -57,7 +69,11 @@ def map_tokens(
 
 
 def files_in(place: Place) -> list[Place]:
-    """Files of a directory, those that match a pattern, or none; sorted by name."""
+    """Files of a directory, those that match a pattern, or none; sorted by name.
+
+    Raises:
+        DataError: an entry is called as one of token ids, and is no file.
+    """
     if isinstance(place, RemotePath):
         return list(place.files())
     if place.is_dir():
@@ -66,4 +82,9 @@ def files_in(place: Place) -> list[Place]:
         return []
     else:
         paths = [Path(name) for name in glob.glob(str(place), recursive=True)]
+    for path in paths:
+        if path.suffix in _TOKEN_FILES and not path.is_file():
+            problem = "a link to nothing" if path.is_symlink() else "not a file"
+            remedy = "restore the file, or move this entry elsewhere to read the others alone"
+            raise DataError(f"{problem} among files of token ids", str(path), remedy)
     return [*sorted(path for path in paths if path.is_file())]

@@ -1,5 +1,6 @@
 """One split of a dataset directory, as `archscale data prepare` makes it."""
 
+import hashlib
 import io
 
 import numpy as np
@@ -7,10 +8,11 @@ import numpy as np
 from archscale.data.places import Place, Tokens
 from archscale.data.shards import (
     DAMAGED,
-    MANIFEST,
     TOKEN_BYTES,
     Manifest,
+    ShardEntry,
     ShardHeader,
+    disagreements,
     map_shard,
     read_header,
     verify_shard,
@@ -32,10 +34,11 @@ class PreparedSplit:
             there = ", ".join(manifest.splits)
             raise DataError(f"no split {split!r}", str(directory), f"use one of: {there}")
         self._directory, self._shards = directory, manifest.splits[split].shards
-        tokenizer = manifest.tokenizer
+        self._tokenizer = tokenizer = manifest.tokenizer
         self.vocab_size = tokenizer.vocab_size
         self.eos_id: int | None = tokenizer.eos_id
-        self.fingerprint, self.origin = tokenizer.fingerprint, manifest.origin
+        self.fingerprint = tokenizer.fingerprint
+        self.origin = _origin(manifest, self._shards)
         self.sizes = [shard.tokens for shard in self._shards]
         self.files = [str(directory / shard.file) for shard in self._shards]
 
@@ -46,12 +49,7 @@ class PreparedSplit:
         shard = self._shards[number]
         path = self._directory / shard.file
         header = read_header(path)
-        if header.tokens != shard.tokens:
-            problem = f"the shard has {header.tokens} tokens, {MANIFEST} says {shard.tokens}"
-            raise DataError(problem, str(path), DAMAGED)
-        if header.fingerprint != self.fingerprint:
-            ours, theirs = self.fingerprint[:12], header.fingerprint[:12]
-            problem = f"the shard was made with tokenizer {theirs}, the dataset with {ours}"
+        for problem in disagreements(header, shard, self._tokenizer):
             raise DataError(problem, str(path), DAMAGED)
         return header
 
@@ -83,3 +81,12 @@ class PreparedSplit:
                 )
             if whole:
                 verify_shard(path)
+
+
+def _origin(manifest: Manifest, shards: list[ShardEntry]) -> str:
+    """Of recipe, sources and tokenizer, and of the tokens of the split where the manifest has their
+    checksums."""
+    checksums = [shard.checksum for shard in shards if shard.checksum]
+    if not checksums:
+        return manifest.origin
+    return hashlib.sha256("\n".join([manifest.origin, *checksums]).encode()).hexdigest()

@@ -12,6 +12,7 @@ from archscale.errors import DataError, one_line
 
 # Seconds to wait before a request that failed for a passing reason is made again.
 DELAYS = (0.5, 1.0, 2.0, 4.0)
+REQUESTS = 16  # made at a time, where there are many
 _PACKAGES = {
     "s3": "s3fs",
     "gs": "gcsfs",

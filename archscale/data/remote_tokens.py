@@ -44,8 +44,9 @@ class RemoteTokens:
     ):
         self._place, self._dtype, self._offset, self._count = place, dtype, offset, count
         self._verify = verify
-        self._cache = the_cache()
         self._version = place.version()
+        # Without a mark of the version, a copy would be read for ever, whatever stands there.
+        self._cache = the_cache() if self._version.tag else None
         mark = f"{place.url}\n{self._version.size}\n{self._version.tag}"
         self._name = f"{hashlib.sha256(mark.encode()).hexdigest()[:32]}-{place.name}"
         self._checked = time.monotonic()
@@ -60,7 +61,7 @@ class RemoteTokens:
         first = self._offset + start * self._dtype.itemsize
         last = self._offset + max(start, stop) * self._dtype.itemsize
         cache = self._cache
-        if cache is not None and (copy := cache.read(self._name)) is not None:
+        if cache is not None and (copy := cache.read(self._name, self._version.size)) is not None:
             return copy[first:last].view(self._dtype)
         if self._failure is not None:
             raise self._failure
@@ -71,6 +72,12 @@ class RemoteTokens:
             self._checked = time.monotonic()
             self._refuse_other()
         return np.frombuffer(self._place.read_bytes(first, last), self._dtype)
+
+    @property
+    def copied(self) -> Path | None:
+        """The copy that is read; None where there is none."""
+        path = self._cache and self._cache.directory / self._name
+        return path if path and path.exists() else None
 
     def copy(self, cache: Cache) -> bool:
         """Copies the whole file into the cache; whether it is there now."""

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError, 
 
 from archscale.data.missing import how_to_make
 from archscale.data.places import Place, Tokens, locate, map_tokens, read_start
+from archscale.data.remote_tokens import RemoteTokens
 from archscale.errors import DataError, explain_os_error
 from archscale.files import sync
 
@@ -211,7 +212,14 @@ def verify_shard(path: str | Place) -> ShardHeader:
         digest.update(chunk.data)
         max_id = max(max_id, int(chunk.max()))
     if digest.hexdigest() != header.checksum:
-        raise DataError("damaged shard: the tokens do not match their checksum", str(path), DAMAGED)
+        problem = "damaged shard: the tokens do not match their checksum"
+        if isinstance(tokens, RemoteTokens) and tokens.copied:
+            raise DataError(
+                f"damaged copy of {path}: the tokens do not match their checksum",
+                str(tokens.copied),
+                "delete that file: the shard is copied again",
+            )
+        raise DataError(problem, str(path), DAMAGED)
     if max_id != header.max_id:
         raise DataError(
             f"the highest id is {max_id}, the header says {header.max_id}",
@@ -229,8 +237,11 @@ FileName = Annotated[str, StringConstraints(pattern=r"^[^\x00]+$")]
 
 
 class ShardEntry(_Entry):
+    """`checksum` is that of the shard's header; None in data sets made before it was kept."""
+
     file: FileName
     tokens: int
+    checksum: str | None = None
 
 
 class SplitEntry(_Entry):
@@ -281,6 +292,21 @@ class Manifest(_Entry):
             if entry is None or not entry.shards or entry.tokens < 1:
                 raise ValueError(f"split {split!r} is {'missing' if entry is None else 'empty'}")
         return self
+
+
+def disagreements(header: ShardHeader, shard: ShardEntry, tokenizer: TokenizerEntry) -> list[str]:
+    """How a shard is not the one that the manifest lists, a line each."""
+    problems = []
+    if header.tokens != shard.tokens:
+        problems.append(f"the shard has {header.tokens} tokens, {MANIFEST} says {shard.tokens}")
+    if header.fingerprint != tokenizer.fingerprint:
+        ours, theirs = tokenizer.fingerprint[:12], header.fingerprint[:12]
+        problems.append(
+            f"the shard was made with another tokenizer, {theirs}, than the data set, {ours}"
+        )
+    if not problems and shard.checksum not in (None, header.checksum):
+        problems.append(f"the shard has other tokens than the one that {MANIFEST} lists")
+    return problems
 
 
 def read_manifest(directory: str | Place) -> Manifest:

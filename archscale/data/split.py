@@ -8,11 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from archscale.data.places import Place, Tokens, locate
-from archscale.data.remote import RemotePath
+from archscale.data.remote import REQUESTS, RemotePath
 from archscale.data.stored import open_stored
 from archscale.errors import DataError
-
-_REQUESTS = 16  # windows of a remote split that are read at a time
 
 
 class TokenSplit:
@@ -66,7 +64,7 @@ class TokenSplit:
         # a process. A remote one holds none, and costs requests to open.
         remote = isinstance(self.path, RemotePath)
         self._open = functools.lru_cache(maxsize=None if remote else 256)(self._open_uncached)
-        self._pool = ThreadPoolExecutor(_REQUESTS) if remote else None
+        self._pool = ThreadPoolExecutor(REQUESTS) if remote else None
 
     def _open_uncached(self, number: int) -> Tokens:
         return self._stored.open(number)
@@ -87,6 +85,12 @@ class TokenSplit:
         while done < len(out):
             begin = self._begins[number]
             part = self._open(number)[start + done - begin : stop - begin]
+            if len(part) < min(stop, self._ends[number]) - start - done:
+                raise DataError(
+                    f"the file ends before token {self._ends[number] - begin}",
+                    self.files[number],
+                    "check that nobody writes there, then give the same command again",
+                )
             out[done : done + len(part)] = part
             done, number = done + len(part), number + 1
         return out

@@ -15,6 +15,7 @@ from archscale.data.shards import (
     ShardWriter,
     SplitEntry,
     TokenizerEntry,
+    read_header,
 )
 from archscale.files import write_atomically
 
@@ -36,7 +37,8 @@ def write_dataset(
             name = f"{split}_{number:05d}.bin"
             with ShardWriter(path / name, vocab, FINGERPRINT) as writer:
                 writer.write(ids)
-            shards.append(ShardEntry(file=name, tokens=len(ids)))
+            checksum = read_header(path / name).checksum
+            shards.append(ShardEntry(file=name, tokens=len(ids), checksum=checksum))
         tokens = sum(map(len, arrays))
         splits[split] = SplitEntry(shards=shards, tokens=tokens, documents=1, bytes=tokens)
     manifest = Manifest(

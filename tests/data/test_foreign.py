@@ -2,6 +2,7 @@
 named."""
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -245,7 +246,53 @@ def test_names_say_splits_only_as_words(tmp_path: Path) -> None:
         splits("train_train_0.bin", "test_val_0.bin")
 
 
-def test_identity_is_of_names_sizes_and_beginnings(tmp_path: Path) -> None:
+@pytest.mark.parametrize("position", [0, 500, 1000])
+@pytest.mark.parametrize("kind", ["llmc", "megatron", "datatrove"])
+def test_other_ids_of_the_same_length_have_another_identity(
+    tmp_path: Path, kind: str, position: int
+) -> None:
+    def write(ids: np.ndarray) -> Path:
+        if kind == "llmc":
+            return write_llmc(tmp_path / "tokens.bin", ids)
+        if kind == "megatron":
+            return write_megatron(tmp_path / "tokens", [ids])
+        return write_datatrove(tmp_path / "tokens.ds", [ids])
+
+    before = TokenSplit(write(IDS), "train", 8, vocab_size=256).origin
+    other = IDS.copy()
+    other[position] += 1
+    assert TokenSplit(write(other), "train", 8, vocab_size=256).origin != before
+
+
+def test_identity_of_a_large_file_is_of_blocks_up_to_its_end(tmp_path: Path) -> None:
+    """Five blocks of 16 KiB, evenly spaced, of a file of 1 MiB."""
+    ids = np.arange(1 << 19) % 250
+    path = write_llmc(tmp_path / "tokens.bin", ids)
+    before = TokenSplit(path, "train", 8, vocab_size=256).origin
+    block, last = 1 << 14, path.stat().st_size - (1 << 14)
+    for start in (0, last // 4, last // 2, 3 * last // 4, last):
+        other = ids.copy()
+        other[(start + block // 2 - 1024) // 2] += 1
+        write_llmc(path, other)
+        assert TokenSplit(path, "train", 8, vocab_size=256).origin != before
+
+
+def test_a_link_to_nothing_is_not_left_out(tmp_path: Path) -> None:
+    directory = fineweb(tmp_path / "fw")
+    shard = directory / "fineweb_train_000002.bin"
+    shard.unlink()
+    shard.symlink_to(tmp_path / "gone.bin")
+    for path in (directory, directory / "*train*.bin"):
+        with pytest.raises(DataError, match=r"link to nothing.*fineweb_train_000002\.bin"):
+            all_tokens(path)
+
+
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    path = write_llmc(tmp_path / os.fsdecode(b"caf\xe9.bin"), IDS)
+    assert len(TokenSplit(path, "train", 8, vocab_size=256).origin) == 64
+
+
+def test_identity_is_of_names_sizes_and_excerpts(tmp_path: Path) -> None:
     path = write_llmc(tmp_path / "tokens.bin", IDS)
     before = TokenSplit(path, "train", 8, vocab_size=256).origin
     moved = fineweb(tmp_path / "fw").rename(tmp_path / "moved")

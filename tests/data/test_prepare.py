@@ -15,7 +15,7 @@ from archscale.data.preparing.prepare import inspect, prepare, verify
 from archscale.data.preparing.recipe import load_recipe
 from archscale.data.preparing.sources import PythonStdlibSource
 from archscale.data.preparing.work import open_work
-from archscale.data.shards import MANIFEST, TOKEN_BYTES, ShardWriter, open_shard
+from archscale.data.shards import MANIFEST, TOKEN_BYTES, ShardWriter, open_shard, read_manifest
 from archscale.data.split import TokenSplit
 from archscale.data.summary_text import render
 from archscale.data.tokenizer import load_tokenizer, train_sentencepiece
@@ -290,6 +290,17 @@ def test_verify_finds_a_shard_of_another_tokenizer(work: Path) -> None:
     assert len(problems) == 1
     assert "another tokenizer" in problems[0]
     assert "train_00000.bin" in problems[0]
+
+
+def test_verify_finds_other_tokens_of_the_same_number(work: Path) -> None:
+    prepare("recipe.yaml")
+    fingerprint = read_manifest("data/tiny").tokenizer.fingerprint
+    tokens = open_shard("data/tiny/train_00000.bin")[::-1].copy()
+    with ShardWriter("data/tiny/train_00000.bin", 350, fingerprint) as writer:
+        writer.write(tokens)
+    (problem,) = verify("data/tiny")
+    assert "other tokens than" in problem
+    assert "train_00000.bin" in problem
 
 
 def test_verify_compares_token_lengths(work: Path) -> None:

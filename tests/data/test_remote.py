@@ -203,6 +203,45 @@ def test_a_damaged_shard_is_never_a_copy(dataset: Path, cache: Path, flip) -> No
         split.check(split.vocab_size)
 
 
+def test_a_damaged_copy_is_not_read(dataset: Path, memory: str, cache: Path, flip) -> None:
+    first = TokenSplit(memory, "train", CONTEXT)
+    expected = windows(first)
+    wait_for(lambda: len(copies(cache)) == len(first.files))
+    the_cache.__globals__["_cache"].cache_clear()  # as in another process
+    (cut,) = cache.glob("*train_00001.bin")
+    cut.write_bytes(cut.read_bytes()[:364])
+    again = TokenSplit(memory, "train", CONTEXT)
+    assert windows(again) == expected
+    wait_for(lambda: len(copies(cache)) == len(first.files))
+    assert cut.stat().st_size == 728
+    flip(cut, 200)
+    with pytest.raises(DataError, match=rf"damaged copy of {memory}.*{cut}.*delete that file"):
+        again.check(again.vocab_size)
+
+
+def test_a_deleted_copy_does_not_stay_mapped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Cache(tmp_path / "c", 1000)
+    for name in ("a", "b"):
+        store.add(name, 100, lambda file: file.write(b"x" * 100) and None)
+        assert store.read(name, 100) is not None
+    (tmp_path / "c" / "a").unlink()
+    monkeypatch.setattr(cache_module, "_TOUCH", 0.0)  # a minute later
+    assert store.read("b", 100) is not None
+    assert list(store._maps) == ["b"]
+
+
+def test_a_short_file_is_not_continued_by_the_next(
+    dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = TokenSplit(dataset, "train", CONTEXT)
+    whole = split._stored.open
+    monkeypatch.setattr(split._stored, "open", lambda number: whole(number)[:100])
+    with pytest.raises(DataError, match=r"ends before token 300 .*train_00000\.bin"):
+        split.tokens(90, 310)
+
+
 class _Flaky:
     """A request that fails `times` times."""
 
@@ -278,8 +317,8 @@ def test_copies_unused_for_longest_give_way(tmp_path: Path) -> None:
     os.utime(tmp_path / "c" / "a", (old, old))
     os.utime(tmp_path / "c" / "b", (old - 5, old - 5))
     assert add("c")
-    assert store.read("b") is None
-    copy = store.read("a")
+    assert store.read("b", 100) is None
+    copy = store.read("a", 100)
     assert copy is not None
     assert bytes(copy) == b"x" * 100
     assert not store.add("d", 300, lambda _: None)
@@ -328,12 +367,12 @@ def test_a_killed_process_leaves_nothing_that_is_taken_for_a_copy(tmp_path: Path
     writer = start_writer(tmp_path / "c", 60.0)
     assert writer.stdout is not None
     writer.stdout.readline()
-    assert store.read("a") is None
+    assert store.read("a", 100) is None
     assert not store.add("a", 100, lambda _: None)  # that process is at it
     assert not store.add("b", 100, lambda _: None)  # and its room is taken
     writer.kill()
     writer.wait()
-    assert store.read("a") is None
+    assert store.read("a", 100) is None
     assert store.add("b", 100, lambda file: file.write(b"y" * 100) and None)
     assert sorted(file.name for file in (tmp_path / "c").iterdir()) == [".lock", "b"]
 
@@ -350,6 +389,7 @@ def test_many_processes_make_one_copy(tmp_path: Path) -> None:
 class _Server(ThreadingHTTPServer):
     directory: Path
     ranges = True
+    marks = True
     failures = 0
 
 
@@ -374,7 +414,8 @@ class _Handler(BaseHTTPRequestHandler):
             content, status = content[int(start) : int(stop or size) + 1], 206
         self.send_response(status)
         self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
+        if self.server.marks:
+            self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
         self.send_header("Accept-Ranges", "bytes" if self.server.ranges else "none")
         self.end_headers()
         if body:
@@ -414,6 +455,21 @@ def test_http(dataset: Path, server: _Server, cache: Path) -> None:
         TokenSplit(url, "other", CONTEXT)
     with pytest.raises(DataError, match=r"not a prepared data set"):
         TokenSplit(url + "2", "train", CONTEXT)
+
+
+def test_nothing_is_copied_without_marks_of_versions(
+    dataset: Path, server: _Server, cache: Path
+) -> None:
+    server.marks = False
+    ids = np.arange(1000) % 250
+    write_llmc(dataset.parent / "x.bin", ids)
+    url = f"http://127.0.0.1:{server.server_port}/x.bin"
+    windows(TokenSplit(url, "train", CONTEXT, vocab_size=250))
+    wait_for(remote_tokens._WORKER._queue.empty)
+    write_llmc(dataset.parent / "x.bin", ids[::-1])
+    again = TokenSplit(url, "train", CONTEXT, vocab_size=250)
+    assert again.tokens(0, 1000).tolist() == ids[::-1].tolist()
+    assert copies(cache) == []
 
 
 def test_http_without_ranges_or_a_server(

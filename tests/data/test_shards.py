@@ -180,7 +180,7 @@ def test_id_outside_the_models_vocabulary(dataset: Path) -> None:
 def test_shard_of_another_tokenizer(dataset: Path) -> None:
     with ShardWriter(dataset / "train_00003.bin", VOCAB, "ab" * 32) as writer:
         writer.write(np.arange(100))
-    with pytest.raises(DataError, match=r"tokenizer abababababab.*train_00003\.bin"):
+    with pytest.raises(DataError, match=r"another tokenizer, abababababab.*train_00003\.bin"):
         _use(dataset)
 
 
@@ -189,6 +189,26 @@ def test_shard_of_another_length(dataset: Path) -> None:
         writer.write(np.arange(99))
     with pytest.raises(DataError, match=r"99 tokens, dataset\.json says 100 .*train_00003\.bin"):
         _use(dataset)
+
+
+def test_whole_shards_in_each_others_places(dataset: Path) -> None:
+    """The tokens of each are sound, and their number is right."""
+    first, second = dataset / "train_00000.bin", dataset / "train_00001.bin"
+    before = TokenSplit(dataset, "train", 16).origin
+    first.rename(dataset / "other")
+    second.rename(first)
+    (dataset / "other").rename(second)
+    for use in (_use, lambda path: TokenSplit(path, "train", 16).sample(0)):
+        with pytest.raises(DataError, match=r"other tokens than .* lists .*train_00000\.bin"):
+            use(dataset)
+    # Data sets that were made before checksums stood in the manifest.
+    manifest = json.loads((dataset / MANIFEST).read_text())
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            del shard["checksum"]
+    (dataset / MANIFEST).write_text(json.dumps(manifest))
+    _use(dataset)
+    assert TokenSplit(dataset, "train", 16).origin == manifest["origin"] != before
 
 
 def test_token_bytes_of_another_vocabulary(dataset: Path) -> None:

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from archscale.data.places import Place, Tokens, map_tokens
+from archscale.data.places import Place, Tokens, map_tokens, read_range
 from archscale.errors import DataError
 
 COPY_AGAIN = "copy the file again from where it is whole, or write it anew"
 _IDS = 1 << 22  # read at a time
+# For a file's identity: few, since each is a request where the file is remote.
+_BLOCKS, _BLOCK = 5, 1 << 14
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,7 @@ class ForeignFile:
         tokens: how many ids.
         documents: how many documents; None: the file does not say.
         tokenizer: its name; None: the file does not say.
-        start: the first bytes of the file, and of an index beside it: with the size they tell it
-            from others.
+        start: the first bytes of the file, and of an index beside it.
         verify: reads the index beside the file whole; DataError where it is wrong; None: there is
             no index.
     """
@@ -41,6 +42,15 @@ class ForeignFile:
     documents: int | None = None
     tokenizer: str | None = None
     verify: Callable[[], None] | None = None
+
+    def excerpts(self) -> bytes:
+        """What tells the file from others of its size without reading it whole: blocks from its
+        beginning to its end, or all of it if it is small. OSError if it cannot be read."""
+        last = max(0, self.size - _BLOCK)
+        starts = sorted({last * number // (_BLOCKS - 1) for number in range(_BLOCKS)})
+        return b"".join(
+            read_range(self.place, start, min(start + _BLOCK, self.size)) for start in starts
+        )
 
     def open(self) -> Tokens:
         return map_tokens(self.place, self.dtype, self.offset, self.tokens)

@@ -1,14 +1,16 @@
 """One split of files that another project wrote, read where they lie."""
 
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from archscale.data.foreign.files import ForeignFile
 from archscale.data.foreign.sets import files_of, read_files
 from archscale.data.places import Place, Tokens
+from archscale.data.remote import REQUESTS
 from archscale.data.tokenizer import Tokenizer
-from archscale.errors import DataError
+from archscale.errors import DataError, explain_os_error
 
 # Tokenizers that datatrove names, and their vocabularies.
 VOCABULARIES = {
@@ -81,9 +83,19 @@ def unknown_vocabulary(file: ForeignFile, path: Place) -> DataError:
 
 
 def _origin(files: list[ForeignFile]) -> str:
-    """Hexadecimal hash of names, sizes and first bytes: another set of files has another."""
+    """Hexadecimal hash of names, sizes and excerpts: another set of files has another."""
     digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.place.name}\n{file.size}\n{len(file.start)}\n".encode())
-        digest.update(file.start)
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        for file, excerpts in zip(files, pool.map(_excerpts, files)):
+            facts = f"\n{file.size}\n{len(file.start)}\n{len(excerpts)}\n"
+            digest.update(file.place.name.encode(errors="surrogateescape") + facts.encode())
+            digest.update(file.start + excerpts)
     return digest.hexdigest()
+
+
+def _excerpts(file: ForeignFile) -> bytes:
+    try:
+        return file.excerpts()
+    except OSError as error:
+        cause, remedy = explain_os_error(error, "check the path", vanished=True)
+        raise DataError(f"cannot read the file: {cause}", str(file.place), remedy) from error

@@ -22,6 +22,7 @@ from archscale.data.shards import (
     ShardWriter,
     SplitEntry,
     TokenizerEntry,
+    read_header,
     token_dtype,
 )
 
@@ -164,7 +165,7 @@ def write_shards(
     tokenizer: TokenizerEntry,
     directory: Path,
 ) -> None:
-    """Writes all shards into `directory`, and lists them in `entries`."""
+    """Writes all shards into `directory`, and lists them in `entries`, with their checksums."""
     jobs = []
     for split, entry in entries.items():
         borders = [*range(0, entry.tokens, preparation.shard_tokens), entry.tokens]
@@ -185,3 +186,6 @@ def write_shards(
                 )
             )
     preparation.run_light("written to shards:", jobs)
+    for entry in entries.values():
+        for shard in entry.shards:
+            shard.checksum = read_header(directory / shard.file).checksum

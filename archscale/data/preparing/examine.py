@@ -13,6 +13,7 @@ from archscale.data.shards import (
     SPLITS,
     TOKEN_BYTES,
     Manifest,
+    disagreements,
     open_shard,
     read_manifest,
     verify_shard,
@@ -114,12 +115,8 @@ def verify(directory: str | Place, tokenizer: str | None = None) -> list[str]:
             path = directory / shard.file
             try:
                 header = verify_shard(path)
-                if header.tokens != shard.tokens:
-                    problems.append(
-                        f"{header.tokens} tokens where {MANIFEST} says {shard.tokens} ({path})"
-                    )
-                if header.fingerprint != manifest.tokenizer.fingerprint:
-                    problems.append(f"made with another tokenizer ({path})")
+                differences = disagreements(header, shard, manifest.tokenizer)
+                problems.extend(f"{difference} ({path})" for difference in differences)
                 if header.max_id >= manifest.tokenizer.vocab_size:
                     problems.append(f"token id {header.max_id} is outside the vocabulary ({path})")
             except DataError as error:
