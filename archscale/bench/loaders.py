@@ -95,7 +95,7 @@ def _write_ours(task: Task) -> None:
         tokenizer=TokenizerEntry(
             kind="none", file="none", fingerprint=fingerprint, vocab_size=VOCAB, eos_id=0
         ),
-        splits={"train": entry},
+        splits={"train": entry, "validation": entry},
         recipe={},
         origin="",
         dropped={},
