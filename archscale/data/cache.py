@@ -2,19 +2,21 @@
 
 `ARCHSCALE_CACHE` names the directory (default `~/.cache/archscale`) and `ARCHSCALE_CACHE_GB` the
 bound in gigabytes (default 50; 0: no cache). A copy is there whole or not at all: it is written
-under another name, at its full size from the start so that the bound counts it, and renamed. Every
-creation, renaming and deletion happens under one lock of the directory; a process that dies leaves
-at most a file that nobody has locked, which the next one to need room deletes.
+under another name, at its full size from the start so that the bound counts it, and renamed. Copies
+come and go under one lock of the directory. What is not yet one is locked by the process that
+writes it, which deletes it if that fails; a process that dies leaves at most a file that nobody has
+locked, which the next one to need room deletes.
 """
 
+import contextlib
 import fcntl
 import functools
 import os
+import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -38,12 +40,17 @@ class Cache:
     Args:
         directory: made when first written to.
         limit: bytes of all files in it.
+
+    Attributes:
+        writable: False from the first failure on, of which a line on stderr tells: what is there is
+            read, and no more is copied.
     """
 
     def __init__(self, directory: Path, limit: int):
         self.directory, self.limit = directory, limit
         self._maps: OrderedDict[str, tuple[np.ndarray, float]] = OrderedDict()
         self._guard = threading.Lock()
+        self.writable = True
 
     def read(self, name: str, size: int) -> np.ndarray | None:
         """A copy, memory-mapped: uint8 [size]; None where there is none. One of another size is
@@ -63,11 +70,13 @@ class Cache:
                     self._delete_damaged(path, size)
                     return None
                 mapped = np.memmap(path, np.uint8, "r", 0, (size,)).view(np.ndarray)
-                os.utime(path)
             except FileNotFoundError:
                 return None
             except OSError as error:
-                raise self._problem(error) from error
+                self._give_up(error)
+                return None
+            with contextlib.suppress(OSError):  # of another user, or read-only
+                os.utime(path)
             self._maps[name] = mapped, now
             if len(self._maps) > _MAPPED:
                 self._maps.popitem(last=False)
@@ -81,7 +90,8 @@ class Cache:
     def add(self, name: str, size: int, write: Callable[[BinaryIO], None]) -> bool:
         """Makes a copy unless it is there; whether it is there now.
 
-        Not where another process is making it, or where recently used copies leave no room.
+        Not where another process is making it, recently used copies leave no room, or the directory
+        cannot be written.
 
         Args:
             name: of the copy.
@@ -96,7 +106,8 @@ class Cache:
                     return True
                 part = self._reserve(name, size)
         except OSError as error:
-            raise self._problem(error) from error
+            self._give_up(error)
+            return False
         if part is None:
             return False
         path = Path(part.name)
@@ -107,14 +118,16 @@ class Cache:
                 os.fsync(part.fileno())
                 with self._locked():
                     os.replace(path, self.directory / name)
-            except BaseException as error:
+            except OSError as error:
                 path.unlink(missing_ok=True)
-                if isinstance(error, OSError):
-                    raise self._problem(error) from error
+                self._give_up(error)
+                return False
+            except BaseException:
+                path.unlink(missing_ok=True)
                 raise
         return True
 
-    @contextmanager
+    @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
         self.directory.mkdir(parents=True, exist_ok=True)
         with open(self.directory / _LOCK, "a+b") as file:
@@ -142,7 +155,7 @@ class Cache:
                 with self._locked():
                     self._make_room(0, 0.0)
         except OSError as error:
-            raise self._problem(error) from error
+            self._give_up(error)
 
     def _make_room(self, size: int, unused: float) -> bool:
         """Deletes what dead processes left, and then, as far as needed, copies that were not used
@@ -159,11 +172,19 @@ class Cache:
                 used -= states[path].st_size
         return used + size <= self.limit
 
-    def _problem(self, error: OSError) -> DataError:
+    def _give_up(self, error: OSError) -> None:
+        if not self.writable:
+            return
+        self.writable = False
         cause, remedy = explain_os_error(
             error, f"name another directory in {DIRECTORY}, or set {GIGABYTES}=0 to do without"
         )
-        return DataError(f"cannot use the cache: {cause}", str(self.directory), remedy)
+        print(
+            f"archscale: warning: no more copies of remote files, they are read by ranges: {cause}"
+            f" ({self.directory}): {remedy}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _free(path: Path) -> bool:

@@ -65,13 +65,13 @@ class RemoteTokens:
             return copy[first:last].view(self._dtype)
         if self._failure is not None:
             raise self._failure
-        if cache is not None and time.monotonic() - self._asked > _AGAIN:
+        if cache is not None and cache.writable and time.monotonic() - self._asked > _AGAIN:
             self._asked = time.monotonic()
             _WORKER.ask(self, cache)
         if time.monotonic() - self._checked > _AGAIN:
             self._checked = time.monotonic()
             self._refuse_other()
-        return np.frombuffer(self._place.read_bytes(first, last), self._dtype)
+        return np.frombuffer(self._read(first, last), self._dtype)
 
     @property
     def copied(self) -> Path | None:
@@ -94,7 +94,7 @@ class RemoteTokens:
 
     def _download(self, file: BinaryIO) -> None:
         for start in range(0, self._version.size, _CHUNK):
-            file.write(self._place.read_bytes(start, min(start + _CHUNK, self._version.size)))
+            file.write(self._read(start, min(start + _CHUNK, self._version.size)))
         file.flush()
         self._refuse_other()
         if self._verify is not None:
@@ -103,18 +103,28 @@ class RemoteTokens:
             except DataError as error:
                 raise DataError(error.what, str(self._place), error.remedy) from error
 
+    def _read(self, start: int, stop: int) -> bytes:
+        try:
+            return self._place.read_bytes(start, stop)
+        except FileNotFoundError as error:
+            raise _deleted(self._place) from error
+
     def _refuse_other(self) -> None:
         """DataError where another object has taken the place of the one that was opened."""
         try:
             version = self._place.version()
-        except FileNotFoundError:
-            version = None
+        except FileNotFoundError as error:
+            raise _deleted(self._place) from error
         if version != self._version:
-            problem = "the object was deleted" if version is None else "another object stands there"
-            raise DataError(f"{problem} since it was opened", str(self._place), _READ_AGAIN)
+            problem = "another object stands there since it was opened"
+            raise DataError(problem, str(self._place), _READ_AGAIN)
 
 
 _READ_AGAIN = "check that nobody writes there, then give the same command again"
+
+
+def _deleted(place: RemotePath) -> DataError:
+    return DataError("the object was deleted since it was opened", str(place), _READ_AGAIN)
 
 
 class _Worker:

@@ -242,6 +242,50 @@ def test_a_short_file_is_not_continued_by_the_next(
         split.tokens(90, 310)
 
 
+def test_a_cache_that_cannot_be_written_is_done_without(
+    dataset: Path,
+    memory: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("ARCHSCALE_CACHE", str(blocked / "c"))
+    local, distant = TokenSplit(dataset, "train", CONTEXT), TokenSplit(memory, "train", CONTEXT)
+    for _ in range(3):
+        assert windows(distant) == windows(local)
+        wait_for(remote_tokens._WORKER._queue.empty)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "warning: no more copies" in line
+    assert "ARCHSCALE_CACHE" in line
+
+
+def test_an_object_that_is_replaced_while_it_is_copied_is_no_copy(
+    dataset: Path, memory: str, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = remote_tokens.RemoteTokens(
+        RemotePath(f"{memory}/train_00001.bin"), np.dtype("<u2"), 128, 300
+    )
+    store, path = fsspec.filesystem("memory"), f"/bucket/{dataset.name}/train_00001.bin"
+    whole = RemotePath.read_bytes
+
+    def read_and_replace(self: RemotePath, start: int = 0, stop: int | None = None) -> bytes:
+        content = whole(self, start, stop)
+        store.pipe(path, store.cat_file(path))
+        return content
+
+    monkeypatch.setattr(RemotePath, "read_bytes", read_and_replace)
+    used = the_cache()
+    assert used is not None
+    with pytest.raises(DataError, match="another object stands there since it was opened"):
+        tokens.copy(used)
+    store.rm(path)
+    with pytest.raises(DataError, match="the object was deleted since it was opened"):
+        tokens[0:10]
+    assert copies(cache) == []
+
+
 class _Flaky:
     """A request that fails `times` times."""
 
@@ -339,8 +383,6 @@ def test_a_failed_copy_leaves_nothing(tmp_path: Path) -> None:
     assert [file.name for file in (tmp_path / "c").iterdir()] == [".lock"]
     blocked = tmp_path / "file"
     blocked.write_text("")
-    with pytest.raises(DataError, match=r"cannot use the cache.*ARCHSCALE_CACHE"):
-        Cache(blocked / "c", 1000).add("a", 10, lambda _: None)
 
 
 WRITER = """
