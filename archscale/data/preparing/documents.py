@@ -70,8 +70,8 @@ class RecipeUnit:
         """The name of what is made from this unit, where `decides` has the rest that decides it."""
         parts = [asdict(part) for part in self.unit.parts]
         source = self.source.model_dump(mode="json")
-        stamps = [file.stamp for file in self.files]
-        return key(source, parts, stamps, self.held_out, self.on_error, *decides)
+        files = [(file.name, file.stamp) for file in self.files]
+        return key(source, parts, files, self.held_out, self.on_error, *decides)
 
     def documents(self, trouble: Trouble, dropped: Counter) -> Iterator[Document]:
         """Those that are taken, which depends on the content of each alone.
@@ -131,4 +131,7 @@ def _local_files(source: Source) -> dict[str, LocalFile]:
 
 
 def _files(unit: Unit, files: dict[str, LocalFile]) -> tuple[LocalFile, ...]:
+    # A shard of a hub data set can be of any of its files.
+    if unit.parts[0].shards is not None:
+        return tuple(files.values())
     return tuple(files[part.path] for part in unit.parts if part.path in files)

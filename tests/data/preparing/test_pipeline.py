@@ -198,6 +198,28 @@ def test_a_changed_remote_file_is_encoded_again(
         prepare("recipe.yaml")
 
 
+def test_changed_files_of_a_hub_data_set_are_encoded_again(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", work / "cache")
+    monkeypatch.setattr(beginnings, "_TEXT_CHARS", 100)
+    source = {"kind": "huggingface", "name": "json", "data_files": "corpus_*.jsonl"}
+    write_recipe(work, sources=[source])
+    path, last = work / "corpus_0.jsonl", work / "corpus_2.jsonl"
+    good, good_last = path.read_text(), last.read_text()
+    path.write_text(good.replace("river", "RIVER"))
+    last.write_text(good_last + "{}\n")
+    with pytest.raises(DataError, match="the same command goes on"):
+        prepare("recipe.yaml")
+    assert list(work.glob(".data.work/units/*.json"))
+    path.write_text(good)
+    last.write_text(good_last)
+    prepare("recipe.yaml", shard_tokens=SHARD_TOKENS)
+    assert hashes(work / "data") == GOLDEN
+    assert prepare("recipe.yaml")["already_there"]
+
+
 def test_where_remote_files_are_out_of_reach_the_data_set_stands(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

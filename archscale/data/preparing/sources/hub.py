@@ -1,6 +1,7 @@
 """Data sets of the Hugging Face hub."""
 
 import gzip
+import hashlib
 import lzma
 import zlib
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from pydantic import Field
 from archscale.data.preparing.sources.base import SourceBase
 from archscale.data.preparing.sources.fields import BadRecord, record_text
 from archscale.data.preparing.sources.globbing import match
-from archscale.data.preparing.sources.remote import is_missing
+from archscale.data.preparing.sources.remote import is_missing, is_remote
 from archscale.data.preparing.sources.units import UNIT_BYTES, Part, Unit
 from archscale.data.preparing.trouble import DamagedFile, Trouble, UnreadableFile
 from archscale.errors import DataError
@@ -47,12 +48,26 @@ class HuggingFaceSource(SourceBase):
         return sorted(local.items())
 
     def units(self, limit: int = UNIT_BYTES) -> list[Unit]:
-        shards = range(_shards(self._load()))
-        return [Unit((Part(self.name, n, n + 1, measure="shards"),)) for n in shards]
+        data, mark = self._load()
+        total = _shards(data)
+        return [
+            Unit((Part(self.name, n, n + 1, measure="shards", mark=mark, shards=total),))
+            for n in range(total)
+        ]
+
+    def remote_files(self) -> list[Part]:
+        mark = _mark(self._builder())
+        return [Part(self.name, mark=mark)]
 
     def read_part(self, part: Part, trouble: Trouble) -> Iterator[str]:
-        data = self._load()
-        rows = data.shard(num_shards=_shards(data), index=part.start, contiguous=True)
+        data, mark = self._load()
+        if (mark, _shards(data)) != (part.mark, part.shards):
+            problem, remedy = (
+                "the data set changed since it was listed",
+                "give the same command again",
+            )
+            raise DataError(problem, self.name, remedy)
+        rows = data.shard(num_shards=part.shards, index=part.start, contiguous=True)
         records = enumerate(rows)
         while True:
             try:
@@ -73,7 +88,7 @@ class HuggingFaceSource(SourceBase):
             yield document
             del document
 
-    def _load(self) -> Any:
+    def _builder(self) -> Any:
         try:
             import datasets
         except ImportError as error:
@@ -83,16 +98,35 @@ class HuggingFaceSource(SourceBase):
             )
             raise DataError(problem, self.name, remedy) from error
         try:
-            return datasets.load_dataset(
-                self.name,
-                self.config,
-                split=self.split,
-                data_files=self.data_files,
-                revision=self.revision,
-                streaming=self.streaming,
+            return datasets.load_dataset_builder(
+                self.name, self.config, data_files=self.data_files, revision=self.revision
             )
         except Exception as error:
             raise _error(DataError, self.name, error) from error
+
+    def _load(self) -> tuple[Any, str]:
+        """The data set, and the mark of what is remote of it."""
+        builder = self._builder()
+        try:
+            if self.streaming:
+                data = builder.as_streaming_dataset(split=self.split)
+            else:
+                builder.download_and_prepare()
+                data = builder.as_dataset(split=self.split)
+        except Exception as error:
+            raise _error(DataError, self.name, error) from error
+        return data, _mark(builder)
+
+
+def _mark(builder: Any) -> str:
+    """From the commits and ETags of the remote files of all splits; "" where there are none."""
+    files = [
+        (path, origin)
+        for split in (builder.config.data_files or {}).values()
+        for path, origin in zip(split, split.origin_metadata)
+        if is_remote(path)
+    ]
+    return hashlib.sha256(repr(files).encode()).hexdigest() if files else ""
 
 
 def _shards(data: Any) -> int:

@@ -30,6 +30,7 @@ class Part:
             reads the documents that begin in it.
         cut: the file is cut at line ends into several documents.
         mark: the version of what is remote, as its store names it; "" if it does not.
+        shards: how many the data set has, of which `start` and `stop` are some.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Part:
     measure: Literal["bytes", "row groups", "shards"] = "bytes"
     cut: bool = False
     mark: str | None = None
+    shards: int | None = None
 
     @property
     def name(self) -> str:
