@@ -12,6 +12,7 @@ from archscale.errors import DataError, one_line
 
 # Seconds to wait before a request that failed for a passing reason is made again.
 DELAYS = (0.5, 1.0, 2.0, 4.0)
+SILENCE = 30.0  # seconds after which a web server that does not answer has failed
 REQUESTS = 16  # made at a time, where there are many
 _PACKAGES = {
     "s3": "s3fs",
@@ -142,7 +143,7 @@ class RemotePath:
         try:
             from fsspec.core import url_to_fs
 
-            return url_to_fs(self.url, use_listings_cache=False)
+            return url_to_fs(self.url, use_listings_cache=False, **_patience(scheme))
         except ImportError as error:
             package = _PACKAGES.get(scheme, "fsspec")
             problem = f"{scheme}:// needs the package {package}, which is not installed"
@@ -183,6 +184,17 @@ class RemotePath:
 
 
 _COPY = "copy the files to a local directory, or to an object store"
+
+
+def _patience(scheme: str) -> dict[str, Any]:
+    """Options by which a server that accepts and does not answer fails after `SILENCE` seconds;
+    aiohttp would wait for minutes. The stores' own packages have such limits."""
+    if scheme not in ("http", "https"):
+        return {}
+    from aiohttp import ClientTimeout
+
+    timeout = ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+    return {"client_kwargs": {"timeout": timeout}}
 
 
 def _reason(error: BaseException) -> BaseException:

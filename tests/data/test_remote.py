@@ -2,6 +2,7 @@
 bound."""
 
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -610,3 +611,15 @@ def test_s3(tmp_path: Path, bucket: str, cache: Path, monkeypatch: pytest.Monkey
     s3fs.S3FileSystem().pipe("bucket/set/train_00001.bin", b"another")
     with pytest.raises(DataError, match=r"foreign file"):
         TokenSplit(url, "train", 1024).check(50_000)
+
+
+def test_a_server_that_does_not_answer_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr(remote, "SILENCE", 0.1)
+    monkeypatch.setattr(remote, "DELAYS", (0.0,))
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()  # and nothing more: connections are accepted by the kernel
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/tokens/dataset.json"
+        with pytest.raises(DataError, match="asked 2 times"):
+            remote.RemotePath(url).version()
