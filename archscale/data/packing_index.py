@@ -77,7 +77,7 @@ class PackedSize(NamedTuple):
 
 
 def total_size(sizes: list[PackedSize]) -> PackedSize:
-    """Of several stretches of one context together."""
+    """The size of several stretches of one context together."""
     return PackedSize(
         sum(size.windows for size in sizes),
         sizes[0].context,
@@ -104,7 +104,7 @@ class PackingIndex:
         self._folders = _folders(stored)
 
     def sizes(self) -> list[PackedSize] | None:
-        """Of every stretch; None where one is not packed yet."""
+        """The size of every stretch; None where one is not packed yet."""
         sizes = []
         for stretch in self.stretches:
             size = self._size(stretch)

@@ -84,8 +84,8 @@ class PreparedSplit:
 
 
 def _origin(manifest: Manifest, shards: list[ShardEntry]) -> str:
-    """Of recipe, sources and tokenizer, and of the tokens of the split where the manifest has their
-    checksums."""
+    """A mark of recipe, sources and tokenizer, and of the split's tokens where the manifest has
+    their checksums."""
     checksums = [shard.checksum for shard in shards if shard.checksum]
     if not checksums:
         return manifest.origin

@@ -56,7 +56,7 @@ GIVE_PREPARED = "give the directory of a prepared data set, as `archscale data p
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Of the token ids of a vocabulary, on disk."""
+    """The type of a vocabulary's token ids on disk."""
     return DTYPES[1 if vocab_size <= 1 << 16 else 2]
 
 

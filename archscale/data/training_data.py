@@ -121,7 +121,7 @@ def training_sources(data: DataConfig) -> list[Source]:
 
 
 def source_seed(seed: int, name: str) -> int:
-    """Of the order within a source, so that a data set that stands twice has two orders; that of
+    """The seed of the order within a source: a data set that stands twice has two orders. That of
     `data.train` is the run's own."""
     if not name:
         return seed

@@ -47,7 +47,7 @@ class SourceTokens(NamedTuple):
 
 
 def source_tokens(data: TrainingData) -> list[SourceTokens]:
-    """Of data that are there."""
+    """The tokens of each source, where the data are there."""
     packed: Sequence[PackedSize | None] = data.packed or [None] * len(data.sources)
     return [
         SourceTokens(
@@ -100,7 +100,7 @@ def data_figures(sources: Sequence[SourceTokens], trained: int, context: int) ->
 
 
 def _padding(row: Mapping[str, Any]) -> float:
-    """Of a source's row in the figures."""
+    """The share of padding in a source's row of the figures."""
     return row["packed"]["padding"] if row["packed"] else 0.0
 
 

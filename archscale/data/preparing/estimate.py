@@ -24,7 +24,7 @@ from archscale.data.preparing.sources import SourceBase
 from archscale.data.preparing.sources.hub import HuggingFaceSource
 from archscale.data.preparing.sources.units import Unit
 from archscale.data.preparing.trouble import Trouble
-from archscale.data.shards import DTYPES
+from archscale.data.shards import DTYPES, token_dtype
 from archscale.data.tokenizer import Tokenizer, load_tokenizer, train_sentencepiece
 from archscale.errors import DataError
 
@@ -38,7 +38,7 @@ Number = TypeVar("Number", int, float)
 
 @dataclass
 class Sample:
-    """Of one source: what was read of it, and what it comes to as a whole.
+    """What was read of a source, and what it comes to as a whole.
 
     Attributes:
         disk: bytes on disk of all of it; None where unknown.
@@ -94,7 +94,9 @@ def estimate(recipe: Recipe, workers: int | None = None) -> dict[str, Any]:
     if text is not None and encode_rate and read:
         passes = 2 if recipe.tokenizer.train else 1  # training a tokenizer reads the sources too
         total_seconds = text * (passes * seconds / read + 1 / encode_rate) / workers
-    shards = None if tokens is None or tokenizer is None else tokens * _id_bytes(tokenizer)
+    shards = None
+    if tokens is not None and tokenizer is not None:
+        shards = tokens * token_dtype(tokenizer.vocab_size).itemsize
     if tokens is not None and tokenizer is None:
         narrow, wide = (tokens * DTYPES[code].itemsize / 1e9 for code in (1, 2))
         notes.append(
@@ -218,10 +220,6 @@ def _total(values: Iterable[Number | None]) -> Number | None:
     listed = list(values)
     known = [value for value in listed if value is not None]
     return sum(known) if len(known) == len(listed) else None
-
-
-def _id_bytes(tokenizer: Tokenizer) -> int:
-    return DTYPES[1 if tokenizer.vocab_size <= 1 << 16 else 2].itemsize
 
 
 def _free(folder: Path) -> int:

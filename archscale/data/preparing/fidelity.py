@@ -151,5 +151,5 @@ def _difference(text: str, decoded: str) -> tuple[int, int]:
 
 
 def _percent(share: float, sign: bool = False) -> str:
-    """Of so small a share, too, a digit is seen."""
+    """A share as text, with a digit that counts however small it is."""
     return f"{share:{'+' if sign else ''}.{1 if abs(share) >= 0.001 else 4}%}"

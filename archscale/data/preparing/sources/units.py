@@ -19,7 +19,7 @@ def shown(path: str) -> str:
 
 @dataclass(frozen=True)
 class Part:
-    """Of a file or data set, read from beginning to end.
+    """A part of a file or data set, read from beginning to end.
 
     Attributes:
         path: local path, URL, or name of a hub data set.
