@@ -28,7 +28,8 @@ def memory() -> Iterator[str]:
     """A URL to write below."""
     system = fsspec.filesystem("memory")
     yield "memory://corpus"
-    system.rm("/corpus", recursive=True)
+    if system.exists("/corpus"):  # a test that was skipped has written nothing
+        system.rm("/corpus", recursive=True)
 
 
 @pytest.fixture
