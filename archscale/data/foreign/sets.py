@@ -8,7 +8,7 @@ from pathlib import Path
 from archscale.data.foreign import datatrove, llmc, megatron
 from archscale.data.foreign.files import ForeignFile
 from archscale.data.places import Place, files_in
-from archscale.data.remote import RemotePath
+from archscale.data.remote import REQUESTS, RemotePath
 from archscale.data.shards import SPLITS
 from archscale.errors import DataError, explain_os_error
 
@@ -16,7 +16,6 @@ TRAIN, VALIDATION = SPLITS
 _BESIDE = (datatrove.METADATA, datatrove.INDEX, datatrove.LOSS)
 # A word of its own: "constrained" and "interval" say nothing.
 _WORD = re.compile(r"(?<![a-z])(train(?:ing)?|val(?:id(?:ation)?)?|test)(?![a-z])")
-_REQUESTS = 16  # of files at a time, where they are remote
 
 
 def find_files(place: Place) -> list[Place]:
@@ -104,7 +103,7 @@ def read_files(files: list[Place]) -> list[ForeignFile]:
         DataError: one is wrong, or they are not all of one kind, dtype and tokenizer.
     """
     if any(isinstance(file, RemotePath) for file in files):
-        with ThreadPoolExecutor(_REQUESTS) as pool:
+        with ThreadPoolExecutor(REQUESTS) as pool:
             read = list(pool.map(_read, files))
     else:
         read = [_read(file) for file in files]

@@ -103,6 +103,21 @@ class RecipeUnit:
             file.refuse_change()
 
 
+@dataclass(frozen=True)
+class UnitJob:
+    """What a job on one unit is called, and its size; see `jobs.Job`."""
+
+    unit: RecipeUnit
+
+    @property
+    def name(self) -> str:
+        return self.unit.name
+
+    @property
+    def size(self) -> int | None:
+        return self.unit.size
+
+
 def list_units(recipe: Recipe) -> list[RecipeUnit]:
     """All units, in the order of the sources; those of validation sources first.
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from archscale.data.preparing.arrays import write_array
 from archscale.data.preparing.division import Spread
-from archscale.data.preparing.documents import Document, RecipeUnit
+from archscale.data.preparing.documents import Document, RecipeUnit, UnitJob
 from archscale.data.preparing.fidelity import Fidelity
 from archscale.data.preparing.jobs import Report
 from archscale.data.preparing.preparation import Preparation
@@ -83,20 +83,11 @@ def _load(kind: str, file: str, fingerprint: str, vocab_size: int, eos_id: int) 
 
 
 @dataclass(frozen=True)
-class EncodeUnit:
+class EncodeUnit(UnitJob):
     """A job: one unit to tokens."""
 
-    unit: RecipeUnit
     tokenizer: TokenizerEntry
     stem: Path
-
-    @property
-    def name(self) -> str:
-        return self.unit.name
-
-    @property
-    def size(self) -> int | None:
-        return self.unit.size
 
     @property
     def result(self) -> Path:

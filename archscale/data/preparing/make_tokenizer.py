@@ -15,7 +15,7 @@ import numpy as np
 
 from archscale.data.preparing.arrays import write_array
 from archscale.data.preparing.division import Spread, empty_split, validation_share
-from archscale.data.preparing.documents import RecipeUnit
+from archscale.data.preparing.documents import UnitJob
 from archscale.data.preparing.jobs import Report
 from archscale.data.preparing.preparation import Preparation
 from archscale.data.preparing.sample import TrainingSample
@@ -30,19 +30,10 @@ _IDENTITY = "S16"  # of a document; see Document.identity
 
 
 @dataclass(frozen=True)
-class IdentifyUnit:
+class IdentifyUnit(UnitJob):
     """A job: the identities of the documents of a validation unit, as a sorted .npy."""
 
-    unit: RecipeUnit
     result: Path
-
-    @property
-    def name(self) -> str:
-        return self.unit.name
-
-    @property
-    def size(self) -> int | None:
-        return self.unit.size
 
     def run(self, report: Report) -> None:
         identities = bytearray()
@@ -74,7 +65,7 @@ def _is_among(identity: bytes, path: Path | None) -> bool:
 
 
 @dataclass(frozen=True)
-class SampleUnit:
+class SampleUnit(UnitJob):
     """A job: what of a unit a tokenizer would be trained on, and what has to be known before the
     documents are divided.
 
@@ -84,20 +75,11 @@ class SampleUnit:
         held_out: identities of documents that are for validation.
     """
 
-    unit: RecipeUnit
     seed: int
     deduplicate: bool
     validation: float
     held_out: Path | None
     result: Path
-
-    @property
-    def name(self) -> str:
-        return self.unit.name
-
-    @property
-    def size(self) -> int | None:
-        return self.unit.size
 
     def run(self, report: Report) -> None:
         sample, spread = TrainingSample(self.seed, self.deduplicate), Spread()
