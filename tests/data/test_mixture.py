@@ -61,7 +61,7 @@ def three(folder: Path, seed: int = 0) -> TrainingData:
 
 
 def tokens(data: TrainingData, numbers: np.ndarray) -> np.ndarray:
-    """Of the windows of these samples: [n, context + 1]."""
+    """The windows of these samples: [n, context + 1]."""
     inputs, targets, documents = data.windows(numbers)
     assert documents is None
     assert np.array_equal(inputs[:, 1:], targets[:, :-1])
@@ -242,7 +242,7 @@ def test_the_loader_reads_a_mixture(sets: Path) -> None:
 
 @pytest.mark.parametrize("context", [131_072, 65_536])
 def test_long_contexts_from_the_same_shards(tmp_path: Path, context: int) -> None:
-    """Of 300,001 tokens in shards that no window fits into."""
+    """300,001 tokens in shards that no window fits into."""
     ids = np.arange(300_001) % 499
     write_dataset(tmp_path / "long", np.split(ids, [100_000, 200_000]), [ids[:100]])
     data = open_training_data(DataConfig(train=str(tmp_path / "long")), context, 0)

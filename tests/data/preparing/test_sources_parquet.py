@@ -146,7 +146,7 @@ def test_damaged_files(tmp_path: Path, cut: float) -> None:
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path: Path) -> None:
-    """Of 20 MB in one row group, the rows of a batch are there."""
+    """Only the rows of a batch are there, of 20 MB in one row group."""
     path = tmp_path / "x.parquet"
     texts = [f"{i:05}" * 400 for i in range(10_000)]
     table = pa.table({"text": texts})
