@@ -164,7 +164,7 @@ def test_a_plan_says_what_the_files_lack(tmp_path: Path, tokenizer: str) -> None
 
 
 def test_a_plan_says_what_training_refuses_of_the_data(tmp_path: Path, dataset: Path) -> None:
-    """Data that are damaged, other or repeated; what is not here at all may be where training runs."""
+    """Damaged, other or repeated data; what is not here at all may be where training runs."""
     files = str(write_llmc(tmp_path / "a.bin", IDS))
     held_out = str(fineweb(tmp_path / "fw") / "*val*.bin")
     other = write_dataset(tmp_path / "other", [IDS], [IDS], 300)

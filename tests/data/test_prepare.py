@@ -199,7 +199,7 @@ def test_two_processes_do_not_share_a_directory(work: Path) -> None:
 
 @pytest.mark.parametrize(("validation", "split"), [(1e-9, "validation"), (1 - 1e-9, "train")])
 def test_no_split_is_empty(work: Path, validation: float, split: str) -> None:
-    """Where all documents would go to one split, one goes to the other; it is the same one
+    """Where all documents would go to one split, one goes to the other: the same one
     whether or not a tokenizer is trained, which does not see it when it is for validation."""
     summary = prepare("recipe.yaml", [f"validation={validation}"])
     assert (summary[split]["documents"], summary["dropped"]["duplicate"]) == (1, 0)
