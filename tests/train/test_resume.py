@@ -1,6 +1,7 @@
 """A crash changes nothing."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -156,6 +157,11 @@ def test_refusals(data, tmp_path):
     whole = str(step_directory(tmp_path / "r" / "checkpoints", 4))
     with pytest.raises(ConfigError, match=r"model.aspect is"):
         run(config(data, steps=4, model={"width": 32}), str(tmp_path / "new2"), resume=whole)
+    named = tmp_path / "copied" / "step_00000004"
+    shutil.copytree(whole, named)
+    (named / "rng_0.bin").write_bytes(bytes((named / "rng_0.bin").stat().st_size))
+    with pytest.raises(CheckpointError, match="damaged: rng_0.bin has the checksum .*older"):
+        run(config(data, steps=4), str(tmp_path / "new"), resume=str(named))
     content = read_state(Path(whole))
     content["config"]["optimizer"]["mutton"] = True
     write_state(Path(whole), content)
