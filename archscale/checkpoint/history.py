@@ -100,10 +100,19 @@ class Lineage:
         return entries
 
 
-def choose_checkpoint(config: Config, data: TrainingData, run_dir: Path, resume: str) -> Start:
+def choose_checkpoint(
+    config: Config,
+    data: TrainingData,
+    run_dir: Path,
+    resume: str,
+    damaged: dict[Path, str] | None = None,
+) -> Start:
     """The checkpoint to continue from, if any, after checking that it belongs to this trajectory:
     the newest one; with a path as `resume` the newest one that continues that path's, or else that
     itself.
+
+    Args:
+        damaged: as in `newest_valid`.
 
     Raises:
         ConfigError: a key that would change the trajectory.
@@ -115,9 +124,9 @@ def choose_checkpoint(config: Config, data: TrainingData, run_dir: Path, resume:
         remedy = "give another --run-dir, or drop --resume never"
         raise CheckpointError("the run directory holds a run", str(run_dir), remedy)
     if resume in ("auto", "never"):
-        start = Start(newest_valid(checkpoints, _warn))
+        start = Start(newest_valid(checkpoints, warn, damaged=damaged))
     else:
-        start = _named(checkpoints, Path(resume))
+        start = _named(checkpoints, Path(resume), damaged)
     source = start.checkpoint
     if source is not None:
         saved = read_state(source)
@@ -134,7 +143,7 @@ def choose_checkpoint(config: Config, data: TrainingData, run_dir: Path, resume:
     return start
 
 
-def _named(checkpoints: Path, path: Path) -> Start:
+def _named(checkpoints: Path, path: Path, damaged: dict[Path, str] | None) -> Start:
     """The start that `--resume path` means: a job that is started again with it goes on from where
     it is, also when `path` has been pruned since."""
     own = path.resolve().parent == checkpoints.resolve()
@@ -153,7 +162,7 @@ def _named(checkpoints: Path, path: Path) -> Start:
             for entry in resumed
         )
 
-    newest = newest_valid(checkpoints, _warn, counts=continues)
+    newest = newest_valid(checkpoints, warn, counts=continues, damaged=damaged)
     if newest is not None:
         print(f"goes on from {newest}, which continues {path}", flush=True)
         return Start(newest)
@@ -168,7 +177,8 @@ def _has_id(path: Path, named: str) -> bool:
         return False
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
+    """To the terminal."""
     print(f"archscale: warning: {text}", file=sys.stderr)
 
 

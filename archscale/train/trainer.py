@@ -20,9 +20,10 @@ import torch
 import archscale
 from archscale import distributed
 from archscale.checkpoint.abandoned import leave_one_history
-from archscale.checkpoint.directory import discard_after, newest_valid
-from archscale.checkpoint.history import Lineage, Start, choose_checkpoint, identity
-from archscale.checkpoint.saving import load_checkpoint, save_checkpoint
+from archscale.checkpoint.choosing import choose_start, newest_verified
+from archscale.checkpoint.directory import discard_after
+from archscale.checkpoint.history import Lineage, Start, identity
+from archscale.checkpoint.saving import Saver, load_checkpoint
 from archscale.config import Config, dump_config
 from archscale.data.loader import Loader
 from archscale.data.stored import check_document_mask, run_tokenizer
@@ -105,7 +106,7 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
     # for it elsewhere.
     refuse_other_data(data, validation)
     with sole_owner(run_dir):
-        start = distributed.on_rank_zero(lambda: choose_checkpoint(config, data, run_dir, resume))
+        start = choose_start(config, data, run_dir, resume)
         distributed.on_rank_zero(data.check)
         for held in validation:
             distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
@@ -138,6 +139,7 @@ class Run:
         guard = config.telemetry.guard
         self.guard = None if guard.mode == "off" else Guard(**guard.model_dump())
         self.lineage = Lineage()
+        self.saver = Saver(run_dir / CHECKPOINTS, config.checkpoint)
         self._fell_back_to: int | None = None  # step that the last fall-back went to
         self._not_finite_since: int | None = None  # first step of the losses now that are not
         # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
@@ -165,7 +167,7 @@ class Run:
         recorder = Recorder(
             config.resolved(), config.telemetry.wandb, config.steps, self.run_dir, step
         )
-        with contextlib.closing(watchdog), recorder:
+        with contextlib.closing(watchdog), recorder, self.saver:
             while step < self.config.steps:
                 try:
                     step = self._train(step, recorder, watchdog)
@@ -248,8 +250,8 @@ class Run:
         return step
 
     def _restore(self, source: Path, rewinds: bool = False) -> int:
-        """Load a checkpoint; returns its step."""
-        state = load_checkpoint(source, self.engine.weights(), self.optimizer)
+        """Load a checkpoint that has been verified; returns its step."""
+        state = load_checkpoint(source, self.engine.weights(), self.optimizer, verified=True)
         self.lineage.restore(state, rewinds)
         self.engine.weights_changed()
         if self.guard and state.get("guard"):
@@ -261,10 +263,7 @@ class Run:
         state = {"step": step, "config": self.config.resolved(), "data": identity(self.data)}
         state |= {"guard": self.guard and self.guard.state(), **self.lineage.next(step)}
         state["not_finite_since"] = self._not_finite_since
-        keep = self.config.checkpoint.keep
-        save_checkpoint(
-            self.run_dir / CHECKPOINTS, self.engine.weights(), self.optimizer, state, keep
-        )
+        self.saver.save(self.engine.weights(), self.optimizer, state)
 
     def _fall_back(self, cause: FallBack, recorder: Recorder) -> int:
         """To the newest checkpoint from before the bad steps, or from before the last fall-back if
@@ -277,7 +276,8 @@ class Run:
             if self._fell_back_to is not None and first == self._fell_back_to + 1
             else first
         )
-        source = distributed.on_rank_zero(lambda: newest_valid(directory, recorder.event, before))
+        self.saver.wait()
+        source = newest_verified(directory, recorder.event, before)
         self.guard.fallbacks += 1
         if source is None or self.guard.fallbacks > self.guard.max_fallbacks:
             spent = self.guard.fallbacks > self.guard.max_fallbacks
