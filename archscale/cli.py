@@ -52,6 +52,7 @@ DataTokenizer = Annotated[
 # Names of `archscale.fit.laws.LAWS` and of the settings of fits, here so that --help needs no
 # numpy; a test compares them.
 Form = StrEnum("Form", ["power", "power_irreducible", "quadratic_log", "chinchilla"])
+Part = StrEnum("Part", ["optimizer", "data", "schedule"])
 Space = StrEnum("Space", ["log", "linear"])
 Loss = StrEnum("Loss", ["squares", "huber"])
 Cluster = StrEnum("Cluster", ["local", "slurm", "kubernetes", "skypilot"])
@@ -108,6 +109,23 @@ def train(
     resume: Annotated[
         str, typer.Option(metavar="auto|never|PATH", help="Where to continue from.")
     ] = "auto",
+    extend: Annotated[
+        bool,
+        typer.Option(
+            "--extend", help="Plan rates and schedule anew over the config's length, and go on."
+        ),
+    ] = False,
+    decay_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Go on from this one of a wsd or constant run, with the decay.",
+        ),
+    ] = None,
+    reset: Annotated[
+        list[Part] | None,
+        typer.Option(help="With --resume PATH: what starts anew there. Repeatable."),
+    ] = None,
 ) -> None:
     """Train one model; resumes by itself from the newest checkpoint of its run directory.
 
@@ -116,10 +134,14 @@ def train(
     from archscale.config import load_config
 
     resolved = load_config(config, set or [])
+    from archscale.train.continuing import Wishes
     from archscale.train.trainer import train as run
 
     terminal.go_on_without_reader()
-    summary = run(resolved, run_dir or Path("runs") / resolved.name, resume)
+    tokens_given = any(text.partition("=")[0].strip() == "training.tokens" for text in set or [])
+    parts = tuple(dict.fromkeys(part.value for part in reset or []))
+    wishes = Wishes(extend, parts, decay_from, tokens_given)
+    summary = run(resolved, run_dir or Path("runs") / resolved.name, resume, wishes)
     if summary["rank"] == 0:
         if not summary["already_done"]:
             from archscale.sweep.pages import report_if_possible

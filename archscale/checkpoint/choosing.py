@@ -6,25 +6,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from archscale.checkpoint.directory import newest_valid, passed_over
-from archscale.checkpoint.history import Start, choose_checkpoint, warn
+from archscale.checkpoint.history import Start, find_start, warn
 from archscale.checkpoint.saving import verify_together
-from archscale.config import Config
-from archscale.data.training_data import TrainingData
 from archscale.distributed import on_rank_zero, rank, same_everywhere
 from archscale.errors import CheckpointError
 
 
-def choose_start(config: Config, data: TrainingData, run_dir: Path, resume: str) -> Start:
-    """As `choose_checkpoint`, on all ranks together: the checkpoint is as it was written. Damaged
-    ones are passed over with a warning that names the file.
+def verified_start(run_dir: Path, resume: str) -> Start:
+    """As `find_start`, on all ranks together: the checkpoint is as it was written. Damaged ones are
+    passed over with a warning that names the file.
 
     Raises:
-        ConfigError, CheckpointError: as `choose_checkpoint`; or the very checkpoint that `resume`
-            names is damaged.
+        CheckpointError: as `find_start`; or the very checkpoint that `resume` names is damaged.
     """
     damaged: dict[Path, str] = {}
     while True:
-        start = on_rank_zero(lambda: choose_checkpoint(config, data, run_dir, resume, damaged))
+        start = on_rank_zero(lambda: find_start(run_dir, resume, damaged))
         problem = start.checkpoint and verify_together(start.checkpoint)
         if not problem:
             return start

@@ -20,8 +20,9 @@ import torch
 import archscale
 from archscale import distributed
 from archscale.checkpoint.abandoned import leave_one_history
-from archscale.checkpoint.choosing import choose_start, newest_verified
-from archscale.checkpoint.directory import discard_after
+from archscale.checkpoint.changes import Origins
+from archscale.checkpoint.choosing import newest_verified, verified_start
+from archscale.checkpoint.directory import discard_after, read_state
 from archscale.checkpoint.history import Lineage, Start, identity
 from archscale.checkpoint.saving import Saver, load_checkpoint
 from archscale.config import Config, dump_config
@@ -42,9 +43,8 @@ from archscale.files import (
     write_atomically,
 )
 from archscale.optim.roles import assign_roles
-from archscale.optim.schedule import lr_multiplier
 from archscale.plan.devices import this_device
-from archscale.plan.passes import much_padding, source_tokens
+from archscale.plan.passes import data_figures, much_padding, source_tokens
 from archscale.plan.plan import Plan, make_plan
 from archscale.plan.preflight import refuse
 from archscale.plan.text import counting_pass_share, mixture_rows, packing_text
@@ -58,8 +58,11 @@ from archscale.train.build import (
     cpp_compiler,
     manifest,
 )
+from archscale.train.continuing import AS_BEFORE, Wishes, check_start
+from archscale.train.decaying import decaying
 from archscale.train.evaluate import Evaluation
 from archscale.train.ownership import sole_owner
+from archscale.train.rates import Rates
 from archscale.train.readings import FallBack, Judgement, Readings
 from archscale.train.record import Recorder
 from archscale.train.same_data import refuse_other_data
@@ -67,17 +70,23 @@ from archscale.train.step import Supervision, train_step
 from archscale.train.watchdog import Arrivals, Watchdog
 
 
-def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]:
+def train(
+    config: Config, run_dir: Path, resume: str = "auto", wishes: Wishes = AS_BEFORE
+) -> dict[str, Any]:
     """Run `config` to its end in `run_dir`; returns a summary (steps, tokens, losses, seconds,
     whether it was done already).
 
     Args:
         resume: `auto` (newest checkpoint of the run directory, if any), `never`, or the path of a
             checkpoint.
+        wishes: what shall be otherwise from the checkpoint on.
 
     Raises:
         ArchscaleError: user errors, before the first step wherever that can be known.
     """
+    wishes.check(resume)
+    if wishes.decay_from is not None:
+        config, resume = decaying(config, run_dir, wishes), str(wishes.decay_from)
     world = distributed.launched_world_size()
     data = open_training_data(
         config.data, config.model.context, config.seed, config.model.vocab_size
@@ -106,7 +115,10 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
     # for it elsewhere.
     refuse_other_data(data, validation)
     with sole_owner(run_dir):
-        start = choose_start(config, data, run_dir, resume)
+        start = verified_start(run_dir, resume)
+        start = distributed.on_rank_zero(
+            lambda: check_start(start, config, data, run_dir, resume, wishes)
+        )
         distributed.on_rank_zero(data.check)
         for held in validation:
             distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
@@ -132,7 +144,6 @@ class Run:
         self.plan, self.config, self.transfer = plan, plan.config, plan.transfer
         self.run_dir, self.data, self.device = run_dir, data, device
         config = self.config
-        self.batches = config.batches
         self.engine = build_engine(config, data.eos_id, self.transfer, device, plan.shard)
         self.roles = assign_roles(self.engine.module)
         self.optimizer = build_optimizer(config, self.roles, self.transfer.roles, self.engine)
@@ -140,6 +151,7 @@ class Run:
         self.guard = None if guard.mode == "off" else Guard(**guard.model_dump())
         self.lineage = Lineage()
         self.saver = Saver(run_dir / CHECKPOINTS, config.checkpoint)
+        self._follow(self.lineage.origins)
         self._fell_back_to: int | None = None  # step that the last fall-back went to
         self._not_finite_since: int | None = None  # first step of the losses now that are not
         # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
@@ -157,18 +169,19 @@ class Run:
                 `max_fallbacks` times.
         """
         started = time.monotonic()
+        self.lineage = Lineage(start)
         step = 0 if start.checkpoint is None else self._restore(start.checkpoint, start.rewinds)
-        if step >= self.config.steps:
+        if step >= self.rates.steps:
             return self._summary(step, started, already_done=True)
         distributed.on_rank_zero(lambda: leave_one_history(self.run_dir, start, step))
         distributed.on_rank_zero(self._describe)
         watchdog = Watchdog(self.run_dir, self.config.telemetry.stuck_after)
         config = self.config
         recorder = Recorder(
-            config.resolved(), config.telemetry.wandb, config.steps, self.run_dir, step
+            config.resolved(), config.telemetry.wandb, self.rates.steps, self.run_dir, step
         )
         with contextlib.closing(watchdog), recorder, self.saver:
-            while step < self.config.steps:
+            while step < self.rates.steps:
                 try:
                     step = self._train(step, recorder, watchdog)
                 except FallBack as cause:
@@ -180,7 +193,7 @@ class Run:
         config, guard = self.config, self.guard
         loader = Loader(
             self.data,
-            self.batches,
+            self.windows,
             config.training.micro_batch,
             distributed.rank(),
             distributed.world_size(),
@@ -202,7 +215,7 @@ class Run:
             for micro_batches in loader:
                 lr = self._set_lr(step)
                 step += 1
-                last = step == config.steps
+                last = step == self.rates.steps
                 evaluating = bool(self.evaluation.sets) and (step % config.eval.every == 0 or last)
                 saving = step % config.checkpoint.every == 0 or last
                 reading = readings.due(step) or evaluating or saving
@@ -251,9 +264,16 @@ class Run:
 
     def _restore(self, source: Path, rewinds: bool = False) -> int:
         """Load a checkpoint that has been verified; returns its step."""
-        state = load_checkpoint(source, self.engine.weights(), self.optimizer, verified=True)
+        anew = self.lineage.resets_optimizer(read_state(source))
+        optimizer = None if anew else self.optimizer
+        state = load_checkpoint(source, self.engine.weights(), optimizer, verified=True)
         self.lineage.restore(state, rewinds)
+        self._follow(self.lineage.origins)
         self.engine.weights_changed()
+        if anew:  # as at a start, with the norms that the weights have now
+            self.optimizer.state.clear()
+            roles = self.transfer.roles
+            self.optimizer = build_optimizer(self.config, self.roles, roles, self.engine)
         if self.guard and state.get("guard"):
             self.guard.load(state["guard"])
         self._not_finite_since = state.get("not_finite_since")
@@ -308,22 +328,24 @@ class Run:
         )
         return step
 
+    def _follow(self, origins: Origins) -> None:
+        """Take schedule and data from where they begin."""
+        self.rates = Rates(self.config, origins, self.transfer)
+        self.batches, self.windows = self.rates.batches, origins.windows(self.config.batches)
+        total = self.rates.steps
+        figures, trained = self.plan.figures, self._tokens(total)
+        figures["training"] |= {"steps": total, "trained_tokens": trained}
+        context = self.config.model.context
+        read = trained - origins.data.samples * context  # of these data
+        figures["data"] = data_figures(source_tokens(self.data), read, context)
+
     def _tokens(self, step: int) -> int:
         """Tokens of the first `step` steps."""
         return self.batches.at(step)[0] * self.config.model.context
 
     def _set_lr(self, step: int) -> float:
         """Set every role's rate for the step after `step`; returns the matrices'."""
-        config, schedule = self.config, self.config.schedule
-        factor = lr_multiplier(
-            schedule.kind,
-            self._tokens(step),
-            self._tokens(config.steps),
-            warmup=schedule.warmup_tokens,
-            final_ratio=schedule.final_ratio,
-            decay_ratio=schedule.decay_ratio,
-        )
-        factor *= (self.batches.at(step)[1] / self.batches.size) ** self.transfer.batch_exponent
+        factor = self.rates.multiplier(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.transfer.roles[group["role"]].lr * factor
         return self.transfer.roles["matrix"].lr * factor
@@ -348,7 +370,7 @@ class Run:
         layout = f"{distributed.world_size()} × {self.device.type}"
         print(
             f"{config.name}: {count:,} parameters, {matrices} stored matrices under"
-            f" {config.optimizer.matrix.rule}, {config.steps} steps of {config.batch_tokens:,}"
+            f" {config.optimizer.matrix.rule}, {self.rates.steps} steps of {config.batch_tokens:,}"
             f" tokens on {layout}, run directory {self.run_dir}",
             flush=True,
         )

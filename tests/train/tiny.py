@@ -10,7 +10,7 @@ from archscale.config import Config
 from archscale.data.preparing.prepare import prepare
 from archscale.data.training_data import open_training_data
 from archscale.data.validation import validation_sets
-from archscale.distributed import rank, world_size
+from archscale.distributed import on_rank_zero, rank, world_size
 from archscale.plan.passes import source_tokens
 from archscale.plan.plan import make_plan
 from archscale.train import trainer
@@ -91,7 +91,8 @@ def run(config: Config, run_dir: str, resume: str = "auto") -> list[dict]:
     )
     run = trainer.Run(plan, Path(run_dir), data, validation, torch.device("cpu"))
     with trainer.sole_owner(Path(run_dir)):
-        run.go(trainer.choose_start(run.config, data, Path(run_dir), resume))
+        folder, found = Path(run_dir), trainer.verified_start(Path(run_dir), resume)
+        run.go(on_rank_zero(lambda: trainer.check_start(found, run.config, data, folder, resume)))
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
