@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,14 @@ MISSING = "not there"
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """Two tensors of one name and shape that are not the same bits.
+    """Two tensors of one name and shape.
 
     Attributes:
         different: elements whose bits differ, of `elements`.
         absolute: largest |a − b|.
         relative: largest |a − b| / max(|a|, |b|).
-        norm: ‖a − b‖ / ‖a‖; all three over the elements that are finite in both.
+        norm: ‖a − b‖ / ‖a‖.
+        distance, magnitude: ‖a − b‖ and ‖a‖; all five over the elements finite in both.
         not_finite: elements of the different ones that are not finite in one of them or both.
     """
 
@@ -50,6 +51,8 @@ class TensorDifference:
     absolute: float
     relative: float
     norm: float
+    distance: float
+    magnitude: float
     not_finite: int
 
 
@@ -64,6 +67,8 @@ class Difference:
             checkpoint is called, where it comes from and who wrote it.
         equal: number of tensors whose bits are the same.
         tensors: that differ.
+        parts: ‖a − b‖ / ‖a‖ over all weights (`weights`), and over all that the optimizer holds
+            under one name, such as `momentum`.
         mismatched: by tensor why it cannot be compared: only in one, or another shape or dtype.
     """
 
@@ -74,6 +79,7 @@ class Difference:
     state: dict[str, tuple[Any, Any]]
     equal: int
     tensors: list[TensorDifference]
+    parts: dict[str, float]
     mismatched: dict[str, str]
 
     @property
@@ -92,6 +98,20 @@ class Difference:
         if self.state:
             return f"different: {', '.join(self.state)}; bitwise equal: {self.equal} tensors"
         return f"bitwise equal: {self.equal} tensors"
+
+    @property
+    def first_problem(self) -> str | None:
+        """The first thing that differs, with its values; None where both are the same."""
+        for name, reason in self.mismatched.items():
+            return f"tensor {name}: {reason}"
+        for tensor in self.tensors:
+            return (
+                f"tensor {tensor.name}: {tensor.different:,} of {tensor.elements:,} elements, by up"
+                f" to {tensor.absolute:.3g}, {tensor.norm:.2g} of its norm"
+            )
+        for key, (a, b) in self.state.items():
+            return f"{key}: {show(a)} and {show(b)}"
+        return None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -168,13 +188,8 @@ def _explained(path: Path, part: str) -> Iterator[None]:
         ) from error
 
 
-def compare_checkpoints(
-    first: Path, second: Path, progress: Callable[[str], None] = lambda line: None
-) -> Difference:
+def compare_checkpoints(first: Path, second: Path) -> Difference:
     """Compare two checkpoints bit by bit.
-
-    Args:
-        progress: hears the name of each tensor before it is read.
 
     Raises:
         CheckpointError: one of them is none, or cannot be read.
@@ -184,25 +199,35 @@ def compare_checkpoints(
     rest = [flatten({k: v for k, v in state.items() if k not in OWN}) for state in states]
     readers = TensorReader(first), TensorReader(second)
     config = _different_keys(*(flatten(state["config"]) for state in states))
-    equal, different = 0, []
     mismatched = dict(_mismatched(*(reader.tensors for reader in readers)))
+    compared = []
     for name in sorted(readers[0].tensors.keys() - mismatched.keys()):
-        progress(name)
-        compared = compare_tensors(name, *(reader.read(name) for reader in readers))
-        if compared is None:
-            equal += 1
-        else:
-            different.append(compared)
+        compared.append(compare_tensors(name, *(reader.read(name) for reader in readers)))
     return Difference(
         str(first),
         str(second),
         config,
         [key for key in other_trajectory(*configs) if key in config],
         _different_keys(*rest),
-        equal,
-        different,
+        sum(not tensor.different for tensor in compared),
+        [tensor for tensor in compared if tensor.different],
+        _parts(compared),
         mismatched,
     )
+
+
+def _parts(compared: Sequence[TensorDifference]) -> dict[str, float]:
+    squares: dict[str, tuple[float, float]] = {}
+    for tensor in compared:
+        part = "weights" if tensor.name.startswith("model.") else tensor.name.rpartition(".")[2]
+        gap, whole = squares.get(part, (0.0, 0.0))
+        squares[part] = gap + tensor.distance**2, whole + tensor.magnitude**2
+    return {part: _share(gap**0.5, whole**0.5) for part, (gap, whole) in squares.items()}
+
+
+def _share(distance: float, magnitude: float) -> float:
+    """The distance over the magnitude; 1 where all of it is new."""
+    return distance / magnitude if magnitude else float(distance > 0)
 
 
 def _different_keys(
@@ -233,8 +258,8 @@ def _mismatched(
             yield name, f"{a} in A, {b} in B".replace("torch.", "")
 
 
-def compare_tensors(name: str, first: Tensor, second: Tensor) -> TensorDifference | None:
-    """How two tensors of one shape and dtype differ; None when they are the same bits."""
+def compare_tensors(name: str, first: Tensor, second: Tensor) -> TensorDifference:
+    """How two tensors of one shape and dtype differ."""
     flat = first.reshape(-1), second.reshape(-1)
     different = not_finite = 0
     absolute = relative = squares = whole = 0.0
@@ -255,8 +280,16 @@ def compare_tensors(name: str, first: Tensor, second: Tensor) -> TensorDifferenc
             largest = torch.maximum(a.abs(), b.abs()).clamp_min(torch.finfo(torch.double).tiny)
             relative = max(relative, float((gap / largest).max()))
             squares += float(gap.square().sum())
-    if not different:
-        return None
-    norm = (squares / whole) ** 0.5 if whole else float(squares > 0)
-    counts = first.numel(), different
-    return TensorDifference(name, tuple(first.shape), *counts, absolute, relative, norm, not_finite)
+    distance, magnitude = squares**0.5, whole**0.5
+    return TensorDifference(
+        name,
+        tuple(first.shape),
+        first.numel(),
+        different,
+        absolute,
+        relative,
+        _share(distance, magnitude),
+        distance,
+        magnitude,
+        not_finite,
+    )
