@@ -75,8 +75,8 @@ def compare_closely(
     bounds = f"{BFLOAT16_BOUND if bfloat16 else FLOAT32_BOUND:.2g}"
     if tie is not None and not bfloat16:
         bounds += f", from step {tie} on, where experts' loads first differ, {BFLOAT16_BOUND:.2g}"
-    most = "losses equal" if where is None else f"a loss differs by {largest:.2g} at step {where}"
-    return Outcome(None, f"{len(steps)} steps within the bound: at most {most} (bound {bounds})")
+    most = "equal losses" if where is None else f"losses within {largest:.2g} (step {where})"
+    return Outcome(None, f"{len(steps)} steps, {most}, bound {bounds}")
 
 
 def _differs(problem: str) -> Outcome:

@@ -82,11 +82,6 @@ class Case:
     exact: bool = False
     left_out: str | None = None
 
-    @property
-    def slug(self) -> str:
-        """Name of its run directory."""
-        return "".join(c if c.isalnum() else "_" for c in self.name.partition(":")[0])
-
 
 @dataclass
 class _Test:
@@ -135,8 +130,8 @@ class _Test:
         return SupervisedRun(
             case.name,
             arguments,
-            self.directory / case.slug,
-            self.directory / f"{case.slug}.log",
+            self.directory / case.name,
+            self.directory / f"{case.name}.log",
             case.processes,
             self.request.limit,
         )
@@ -221,7 +216,7 @@ def _cases(test: _Test, processes: int) -> Iterator[Case]:
     request, config = test.request, test.config
     same = _layout(config, processes)
     yield Case("straight", same, processes)
-    yield Case("again: the same command", same, processes, exact=True)
+    yield Case("again", same, processes, exact=True)
     yield Case("killed", same, processes, kills=min(request.kills, test.steps), exact=True)
     other = processes // 2 if processes > 1 else 2
     yield _other_layout(test, "fewer" if other < processes else "more", other, ())
@@ -324,7 +319,7 @@ def _verdict(test: _Test, case: Case) -> str:
     text = f"{_plural(kills, 'kill')}: {outcome.text}" if case.kills else outcome.text
     test.say(f"{case.name}: {text}, {time.monotonic() - started:.0f} s")
     if outcome.problem is not None:
-        if case.name.startswith("again"):
+        if case.name == "again":
             test.repeats = False
             return f"this machine does not repeat itself: {text}"
         test.failures[case.name] = outcome.problem
@@ -364,7 +359,7 @@ def _compare(test: _Test, case: Case, run: SupervisedRun) -> Outcome:
     """Curve and last weights beside those of the straight run."""
     first = test.middle + 1 if case.resumes else 1
     steps, lines = range(first, test.steps + 1), run.lines()
-    exact = case.exact and (test.repeats or case.name.startswith("again"))
+    exact = case.exact and (test.repeats or case.name == "again")
     if exact:
         outcome = compare_exactly(test.expected, lines, steps)
     else:
@@ -397,10 +392,8 @@ def _far_apart(difference: Difference) -> tuple[str | None, str]:
     for part, gap in difference.parts.items():
         if gap > LOST:
             return f"{part} differs by {gap:.2g} of its norm: part of it was lost", ""
-    gaps = (f"{part} by {gap:.1g}" for part, gap in difference.parts.items() if gap)
-    return None, f"of their norms differ {', '.join(gaps)}" if any(difference.parts.values()) else (
-        difference.verdict
-    )
+    gaps = [f"{part} {gap:.1g}" for part, gap in difference.parts.items() if gap]
+    return None, f"shares of norms: {', '.join(gaps)}" if gaps else difference.verdict
 
 
 def _make_directory(given: Path | None) -> Path:
