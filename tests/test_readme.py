@@ -39,7 +39,13 @@ def tracked_files() -> list[str]:
 
 
 PAGES = [name for name in tracked_files() if Path(name).name in ("README.md", "CONTRIBUTING.md")]
-SLOW_PAGES = ["README.md", "CONTRIBUTING.md", "configs/studies/README.md", "launch/README.md"]
+SLOW_PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "archscale/checkpoint/README.md",
+    "configs/studies/README.md",
+    "launch/README.md",
+]
 
 # Pattern of a command → arguments that make it small enough for a test.
 SHORTER = {
@@ -69,6 +75,7 @@ SHORTER = {
 
 # Pattern of a command → what the default suite runs in its place; None: only the slow tests run it.
 SLOW: dict[str, str | None] = {
+    r"^archscale verify-resume ": None,
     r"bench data": "bench data --tokens 200000 --context 64 --rounds 1 --step 5 --no-peers",
     r"bench optimizer ": "bench optimizer --shape 2x32x32 --rounds 2 --no-peers",
     r"study configs/studies/spectral_flattening\.yaml": None,
@@ -414,7 +421,7 @@ def test_readme_names_the_commands_that_there_are():
         spans = re.findall(r"`(archscale [^`…]+)`", (ROOT / page).read_text())
         for span in spans:
             words = shlex.split(span.replace(" N", " 0"))[1:]
-            full = " ".join(words[:2]) if words[0] in ("data", "bench") else words[0]
+            full = " ".join(words[:2]) if words[0] in ("data", "bench", "checkpoint") else words[0]
             assert full in commands, f"{page}: {span}"
             given = [word for word in words if word.startswith("-")]
             shown = CliRunner().invoke(app, [*full.split(), "--help"], env={"COLUMNS": "300"})
