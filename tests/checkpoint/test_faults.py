@@ -9,6 +9,7 @@ import json
 import random
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,10 @@ import pytest
 from archscale.checkpoint.directory import FORMAT
 from archscale.config import Config
 from archscale.files import checkpoint_steps, step_directory
+from archscale.train import watchdog
+from archscale.train.watchdog import Watchdog
 from tests.faults import FAILURES, Act, Storage, fail, full, hang, kill, slow
+from tests.forks import fork
 from tests.train.faulty import (
     SAVING,
     contents,
@@ -147,7 +151,7 @@ def test_a_rank_that_dies_while_saving(data, asynchronous, tmp_path, dies):
     ended = [child.wait(ENDED) for child in train(config, run_dir, act, processes=2, on_rank=dies)]
     assert ended[dies].status == -signal.SIGKILL
     left = ended[1 - dies]
-    assert left.status == 2, left
+    assert left.status == 1, left
     assert len(left.err.splitlines()) == 1, left.err
     assert "another process of this job ended" in left.err
     assert 2 in checkpoint_steps(run_dir / "checkpoints")
@@ -285,11 +289,16 @@ def test_a_disk_that_fills_up_ends_all_ranks_of_the_command_with_one_line(
         ("metrics.jsonl", None),
     ],
 )
-@pytest.mark.parametrize("failure", ["ENOSPC", "EROFS"])
-def test_a_file_of_the_run_directory_that_cannot_be_written(data, tmp_path, name, left, failure):
+@pytest.mark.parametrize(
+    ("failure", "at"),  # from opening it on, or from the first write on
+    [("EROFS", 1), ("ENOSPC", 2), *(pytest.param(f, 2, marks=pytest.mark.slow) for f in FAILURES)],
+)
+def test_a_file_of_the_run_directory_that_cannot_be_written(
+    data, tmp_path, name, left, failure, at
+):
     """One line that names it, and no half of it."""
     run_dir = tmp_path / "r"
-    act = functools.partial(fail, FAILURES[failure], name=name)
+    act = functools.partial(fail, FAILURES[failure], at=at, name=name)
     done = train(made(data), run_dir, act)[0].wait(ENDED)
     assert done.status == 2, done
     (line,) = done.err.splitlines()
@@ -314,10 +323,31 @@ def test_storage_that_hangs_ends_at_the_time_of_the_watchdog(data, asynchronous,
     act = functools.partial(hang, "step_00000004")
     done = train(config, tmp_path / "r", act)[0].wait(ENDED)
     assert done.status == 3, done
-    assert "made no progress for" in done.err
-    assert "telemetry.stuck_after" in done.err
-    assert (tmp_path / "r" / "stacks_rank_0.txt").stat().st_size
+    (line,) = done.err.splitlines()
+    assert "rank 0 made no progress for" in line
+    assert "(telemetry.stuck_after): its stacks are in" in line
+    stacks = (tmp_path / "r" / "stacks_rank_0.txt").read_text()
+    assert "in hang.<locals>.act" in stacks
     assert_goes_on_from_anywhere(config, tmp_path / "r")
+
+
+def test_a_watchdog_does_not_wait_for_storage_that_hangs(tmp_path):
+    """Neither to see whether a checkpoint grows, nor to write its stacks."""
+    done = fork(watched_by_one_that_cannot_write, str(tmp_path), folder=tmp_path).wait(ENDED)
+    assert done.status == 3, done
+    assert "its stacks cannot be written to" in done.err
+
+
+def watched_by_one_that_cannot_write(folder: str) -> None:
+    watchdog.GRACE = 2.0
+    dog = Watchdog(Path(folder), 1.0)
+    Path.rglob = Hung.write = lambda *args: time.sleep(3600)
+    dog._file = Hung()
+    time.sleep(3600)
+
+
+class Hung:
+    """A file on storage that hangs."""
 
 
 def test_storage_that_is_slow_is_not_taken_for_one_that_hangs(data, asynchronous, tmp_path):

@@ -41,7 +41,9 @@ def command(argv: list[str], storage: str, act: Callable[[], Act] | None, log: s
             cli.main()
         finally:
             if log:
-                rows = [(change.number, change.kind, str(change.path)) for change in watched.changes]
+                rows = [
+                    (change.number, change.kind, str(change.path)) for change in watched.changes
+                ]
                 Path(log).write_text(json.dumps(rows))
 
 
@@ -98,7 +100,9 @@ def contents(checkpoint: Path) -> dict[str, str]:
             for name, entry in saved.items()
         }
         dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    found = {name: value.view(-1).view(torch.uint8).numpy().tobytes() for name, value in state.items()}
+    found = {
+        name: value.view(-1).view(torch.uint8).numpy().tobytes() for name, value in state.items()
+    }
     found |= {path.name: path.read_bytes() for path in checkpoint.glob("rng*")}
     return {name: hashlib.sha256(value).hexdigest() for name, value in found.items()}
 

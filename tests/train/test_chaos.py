@@ -7,20 +7,16 @@ import functools
 import importlib.util
 import itertools
 import random
-import shutil
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from archscale.config import Config, dump_config
-from tests.commands import Launched, start
+from archscale.config import Config
 from tests.faults import kill
 from tests.train.faulty import SAVING, last_contents, lines, remains, train
-from tests.train.marked import MARK
 from tests.train.tiny import config, tiny_data
 
 ENDED = 100.0  # seconds within which a run has ended, however busy the machine is
