@@ -7,7 +7,7 @@ import sys
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -959,6 +959,8 @@ def main() -> None:
         terminal.flush()
         os._exit(2)
     except Exception as error:  # what typer raises for a wrong command line
+        if _peer_left(error):
+            _end_without_peer()
         if not hasattr(error, "format_message"):
             raise
         where = getattr(getattr(error, "ctx", None), "command_path", None) or "archscale"
@@ -967,6 +969,27 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+def _peer_left(error: Exception) -> bool:
+    """Whether this rank fails only because another one has ended, which said why if it could."""
+    distributed = sys.modules.get("archscale.distributed")
+    debug = os.environ.get("ARCHSCALE_DEBUG") == "1"
+    return distributed is not None and not debug and distributed.peer_left(error)
+
+
+def _end_without_peer() -> NoReturn:
+    """Status 1, not 2: nothing has to be changed before the job is started again."""
+    time.sleep(5)  # torchrun reports the first that exits: let it be the one that failed
+    rank = os.environ.get("RANK", "0")
+    print(
+        f"archscale: another process of this job ended (rank {rank} waited for it): look for its"
+        " message, then rerun the same command",
+        file=sys.stderr,
+        flush=True,
+    )
+    terminal.flush()
+    os._exit(1)
 
 
 def _reports(error: ArchscaleError) -> bool:

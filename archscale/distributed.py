@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import pickle
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,13 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from archscale.errors import ConfigError
+
+# What gloo and NCCL say of a process that is no longer there.
+PEER_LEFT = re.compile(
+    r"gloo/transport/.*(closed by peer|reset by peer|Broken pipe|Socket closed)"
+    r"|remote process exit",
+    re.DOTALL,
+)
 
 
 def is_distributed() -> bool:
@@ -109,6 +117,11 @@ def stop() -> None:
     if is_distributed():
         barrier()
         dist.destroy_process_group()
+
+
+def peer_left(error: BaseException) -> bool:
+    """Whether a collective failed because another process of this job has ended."""
+    return isinstance(error, RuntimeError) and PEER_LEFT.search(str(error)) is not None
 
 
 def barrier() -> None:
