@@ -34,6 +34,8 @@ bench_app = typer.Typer(
 
     Example: archscale bench data
 
+    Example: archscale bench checkpoint configs/quickstart.yaml --set model.vocab_size=4096
+
     Example: archscale bench gpu""",
     invoke_without_command=True,
 )
@@ -694,6 +696,32 @@ def bench_data(
             as_json=json,
         )
     )
+
+
+@bench_app.command("checkpoint")
+def bench_checkpoint(
+    config: Annotated[Path, typer.Argument(help="YAML config whose model is saved.")],
+    set: Overrides = None,
+    size: Annotated[
+        float, typer.Option(min=0, help="Bytes of a second state; 0: the config's alone.")
+    ] = 1e9,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each.")] = 3,
+    directory: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="On the disk to be measured."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Saving and loading beside torch.save, dcp.save and dcp.async_save: how long training stands
+    still, seconds beside the disk's own, memory.
+
+    Example: archscale bench checkpoint configs/quickstart.yaml --set model.vocab_size=4096
+    """
+    from archscale.bench.checkpoint import report
+    from archscale.config import load_config
+
+    resolved = load_config(config, set or [])
+    print(report(resolved, size=int(size), rounds=rounds, directory=directory, as_json=json))
 
 
 @bench_app.command("gpu")
