@@ -706,6 +706,9 @@ def bench_checkpoint(
         float, typer.Option(min=0, help="Bytes of a second state; 0: the config's alone.")
     ] = 1e9,
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each.")] = 3,
+    peers: Annotated[
+        bool, typer.Option("--peers/--no-peers", help="Beside torch's, or ours alone.")
+    ] = True,
     directory: Annotated[
         Path | None,
         typer.Option(exists=True, file_okay=False, help="On the disk to be measured."),
@@ -720,8 +723,16 @@ def bench_checkpoint(
     from archscale.bench.checkpoint import report
     from archscale.config import load_config
 
-    resolved = load_config(config, set or [])
-    print(report(resolved, size=int(size), rounds=rounds, directory=directory, as_json=json))
+    print(
+        report(
+            load_config(config, set or []),
+            size=int(size),
+            rounds=rounds,
+            peers=peers,
+            directory=directory,
+            as_json=json,
+        )
+    )
 
 
 @bench_app.command("gpu")

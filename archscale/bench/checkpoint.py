@@ -30,7 +30,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -296,7 +296,9 @@ def _child(sender: Any, label: str, make: Callable[[], State], folder: Path, thr
 
 def _in_process(label: str, make: Callable[[], State], directory: Path) -> dict[str, float] | str:
     """Figures of one arm, or why there are none."""
-    context = multiprocessing.get_context("spawn")
+    # From a process that has imported everything and started no thread.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["archscale.bench.checkpoint"])
     receiver, sender = context.Pipe(duplex=False)
     folder = Path(tempfile.mkdtemp(dir=directory))
     arguments = sender, label, make, folder, torch.get_num_threads()
@@ -317,13 +319,13 @@ def _in_process(label: str, make: Callable[[], State], directory: Path) -> dict[
 
 
 def bench_checkpoint(
-    states: Mapping[str, Callable[[], State]], directory: Path, rounds: int
+    states: Mapping[str, Callable[[], State]], arms: Sequence[Arm], directory: Path, rounds: int
 ) -> dict[str, list[Row]]:
     """By state, a row for each arm: medians over `rounds` processes, which write under
     `directory`."""
     measured: dict[tuple[str, str], list[dict[str, float]]] = {}
     failed: dict[tuple[str, str], str] = {}
-    order = [(name, arm.label) for name in states for arm in ARMS]
+    order = [(name, arm.label) for name in states for arm in arms]
     generator = random.Random(0)
     for _ in range(rounds):
         for name, label in generator.sample(order, len(order)):
@@ -336,7 +338,7 @@ def bench_checkpoint(
     return {
         name: [
             _row(arm.label, measured.get((name, arm.label)), failed.get((name, arm.label)))
-            for arm in ARMS
+            for arm in arms
         ]
         for name in states
     }
@@ -367,11 +369,14 @@ def _row(label: str, figures: list[dict[str, float]] | None, failed: str | None)
     }
 
 
-def report(config: Config, *, size: int, rounds: int, directory: Path | None, as_json: bool) -> str:
+def report(
+    config: Config, *, size: int, rounds: int, peers: bool, directory: Path | None, as_json: bool
+) -> str:
     """The tables as text, or as JSON.
 
     Args:
         size: bytes of the state beside the config's; 0: only the config's.
+        peers: also those of torch.
         directory: on the disk to be measured; None: that of temporary files.
 
     Raises:
@@ -390,7 +395,7 @@ def report(config: Config, *, size: int, rounds: int, directory: Path | None, as
                 folder,
                 "give --directory on another disk, or a smaller --size",
             )
-        tables = bench_checkpoint(states, Path(folder), rounds)
+        tables = bench_checkpoint(states, ARMS if peers else ARMS[:2], Path(folder), rounds)
     where = machine(torch.device("cpu"))
     if as_json:
         return json.dumps({"machine": where, "states": tables}, indent=1)
