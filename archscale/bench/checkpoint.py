@@ -13,7 +13,7 @@ each:
     save, load   seconds until all is on the disk, and from a cold page cache back into the tensors;
                  beside a plain write with fsync, and a plain cold read, of the same bytes in the
                  same process
-    memory       most private memory above that before the first save, in units of the state
+    memory       most private memory above the most that training alone takes, in units of the state
                  (`RssAnon` of Linux); pages of files do not count
 """
 
@@ -199,12 +199,16 @@ def measure(label: str, make: Callable[[], State], folder: Path) -> dict[str, fl
     size = sum(tensor.nbytes for tensor in state.tensors().values())
     figures: dict[str, float] = {"bytes": size, "step": state.step_seconds}
     figures["disk write"], figures["disk read"] = _disk(state, folder / "plain")
+    with _peak_memory() as alone:
+        if state.step is not None:
+            state.step()
+            state.step()
     with _peak_memory() as memory:
         figures["first stall"] = _save(arm, state, folder)["stall"]
         for path in folder.iterdir():  # nothing is to be deleted or written over in the second
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         figures |= _save(arm, state, folder)
-    figures["memory"] = memory[0] / size
+    figures["memory"] = (memory[0] - alone[0]) / size
     _forget_pages(folder)
     began = time.perf_counter()
     arm.load(state, folder)
@@ -267,12 +271,12 @@ def _forget_pages(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _peak_memory() -> Iterator[list[float]]:
-    """Most private memory of the process above that at the beginning, bytes; looks every 5 ms."""
-    before, peak, over = private_memory(), [0.0], threading.Event()
+    """Most private memory of the process meanwhile, in bytes; looks every 5 ms."""
+    peak, over = [float(private_memory())], threading.Event()
 
     def watch() -> None:
         while not over.wait(0.005):
-            peak[0] = max(peak[0], private_memory() - before)
+            peak[0] = max(peak[0], private_memory())
 
     thread = threading.Thread(target=watch)
     thread.start()
