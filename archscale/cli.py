@@ -34,6 +34,8 @@ bench_app = typer.Typer(
 
     Example: archscale bench data
 
+    Example: archscale bench checkpoint configs/quickstart.yaml --set model.vocab_size=4096
+
     Example: archscale bench gpu""",
     invoke_without_command=True,
 )
@@ -766,6 +768,43 @@ def bench_data(
             rounds=rounds,
             step=step / 1e3,
             peers=peers,
+            as_json=json,
+        )
+    )
+
+
+@bench_app.command("checkpoint")
+def bench_checkpoint(
+    config: Annotated[Path, typer.Argument(help="YAML config whose model is saved.")],
+    set: Overrides = None,
+    size: Annotated[
+        float, typer.Option(min=0, help="Bytes of a second state; 0: the config's alone.")
+    ] = 1e9,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each.")] = 3,
+    peers: Annotated[
+        bool, typer.Option("--peers/--no-peers", help="Beside torch's, or ours alone.")
+    ] = True,
+    directory: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="On the disk to be measured."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Saving and loading beside torch.save, dcp.save and dcp.async_save: how long training stands
+    still, seconds beside the disk's own, memory.
+
+    Example: archscale bench checkpoint configs/quickstart.yaml --set model.vocab_size=4096
+    """
+    from archscale.bench.checkpoint import report
+    from archscale.config import load_config
+
+    print(
+        report(
+            load_config(config, set or []),
+            size=int(size),
+            rounds=rounds,
+            peers=peers,
+            directory=directory,
             as_json=json,
         )
     )

@@ -77,6 +77,10 @@ SHORTER = {
 SLOW: dict[str, str | None] = {
     r"^archscale verify-resume ": None,
     r"bench data": "bench data --tokens 200000 --context 64 --rounds 1 --step 5 --no-peers",
+    r"bench checkpoint": (
+        "bench checkpoint configs/quickstart.yaml --set model.vocab_size=512"
+        " --set training.batch_tokens=1024 --size 0 --rounds 1 --no-peers"
+    ),
     r"bench optimizer ": "bench optimizer --shape 2x32x32 --rounds 2 --no-peers",
     r"study configs/studies/spectral_flattening\.yaml": None,
     r"parallel\.engine=deepspeed": None,

@@ -25,14 +25,16 @@ class Snapshot:
         self._copied: Any = None  # its event after the last copy
         self._awaited = True  # by the stream that changes the tensors
 
+    @torch.no_grad()
     def take(self, content: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies by the same names, on the CPU, valid until the next call. Those of a GPU are
         complete after `wait`."""
-        used: set[str] = set()
+        sources: dict[str, Tensor] = {}
+        buffers: dict[str, Tensor] = {}
 
         def copy(name: str, tensor: Tensor) -> Tensor:
-            used.add(name)
-            return self._copy(name, tensor)
+            sources[name], buffers[name] = tensor, self._buffer(name, tensor)
+            return buffers[name]
 
         copies = {
             name: value.copied(lambda box, piece, name=name: copy(f"{name} {box}", piece))  # type: ignore[misc]
@@ -40,26 +42,35 @@ class Snapshot:
             else copy(name, value)
             for name, value in content.items()
         }
-        self._buffers = {name: self._buffers[name] for name in used}
-        if self._stream is not None:
-            self._copied, self._awaited = self._stream.record_event(), False
+        self._buffers = buffers
+        self._copy(sources)
         return copies
 
-    def _copy(self, name: str, tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
+    def _buffer(self, name: str, tensor: Tensor) -> Tensor:
+        """Memory for a copy: that of the last copy of this name, if it fits."""
         buffer = self._buffers.get(name)
         if buffer is None or (buffer.shape, buffer.dtype) != (tensor.shape, tensor.dtype):
             buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            self._buffers[name] = buffer
-        if not tensor.is_cuda:
-            return buffer.copy_(tensor)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(tensor.device)
-        self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        with torch.cuda.stream(self._stream):
-            buffer.copy_(tensor, non_blocking=True)
-        tensor.record_stream(self._stream)  # it may be freed before it is copied
         return buffer
+
+    def _copy(self, sources: Mapping[str, Tensor]) -> None:
+        """Into the buffers of the same names; in few calls, since the host's part of it holds
+        training up."""
+        on_host = [name for name, tensor in sources.items() if not tensor.is_cuda]
+        on_gpu = [name for name, tensor in sources.items() if tensor.is_cuda]
+        if on_gpu:
+            device = sources[on_gpu[0]].device
+            self._stream = self._stream or torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(self._stream):
+                for name in on_gpu:
+                    self._buffers[name].copy_(sources[name], non_blocking=True)
+                    sources[name].record_stream(self._stream)  # it may be freed before that
+            self._copied, self._awaited = self._stream.record_event(), False
+        if on_host:
+            torch._foreach_copy_(
+                [self._buffers[name] for name in on_host], [sources[name] for name in on_host]
+            )
 
     @property
     def from_gpu(self) -> bool:
