@@ -338,7 +338,7 @@ def test_what_cannot_decay(data, straight, tmp_path):
     refused(made(data, 8), tmp_path / "nothing", "not a complete checkpoint", CheckpointError)
     refused(made(data, 4), past, "no step left to decay after the 1536", tokens_given=True)
     warm = {"kind": "constant", "warmup_tokens": 5 * STEP}
-    refused(made(data, 8, warm), past, "still warms up at 1536 tokens")
+    refused(made(data, 8, warm), past, "warms up until 1920 tokens, and the checkpoint is of 1536")
     refused(made(data, 8, seed=3), past, "seed is 3")
 
 
@@ -396,6 +396,15 @@ def test_data_start_with_their_first_window(data, short, tmp_path, monkeypatch):
     assert [line["tokens"] for line in lines] == [step * STEP for step in range(5, 9)]
 
 
+def test_resets_on_two_ranks_are_those_of_one(pool, data, short, tmp_path):
+    named, wishes = checkpoint(short, 4), Wishes(reset=("optimizer", "data", "schedule"))
+    config = made(data, 3, {"kind": "linear"}, rule="orscale_lm")
+    alone = [line["loss"] for line in tiny.run(config, str(tmp_path / "alone"), named, wishes)]
+    for lines in pool(2).run(tiny.run, config, str(tmp_path / "two"), named, wishes):
+        assert [line["step"] for line in lines] == [5, 6, 7]
+        assert [line["loss"] for line in lines] == pytest.approx(alone, rel=1e-5)
+
+
 def test_a_schedule_starts_anew_over_as_many_tokens_more(data, short, tmp_path, monkeypatch):
     schedule = {
         "kind": "linear",
@@ -404,7 +413,9 @@ def test_a_schedule_starts_anew_over_as_many_tokens_more(data, short, tmp_path, 
         "batch_ramp_stages": 2,
     }
     config, named, folder = made(data, 4, schedule), checkpoint(short, 4), tmp_path / "new"
-    killed(monkeypatch, config, folder, 3, named, reset=("schedule",))
+    killed(monkeypatch, config, folder, 4, named, reset=("schedule",))
+    [(_, why)] = read_table([folder]).left_out
+    assert why == "unfinished: step 8 of 9"
     lines = run(config, folder, named, reset=("schedule",))
     alone = run(config, tmp_path / "alone")
     assert [line[0] for line in lines] == [step + 4 for step, *_ in alone]
