@@ -445,6 +445,10 @@ def test_resets_that_are_refused(data, short, copied, tmp_path):
             run(made(data, 8), tmp_path / "new", resume, **wishes)
     with pytest.raises(ConfigError, match="seed is 1, the checkpoint's run has 0"):
         run(made(data, 8, seed=1), tmp_path / "new", named, reset=("schedule",))
+    with pytest.raises(
+        ConfigError, match="no step is left after a reset: the run ends with step 4"
+    ):
+        run(made(data, 4), tmp_path / "new", named, reset=("data",))
     # Continued without the reset, it would be passed over in silence.
     run(made(data, 6), tmp_path / "new", named)
     for wishes, missing in [
