@@ -345,29 +345,27 @@ def test_what_cannot_decay(data, straight, tmp_path):
 # --- --reset
 
 
-def test_an_optimizer_starts_anew_with_the_weights(data, short, tmp_path, monkeypatch, capfd):
+def test_an_optimizer_starts_anew_with_the_weights(data, tmp_path, monkeypatch, capfd):
     """Under another rule, whose radius is the norm of the weights that are loaded; once."""
-    config = made(data, 6, rule="muonh")
-    other = config.resolved()
-    other["optimizer"]["matrix"]["momentum"] = 0.5
-    other["parameterization"]["base"]["lr"] = 0.001
-    other = Config.from_dict(other)
-    named, folder = checkpoint(short, 4), tmp_path / "new"
-    killed(monkeypatch, other, folder, 1, named, reset=("optimizer",))
-    assert "--reset optimizer at step 4: the weights stay" in capfd.readouterr().out
+    old, folder = tmp_path / "old", tmp_path / "new"
+    run(made(data, 2, rule="muon"), old)
+    sections = {"parameterization": {"base": {"lr": 0.001}}, "rule": "muonh"}
+    config, named = made(data, 4, **sections), checkpoint(old, 2)
+    killed(monkeypatch, config, folder, 1, named, reset=("optimizer",))
+    assert "--reset optimizer at step 2: the weights stay" in capfd.readouterr().out
     assert not checkpoint_steps(folder / "checkpoints")
-    lines = run(other, folder, named, reset=("optimizer",))
-    assert [line[0] for line in lines] == [5, 6]
-    assert lines[0][1] == run(made(data, 6), tmp_path / "plain", named)[0][1]
-    assert lines[0][3] == 0.001
-    before, after = saved(short, 4), saved(folder, 6)
+    lines = run(config, folder, named, reset=("optimizer",))
+    assert [line[0] for line in lines] == [3, 4]
+    assert [line[3] for line in lines] == [0.001, 0.001]
+    assert lines[0][1] == run(made(data, 3, rule="muon"), tmp_path / "plain", named)[0][1]
+    before, after = saved(old, 2), saved(folder, 4)
     for name in ("blocks.0.attention.out.weight", "blocks.1.mlp.down.weight"):
         norm = before[f"model.{name}"].norm().item()
         assert after[f"optimizer.{name}.radius"].item() == pytest.approx(norm, rel=1e-6)
     assert after["optimizer.head.norm.weight.step"].item() == 2
-    [change] = state(folder, 6)["changes"]
+    [change] = state(folder, 4)["changes"]
     assert (change["kind"], change["details"]) == ("reset", {"parts": ["optimizer"]})
-    assert run(other, folder, named, reset=("optimizer",)) == lines
+    assert run(config, folder, named, reset=("optimizer",)) == lines
 
 
 def test_data_start_with_their_first_window(data, short, tmp_path, monkeypatch):
