@@ -159,9 +159,10 @@ class Continuation:
         self.step = int(self.state["step"])
         self.before = saved_config(source, self.state)
         self.origins = Origins.of_state(self.state)
+        self._lines: list[str] = []  # printed once nothing is refused any more
 
     def changes(self) -> list[Change]:
-        """What the next checkpoints record as changed here, said in a line each.
+        """What the next checkpoints record as changed here; prints a line for each.
 
         Raises:
             ConfigError: a key that must not differ.
@@ -181,26 +182,29 @@ class Continuation:
         length = {key: pair for key, pair in keys.items() if not _below(key, free)}
         changes = [self._change("reset", parts=list(wishes.reset))] if wishes.reset else []
         for part in wishes.reset:
-            self._say(f"--reset {part} at step {self.step}: {self._reset_text(part)}")
+            self._lines.append(f"--reset {part} at step {self.step}: {self._reset_text(part)}")
         if wishes.extend:
             changes += self._extension(length)
         elif length:
-            self._same_trajectory(length)
+            self._check_past(length)
+            if not wishes.decay_from:
+                self._lines.append(
+                    f"goes on from step {self.step} with another length or schedule"
+                    f" ({_listing(length)}): every step before would have been the same"
+                )
         if wishes.decay_from:
             tokens = schedule_tokens(self.state)
             changes.append(self._change("decay", tokens=tokens, planned_tokens=self._planned()))
-            self._say(
-                f"decays from step {self.step} ({tokens:,} tokens) to step {self.config.steps}"
-                f" ({self.config.tokens:,} tokens)"
+            self._lines.append(
+                f"decays from step {self.step} ({tokens:,} tokens) to step"
+                f" {self.origins.schedule.step + self.config.steps} ({self.config.tokens:,} tokens)"
             )
+        for line in self._lines:
+            print(line, flush=True)
         return changes
 
     def _change(self, kind: Any, **details: Any) -> Change:
         return Change(kind, self.step, checkpoint_id(self.state), details)
-
-    @staticmethod
-    def _say(text: str) -> None:
-        print(text, flush=True)
 
     def _planned(self) -> int:
         return self.before.parameterization.planned_tokens or self.before.tokens
@@ -208,7 +212,15 @@ class Continuation:
     # --- resets
 
     def _check_resets(self) -> None:
-        """Refuses what no reset can make right: the same weights would be another model."""
+        """Refuses resets that nothing follows, and what none can make right."""
+        last = self.origins.schedule.step + self.config.steps
+        if self.wishes.reset and SCHEDULE not in self.wishes.reset and last <= self.step:
+            raise ConfigError(
+                f"no step is left after a reset: the run ends with step {last}",
+                str(self.source),
+                f"give more than {schedule_tokens(self.state)} for {TOKENS}, or name an older"
+                " checkpoint",
+            )
         if OPTIMIZER in self.wishes.reset:
             was, now = (transfer_of(config).logit_scale for config in (self.before, self.config))
             if was != now:
@@ -260,7 +272,7 @@ class Continuation:
         steps = [change.step for change in recorded(self.state) if change.changes_rates]
         return max([self.origins.schedule.step, *steps])
 
-    def _same_trajectory(self, length: Mapping[str, tuple[Any, Any]]) -> None:
+    def _check_past(self, length: Mapping[str, tuple[Any, Any]]) -> None:
         """Refuses keys with which a step before the checkpoint would have been another."""
         was, now = self._rates()
         if now.steps < self.step:
@@ -270,10 +282,6 @@ class Continuation:
             raise ConfigError(
                 f"{what}: {difference}", str(self.source), self._remedy(was, set(length))
             )
-        self._say(
-            f"goes on from step {self.step} with another length or schedule ({what}): every step"
-            " before would have been the same"
-        )
 
     def _remedy(self, was: Rates, keys: set[str]) -> str:
         restore = "restore the value" if len(keys) == 1 else "restore the values"
@@ -281,7 +289,7 @@ class Continuation:
         if was.batches.at(self.step) != Rates(self.config, self.origins).batches.at(self.step):
             return restore
         extend = f"--extend plans rates and schedule anew from step {self.step} on"
-        planned, held = self._planned(), self.config.parameterization
+        planned, held = self._planned(), self._with_length().parameterization
         if held.applied_token_exponent and held.planned_tokens != planned:
             held = held.model_copy(update={"planned_tokens": planned})
             config = self._with_length().model_copy(update={"parameterization": held})
@@ -320,7 +328,7 @@ class Continuation:
                 "restore its keys, or use --resume PATH --reset schedule in place of --extend",
             )
         peaks = [rates.transfer.roles["matrix"].lr for rates in (was, now)]
-        self._say(
+        self._lines.append(
             f"--extend at step {self.step}: {self.before.tokens:,} → {self.config.tokens:,} tokens"
             f" ({was.steps:,} → {now.steps:,} steps), peak rate {peaks[0]:.4g} → {peaks[1]:.4g},"
             f" rate of step {self.step + 1} {was.at(self.step):.4g} → {now.at(self.step):.4g}"

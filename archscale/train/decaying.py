@@ -39,7 +39,10 @@ def decaying(config: Config, run_dir: Path, wishes: Wishes) -> Config:
     tokens, context = begun["tokens"], config.model.context
     if tokens <= config.schedule.warmup_tokens:
         raise ConfigError(
-            f"the learning rate still warms up at {tokens} tokens", str(path), "name a later one"
+            f"the learning rate warms up until {config.schedule.warmup_tokens} tokens, and the"
+            f" checkpoint is of {tokens}",
+            str(path),
+            "name a later one",
         )
     if wishes.tokens_given and config.training.tokens != "auto":
         end = config.training.tokens

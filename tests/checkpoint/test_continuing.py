@@ -338,36 +338,34 @@ def test_what_cannot_decay(data, straight, tmp_path):
     refused(made(data, 8), tmp_path / "nothing", "not a complete checkpoint", CheckpointError)
     refused(made(data, 4), past, "no step left to decay after the 1536", tokens_given=True)
     warm = {"kind": "constant", "warmup_tokens": 5 * STEP}
-    refused(made(data, 8, warm), past, "still warms up at 1536 tokens")
+    refused(made(data, 8, warm), past, "warms up until 1920 tokens, and the checkpoint is of 1536")
     refused(made(data, 8, seed=3), past, "seed is 3")
 
 
 # --- --reset
 
 
-def test_an_optimizer_starts_anew_with_the_weights(data, short, tmp_path, monkeypatch, capfd):
+def test_an_optimizer_starts_anew_with_the_weights(data, tmp_path, monkeypatch, capfd):
     """Under another rule, whose radius is the norm of the weights that are loaded; once."""
-    config = made(data, 6, rule="muonh")
-    other = config.resolved()
-    other["optimizer"]["matrix"]["momentum"] = 0.5
-    other["parameterization"]["base"]["lr"] = 0.001
-    other = Config.from_dict(other)
-    named, folder = checkpoint(short, 4), tmp_path / "new"
-    killed(monkeypatch, other, folder, 1, named, reset=("optimizer",))
-    assert "--reset optimizer at step 4: the weights stay" in capfd.readouterr().out
+    old, folder = tmp_path / "old", tmp_path / "new"
+    run(made(data, 2, rule="muon"), old)
+    sections = {"parameterization": {"base": {"lr": 0.001}}, "rule": "muonh"}
+    config, named = made(data, 4, **sections), checkpoint(old, 2)
+    killed(monkeypatch, config, folder, 1, named, reset=("optimizer",))
+    assert "--reset optimizer at step 2: the weights stay" in capfd.readouterr().out
     assert not checkpoint_steps(folder / "checkpoints")
-    lines = run(other, folder, named, reset=("optimizer",))
-    assert [line[0] for line in lines] == [5, 6]
-    assert lines[0][1] == run(made(data, 6), tmp_path / "plain", named)[0][1]
-    assert lines[0][3] == 0.001
-    before, after = saved(short, 4), saved(folder, 6)
+    lines = run(config, folder, named, reset=("optimizer",))
+    assert [line[0] for line in lines] == [3, 4]
+    assert [line[3] for line in lines] == [0.001, 0.001]
+    assert lines[0][1] == run(made(data, 3, rule="muon"), tmp_path / "plain", named)[0][1]
+    before, after = saved(old, 2), saved(folder, 4)
     for name in ("blocks.0.attention.out.weight", "blocks.1.mlp.down.weight"):
         norm = before[f"model.{name}"].norm().item()
         assert after[f"optimizer.{name}.radius"].item() == pytest.approx(norm, rel=1e-6)
     assert after["optimizer.head.norm.weight.step"].item() == 2
-    [change] = state(folder, 6)["changes"]
+    [change] = state(folder, 4)["changes"]
     assert (change["kind"], change["details"]) == ("reset", {"parts": ["optimizer"]})
-    assert run(other, folder, named, reset=("optimizer",)) == lines
+    assert run(config, folder, named, reset=("optimizer",)) == lines
 
 
 def test_data_start_with_their_first_window(data, short, tmp_path, monkeypatch):
@@ -396,6 +394,15 @@ def test_data_start_with_their_first_window(data, short, tmp_path, monkeypatch):
     assert [line["tokens"] for line in lines] == [step * STEP for step in range(5, 9)]
 
 
+def test_resets_on_two_ranks_are_those_of_one(pool, data, short, tmp_path):
+    named, wishes = checkpoint(short, 4), Wishes(reset=("optimizer", "data", "schedule"))
+    config = made(data, 3, {"kind": "linear"}, rule="orscale_lm")
+    alone = [line["loss"] for line in tiny.run(config, str(tmp_path / "alone"), named, wishes)]
+    for lines in pool(2).run(tiny.run, config, str(tmp_path / "two"), named, wishes):
+        assert [line["step"] for line in lines] == [5, 6, 7]
+        assert [line["loss"] for line in lines] == pytest.approx(alone, rel=1e-5)
+
+
 def test_a_schedule_starts_anew_over_as_many_tokens_more(data, short, tmp_path, monkeypatch):
     schedule = {
         "kind": "linear",
@@ -404,7 +411,9 @@ def test_a_schedule_starts_anew_over_as_many_tokens_more(data, short, tmp_path, 
         "batch_ramp_stages": 2,
     }
     config, named, folder = made(data, 4, schedule), checkpoint(short, 4), tmp_path / "new"
-    killed(monkeypatch, config, folder, 3, named, reset=("schedule",))
+    killed(monkeypatch, config, folder, 4, named, reset=("schedule",))
+    [(_, why)] = read_table([folder]).left_out
+    assert why == "unfinished: step 8 of 9"
     lines = run(config, folder, named, reset=("schedule",))
     alone = run(config, tmp_path / "alone")
     assert [line[0] for line in lines] == [step + 4 for step, *_ in alone]
@@ -434,6 +443,10 @@ def test_resets_that_are_refused(data, short, copied, tmp_path):
             run(made(data, 8), tmp_path / "new", resume, **wishes)
     with pytest.raises(ConfigError, match="seed is 1, the checkpoint's run has 0"):
         run(made(data, 8, seed=1), tmp_path / "new", named, reset=("schedule",))
+    with pytest.raises(
+        ConfigError, match="no step is left after a reset: the run ends with step 4"
+    ):
+        run(made(data, 4), tmp_path / "new", named, reset=("data",))
     # Continued without the reset, it would be passed over in silence.
     run(made(data, 6), tmp_path / "new", named)
     for wishes, missing in [
