@@ -118,7 +118,8 @@ def _record(run_dir: Path, rank: str) -> Path:
 
 def digest(tensor: torch.Tensor) -> str:
     """Of its values, bit for bit."""
-    values = tensor.detach().contiguous().view(-1).view(torch.uint8)
+    # A copy, because FSDP cannot free the memory of what NumPy has looked at.
+    values = tensor.detach().clone().contiguous().view(-1).view(torch.uint8)
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
 
