@@ -144,6 +144,9 @@ class Run:
         self.plan, self.config, self.transfer = plan, plan.config, plan.transfer
         self.run_dir, self.data, self.device = run_dir, data, device
         config = self.config
+        # Otherwise each process begins at random: nothing here draws from that state, but
+        # checkpoints hold it.
+        torch.manual_seed(config.seed)
         self.engine = build_engine(config, data.eos_id, self.transfer, device, plan.shard)
         self.roles = assign_roles(self.engine.module)
         self.optimizer = build_optimizer(config, self.roles, self.transfer.roles, self.engine)

@@ -18,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 
 from archscale.config import Config, dump_config
 from archscale.config.schema import NOT_YET
+from archscale.distributed import Fragment
 from archscale.files import CHECKPOINTS, METRICS, checkpoint_steps, step_directory
 from tests.faults import Act, Storage
 from tests.forks import Child, fork
@@ -54,9 +55,14 @@ def train(
     processes: int = 1,
     on_rank: int = 0,
     log: str = "",
+    call: Callable = command,
 ) -> list[Child]:
     """Start `archscale train` of a config in `run_dir` on as many processes; the storage of one of
-    them acts."""
+    them acts.
+
+    Args:
+        call: in place of `command`, to which it passes on what it is given.
+    """
     folder = run_dir.parent
     path = folder / f"{run_dir.name}.yaml"
     dump_config(made, path)
@@ -71,9 +77,50 @@ def train(
         acts = act if rank == on_rank else None
         noted = log if rank == on_rank else ""
         children.append(
-            fork(command, argv, str(run_dir), acts, noted, folder=folder / "logs", env=env | here)
+            fork(call, argv, str(run_dir), acts, noted, folder=folder / "logs", env=env | here)
         )
     return children
+
+
+def recorded(argv: list[str], storage: str, act: Callable[[], Act] | None, log: str) -> None:
+    """`command` that keeps what this process has before each of its updates, a line of JSON each:
+    see `records`."""
+    from archscale.train import trainer
+
+    path, step = _record(Path(storage), os.environ.get("RANK", "0")), trainer.train_step
+
+    def recording(engine, optimizer, micro_batches, *args):
+        has: dict[str, torch.Tensor] = {"random state": torch.get_rng_state()}
+        state = {"weights": engine.weights(), **optimizer.fragments()}
+        for name, values in state.items():
+            for key, value in values.items():
+                has[f"{name} {key}"] = value.data if isinstance(value, Fragment) else value
+        for number, batch in enumerate(micro_batches):
+            has[f"inputs {number}"], has[f"targets {number}"] = batch.inputs, batch.targets
+        with path.open("a") as file:
+            file.write(json.dumps({key: digest(value) for key, value in has.items()}) + "\n")
+        return step(engine, optimizer, micro_batches, *args)
+
+    trainer.train_step = recording
+    command(argv, storage, act, log)
+
+
+def records(run_dir: Path, processes: int) -> list[list[dict[str, str]]]:
+    """For each rank, before each update of all its lives: digests of weights, optimizer state, the
+    host's random state and the tokens that it is about to train on."""
+    paths = [_record(run_dir, str(rank)) for rank in range(processes)]
+    return [[json.loads(line) for line in path.read_text().splitlines()] for path in paths]
+
+
+def _record(run_dir: Path, rank: str) -> Path:
+    return run_dir.with_name(f"{run_dir.name}_record_{rank}")
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Of its values, bit for bit."""
+    # A copy, because FSDP cannot free the memory of what NumPy has looked at.
+    values = tensor.detach().clone().contiguous().view(-1).view(torch.uint8)
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
 
 def _free_port() -> str:
@@ -100,11 +147,10 @@ def contents(checkpoint: Path) -> dict[str, str]:
             for name, entry in saved.items()
         }
         dcp.load(state, checkpoint_id=checkpoint, no_dist=True)
-    found = {
-        name: value.view(-1).view(torch.uint8).numpy().tobytes() for name, value in state.items()
+    random_states = {path.name: path.read_bytes() for path in checkpoint.glob("rng*")}
+    return {name: digest(value) for name, value in state.items()} | {
+        name: hashlib.sha256(value).hexdigest() for name, value in random_states.items()
     }
-    found |= {path.name: path.read_bytes() for path in checkpoint.glob("rng*")}
-    return {name: hashlib.sha256(value).hexdigest() for name, value in found.items()}
 
 
 def last_contents(run_dir: Path) -> dict[str, str]:

@@ -5,22 +5,27 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 import random
 import signal
 import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from archscale.config import Config, dump_config
 from tests.commands import Launched, start
+from tests.data.conftest import write_dataset
 from tests.faults import kill
-from tests.train.faulty import SAVING, last_contents, lines, remains, train
+from tests.golden.curves import FOLDER as golden
+from tests.train.faulty import SAVING, last_contents, lines, recorded, records, remains, train
 from tests.train.marked import MARK
 from tests.train.tiny import config, tiny_data
 
 ENDED = 100.0  # seconds within which a run has ended, however busy the machine is
+LONG_ENDED = 400.0  # a whole command under a launcher
 EXPERTS = {"moe": {"sparsity": 3, "top_k": 3}}
 ZERO = {"parallel": {"engine": "deepspeed", "zero_stage": 1}}
 needs_deepspeed = pytest.mark.skipif(
@@ -51,6 +56,51 @@ def assert_same(run_dir: Path, straight: Path) -> None:
     assert lines(run_dir) == lines(straight)
     assert last_contents(run_dir) == last_contents(straight)
     assert remains(run_dir) == []
+
+
+@pytest.fixture(scope="module")
+def data_257(tmp_path_factory) -> str:
+    """Tokens of a vocabulary that neither 2 nor 3 processes divide evenly."""
+    ids = np.array(json.loads((golden / "tokens.json").read_text())) % 257
+    folder = tmp_path_factory.mktemp("data_257") / "tokens"
+    return str(write_dataset(folder, [ids[:-200]], [ids[-200:]], 257))
+
+
+@pytest.mark.parametrize("asynchronous", SAVING)
+@pytest.mark.parametrize("rule", ["orscale_lm", pytest.param("adamw", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("processes", [2, 3])
+def test_all_state_is_there_before_the_first_update(
+    data_257, tmp_path, processes, rule, asynchronous
+):
+    """10 steps straight against 5, SIGKILL and the rest: weights, optimizer state, random state and
+    tokens of every rank before each update, and then every line of metrics."""
+    config10 = config(
+        data_257,
+        rule,
+        checkpoint={"every": 5, "async": asynchronous},
+        telemetry={"every": 1},
+        training={"micro_batch": 4},
+    )
+    straight, run_dir = tmp_path / "straight", tmp_path / "r"
+    for child in train(config10, straight, processes=processes, call=recorded):
+        assert child.wait(ENDED).status == 0
+    dies = functools.partial(kill, at=2, after="step_00000005")
+    children = train(config10, run_dir, dies, processes=processes, call=recorded)
+    assert children[0].wait(ENDED).status == -signal.SIGKILL
+    for child in children[1:]:
+        child.kill()
+        child.wait(ENDED)
+    first_life = records(run_dir, processes)
+    for child in train(config10, run_dir, processes=processes, call=recorded):
+        assert child.wait(ENDED).status == 0
+    for expected, before, rows in zip(
+        records(straight, processes), first_life, records(run_dir, processes)
+    ):
+        assert len(expected) == 10
+        assert any(key.endswith("momentum") or key.endswith("exp_avg") for key in expected[5])
+        assert rows[len(before) :] == expected[5:]
+    assert lines(run_dir) == lines(straight)
+    assert last_contents(run_dir) == last_contents(straight)
 
 
 @pytest.mark.parametrize("asynchronous", SAVING)
@@ -124,23 +174,24 @@ def test_a_hundred_kills(data, tmp_path, sections, processes, kills, seed, async
 
     straight = tmp_path / "straight"
     began = time.monotonic()
-    job(straight).wait(ENDED)
+    job(straight).wait(LONG_ENDED)
     whole = time.monotonic() - began
     killed = finished = 0
     run_dir = tmp_path / "r0"
     while killed < kills:
         running = job(run_dir)
         if _ends_within(running, rng.uniform(0.3, 1.0) * whole):
-            assert running.wait(ENDED).returncode == 0
+            assert running.wait(LONG_ENDED).returncode == 0
             assert_same(run_dir, straight)
             finished += 1
             run_dir = tmp_path / f"r{finished}"
             continue
         phases[_phase(run_dir, tmp_path / "mark")] += 1
+        print(f"kill {killed + 1} of {kills}: {dict(phases)}", flush=True)
         running.signal(signal.SIGKILL)
         running.kill()
         killed += 1
-    job(run_dir).wait(ENDED)
+    job(run_dir).wait(LONG_ENDED)
     assert_same(run_dir, straight)
     print(f"{killed} kills: {dict(phases)}; {finished} runs were finished before theirs")
 
