@@ -788,6 +788,7 @@ def main() -> None:
     except terminal.ReaderLeft:
         os._exit(141)
     except OSError as error:
+        _end_without_the_others(error)
         if os.environ.get("ARCHSCALE_DEBUG") == "1" or isinstance(
             error, ConnectionError | TimeoutError
         ):
@@ -802,7 +803,9 @@ def main() -> None:
         )
         terminal.flush()
         os._exit(2)
-    except Exception as error:  # what typer raises for a wrong command line
+    except Exception as error:
+        _end_without_the_others(error)
+        # What typer raises for a wrong command line.
         if not hasattr(error, "format_message"):
             raise
         where = getattr(getattr(error, "ctx", None), "command_path", None) or "archscale"
@@ -811,6 +814,24 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+def _end_without_the_others(error: Exception) -> None:
+    """Ends this process in one line and status 1, for the launcher to start the job again, where
+    the error is that another rank cannot be reached."""
+    distributed = sys.modules.get("archscale.distributed")
+    cause = distributed and distributed.lost_connection(error)
+    if not cause or os.environ.get("ARCHSCALE_DEBUG") == "1":
+        return
+    print(
+        f"archscale: rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} cannot reach"
+        f" another rank, which has ended or is cut off: {cause}; the same command goes on from the"
+        " newest checkpoint, and torchrun --max-restarts=N gives it by itself",
+        file=sys.stderr,
+        flush=True,
+    )
+    terminal.flush()
+    os._exit(1)  # process groups and threads may wait for the rank that is lost
 
 
 def _reports(error: ArchscaleError) -> bool:
