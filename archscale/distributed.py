@@ -156,9 +156,10 @@ def start(timeout_seconds: float = 600.0) -> torch.device:
 def meet(store: Any, number: int, count: int, timeout_seconds: float) -> str:
     """A prefix for the keys of these ranks that no earlier start of the job has used.
 
-    torchrun keeps one store over all restarts, and PyTorch tells the starts apart by each node's
-    own count of restarts. A node that joins counts from 0: it would wait where nobody else is, or
-    read the addresses of processes that have ended. So rank 0 offers the list of who it sees, each
+    torchrun keeps one store over all restarts, unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE is 1, and
+    PyTorch tells the starts apart by each node's own count of restarts. A node that is started
+    again because another one was does not count that: it would wait where nobody else is, or read
+    the addresses of processes that have ended. So rank 0 offers the list of who it sees, each
     by a random number, until all of them have found themselves in the list.
 
     Raises:
@@ -186,7 +187,10 @@ def meet(store: Any, number: int, count: int, timeout_seconds: float) -> str:
             missing = absent
         time.sleep(0.05)
     names = f"ranks {missing}" if missing else "rank 0"
-    raise dist.DistStoreError(f"{names} did not come within {timeout_seconds:.0f} s")
+    raise dist.DistStoreError(
+        f"{names} did not come within {timeout_seconds:.0f} s (where nodes come and go, torchrun"
+        " needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)"
+    )
 
 
 def stop() -> None:

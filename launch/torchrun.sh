@@ -41,4 +41,7 @@ else
   esac
   [ -z "${LOCAL_ADDR:-}" ] || options+=(--local-addr="$LOCAL_ADDR")
 fi
+# Otherwise the nodes that stay keep the address of an earlier start's store, and one that joins or comes to have rank 0
+# waits at another.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun "${options[@]}" -m archscale train "$@"

@@ -27,6 +27,8 @@ from typing import Any
 from tests.commands import Launched, environment
 
 ETC = Path("/etc/netns")  # what `ip netns exec` puts over /etc in a namespace
+# Otherwise agents that stay keep the address of an earlier start's store: see launch/torchrun.sh.
+STORE_OF_EACH_START: dict[str, str | None] = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 PORT = 29400  # of the rendezvous, on the first node
 
 
@@ -97,7 +99,7 @@ class Node:
         ]
         there = ["ip", "netns", "exec", self.name, "unshare", "--uts", "sh", "-c"]
         there += [f'hostname {self.name} && exec "$@"', "sh"]
-        changes = {"GLOO_SOCKET_IFNAME": "net0", **(env or {})}
+        changes = {"GLOO_SOCKET_IFNAME": "net0", **STORE_OF_EACH_START, **(env or {})}
         return Launched(
             [*there, *torchrun, "-m", "archscale", *map(str, argv)], environment(changes), None
         )

@@ -22,7 +22,7 @@ from tests.commands import Launched, launch, start
 from tests.train.test_ownership import leave
 from tests.train.tiny import config, tiny_data
 
-STEPS, EVERY = 100, 10
+STEPS, EVERY = 80, 10
 # torchrun's own default waits half a minute for more nodes.
 SOON = {"last_call_timeout": 5}
 
@@ -79,7 +79,7 @@ def test_a_job_takes_the_directory_from_its_earlier_start(tmp_path, monkeypatch,
 
 
 class Job:
-    """A run of 100 steps, a checkpoint every 10, and the machines that may train it."""
+    """A run of 80 steps, a checkpoint every 10, and the machines that may train it."""
 
     def __init__(self, folder: Path) -> None:
         data = tiny_data(folder)
