@@ -82,7 +82,7 @@ def may_change_size() -> bool:
 def restarts() -> int:
     """How often torchrun has started this job again after a failure. A node that joins has not seen
     those before it: the most of any rank counts, so all ranks call this together."""
-    return max(gather_objects(_announced("TORCHELASTIC_RESTART_COUNT", 0)))
+    return int(max(gather_objects(_announced("TORCHELASTIC_RESTART_COUNT", 0))))
 
 
 def job() -> str:
