@@ -7,7 +7,7 @@ import sys
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
@@ -983,6 +983,7 @@ def main() -> None:
     except terminal.ReaderLeft:
         os._exit(141)
     except OSError as error:
+        _end_without_the_others(error)
         if os.environ.get("ARCHSCALE_DEBUG") == "1" or isinstance(
             error, ConnectionError | TimeoutError
         ):
@@ -997,9 +998,9 @@ def main() -> None:
         )
         terminal.flush()
         os._exit(2)
-    except Exception as error:  # what typer raises for a wrong command line
-        if _peer_left(error):
-            _end_without_peer()
+    except Exception as error:
+        _end_without_the_others(error)
+        # What typer raises for a wrong command line.
         if not hasattr(error, "format_message"):
             raise
         where = getattr(getattr(error, "ctx", None), "command_path", None) or "archscale"
@@ -1010,25 +1011,23 @@ def main() -> None:
         sys.exit(2)
 
 
-def _peer_left(error: Exception) -> bool:
-    """Whether this rank fails only because another one has ended, which said why if it could."""
+def _end_without_the_others(error: Exception) -> None:
+    """Ends this process in one line and status 1, for the launcher to start the job again, where
+    the error is that another rank cannot be reached."""
     distributed = sys.modules.get("archscale.distributed")
-    debug = os.environ.get("ARCHSCALE_DEBUG") == "1"
-    return distributed is not None and not debug and distributed.peer_left(error)
-
-
-def _end_without_peer() -> NoReturn:
-    """Status 1, not 2: nothing has to be changed before the job is started again."""
+    cause = distributed and distributed.lost_connection(error)
+    if not cause or os.environ.get("ARCHSCALE_DEBUG") == "1":
+        return
     time.sleep(5)  # torchrun reports the first that exits: let it be the one that failed
-    rank = os.environ.get("RANK", "0")
     print(
-        f"archscale: another process of this job ended (rank {rank} waited for it): look for its"
-        " message, then rerun the same command",
+        f"archscale: rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} cannot reach"
+        f" another rank, which has ended or is cut off: {cause}; the same command goes on from the"
+        " newest checkpoint, and torchrun --max-restarts=N gives it by itself",
         file=sys.stderr,
         flush=True,
     )
     terminal.flush()
-    os._exit(1)
+    os._exit(1)  # process groups and threads may wait for the rank that is lost
 
 
 def _reports(error: ArchscaleError) -> bool:

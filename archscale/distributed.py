@@ -4,11 +4,15 @@ torchrun."""
 from __future__ import annotations
 
 import datetime
+import hashlib
 import itertools
+import json
 import math
 import os
 import pickle
 import re
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,13 +25,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from archscale.errors import ConfigError
-
-# What gloo and NCCL say of a process that is no longer there.
-PEER_LEFT = re.compile(
-    r"gloo/transport/.*(closed by peer|reset by peer|Broken pipe|Socket closed)"
-    r"|remote process exit",
-    re.DOTALL,
-)
 
 
 def is_distributed() -> bool:
@@ -77,6 +74,35 @@ def _announced(name: str, otherwise: int) -> int:
     return int(text or otherwise)
 
 
+def may_change_size() -> bool:
+    """Whether torchrun may start this job again, and so on another number of nodes."""
+    return _announced("TORCHELASTIC_MAX_RESTARTS", 0) > 0
+
+
+def restarts() -> int:
+    """How often torchrun has started this job again after a failure. A node that joins has not seen
+    those before it: the most of any rank counts, so all ranks call this together."""
+    return int(max(gather_objects(_announced("TORCHELASTIC_RESTART_COUNT", 0))))
+
+
+def job() -> str:
+    """What all processes of this job have in common, also after restarts, and no other job: the
+    `--rdzv-id` of torchrun; empty where it has none."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if name == "none" else name  # torchrun's own default
+
+
+def lost_connection(error: BaseException) -> str | None:
+    """What an exchange between ranks failed of, in one line; None for any other error."""
+    text = str(error).partition("\n")[0]
+    of_store = isinstance(
+        error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError
+    )
+    if not of_store and not (isinstance(error, RuntimeError) and "/gloo/" in text):
+        return None
+    return re.sub(r"^\[[^]]*\] ", "", text).partition(". This is typically caused")[0]
+
+
 def start(timeout_seconds: float = 600.0) -> torch.device:
     """Join the process group that torchrun announced, if any, and return this process's device.
 
@@ -107,8 +133,64 @@ def start(timeout_seconds: float = 600.0) -> torch.device:
         )
     if not unset and not is_distributed():
         backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+        limit = datetime.timedelta(seconds=timeout_seconds)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            number, count = int(os.environ["RANK"]), launched_world_size()
+            store = dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                timeout=limit,
+                wait_for_workers=False,
+            )
+            prefix = meet(store, number, count, timeout_seconds)
+            shared = dist.PrefixStore(prefix, store)
+            dist.init_process_group(
+                backend, store=shared, rank=number, world_size=count, timeout=limit
+            )
+        else:
+            dist.init_process_group(backend, timeout=limit)
     return device
+
+
+def meet(store: Any, number: int, count: int, timeout_seconds: float) -> str:
+    """A prefix for the keys of these ranks that no earlier start of the job has used.
+
+    torchrun keeps one store over all restarts, unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE is 1, and
+    PyTorch tells the starts apart by each node's own count of restarts. A node that is started
+    again because another one was does not count that: it would wait where nobody else is, or read
+    the addresses of processes that have ended. So rank 0 offers the list of who it sees, each
+    by a random number, until all of them have found themselves in the list.
+
+    Raises:
+        DistStoreError: some rank did not come.
+    """
+    mine, end = uuid.uuid4().hex, time.monotonic() + timeout_seconds
+    here = [f"archscale/here/{n}" for n in range(count)]
+    store.set(here[number], mine)
+    missing: list[int] = []
+    while time.monotonic() < end:
+        offer = []
+        if number == 0:
+            missing = [n for n, key in enumerate(here) if not store.check([key])]
+            if not missing:
+                offer = [store.get(key).decode() for key in here]
+                store.set("archscale/offer", json.dumps(offer))
+        elif store.check(["archscale/offer"]):
+            offer = json.loads(store.get("archscale/offer"))
+        if len(offer) == count and offer[number] == mine:
+            prefix = f"archscale/{hashlib.sha256(''.join(offer).encode()).hexdigest()[:16]}"
+            store.set(f"{prefix}/seen/{number}", "")
+            absent = [n for n in range(count) if not store.check([f"{prefix}/seen/{n}"])]
+            if not absent:
+                return prefix
+            missing = absent
+        time.sleep(0.05)
+    names = f"ranks {missing}" if missing else "rank 0"
+    raise dist.DistStoreError(
+        f"{names} did not come within {timeout_seconds:.0f} s (where nodes come and go, torchrun"
+        " needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)"
+    )
 
 
 def stop() -> None:
@@ -117,11 +199,6 @@ def stop() -> None:
     if is_distributed():
         barrier()
         dist.destroy_process_group()
-
-
-def peer_left(error: BaseException) -> bool:
-    """Whether a collective failed because another process of this job has ended."""
-    return isinstance(error, RuntimeError) and PEER_LEFT.search(str(error)) is not None
 
 
 def barrier() -> None:

@@ -2,9 +2,9 @@
 # `archscale train` on this node of a job, one process per GPU: `launch/torchrun.sh CONFIG [--set a.b=c …]`.
 #
 # Run it on every node with the same arguments and, from the environment:
-#   NNODES          nodes of the job (default 1)
+#   NNODES          nodes of the job (default 1), or the least and the most, such as 1:4
 #   RDZV_ENDPOINT   host:port of the node that hosts the rendezvous; required when NNODES is not 1
-#   RDZV_ID         name of the job, the same on every node (default archscale)
+#   RDZV_ID         name of the job, the same on every node, and no other job's (default RDZV_ENDPOINT)
 #   NODE_RANK       0 on the node of RDZV_ENDPOINT, 1 and up on the others; optional: torchrun finds out by host name,
 #                   and hangs where names do not resolve to the address of RDZV_ENDPOINT
 #   LOCAL_ADDR      address of this node that the others reach; optional, for the same networks
@@ -21,7 +21,8 @@ if ! command -v torchrun >/dev/null; then
 fi
 
 nodes=${NNODES:-1}
-[[ $nodes =~ ^[1-9][0-9]*$ ]] || fail "NNODES is '$nodes': give a whole number of at least 1"
+[[ $nodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] ||
+  fail "NNODES is '$nodes': give a whole number of at least 1, or the least and the most as 1:4"
 processes=${NPROC_PER_NODE:-$("$(dirname "$(command -v torchrun)")/python" -c 'import torch; print(torch.cuda.device_count() or 1)')} ||
   fail "cannot count the GPUs: set NPROC_PER_NODE"
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "NPROC_PER_NODE is '$processes': give a whole number of at least 1"
@@ -32,7 +33,7 @@ if [ "$nodes" = 1 ]; then
 else
   [[ ${RDZV_ENDPOINT:-} =~ ^.+:[0-9]+$ ]] ||
     fail "NNODES is $nodes and RDZV_ENDPOINT is '${RDZV_ENDPOINT:-}': set it to host:port of one node, the same on all"
-  options+=(--nnodes="$nodes" --rdzv-backend=c10d --rdzv-endpoint="$RDZV_ENDPOINT" --rdzv-id="${RDZV_ID:-archscale}")
+  options+=(--nnodes="$nodes" --rdzv-backend=c10d --rdzv-endpoint="$RDZV_ENDPOINT" --rdzv-id="${RDZV_ID:-$RDZV_ENDPOINT}")
   case "${NODE_RANK:-}" in
     "") ;;
     0) options+=(--rdzv-conf=is_host=1) ;;
@@ -40,4 +41,7 @@ else
   esac
   [ -z "${LOCAL_ADDR:-}" ] || options+=(--local-addr="$LOCAL_ADDR")
 fi
+# Otherwise the nodes that stay keep the address of an earlier start's store, and one that joins or comes to have rank 0
+# waits at another.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 exec torchrun "${options[@]}" -m archscale train "$@"

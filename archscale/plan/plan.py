@@ -237,6 +237,7 @@ def _training(config: Config, world_size: int, accumulation: int | None) -> dict
         "batch_sizes": batches.sizes,
         "steps": steps,
         "world_size": world_size,
+        "world_sizes": config.world_sizes(),
         "micro_batch": config.training.micro_batch,
         "accumulation": accumulation,
         "schedule": config.schedule.model_dump(),

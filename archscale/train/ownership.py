@@ -3,7 +3,8 @@ way.
 
 The owner keeps `owner.json` in the directory and renews its time of modification. Nothing depends
 on the locks of a file system, which shared ones implement in part or not at all: on the same
-machine the process itself is looked up, from another one its signs of life are.
+machine the process itself is looked up, from another one its signs of life are. Within one job the
+launcher says who trains: what it has started again takes the directory from what it had before.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Owner:
         namespace: in which its number counts; each container has its own.
         since: when it began, UTC.
         token: unlike any other owner's.
+        job: that it is a process of; a later one of the same job takes its place.
     """
 
     host: str = "an unknown host"
@@ -50,6 +52,7 @@ class Owner:
     namespace: str = ""
     since: str = "an unknown time"
     token: str = ""
+    job: str = ""
 
     def can_look_up(self, other: Owner) -> bool:
         """Whether this process sees the other one's entry in /proc."""
@@ -146,7 +149,14 @@ def this_process() -> Owner:
         namespace = os.readlink("/proc/self/ns/pid")
     pid, now = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     return Owner(
-        platform.node(), pid, process_start(pid), boot, namespace, now, uuid.uuid4().hex[:12]
+        platform.node(),
+        pid,
+        process_start(pid),
+        boot,
+        namespace,
+        now,
+        uuid.uuid4().hex[:12],
+        distributed.job(),
     )
 
 
@@ -185,6 +195,10 @@ def _is_dead(path: Path, holder: Owner, beat: float, here: Owner) -> bool:
         str(path.parent),
         "wait for it to end, end it, or give another directory with --run-dir",
     )
+    if here.job and here.job == holder.job:
+        # A job has one group of ranks at a time: what may be left of the group before this one
+        # waits in vain for those that are here now, and ends at its next sign of life.
+        return True
     if here.can_look_up(holder):
         patience = time.monotonic() + PATIENCE
         while holder.started is not None and process_start(holder.pid) == holder.started:

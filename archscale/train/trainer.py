@@ -69,6 +69,8 @@ from archscale.train.same_data import refuse_other_data
 from archscale.train.step import Supervision, train_step
 from archscale.train.watchdog import Arrivals, Watchdog
 
+CHECKS = 600.0  # seconds that rank 0 may take to check the data, while the others wait
+
 
 def train(
     config: Config, run_dir: Path, resume: str = "auto", wishes: Wishes = AS_BEFORE
@@ -92,6 +94,9 @@ def train(
         config.data, config.model.context, config.seed, config.model.vocab_size
     )
     validation = validation_sets(config.data, data)
+    asked = config.training.micro_batch
+    if distributed.may_change_size():
+        config = config.for_world_size(world)
     plan = make_plan(
         config.with_vocab(data.vocab_size),
         world_size=world,
@@ -107,10 +112,13 @@ def train(
     check_document_mask(config.data, data.eos_id)
     check_engine(config)
     check_wandb(config.telemetry.wandb.mode)
-    if resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+    stuck_after = config.telemetry.stuck_after
+    # While training the watchdog comes first, with stacks.
+    device = distributed.start(max(CHECKS, stuck_after + 60) if stuck_after else 3600.0)
+    if config.training.micro_batch != asked and distributed.rank() == 0:
+        print(f"micro-batch {config.training.micro_batch} instead of {asked} on {world} ranks")
+    if distributed.restarts() and resume == "never":
         resume = "auto"  # after a crash of this very job
-    # The watchdog comes first, with stacks.
-    device = distributed.start(max(3600.0, config.telemetry.stuck_after + 60))
     # No clean-up when something fails: a rank that failed alone would wait here for ranks that wait
     # for it elsewhere.
     refuse_other_data(data, validation)
