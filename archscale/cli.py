@@ -14,6 +14,8 @@ import typer
 from archscale import terminal
 from archscale.errors import ArchscaleError, ConfigError, explain_os_error
 
+INTERRUPTED = 130  # exit status, as shells say of SIGINT
+
 app = typer.Typer(
     help="Pre-train language models and find their scaling laws.",
     invoke_without_command=True,
@@ -113,9 +115,16 @@ def train(
 
     Example: torchrun --standalone --nproc_per_node=2 -m archscale train configs/quickstart.yaml
     """
+    from archscale.train.stopping import listening
+
+    with listening():  # also while the rest is imported, and during the report
+        _train(config, set or [], run_dir, resume)
+
+
+def _train(config: Path, overrides: list[str], run_dir: Path | None, resume: str) -> None:
     from archscale.config import load_config
 
-    resolved = load_config(config, set or [])
+    resolved = load_config(config, overrides)
     from archscale.train.trainer import train as run
 
     terminal.go_on_without_reader()
@@ -770,6 +779,8 @@ def main() -> None:
     try:
         try:
             status = app(standalone_mode=False)
+            if status == INTERRUPTED:  # typer makes that of Ctrl-C
+                raise KeyboardInterrupt
         except SystemExit as end:
             # Rich makes that of a pipe that broke.
             status = 141 if terminal.reader_left() else end.code
@@ -787,6 +798,10 @@ def main() -> None:
         os._exit(2)  # without waiting for ranks and threads that may wait for this one
     except terminal.ReaderLeft:
         os._exit(141)
+    except KeyboardInterrupt:
+        print("archscale: ended by Ctrl-C", file=sys.stderr, flush=True)
+        terminal.flush()
+        os._exit(INTERRUPTED)
     except OSError as error:
         if os.environ.get("ARCHSCALE_DEBUG") == "1" or isinstance(
             error, ConnectionError | TimeoutError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -11,9 +12,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 
@@ -29,12 +30,13 @@ from archscale.data.stored import check_document_mask, run_tokenizer
 from archscale.data.tokenizer import keep_tokenizer
 from archscale.data.training_data import TrainingData, open_training_data
 from archscale.data.validation import ValidationSet, validation_sets
-from archscale.errors import ConfigError, DataError, TrainingError
+from archscale.errors import ArchscaleError, ConfigError, DataError, TrainingError, one_line
 from archscale.files import (
     CHECKPOINTS,
     CONFIG,
     ENVIRONMENT,
     MANIFEST,
+    METRICS,
     PLAN,
     TOKENIZER,
     step_directory,
@@ -48,8 +50,9 @@ from archscale.plan.plan import Plan, make_plan
 from archscale.plan.preflight import refuse
 from archscale.plan.text import counting_pass_share, mixture_rows, packing_text
 from archscale.telemetry.guard import Guard, not_finite_since
-from archscale.telemetry.sinks import last_line
+from archscale.telemetry.sinks import last_line, read_lines
 from archscale.telemetry.tracking import check_wandb
+from archscale.train import stopping
 from archscale.train.build import (
     build_engine,
     build_optimizer,
@@ -62,10 +65,40 @@ from archscale.train.ownership import sole_owner
 from archscale.train.readings import FallBack, Judgement, Readings
 from archscale.train.record import Recorder
 from archscale.train.same_data import refuse_other_data
-from archscale.train.step import Supervision, train_step
+from archscale.train.step import Seen, Supervision, train_step
+from archscale.train.stopping import Stopped
 from archscale.train.watchdog import Arrivals, Watchdog
 
+P = ParamSpec("P")
 
+
+def _ended_by_signals(train: Callable[P, dict[str, Any]]) -> Callable[P, dict[str, Any]]:
+    """`train` that hears signals from its first line on, and leaves its process group when one has
+    ended it."""
+
+    @functools.wraps(train)
+    def listening(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+        with stopping.listening() as signals:
+            try:
+                return train(*args, **kwargs)
+            except Stopped as stopped:
+                stopping.leave_status(stopped.status)
+                if os.environ.get("LOCAL_RANK", "0") == "0" and (agent := stopping.elastic_agent()):
+                    stopping.tell(agent)
+                distributed.stop()
+                raise
+            except Exception as error:
+                # A rank that has ended at once is missed by the others.
+                if not signals.asked or isinstance(error, ArchscaleError):
+                    raise
+                signals.end(
+                    f"ended by {stopping.name(signals.asked)}, after {one_line(repr(error))[:200]}"
+                )
+
+    return listening
+
+
+@_ended_by_signals
 def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]:
     """Run `config` to its end in `run_dir`; returns a summary (steps, tokens, losses, seconds,
     whether it was done already).
@@ -76,7 +109,9 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
 
     Raises:
         ArchscaleError: user errors, before the first step wherever that can be known.
+        Stopped: a signal has ended it, after a checkpoint.
     """
+    stopping.current().run_dir = run_dir
     world = distributed.launched_world_size()
     data = open_training_data(
         config.data, config.model.context, config.seed, config.model.vocab_size
@@ -111,6 +146,7 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
             distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
         run = Run(plan, run_dir, data, validation, device)
         summary = run.go(start)
+        stopping.current().finished()
         distributed.stop()
     return summary
 
@@ -140,6 +176,9 @@ class Run:
         self.lineage = Lineage()
         self._fell_back_to: int | None = None  # step that the last fall-back went to
         self._not_finite_since: int | None = None  # first step of the losses now that are not
+        # Metrics of the last step before a signal, whose evaluation is still to come.
+        self._unfinished: dict[str, Any] | None = None
+        self._signals = stopping.current()
         # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
         # the training size.
         count = config.eval.batches * config.batch_size // config.training.micro_batch
@@ -153,10 +192,12 @@ class Run:
         Raises:
             TrainingError: the guard has no older checkpoint to fall back to, or has fallen back
                 `max_fallbacks` times.
+            Stopped: a signal has ended it, after a checkpoint.
         """
         started = time.monotonic()
         step = 0 if start.checkpoint is None else self._restore(start.checkpoint, start.rewinds)
-        if step >= self.config.steps:
+        unfinished = distributed.on_rank_zero(lambda: self._not_written(self._unfinished))
+        if step >= self.config.steps and not unfinished:
             return self._summary(step, started, already_done=True)
         distributed.on_rank_zero(lambda: leave_one_history(self.run_dir, start, step))
         distributed.on_rank_zero(self._describe)
@@ -166,6 +207,8 @@ class Run:
             config.resolved(), config.telemetry.wandb, config.steps, self.run_dir, step
         )
         with contextlib.closing(watchdog), recorder:
+            if unfinished:
+                recorder.write([unfinished | (self._evaluate() or {})])
             while step < self.config.steps:
                 try:
                     step = self._train(step, recorder, watchdog)
@@ -195,6 +238,7 @@ class Run:
             self.data.packed is not None,
         )
         arrivals, judged = Arrivals(self.device), Judgement(guard)
+        signals = distributed.Ballot(lambda: self._signals.asked)
         interval = time.monotonic()
         try:
             for micro_batches in loader:
@@ -205,6 +249,7 @@ class Run:
                 saving = step % config.checkpoint.every == 0 or last
                 reading = readings.due(step) or evaluating or saving
                 probe = readings.look(step, reading)
+                signals.begin()
                 measured, seen = train_step(
                     self.engine,
                     self.optimizer,
@@ -218,27 +263,37 @@ class Run:
                     ),
                 )
                 readings.add(step, lr, measured)
+                (asked,) = signals.end()
+                self._signals.trained()
                 watchdog.pat()
                 exhausted = guard is not None and guard.exhausted
-                if not reading and not exhausted:
+                if not (reading or exhausted or asked):
                     continue
+                # A step that is read for a signal alone shows what every step does.
+                looked = reading or exhausted
                 lines = judged.annotate_events(
-                    readings.read(seen, time.monotonic() - interval, judged.applied)
+                    readings.read(
+                        seen if looked else Seen(None, None),
+                        time.monotonic() - interval,
+                        judged.applied and looked,
+                    ),
+                    watch=looked,
                 )
                 if exhausted:
                     recorder.write(lines)
                     raise FallBack(step, judged.cause)
-                lines[-1] |= arrivals.read(lines[-1]["step_seconds"])
-                if evaluating:
-                    lines[-1] |= self.evaluation.metrics(self.engine)
+                if reading:
+                    lines[-1] |= arrivals.read(lines[-1]["step_seconds"])
                 for line in lines:
                     self._not_finite_since = not_finite_since(self._not_finite_since, line)
+                self._unfinished = lines.pop() if evaluating else None
+                if self._unfinished and not asked and (found := self._evaluate(signals)):
+                    lines.append(self._unfinished | found)
+                    self._unfinished = None
                 recorder.write(lines)
-                # In a streak of skipped steps the weights have not changed. The last step saves all
-                # the same, so that the run counts as finished.
-                bad = guard is not None and guard.skipped > 0
-                if saving and (last or not bad):
-                    self._save(step)
+                asked = self._save_if_due(step, saving, asked, signals)
+                if asked and not (last and self._unfinished is None):
+                    raise self._stopped(asked, step)
                 watchdog.pat()
                 interval = time.monotonic()
                 if last:
@@ -246,6 +301,44 @@ class Run:
         finally:
             loader.close()
         return step
+
+    def _not_written(self, line: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The line, if metrics.jsonl has none of its step."""
+        written = read_lines(self.run_dir / METRICS) if line else []
+        return None if line and any(each["step"] == line["step"] for each in written) else line
+
+    def _evaluate(self, signals: distributed.Ballot | None = None) -> dict[str, float] | None:
+        """What evaluation adds to a step's metrics; None where one of the `signals` has ended
+        it."""
+        if signals is None:
+            return self.evaluation.metrics(self.engine)
+        return self.evaluation.metrics(self.engine, lambda: any(signals.ask()))
+
+    def _save_if_due(self, step: int, saving: bool, asked: int, signals: distributed.Ballot) -> int:
+        """Save where `step` is due to be saved, where a signal was `asked` for, and where its
+        evaluation was left for one; returns the signal that the ranks have heard by now."""
+        if self._unfinished is not None and not asked:
+            (asked,) = signals.ask()
+        # In a streak of skipped steps the weights have not changed. The last step saves all the
+        # same, so that the run counts as finished.
+        bad = self.guard is not None and self.guard.skipped > 0
+        if asked or (saving and (step == self.config.steps or not bad)):
+            with self._signals.unhurried():
+                self._save(step, spare=bad)
+            asked = asked or signals.ask()[0]  # while it saved
+        return asked
+
+    def _stopped(self, number: int, step: int) -> Stopped:
+        """How a run ends whose last step is saved."""
+        self._signals.finished()
+        if distributed.rank() == 0:
+            print(
+                f"archscale: ended by {stopping.name(number)} at step {step}: checkpoint"
+                f" {step_directory(self.run_dir / CHECKPOINTS, step)}; the same command goes on",
+                file=sys.stderr,
+                flush=True,
+            )
+        return Stopped(number)
 
     def _restore(self, source: Path, rewinds: bool = False) -> int:
         """Load a checkpoint; returns its step."""
@@ -255,13 +348,17 @@ class Run:
         if self.guard and state.get("guard"):
             self.guard.load(state["guard"])
         self._not_finite_since = state.get("not_finite_since")
+        self._fell_back_to = state.get("fell_back_to")
+        self._unfinished = state.get("unfinished")
         return int(state["step"])
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, spare: bool = False) -> None:
+        """Save; with `spare` the older checkpoints that there may be to fall back to stay."""
         state = {"step": step, "config": self.config.resolved(), "data": identity(self.data)}
         state |= {"guard": self.guard and self.guard.state(), **self.lineage.next(step)}
         state["not_finite_since"] = self._not_finite_since
-        keep = self.config.checkpoint.keep
+        state |= {"fell_back_to": self._fell_back_to, "unfinished": self._unfinished}
+        keep = self.config.checkpoint.keep + spare
         save_checkpoint(
             self.run_dir / CHECKPOINTS, self.engine.weights(), self.optimizer, state, keep
         )
