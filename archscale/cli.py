@@ -15,6 +15,7 @@ from archscale import terminal
 from archscale.errors import ArchscaleError, ConfigError, explain_os_error
 
 INTERRUPTED = 130  # exit status, as shells say of SIGINT
+RETRY = 75  # that of archscale.train.stopping
 
 app = typer.Typer(
     help="Pre-train language models and find their scaling laws.",
@@ -777,13 +778,7 @@ def main() -> None:
     reader of stdout who leaves, as `head` does, in status 141, as shells say of SIGPIPE."""
     terminal.prepare()
     try:
-        try:
-            status = app(standalone_mode=False)
-            if status == INTERRUPTED:  # typer makes that of Ctrl-C
-                raise KeyboardInterrupt
-        except SystemExit as end:
-            # Rich makes that of a pipe that broke.
-            status = 141 if terminal.reader_left() else end.code
+        status = _command()
         sys.stdout.flush()
         sys.exit(status)
     except ArchscaleError as error:
@@ -795,11 +790,11 @@ def main() -> None:
             # Torchrun ends all ranks with the first that exits: let the one that reports be it.
             time.sleep(5)
         terminal.flush()
-        os._exit(2)  # without waiting for ranks and threads that may wait for this one
+        os._exit(error.status)  # without waiting for ranks and threads that may wait for this one
     except terminal.ReaderLeft:
         os._exit(141)
     except KeyboardInterrupt:
-        print("archscale: ended by Ctrl-C", file=sys.stderr, flush=True)
+        print("archscale: stopped by Ctrl-C", file=sys.stderr, flush=True)
         terminal.flush()
         os._exit(INTERRUPTED)
     except OSError as error:
@@ -826,6 +821,21 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+def _command() -> Any:
+    """Run what the command line says; returns its exit status."""
+    try:
+        status = app(standalone_mode=False)
+    except SystemExit as end:
+        if end.code in (RETRY, INTERRUPTED):  # within the grace of who has sent a signal
+            terminal.flush()
+            os._exit(int(end.code))
+        # Rich makes that of a pipe that broke.
+        return 141 if terminal.reader_left() else end.code
+    if status == INTERRUPTED:  # typer makes that of Ctrl-C
+        raise KeyboardInterrupt
+    return status
 
 
 def _reports(error: ArchscaleError) -> bool:

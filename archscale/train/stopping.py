@@ -111,19 +111,19 @@ class Signals:
                 if late and not self._unhurried:
                     self._end(
                         self.asked,
-                        f"{name(self.asked)} did not end the run within {grace():g} s"
-                        f" ({GRACE}), which was in {_place()}: ended without saving",
+                        f"stopped by {name(self.asked)} without saving, {grace():g} s ({GRACE})"
+                        f" after it still in {_place()}",
                     )
 
     def _receive(self, number: int) -> None:
         now = time.monotonic()
         if self.asked:
             if number == signal.SIGINT and now - self._since > AGAIN:
-                self._end(number, "ended by a second Ctrl-C without saving")
+                self._end(number, "stopped by a second Ctrl-C without saving")
             return
         self.asked, self._since = number, now
         if self._untrained:
-            self._end(number, f"ended by {name(number)} with nothing to save")
+            self._end(number, f"stopped by {name(number)} with nothing to save")
         self._deadline = now + grace()
 
     def _end(self, number: int, text: str) -> NoReturn:
@@ -161,7 +161,9 @@ class Signals:
         self._pipe = os.pipe()
         for end in self._pipe:
             os.set_blocking(end, False)
-        before = {number: signal.signal(number, _leave_it_to_the_thread) for number in STATUS}
+        # Shells let what runs in the background ignore Ctrl-C.
+        numbers = [number for number in STATUS if signal.getsignal(number) != signal.SIG_IGN]
+        before = {number: signal.signal(number, _leave_it_to_the_thread) for number in numbers}
         descriptor = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         thread = threading.Thread(target=self._watch, daemon=True, name="signals")
         thread.start()

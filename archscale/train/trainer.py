@@ -91,9 +91,8 @@ def _ended_by_signals(train: Callable[P, dict[str, Any]]) -> Callable[P, dict[st
                 # A rank that has ended at once is missed by the others.
                 if not signals.asked or isinstance(error, ArchscaleError):
                     raise
-                signals.end(
-                    f"ended by {stopping.name(signals.asked)}, after {one_line(repr(error))[:200]}"
-                )
+                name, cause = stopping.name(signals.asked), one_line(repr(error))[:200]
+                signals.end(f"stopped by {name} without saving, after {cause}")
 
     return listening
 
@@ -333,7 +332,7 @@ class Run:
         self._signals.finished()
         if distributed.rank() == 0:
             print(
-                f"archscale: ended by {stopping.name(number)} at step {step}: checkpoint"
+                f"archscale: stopped by {stopping.name(number)} at step {step}: checkpoint"
                 f" {step_directory(self.run_dir / CHECKPOINTS, step)}; the same command goes on",
                 file=sys.stderr,
                 flush=True,

@@ -6,14 +6,16 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from archscale.config import dump_config
 from archscale.distributed import rank
 from archscale.files import checkpoint_steps
 from archscale.train import evaluate, stopping, trainer
+from tests.commands import start
 from tests.train.tiny import config, run, tiny_data
 
 STEPS = 8
@@ -42,10 +44,7 @@ def curve(run_dir: Path) -> list[dict]:
 def send(number: int) -> None:
     """A signal to this process, which has heard it afterwards."""
     os.kill(os.getpid(), number)
-    limit = time.monotonic() + 10
-    while not stopping.current().asked:
-        assert time.monotonic() < limit
-        time.sleep(0.005)
+    wait_for(lambda: stopping.current().asked)
 
 
 @contextlib.contextmanager
@@ -93,17 +92,18 @@ def untouched(pool, data, tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.parametrize(
-    ("phase", "count", "number", "step", "lines"),
+    ("where", "number", "step", "lines"),
     [
-        ("training", 2, signal.SIGTERM, 3, 3),  # agreed on with the next step
-        ("training", 3, signal.SIGUSR1, 4, 3),  # of which evaluation is due, and is left
-        ("evaluating", 1, signal.SIGINT, 4, 3),
-        ("saving", 1, signal.SIGTERM, 4, 4),
-        ("evaluating", 2, signal.SIGTERM, 8, 7),  # nothing is left but an evaluation
+        (("training", 2), signal.SIGTERM, 3, 3),  # agreed on with the next step
+        pytest.param(("training", 3), signal.SIGUSR1, 4, 3, marks=pytest.mark.slow),
+        (("evaluating", 1), signal.SIGINT, 4, 3),
+        pytest.param(("saving", 1), signal.SIGTERM, 4, 4, marks=pytest.mark.slow),
+        # Nothing is left but an evaluation.
+        pytest.param(("evaluating", 2), signal.SIGTERM, 8, 7, marks=pytest.mark.slow),
     ],
 )
-def test_one_rank_is_signalled(pool, data, untouched, tmp_path, phase, count, number, step, lines):
-    statuses = pool(2).run(stopped, data, str(tmp_path), phase, count, number, 1, timeout=60)
+def test_one_rank_is_signalled(pool, data, untouched, tmp_path, where, number, step, lines):
+    statuses = pool(2).run(stopped, data, str(tmp_path), *where, number, 1, timeout=60)
     assert statuses == [130 if number == signal.SIGINT else 75] * 2
     assert checkpoint_steps(tmp_path / "checkpoints") == [step]
     assert len(curve(tmp_path)) == lines
@@ -115,7 +115,111 @@ def test_one_rank_is_signalled(pool, data, untouched, tmp_path, phase, count, nu
     assert (tmp_path / "metrics.jsonl").read_text() == written
 
 
+@pytest.mark.slow
 def test_after_the_last_checkpoint_a_run_finishes(pool, data, untouched, tmp_path):
     arguments = "saving", 2, signal.SIGTERM, 0
     assert pool(2).run(stopped, data, str(tmp_path), *arguments, timeout=60) == [0, 0]
     assert curve(tmp_path) == untouched
+
+
+def test_several_signals_and_a_second_ctrl_c(monkeypatch):
+    """Two within a moment are one; torchrun and the terminal may both send Ctrl-C."""
+    ended = []
+    monkeypatch.setattr(stopping.Signals, "_end", lambda *arguments: ended.append(arguments[1:]))
+    with stopping.listening() as signals:
+        signals.trained()
+        for _ in range(3):
+            send(signal.SIGINT)
+        send(signal.SIGTERM)
+        assert signals.asked == signal.SIGINT
+        time.sleep(0.05)
+        assert not ended
+        monkeypatch.setattr(stopping, "AGAIN", 0.0)
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(lambda: ended)
+    assert ended == [(signal.SIGINT, "stopped by a second Ctrl-C without saving")]
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_run_that_is_stuck_ends_after_its_grace(monkeypatch):
+    ended = []
+    monkeypatch.setattr(stopping.Signals, "_end", lambda *arguments: ended.append(arguments[1:]))
+    monkeypatch.setenv(stopping.GRACE, "0")
+    with stopping.listening() as signals:
+        signals.trained()
+        with signals.unhurried():
+            send(signal.SIGTERM)
+            time.sleep(0.3)
+            assert not ended
+        wait_for(lambda: ended)
+    assert "stopped by SIGTERM without saving, 0 s (ARCHSCALE_GRACE) after it" in ended[0][1]
+    assert "still in wait_for" in ended[0][1]
+
+
+def test_a_child_does_not_report_its_signals_to_its_parent():
+    with stopping.listening() as signals:
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+        time.sleep(0.05)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitpid(child, 0)[1] == signal.SIGTERM
+        time.sleep(0.05)
+        assert not signals.asked
+
+
+@pytest.fixture
+def yaml(data, tmp_path) -> Path:
+    dump_config(config(data, steps=100_000, **SECTIONS), tmp_path / "tiny.yaml")
+    return tmp_path / "tiny.yaml"
+
+
+def test_before_the_first_step_there_is_nothing_to_save(yaml, tmp_path):
+    """One line, the status that says try again, and a directory that anybody may have."""
+    running = start(["train", str(yaml), "--run-dir", str(tmp_path / "run")])
+    wait_for(lambda: (tmp_path / "run" / "owner.json").exists(), 120)
+    running.signal(signal.SIGTERM)
+    done = running.wait(60, check=False)
+    assert done.returncode == 75
+    assert done.stderr == (
+        "archscale: stopped by SIGTERM with nothing to save: there is no checkpoint yet; the same"
+        " command starts again\n"
+    )
+    assert not (tmp_path / "run" / "owner.json").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("target", [None, 0, 1])
+@pytest.mark.parametrize("trained", [False, True])
+def test_under_torchrun(yaml, tmp_path, number, target, trained):
+    """Of the agent (None) or of one rank; no restart."""
+    run_dir, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+    env = {"PET_MAX_RESTARTS": "3", "ARCHSCALE_STATUS_FILE": str(tmp_path / "status")}
+    running = start(["train", str(yaml), "--run-dir", str(run_dir)], processes=2, env=env)
+    if trained:
+        wait_for(lambda: metrics.exists() and len(curve(run_dir)) > 10, 200)
+    else:
+        wait_for(lambda: (run_dir / "owner.json").exists(), 200)
+    pids = [pid for pid, rank in running.tree().items() if rank == target]
+    running.signal(number, pids if target is not None else [running.process.pid])
+    done = running.wait(60, check=False)
+    assert done.returncode == 1  # torchrun's own
+    status = 130 if number == signal.SIGINT else 75
+    if target is not None and not trained:  # the agent passes on a signal of its own
+        assert int((tmp_path / "status").read_text()) in (75, status)
+    else:
+        assert int((tmp_path / "status").read_text()) == status
+    lines = [line for line in done.stderr.splitlines() if line.startswith("archscale:")]
+    assert len(lines) == 1, done.stderr
+    assert "stopped by" in lines[0]
+    assert bool(checkpoint_steps(run_dir / "checkpoints")) == trained
+    assert not (run_dir / "owner.json").exists()
+
+
+def wait_for(condition: Callable[[], object], limit: float = 10.0) -> None:
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
