@@ -14,6 +14,9 @@ import typer
 from archscale import terminal
 from archscale.errors import ArchscaleError, ConfigError, explain_os_error
 
+INTERRUPTED = 130  # exit status, as shells say of SIGINT
+RETRY = 75  # that of archscale.train.stopping
+
 app = typer.Typer(
     help="Pre-train language models and find their scaling laws.",
     invoke_without_command=True,
@@ -143,17 +146,27 @@ def train(
 
     Example: torchrun --standalone --nproc_per_node=2 -m archscale train configs/quickstart.yaml
     """
+    from archscale.train.stopping import listening
+
+    with listening():  # also while the rest is imported, and during the report
+        parts = tuple(dict.fromkeys(part.value for part in reset or []))
+        wishes = {"extend": extend, "reset": parts, "decay_from": decay_from}
+        _train(config, set or [], run_dir, resume, wishes)
+
+
+def _train(
+    config: Path, overrides: list[str], run_dir: Path | None, resume: str, wishes: dict[str, Any]
+) -> None:
     from archscale.config import load_config
 
-    resolved = load_config(config, set or [])
+    resolved = load_config(config, overrides)
     from archscale.train.continuing import Wishes
     from archscale.train.trainer import train as run
 
     terminal.go_on_without_reader()
-    tokens_given = any(text.partition("=")[0].strip() == "training.tokens" for text in set or [])
-    parts = tuple(dict.fromkeys(part.value for part in reset or []))
-    wishes = Wishes(extend, parts, decay_from, tokens_given)
-    summary = run(resolved, run_dir or Path("runs") / resolved.name, resume, wishes)
+    given = any(text.partition("=")[0].strip() == "training.tokens" for text in overrides)
+    wanted = Wishes(**wishes, tokens_given=given)
+    summary = run(resolved, run_dir or Path("runs") / resolved.name, resume, wanted)
     if summary["rank"] == 0:
         if not summary["already_done"]:
             from archscale.sweep.pages import report_if_possible
@@ -963,11 +976,7 @@ def main() -> None:
     reader of stdout who leaves, as `head` does, in status 141, as shells say of SIGPIPE."""
     terminal.prepare()
     try:
-        try:
-            status = app(standalone_mode=False)
-        except SystemExit as end:
-            # Rich makes that of a pipe that broke.
-            status = 141 if terminal.reader_left() else end.code
+        status = _command()
         sys.stdout.flush()
         sys.exit(status)
     except ArchscaleError as error:
@@ -979,9 +988,13 @@ def main() -> None:
             # Torchrun ends all ranks with the first that exits: let the one that reports be it.
             time.sleep(5)
         terminal.flush()
-        os._exit(2)  # without waiting for ranks and threads that may wait for this one
+        os._exit(error.status)  # without waiting for ranks and threads that may wait for this one
     except terminal.ReaderLeft:
         os._exit(141)
+    except KeyboardInterrupt:
+        print("archscale: stopped by Ctrl-C", file=sys.stderr, flush=True)
+        terminal.flush()
+        os._exit(INTERRUPTED)
     except OSError as error:
         _end_without_the_others(error)
         if os.environ.get("ARCHSCALE_DEBUG") == "1" or isinstance(
@@ -1028,6 +1041,21 @@ def _end_without_the_others(error: Exception) -> None:
     )
     terminal.flush()
     os._exit(1)  # process groups and threads may wait for the rank that is lost
+
+
+def _command() -> Any:
+    """Run what the command line says; returns its exit status."""
+    try:
+        status = app(standalone_mode=False)
+    except SystemExit as end:
+        if end.code in (RETRY, INTERRUPTED):  # within the grace of who has sent a signal
+            terminal.flush()
+            os._exit(int(end.code))
+        # Rich makes that of a pipe that broke.
+        return 141 if terminal.reader_left() else end.code
+    if status == INTERRUPTED:  # typer makes that of Ctrl-C
+        raise KeyboardInterrupt
+    return status
 
 
 def _reports(error: ArchscaleError) -> bool:

@@ -26,6 +26,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from archscale.errors import ConfigError
 
+_timeout: datetime.timedelta | None = None  # of collectives; None: torch's own
+
 
 def is_distributed() -> bool:
     return dist.is_available() and dist.is_initialized()
@@ -132,24 +134,25 @@ def start(timeout_seconds: float = 600.0) -> torch.device:
             "start with torchrun, which sets all of them",
         )
     if not unset and not is_distributed():
+        global _timeout
+        _timeout = datetime.timedelta(seconds=timeout_seconds)
         backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
-        limit = datetime.timedelta(seconds=timeout_seconds)
         if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             number, count = int(os.environ["RANK"]), launched_world_size()
             store = dist.TCPStore(
                 os.environ["MASTER_ADDR"],
                 int(os.environ["MASTER_PORT"]),
                 is_master=False,
-                timeout=limit,
+                timeout=_timeout,
                 wait_for_workers=False,
             )
             prefix = meet(store, number, count, timeout_seconds)
             shared = dist.PrefixStore(prefix, store)
             dist.init_process_group(
-                backend, store=shared, rank=number, world_size=count, timeout=limit
+                backend, store=shared, rank=number, world_size=count, timeout=_timeout
             )
         else:
-            dist.init_process_group(backend, timeout=limit)
+            dist.init_process_group(backend, timeout=_timeout)
     return device
 
 
@@ -198,6 +201,7 @@ def stop() -> None:
     still reads."""
     if is_distributed():
         barrier()
+        _host_groups.clear()
         dist.destroy_process_group()
 
 
@@ -249,6 +253,53 @@ def all_to_all(
         async_op=True,
     )
     return received, work
+
+
+class Ballot:
+    """Questions to every rank whose largest answer all ranks get, between hosts: nobody waits for a
+    device. In a group of its own, so that the exchange does not queue behind those of a step.
+
+    Args:
+        questions: each gives this rank's answer, from 0 to 255.
+    """
+
+    def __init__(self, *questions: Callable[[], int]):
+        self._questions = questions
+        self._answers = torch.zeros(len(questions), dtype=torch.uint8)
+        self._group = _host_group()
+        self._work: Any = None
+
+    def begin(self) -> None:
+        """Ask; all ranks together."""
+        for i, question in enumerate(self._questions):
+            self._answers[i] = question()
+        if self._group is not None:
+            self._work = dist.all_reduce(
+                self._answers, op=dist.ReduceOp.MAX, group=self._group, async_op=True
+            )
+
+    def end(self) -> list[int]:
+        """The largest answer to each question, once every rank has begun."""
+        if self._work is not None:
+            self._work.wait()
+        return self._answers.tolist()
+
+    def ask(self) -> list[int]:
+        self.begin()
+        return self.end()
+
+
+_host_groups: dict[Any, Any] = {}  # by the default group; at most one
+
+
+def _host_group() -> Any:
+    """A gloo group of all ranks beside the default one, made once; None on one process."""
+    if world_size() == 1:
+        return None
+    if dist.group.WORLD not in _host_groups:
+        _host_groups.clear()
+        _host_groups[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=_timeout)
+    return _host_groups[dist.group.WORLD]
 
 
 def gather_objects(value: Any, group: Any = None) -> list[Any]:

@@ -10,6 +10,10 @@
 #   LOCAL_ADDR      address of this node that the others reach; optional, for the same networks
 #   NPROC_PER_NODE  processes on this node (default: its GPUs, 1 without any)
 #   MAX_RESTARTS    restarts after a failed process (default 3); each resumes from the newest checkpoint
+#   TORCH_ELASTIC_SHUTDOWN_TIMEOUT  seconds that processes may take to end after a signal (default here 600: they save)
+#
+# SIGTERM, SIGUSR1 and SIGINT to this script, to torchrun or to one process end the run with a checkpoint. The exit status is
+# that of the processes then, 75 (130 after SIGINT), and not torchrun's, which is 1.
 set -euo pipefail
 
 fail() { echo "torchrun.sh: $*" >&2; exit 2; }
@@ -44,4 +48,26 @@ fi
 # Otherwise the nodes that stay keep the address of an earlier start's store, and one that joins or comes to have rank 0
 # waits at another.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-exec torchrun "${options[@]}" -m archscale train "$@"
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1}  # torchrun would die of others
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
+ARCHSCALE_STATUS_FILE=$(mktemp) || fail "cannot write to ${TMPDIR:-/tmp}"
+export ARCHSCALE_STATUS_FILE
+trap 'rm -f "$ARCHSCALE_STATUS_FILE"' EXIT
+
+# In the background: bash hears a signal only while it waits for nothing in the foreground. Ctrl-C, which what runs there would
+# ignore, is passed on as well.
+torchrun "${options[@]}" -m archscale train "$@" &
+agent=$!
+for signal in TERM USR1 INT; do
+  # shellcheck disable=SC2064  # the values of now
+  trap "kill -$signal $agent 2>/dev/null || true" "$signal"
+done
+status=0
+while kill -0 "$agent" 2>/dev/null; do
+  status=0
+  wait "$agent" || status=$?
+done
+if [ -s "$ARCHSCALE_STATUS_FILE" ] && [ "$status" != 0 ]; then
+  status=$(cat "$ARCHSCALE_STATUS_FILE")
+fi
+exit "$status"

@@ -67,6 +67,7 @@ class _Job(NamedTuple):
     content: dict[str, Tensor]
     random_state: bytes
     state: dict[str, Any]
+    keep: int
 
 
 class Saver:
@@ -110,7 +111,11 @@ class Saver:
             self._thread.join(GRACE)
 
     def save(
-        self, weights: Mapping[str, Fragment], optimizer: MatrixOptimizer, state: dict[str, Any]
+        self,
+        weights: Mapping[str, Fragment],
+        optimizer: MatrixOptimizer,
+        state: dict[str, Any],
+        spare: int = 0,
     ) -> None:
         """Begin the checkpoint of `state["step"]`, once the one before is finished; everything may
         be changed when this returns. Afterwards older ones are deleted, as the settings say.
@@ -119,6 +124,7 @@ class Saver:
             weights: float32 parameters by name.
             state: plain data that `load_checkpoint` gives back; `step` names the directory, and
                 `not_finite_since` is what `prune` goes by.
+            spare: checkpoints that stay beside those that the settings keep.
 
         Raises:
             CheckpointError: this one (where saves are not asynchronous) or the one before could not
@@ -135,7 +141,7 @@ class Saver:
                 optimizer.register_step_pre_hook(lambda *_: self._snapshot.before_changes())
                 self._hooked = True
         random_state = torch.get_rng_state().numpy().tobytes()
-        job = _Job(content, random_state, copy.deepcopy(state))
+        job = _Job(content, random_state, copy.deepcopy(state), self._settings.keep + spare)
         self._begun = True
         if self._settings.async_:
             name = f"checkpoint of step {state['step']}"
@@ -178,7 +184,7 @@ class Saver:
         final = step_directory(self._directory, job.state["step"])
         partial = final.with_name(f".{final.name}.partial")
         since = job.state.get("not_finite_since")
-        keep, keep_every = self._settings.keep, self._settings.keep_every
+        keep, keep_every = job.keep, self._settings.keep_every
         writer = SummedWriter(partial)
 
         def prepare() -> None:

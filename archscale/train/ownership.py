@@ -25,6 +25,7 @@ from pathlib import Path
 from archscale import distributed
 from archscale.errors import ConfigError, TrainingError, explain_os_error
 from archscale.files import OWNER
+from archscale.train import stopping
 
 BEAT = 10.0  # seconds between two signs of life
 STALE = 60.0  # seconds without one after which an owner on another machine counts as dead
@@ -89,15 +90,21 @@ def sole_owner(run_dir: Path) -> Iterator[None]:
                 f"cannot write the run directory: {cause}", str(run_dir), remedy
             ) from error
 
-    distributed.on_rank_zero(take)
-    try:
-        yield
-    finally:
+    def release() -> None:
         if heartbeat:
             heartbeat.stop()
             with contextlib.suppress(OSError):  # empty only where the run was refused
                 for folder in made:
                     folder.rmdir()
+
+    releases = stopping.current().releases
+    releases.append(release)
+    try:
+        distributed.on_rank_zero(take)
+        yield
+    finally:
+        release()
+        releases.remove(release)
 
 
 class Heartbeat:

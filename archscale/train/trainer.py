@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -11,9 +12,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 
@@ -31,12 +32,13 @@ from archscale.data.stored import check_document_mask, run_tokenizer
 from archscale.data.tokenizer import keep_tokenizer
 from archscale.data.training_data import TrainingData, open_training_data
 from archscale.data.validation import ValidationSet, validation_sets
-from archscale.errors import ConfigError, DataError, TrainingError
+from archscale.errors import ArchscaleError, ConfigError, DataError, TrainingError, one_line
 from archscale.files import (
     CHECKPOINTS,
     CONFIG,
     ENVIRONMENT,
     MANIFEST,
+    METRICS,
     PLAN,
     TOKENIZER,
     step_directory,
@@ -49,8 +51,9 @@ from archscale.plan.plan import Plan, make_plan
 from archscale.plan.preflight import refuse
 from archscale.plan.text import counting_pass_share, mixture_rows, packing_text
 from archscale.telemetry.guard import Guard, not_finite_since
-from archscale.telemetry.sinks import last_line
+from archscale.telemetry.sinks import last_line, read_lines
 from archscale.telemetry.tracking import check_wandb
+from archscale.train import stopping
 from archscale.train.build import (
     build_engine,
     build_optimizer,
@@ -66,12 +69,41 @@ from archscale.train.rates import Rates
 from archscale.train.readings import FallBack, Judgement, Readings
 from archscale.train.record import Recorder
 from archscale.train.same_data import refuse_other_data
-from archscale.train.step import Supervision, train_step
+from archscale.train.step import Seen, Supervision, train_step
+from archscale.train.stopping import Stopped
 from archscale.train.watchdog import Arrivals, Watchdog
 
 CHECKS = 600.0  # seconds that rank 0 may take to check the data, while the others wait
 
+P = ParamSpec("P")
 
+
+def _ended_by_signals(train: Callable[P, dict[str, Any]]) -> Callable[P, dict[str, Any]]:
+    """`train` that hears signals from its first line on, and leaves its process group when one has
+    ended it."""
+
+    @functools.wraps(train)
+    def listening(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+        with stopping.listening() as signals:
+            try:
+                return train(*args, **kwargs)
+            except Stopped as stopped:
+                stopping.leave_status(stopped.status)
+                if os.environ.get("LOCAL_RANK", "0") == "0" and (agent := stopping.elastic_agent()):
+                    stopping.tell(agent)
+                distributed.stop()
+                raise
+            except Exception as error:
+                # A rank that has ended at once is missed by the others.
+                if not signals.asked or isinstance(error, ArchscaleError):
+                    raise
+                name, cause = stopping.name(signals.asked), one_line(repr(error))[:200]
+                signals.end(f"stopped by {name} without saving, after {cause}")
+
+    return listening
+
+
+@_ended_by_signals
 def train(
     config: Config, run_dir: Path, resume: str = "auto", wishes: Wishes = AS_BEFORE
 ) -> dict[str, Any]:
@@ -85,7 +117,9 @@ def train(
 
     Raises:
         ArchscaleError: user errors, before the first step wherever that can be known.
+        Stopped: a signal has ended it, after a checkpoint.
     """
+    stopping.current().run_dir = run_dir
     wishes.check(resume)
     if wishes.decay_from is not None:
         config, resume = decaying(config, run_dir, wishes), str(wishes.decay_from)
@@ -132,6 +166,7 @@ def train(
             distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
         run = Run(plan, run_dir, data, validation, device)
         summary = run.go(start)
+        stopping.current().finished()
         distributed.stop()
     return summary
 
@@ -165,6 +200,9 @@ class Run:
         self._follow(self.lineage.origins)
         self._fell_back_to: int | None = None  # step that the last fall-back went to
         self._not_finite_since: int | None = None  # first step of the losses now that are not
+        # Metrics of the last step before a signal, whose evaluation is still to come.
+        self._unfinished: dict[str, Any] | None = None
+        self._signals = stopping.current()
         # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
         # the training size.
         count = config.eval.batches * config.batch_size // config.training.micro_batch
@@ -178,11 +216,13 @@ class Run:
         Raises:
             TrainingError: the guard has no older checkpoint to fall back to, or has fallen back
                 `max_fallbacks` times.
+            Stopped: a signal has ended it, after a checkpoint.
         """
         started = time.monotonic()
         self.lineage = Lineage(start)
         step = 0 if start.checkpoint is None else self._restore(start.checkpoint, start.rewinds)
-        if step >= self.rates.steps:
+        unfinished = distributed.on_rank_zero(lambda: self._not_written(self._unfinished))
+        if step >= self.rates.steps and not unfinished:
             return self._summary(step, started, already_done=True)
         distributed.on_rank_zero(lambda: leave_one_history(self.run_dir, start, step))
         distributed.on_rank_zero(self._describe)
@@ -192,6 +232,8 @@ class Run:
             config.resolved(), config.telemetry.wandb, self.rates.steps, self.run_dir, step
         )
         with contextlib.closing(watchdog), recorder, self.saver:
+            if unfinished:
+                recorder.write([unfinished | (self._evaluate() or {})])
             while step < self.rates.steps:
                 try:
                     step = self._train(step, recorder, watchdog)
@@ -221,6 +263,7 @@ class Run:
             self.data.packed is not None,
         )
         arrivals, judged = Arrivals(self.device), Judgement(guard)
+        ballot = distributed.Ballot(lambda: self._signals.asked, lambda: self.saver.failed)
         interval = time.monotonic()
         try:
             for micro_batches in loader:
@@ -231,6 +274,7 @@ class Run:
                 saving = step % config.checkpoint.every == 0 or last
                 reading = readings.due(step) or evaluating or saving
                 probe = readings.look(step, reading)
+                ballot.begin()
                 measured, seen = train_step(
                     self.engine,
                     self.optimizer,
@@ -244,27 +288,40 @@ class Run:
                     ),
                 )
                 readings.add(step, lr, measured)
+                asked, failed = ballot.end()
+                self._signals.trained()
+                if failed:
+                    self.saver.wait()  # which says why, on every rank
                 watchdog.pat()
                 exhausted = guard is not None and guard.exhausted
-                if not reading and not exhausted:
+                if not (reading or exhausted or asked):
                     continue
+                # A step that is read for a signal alone shows what every step does.
+                looked = reading or exhausted
                 lines = judged.annotate_events(
-                    readings.read(seen, time.monotonic() - interval, judged.applied)
+                    readings.read(
+                        seen if looked else Seen(None, None),
+                        time.monotonic() - interval,
+                        judged.applied and looked,
+                    ),
+                    watch=looked,
                 )
                 if exhausted:
                     recorder.write(lines)
                     raise FallBack(step, judged.cause)
-                lines[-1] |= arrivals.read(lines[-1]["step_seconds"])
-                if evaluating:
-                    lines[-1] |= self.evaluation.metrics(self.engine)
+                if reading:
+                    lines[-1] |= arrivals.read(lines[-1]["step_seconds"])
                 for line in lines:
                     self._not_finite_since = not_finite_since(self._not_finite_since, line)
+                self._unfinished = lines.pop() if evaluating else None
+                if self._unfinished and not asked and (found := self._evaluate(ballot)):
+                    lines.append(self._unfinished | found)
+                    self._unfinished = None
+                    self._not_finite_since = not_finite_since(self._not_finite_since, lines[-1])
                 recorder.write(lines)
-                # In a streak of skipped steps the weights have not changed. The last step saves all
-                # the same, so that the run counts as finished.
-                bad = guard is not None and guard.skipped > 0
-                if saving and (last or not bad):
-                    self._save(step)
+                asked = self._save_if_due(step, saving, asked, ballot)
+                if asked and not (last and self._unfinished is None):
+                    raise self._stopped(asked, step)
                 watchdog.pat()
                 interval = time.monotonic()
                 if last:
@@ -272,6 +329,48 @@ class Run:
         finally:
             loader.close()
         return step
+
+    def _not_written(self, line: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The line, if metrics.jsonl has none of its step."""
+        written = read_lines(self.run_dir / METRICS) if line else []
+        return None if line and any(each["step"] == line["step"] for each in written) else line
+
+    def _evaluate(self, ballot: distributed.Ballot | None = None) -> dict[str, float] | None:
+        """What evaluation adds to a step's metrics; None where a signal, which the `ballot` asks
+        for, has ended it."""
+        if ballot is None:
+            return self.evaluation.metrics(self.engine)
+        return self.evaluation.metrics(self.engine, lambda: ballot.ask()[0] > 0)
+
+    def _save_if_due(self, step: int, saving: bool, asked: int, ballot: distributed.Ballot) -> int:
+        """Save where `step` is due to be saved, where a signal was `asked` for, and where its
+        evaluation was left for one; returns the signal that the ranks have heard by now."""
+        if self._unfinished is not None and not asked:
+            asked = ballot.ask()[0]
+        # In a streak of skipped steps the weights have not changed. The last step saves all the
+        # same, so that the run counts as finished.
+        bad = self.guard is not None and self.guard.skipped > 0
+        if asked or (saving and (step == self.rates.steps or not bad)):
+            with self._signals.unhurried():
+                self._save(step, spare=bad)
+                if asked:
+                    self.saver.wait()
+            if not asked and (asked := ballot.ask()[0]):  # while it saved
+                with self._signals.unhurried():
+                    self.saver.wait()
+        return asked
+
+    def _stopped(self, number: int, step: int) -> Stopped:
+        """How a run ends whose last step is saved."""
+        self._signals.finished()
+        if distributed.rank() == 0:
+            print(
+                f"archscale: stopped by {stopping.name(number)} at step {step}: checkpoint"
+                f" {step_directory(self.run_dir / CHECKPOINTS, step)}; the same command goes on",
+                file=sys.stderr,
+                flush=True,
+            )
+        return Stopped(number)
 
     def _restore(self, source: Path, rewinds: bool = False) -> int:
         """Load a checkpoint that has been verified; returns its step."""
@@ -288,13 +387,17 @@ class Run:
         if self.guard and state.get("guard"):
             self.guard.load(state["guard"])
         self._not_finite_since = state.get("not_finite_since")
+        self._fell_back_to = state.get("fell_back_to")
+        self._unfinished = state.get("unfinished")
         return int(state["step"])
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, spare: bool = False) -> None:
+        """Save; with `spare` the older checkpoints that there may be to fall back to stay."""
         state = {"step": step, "config": self.config.resolved(), "data": identity(self.data)}
         state |= {"guard": self.guard and self.guard.state(), **self.lineage.next(step)}
         state["not_finite_since"] = self._not_finite_since
-        self.saver.save(self.engine.weights(), self.optimizer, state)
+        state |= {"fell_back_to": self._fell_back_to, "unfinished": self._unfinished}
+        self.saver.save(self.engine.weights(), self.optimizer, state, spare)
 
     def _fall_back(self, cause: FallBack, recorder: Recorder) -> int:
         """To the newest checkpoint from before the bad steps, or from before the last fall-back if
