@@ -137,9 +137,9 @@ class Signals:
                 os.write(2, line.encode("ascii", "backslashreplace"))
         leave_status(status)
         # The others hear of it before they miss this process.
-        if agent is not None and tell(agent):
-            if select.select([self._pipe[0]], [], [], FORWARDING)[0]:
-                time.sleep(0.1)
+        told = agent is not None and tell(agent)
+        if told and select.select([self._pipe[0]], [], [], FORWARDING)[0]:
+            time.sleep(0.1)
         for release in self.releases:
             with contextlib.suppress(Exception):
                 release()

@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -30,11 +31,20 @@ SAVING = [False, True] if CAN_SAVE_ASYNCHRONOUSLY else [False]  # values of chec
 def command(argv: list[str], storage: str, act: Callable[[], Act] | None, log: str = "") -> None:
     """`archscale ARGV` in this process, on storage that acts, without a report, which would be most
     of its time; `log`: where the changes made to the storage are written in the end."""
-    from archscale import cli
     from archscale.sweep import pages
 
-    torch.set_num_threads(1)
     pages.report_if_possible = lambda run_dir: None
+    reporting_command(argv, storage, act, log)
+
+
+def reporting_command(
+    argv: list[str], storage: str, act: Callable[[], Act] | None, log: str = ""
+) -> None:
+    """`command`, with a report."""
+    from archscale import cli
+
+    torch.set_num_threads(1)
+    tempfile.tempdir = None  # that of the environment, not of the process forked from
     sys.argv = ["archscale", *argv]
     watched = Storage(storage, act() if act else None)
     with watched:
