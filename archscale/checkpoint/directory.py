@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,24 +82,35 @@ def discard_after(directory: Path, step: int) -> None:
 def prune(
     directory: Path, keep: int, not_finite_since: int | None, keep_every: int | None = None
 ) -> None:
-    """Delete all but the newest `keep` checkpoints, those of the multiples of `keep_every` and,
-    once the loss is not finite, the newest one from before that.
+    """Delete all checkpoints but those of `kept_steps`."""
+    steps = checkpoint_steps(directory)
+    kept = kept_steps(steps, keep, keep_every, not_finite_since)
+    for step in steps:
+        if step not in kept:
+            discard(step_directory(directory, step))
+
+
+def kept_steps(
+    steps: Sequence[int], keep: int, keep_every: int | None, not_finite_since: int | None
+) -> dict[int, str]:
+    """Which of these checkpoints, in ascending order, stay, each with the first reason that
+    applies: the newest `keep`, those of steps that `keep_every` divides, and the newest one from
+    before the loss was not finite.
 
     Args:
         not_finite_since: first step of the losses that are not finite up to now, if any. That loss
             is the work of the weights of the step before: where there is a checkpoint of these, the
             one before it stays too.
     """
-    steps = checkpoint_steps(directory)
-    kept = steps[-keep:]
-    if keep_every is not None:
-        kept += [step for step in steps if step % keep_every == 0]
+    kept = dict.fromkeys(steps[-keep:], f"of the newest {keep}")
+    for step in steps:
+        if keep_every and step % keep_every == 0:
+            kept.setdefault(step, f"a multiple of {keep_every}")
     if not_finite_since is not None:
         for end in (not_finite_since, not_finite_since - 1):
-            kept += [step for step in steps if step < end][-1:]
-    for step in steps:
-        if step not in kept:
-            discard(step_directory(directory, step))
+            for step in [step for step in steps if step < end][-1:]:
+                kept.setdefault(step, f"from before the loss was not finite at {not_finite_since}")
+    return kept
 
 
 def recorded_files(state: Mapping[str, Any]) -> dict[str, Recorded]:
@@ -120,49 +131,50 @@ def damage(path: Path) -> str | None:
     except CheckpointError as error:
         return error.what
     for name, recorded in files.items():
-        if problem := _wrong_size(path / name, recorded):
+        if problem := wrong_size(path / name, recorded):
             return problem
     return None
 
 
-def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, as `damage`, after reading every file; None when it is as it
-    was written."""
-    return damage(path) or wrong_file(path, recorded_files(read_state(path)))
-
-
-def wrong_file(path: Path, files: Mapping[str, Recorded]) -> str | None:
-    """What is wrong with the first of these files of a checkpoint that is not as it was written.
-
-    Raises:
-        OSError: one cannot be read.
-    """
+def wrong_files(path: Path, files: Mapping[str, Recorded]) -> list[str]:
+    """What is wrong with those files of a checkpoint that are not as they were written; every byte
+    is read."""
     with ThreadPoolExecutor(READERS) as readers:
-        problems = readers.map(lambda name: _wrong_content(path / name, files[name]), files)
-        return next(filter(None, problems), None)
+        problems = readers.map(lambda name: wrong_content(path / name, files[name]), files)
+        return [problem for problem in problems if problem]
 
 
-def _wrong_size(file: Path, recorded: Recorded) -> str | None:
-    size = file.stat().st_size if file.is_file() else 0
-    if size != recorded.bytes or not file.is_file():
-        return f"{file.name} is {size} bytes long instead of {recorded.bytes}"
+def wrong_size(file: Path, recorded: Recorded) -> str | None:
+    """What is wrong with a file, as far as its size shows it."""
+    if not file.is_file():
+        return f"{file.name} is missing"
+    if (size := file.stat().st_size) != recorded.bytes:
+        change = "truncated" if size < recorded.bytes else "too long"
+        return f"{file.name} is {change}: {size:,} bytes instead of {recorded.bytes:,}"
     return None
 
 
-def _wrong_content(file: Path, recorded: Recorded) -> str | None:
-    if recorded.crc32 is None:
-        return _wrong_size(file, recorded)
-    crc, size, buffer = 0, 0, memoryview(bytearray(CHUNK))
+def wrong_content(file: Path, recorded: Recorded) -> str | None:
+    """What is wrong with a file, by its size and its checksum, where there is one."""
+    try:
+        if (problem := wrong_size(file, recorded)) or recorded.crc32 is None:
+            return problem
+        crc = _checksum(file)
+    except OSError as error:
+        return f"{file.name} cannot be read: {explain_os_error(error, '')[0]}"
+    if crc != recorded.crc32:
+        return f"{file.name} has the checksum {crc} instead of {recorded.crc32}"
+    return None
+
+
+def _checksum(file: Path) -> str:
+    crc, buffer = 0, memoryview(bytearray(CHUNK))
     with open(file, "rb", buffering=0) as stream:
         if hasattr(os, "posix_fadvise"):  # read on while the checksum is computed
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         while count := stream.readinto(buffer):
-            crc, size = zlib.crc32(buffer[:count], crc), size + count
-    if size != recorded.bytes:
-        return f"{file.name} is {size} bytes long instead of {recorded.bytes}"
-    if hexadecimal(crc) != recorded.crc32:
-        return f"{file.name} has the checksum {hexadecimal(crc)} instead of {recorded.crc32}"
-    return None
+            crc = zlib.crc32(buffer[:count], crc)
+    return hexadecimal(crc)
 
 
 def hexadecimal(crc: int) -> str:

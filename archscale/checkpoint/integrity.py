@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import math
 import pickle
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from archscale.checkpoint.directory import read_state
+from archscale.checkpoint.directory import read_state, recorded_files, wrong_files
 from archscale.checkpoint.fragments import Box
-from archscale.checkpoint.listing import StoredFile, folder_of, stored_files, wrong_size
-from archscale.errors import CheckpointError, explain_os_error
+from archscale.checkpoint.listing import folder_of
+from archscale.errors import CheckpointError
 
-BLOCK = 1 << 22  # bytes that are read at once
 METADATA = ".metadata"  # of torch.distributed.checkpoint: tensors, and where their chunks lie
 
 
@@ -66,36 +64,20 @@ def problems_of(path: Path) -> tuple[list[str], bool]:
     its files were compared with checksums: one that was written without has sizes alone)."""
     try:
         state = read_state(path)
-        files = stored_files(state)
+        files = recorded_files(state)
         step, ranks = int(state["step"]), int(state["world_size"])
     except CheckpointError as error:
         return [f"state.json: {error.what}"], False
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         return [f"state.json: {type(error).__name__}: {error}"], False
-    problems = [problem for file in files if (problem := _wrong_file(path, file))]
-    listed = {file.name for file in files}
+    problems = wrong_files(path, files)
     needed = [METADATA, *(f"rng_{rank}.bin" for rank in range(ranks))]
-    problems += [f"state.json names no {name}" for name in needed if name not in listed]
+    problems += [f"state.json names no {name}" for name in needed if name not in files]
     if path.name.startswith("step_") and path.name[5:].isdigit() and int(path.name[5:]) != step:
         problems.append(f"state.json is that of step {step}")
     if not problems:
         problems += _wrong_tensors(path)
-    return problems, all(file.crc32 is not None for file in files)
-
-
-def _wrong_file(path: Path, file: StoredFile) -> str | None:
-    if (problem := wrong_size(path, file)) or file.crc32 is None:
-        return problem
-    checksum = 0
-    try:
-        with open(path / file.name, "rb") as stream:
-            while block := stream.read(BLOCK):
-                checksum = zlib.crc32(block, checksum)
-    except OSError as error:
-        return f"{file.name} cannot be read: {explain_os_error(error, '')[0]}"
-    if f"{checksum:08x}" != file.crc32:
-        return f"{file.name} has checksum {checksum:08x} instead of {file.crc32}"
-    return None
+    return problems, all(recorded.crc32 is not None for recorded in files.values())
 
 
 def _wrong_tensors(path: Path) -> Iterator[str]:

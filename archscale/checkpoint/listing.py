@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from archscale.checkpoint.directory import checkpoint_id, read_state
+from archscale.checkpoint.changes import Origins
+from archscale.checkpoint.directory import checkpoint_id, read_state, recorded_files, wrong_size
 from archscale.config import Config
 from archscale.errors import CheckpointError, ConfigError
 from archscale.files import ABANDONED, CHECKPOINTS, METRICS
@@ -72,41 +73,6 @@ def folder_of(directory: Path) -> Folder:
     return folder
 
 
-@dataclass(frozen=True)
-class StoredFile:
-    """What `state.json` says of a file of its checkpoint.
-
-    Attributes:
-        crc32: 8 hexadecimal digits; None where the checkpoint was written without.
-    """
-
-    name: str
-    size: int
-    crc32: str | None
-
-
-def stored_files(state: Mapping[str, Any]) -> list[StoredFile]:
-    """The files of a checkpoint, by its `state.json`: {name: bytes}, or with checksums {name:
-    {"bytes": …, "crc32": …}}."""
-    return [
-        StoredFile(name, entry["bytes"], entry["crc32"])
-        if isinstance(entry, dict)
-        else StoredFile(name, entry, None)
-        for name, entry in state["files"].items()
-    ]
-
-
-def wrong_size(path: Path, file: StoredFile) -> str | None:
-    """What is wrong with a file of the checkpoint `path`, as far as its size shows it."""
-    target = path / file.name
-    if not target.is_file():
-        return f"{file.name} is missing"
-    if (size := target.stat().st_size) != file.size:
-        change = "truncated" if size < file.size else "too long"
-        return f"{file.name} is {change}: {size:,} bytes instead of {file.size:,}"
-    return None
-
-
 def disk_size(path: Path) -> int:
     """Bytes of all files in a directory, as far as they can be seen."""
     total = 0
@@ -161,7 +127,8 @@ def _row(path: Path, line: Mapping[str, Any]) -> dict[str, Any]:
     row |= {"parent": None, "not_finite_since": None, "problem": None}
     try:
         state = read_state(path)
-        problems = [wrong_size(path, file) for file in stored_files(state)]
+        files = recorded_files(state).items()
+        problems = [wrong_size(path / name, recorded) for name, recorded in files]
         named = {"id": checkpoint_id(state), "parent": state.get("parent")}
     except CheckpointError as error:
         return row | {"problem": error.what}
@@ -179,7 +146,7 @@ def _tokens(state: Mapping[str, Any], step: int) -> int | None:
         config = Config.from_dict(state["config"])
     except (ConfigError, KeyError, TypeError):
         return None
-    return config.batches.at(step)[0] * config.model.context
+    return Origins.of_state(state).batches(config.batches).at(step)[0] * config.model.context
 
 
 def _written(path: Path) -> str | None:

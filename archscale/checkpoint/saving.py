@@ -35,7 +35,7 @@ from archscale.checkpoint.directory import (
     recorded_files,
     shares,
     state_text,
-    wrong_file,
+    wrong_files,
 )
 from archscale.checkpoint.fragments import Stored
 from archscale.checkpoint.snapshot import Snapshot
@@ -252,10 +252,7 @@ def verify_together(path: Path) -> str | None:
 
     def read() -> str | None:
         files = shares(recorded_files(read_state(path)), world_size())[rank()]
-        try:
-            return wrong_file(path, files)
-        except OSError as error:
-            return f"{Path(error.filename or path).name}: {explain_os_error(error, '')[0]}"
+        return next(iter(wrong_files(path, files)), None)
 
     try:
         return next(filter(None, gather_objects(agree(read))), None)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from archscale.checkpoint.directory import discard, read_state
+from archscale.checkpoint.directory import discard, kept_steps, read_state
 from archscale.checkpoint.integrity import problems_of
 from archscale.checkpoint.listing import disk_size, folder_of
 from archscale.errors import (
@@ -116,29 +116,6 @@ def _plan(folder: Path, keep: int, keep_every: int | None) -> Pruning:
             kept[whole] = "the newest that is whole"
     deleted = {step: disk_size(step_directory(folder, step)) for step in steps if step not in kept}
     return Pruning(folder, dict(sorted(kept.items())), deleted)
-
-
-def kept_steps(
-    steps: Sequence[int], keep: int, keep_every: int | None, not_finite_since: int | None
-) -> dict[int, str]:
-    """Which of these checkpoints stay, each with the first reason that applies: the newest `keep`,
-    those of steps that `keep_every` divides, and the newest one from before the loss was not
-    finite.
-
-    Args:
-        not_finite_since: first step of the losses that are not finite up to now, if any. That loss
-            is the work of the weights of the step before: where there is a checkpoint of these, the
-            one before it stays too.
-    """
-    kept = dict.fromkeys(sorted(steps)[-keep:], f"of the newest {keep}")
-    for step in sorted(steps):
-        if keep_every and step % keep_every == 0:
-            kept.setdefault(step, f"a multiple of {keep_every}")
-    if not_finite_since is not None:
-        for end in (not_finite_since, not_finite_since - 1):
-            for step in [step for step in sorted(steps) if step < end][-1:]:
-                kept.setdefault(step, f"from before the loss was not finite at {not_finite_since}")
-    return kept
 
 
 def _not_finite_since(folder: Path, steps: Sequence[int]) -> int | None:

@@ -12,12 +12,13 @@ import torch
 from typer.testing import CliRunner
 
 from archscale.checkpoint.difference import TensorReader, compare_checkpoints, compare_tensors
+from archscale.checkpoint.directory import kept_steps
 from archscale.checkpoint.integrity import coverage_problem, problems_of
 from archscale.cli import app
 from archscale.errors import CheckpointError
 from archscale.files import checkpoint_steps, step_directory
 from archscale.train.ownership import sole_owner
-from archscale.train.pruning import kept_steps, prune_checkpoints
+from archscale.train.pruning import prune_checkpoints
 from tests.train.tiny import config, run, tiny_data
 
 SECTIONS = {"checkpoint": {"every": 2, "keep": 9}, "telemetry": {"every": 1}}
@@ -152,7 +153,7 @@ def test_whole_checkpoints_are_whole(runs, processes):
     [
         ("missing", "{} is missing"),
         ("truncated", "{} is truncated: "),
-        ("flipped", "{} has checksum "),
+        ("flipped", "{} has the checksum "),
     ],
 )
 def test_a_damaged_file_is_named(copied, harm, said):

@@ -15,7 +15,8 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from archscale.checkpoint import directory as directory_module
 from archscale.checkpoint import saving
 from archscale.checkpoint.choosing import newest_verified
-from archscale.checkpoint.directory import damage, prune, read_state, recorded_files, shares, verify
+from archscale.checkpoint.directory import damage, prune, read_state, recorded_files, shares
+from archscale.checkpoint.integrity import problems_of
 from archscale.checkpoint.saving import Saver, load_checkpoint, verify_together
 from archscale.checkpoint.writer import SummedFile
 from archscale.config import CheckpointConfig
@@ -125,7 +126,7 @@ def test_a_save_leaves_the_process_as_it_was(tmp_path, mode):
     assert {b.data_ptr() for b in training.saver._snapshot._buffers.values()} == buffers
     assert bool(buffers) == (mode == "asynchronous")
     assert checkpoint_steps(tmp_path) == [1, 2]
-    assert [verify(step_directory(tmp_path, step)) for step in (1, 2)] == [None, None]
+    assert [problems_of(step_directory(tmp_path, step)) for step in (1, 2)] == [([], True)] * 2
 
 
 def test_state_json_has_what_every_other_file_is(tmp_path):
@@ -156,7 +157,7 @@ def test_a_bit_that_has_changed_is_found_before_anything_is_loaded(tmp_path, nam
     training.step()
     before = training.content()
     flip(path / name)
-    assert name in verify(path)
+    assert name in problems_of(path)[0][0]
     assert (damage(path) is None) == (name != "state.json")  # the cheap check reads no more
     with pytest.raises(CheckpointError, match=name):
         load_checkpoint(path, training.weights, training.optimizer)
@@ -174,12 +175,12 @@ def test_a_checkpoint_from_before_there_were_checksums(tmp_path):
     (path / "state.json").write_text(json.dumps(state))
     before = training.content()
     training.step()
-    assert verify(path) is None
+    assert problems_of(path) == ([], False)
     load_checkpoint(path, training.weights, training.optimizer)
     assert same(training.content(), before)
     with (path / "rng_0.bin").open("ab") as file:
         file.write(b"x")
-    assert "rng_0.bin is" in verify(path)
+    assert "rng_0.bin is" in problems_of(path)[0][0]
 
 
 def test_files_are_shared_between_ranks():
@@ -191,17 +192,17 @@ def test_files_are_shared_between_ranks():
 
 def verify_counting(path: str) -> tuple[str | None, list[str]]:
     """On this rank, with the names of the files that it read."""
-    names, read = [], directory_module._wrong_content
+    names, read = [], directory_module.wrong_content
 
     def counted(file, recorded):
         names.append(file.name)
         return read(file, recorded)
 
-    directory_module._wrong_content = counted
+    directory_module.wrong_content = counted
     try:
         return verify_together(Path(path)), names
     finally:
-        directory_module._wrong_content = read
+        directory_module.wrong_content = read
 
 
 def fail_on_rank_1(folder: str) -> list:
