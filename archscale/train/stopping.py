@@ -27,6 +27,7 @@ GRACE = "ARCHSCALE_GRACE"  # environment variable: seconds from a signal to the 
 STATUS_FILE = "ARCHSCALE_STATUS_FILE"  # environment variable: file that gets the exit status
 USUAL_GRACE = 25.0  # schedulers kill 30 s after SIGTERM
 AGAIN = 1.0  # seconds between two Ctrl-C of which the second means something of its own
+AGENTS_OWN = 0.2  # seconds in which all ranks get a signal that torchrun is passing on
 FORWARDING = 2.0  # seconds that torchrun may take to pass on a signal
 
 
@@ -104,7 +105,8 @@ class Signals:
             if 0 in numbers:  # the run is over
                 return
             with self._lock:
-                for number in numbers:
+                # Of signals that come at once the kernel lets the last one be handled first.
+                for number in sorted(numbers):
                     if number in STATUS:
                         self._receive(number)
                 late = self._deadline is not None and time.monotonic() >= self._deadline
@@ -136,6 +138,7 @@ class Signals:
                 os.write(2, line.encode("ascii", "backslashreplace"))
         leave_status(status)
         if agent is not None:
+            time.sleep(AGENTS_OWN)
             tell(agent)
             # The others hear of it before they miss this process.
             if select.select([self._pipe[0]], [], [], FORWARDING)[0]:
