@@ -138,8 +138,10 @@ class Signals:
                 os.write(2, line.encode("ascii", "backslashreplace"))
         leave_status(status)
         if agent is not None:
-            time.sleep(AGENTS_OWN)
-            tell(agent)
+            # One rank is enough: another signal means that torchrun has been told.
+            patience = AGENTS_OWN * (1 + int(os.environ.get("LOCAL_RANK", "0")))
+            if not select.select([self._pipe[0]], [], [], patience)[0]:
+                tell(agent)
             # The others hear of it before they miss this process.
             if select.select([self._pipe[0]], [], [], FORWARDING)[0]:
                 time.sleep(0.1)
