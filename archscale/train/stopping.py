@@ -28,6 +28,7 @@ GRACE = "ARCHSCALE_GRACE"  # environment variable: seconds from a signal to the 
 STATUS_FILE = "ARCHSCALE_STATUS_FILE"  # environment variable: file that gets the exit status
 USUAL_GRACE = 25.0  # schedulers kill 30 s after SIGTERM
 AGAIN = 1.0  # seconds between two Ctrl-C of which the second means something of its own
+AGENTS_OWN = 0.2  # seconds in which all ranks get a signal that torchrun is passing on
 FORWARDING = 2.0  # seconds that torchrun may take to pass on a signal
 
 
@@ -105,7 +106,8 @@ class Signals:
             if 0 in numbers:  # the run is over
                 return
             with self._lock:
-                for number in numbers:
+                # Of signals that come at once the kernel lets the last one be handled first.
+                for number in sorted(numbers):
                     if number in STATUS:
                         self._receive(number)
                 late = self._deadline is not None and time.monotonic() >= self._deadline
@@ -136,10 +138,13 @@ class Signals:
             with contextlib.suppress(OSError):
                 os.write(2, line.encode("ascii", "backslashreplace"))
         leave_status(status)
-        # The others hear of it before they miss this process.
-        told = agent is not None and tell(agent)
-        if told and select.select([self._pipe[0]], [], [], FORWARDING)[0]:
-            time.sleep(0.1)
+        if agent is not None:
+            # One rank is enough: another signal means that torchrun has been told.
+            patience = AGENTS_OWN * (1 + int(os.environ.get("LOCAL_RANK", "0")))
+            told = select.select([self._pipe[0]], [], [], patience)[0] or tell(agent)
+            # The others hear of it before they miss this process.
+            if told and select.select([self._pipe[0]], [], [], FORWARDING)[0]:
+                time.sleep(0.1)
         for release in self.releases:
             with contextlib.suppress(Exception):
                 release()
