@@ -29,7 +29,8 @@ STATE = "state.json"
 FORMAT = 3
 READABLE = (2, FORMAT)  # format 2 has the sizes of files, and no checksums
 READERS = 4  # files that a process reads at a time
-CHUNK = 4 << 20  # bytes
+CHUNK = 4 << 20  # bytes that are summed up and written at a time
+READ = 256 << 10  # bytes that are read and summed up at a time: more do not stay in a cache
 
 
 class Recorded(NamedTuple):
@@ -129,7 +130,7 @@ def damage(path: Path) -> str | None:
     try:
         files = recorded_files(read_state(path))
     except CheckpointError as error:
-        return error.what
+        return error.what if STATE in error.what else f"{STATE}: {error.what}"
     for name, recorded in files.items():
         if problem := wrong_size(path / name, recorded):
             return problem
@@ -168,7 +169,7 @@ def wrong_content(file: Path, recorded: Recorded) -> str | None:
 
 
 def _checksum(file: Path) -> str:
-    crc, buffer = 0, memoryview(bytearray(CHUNK))
+    crc, buffer = 0, memoryview(bytearray(READ))
     with open(file, "rb", buffering=0) as stream:
         if hasattr(os, "posix_fadvise"):  # read on while the checksum is computed
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)

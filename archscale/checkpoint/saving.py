@@ -38,6 +38,7 @@ from archscale.checkpoint.directory import (
     wrong_files,
 )
 from archscale.checkpoint.fragments import Stored
+from archscale.checkpoint.reader import DirectReader
 from archscale.checkpoint.snapshot import Snapshot
 from archscale.checkpoint.writer import SummedWriter, write_summed
 from archscale.config import CheckpointConfig
@@ -289,7 +290,7 @@ def load_checkpoint(
         ):
             raise ValueError(f"it holds {extra[0]}, which this run has not")
         _accept_a_single_process()
-        dcp.load(content, checkpoint_id=path)
+        dcp.load(content, storage_reader=DirectReader(path))
         if optimizer is not None and state["world_size"] == world_size():
             content_rng = (path / f"rng_{rank()}.bin").read_bytes()
             torch.set_rng_state(torch.frombuffer(bytearray(content_rng), dtype=torch.uint8))
