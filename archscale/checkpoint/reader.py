@@ -23,6 +23,20 @@ from torch.futures import Future
 
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip record: where the lengths of its names stand
 
+# The classes by which a pickle names the dtype of a storage.
+STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
 
 class Record(NamedTuple):
     """A tensor as `torch.save` has stored it in a file.
@@ -167,13 +181,13 @@ class _Unpickler(pickle.Unpickler):
             return _described
         if (module, name) == ("collections", "OrderedDict"):
             return dict
-        if module == "torch" and name.endswith("Storage"):
-            return getattr(torch, name)
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         raise ValueError(f"a tensor's pickle names {module}.{name}")
 
     def persistent_load(self, pid: Any) -> tuple[str, torch.dtype]:
-        _, kind, key, *_ = pid  # ("storage", its class, its name, device, elements)
-        return key, kind.dtype
+        _, dtype, key, *_ = pid  # ("storage", its class, its name, device, elements)
+        return key, dtype
 
 
 class _Slice(io.RawIOBase):
