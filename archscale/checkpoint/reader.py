@@ -143,17 +143,25 @@ def find_record(file: BinaryIO, start: int, length: int) -> Record:
         ValueError: it is something else.
     """
     with zipfile.ZipFile(_Slice(file, start, length)) as archive:
-        names = {name.partition("/")[2]: name for name in archive.namelist()}
-        tensor = _Unpickler(io.BytesIO(archive.read(names["data.pkl"]))).load()
-        if not isinstance(tensor, _Described):
-            raise ValueError(f"no tensor at byte {start}")
-        info = archive.getinfo(names[f"data/{tensor.key}"])
+        infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    # Not through the archive: the checksums in it, which nobody else reads, are not written.
+    content = memoryview(bytearray(infos["data.pkl"].file_size))
+    read_into(file, _begin(file, start, infos["data.pkl"]), content)
+    tensor = _Unpickler(io.BytesIO(content)).load()
+    if not isinstance(tensor, _Described):
+        raise ValueError(f"no tensor at byte {start}")
+    info = infos[f"data/{tensor.key}"]
+    begin = _begin(file, start, info)
+    return Record(begin, info.file_size, tensor.dtype, tensor.shape, tensor.stride, tensor.offset)
+
+
+def _begin(file: BinaryIO, start: int, info: zipfile.ZipInfo) -> int:
+    """Where in the file a record's content begins, whose archive begins at `start`."""
     if info.compress_type != zipfile.ZIP_STORED:
-        raise ValueError(f"the tensor at byte {start} is compressed")
+        raise ValueError(f"{info.filename} at byte {start} is compressed")
     header = memoryview(bytearray(LOCAL_HEADER.size))
     read_into(file, start + info.header_offset, header)
-    begin = start + info.header_offset + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header))
-    return Record(begin, info.file_size, tensor.dtype, tensor.shape, tensor.stride, tensor.offset)
+    return start + info.header_offset + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header))
 
 
 class _Described(NamedTuple):

@@ -6,6 +6,7 @@ import torch.distributed.checkpoint as dcp
 
 from archscale.checkpoint import reader
 from archscale.checkpoint.reader import DirectReader, find_record
+from archscale.checkpoint.writer import SummedWriter
 
 TENSORS = {
     "matrix": torch.randn(33, 17, generator=torch.Generator().manual_seed(0)),
@@ -22,7 +23,7 @@ TENSORS = {
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    dcp.save(dict(TENSORS), checkpoint_id=folder, no_dist=True)
+    dcp.save(dict(TENSORS), storage_writer=SummedWriter(folder), no_dist=True)
     return folder
 
 
