@@ -52,7 +52,7 @@ def signal_in(phase: str, count: int, number: int, to: int) -> Iterator[None]:
     """Send the signal to rank `to` in the `count`-th call of what a phase calls."""
     owner, name = {
         "training": (trainer, "train_step"),
-        "saving": (trainer, "save_checkpoint"),
+        "saving": (trainer.Saver, "save"),
         "evaluating": (evaluate, "validation_batches"),
     }[phase]
     original, calls = getattr(owner, name), [0]
