@@ -15,8 +15,10 @@ import pytest
 import torch.distributed as dist
 
 from archscale import distributed
+from archscale.checkpoint.directory import STATE
 from archscale.config import dump_config
-from archscale.files import METRICS, OWNER, checkpoint_steps
+from archscale.files import METRICS, OWNER, checkpoint_steps, step_directory
+from archscale.train import stopping
 from archscale.train.ownership import process_start, sole_owner, this_process
 from tests import namespaces
 from tests.commands import Launched, launch, start
@@ -76,6 +78,27 @@ def test_a_job_takes_the_directory_from_its_earlier_start(tmp_path, monkeypatch,
     assert replace(this_process()).job == ""
 
 
+@pytest.mark.parametrize(
+    ("options", "variable", "any_number"),
+    [
+        (["--nnodes=1:4", "-m", "archscale"], None, True),
+        (["--nproc-per-node=1", "--nnodes", "1:4", "-m", "archscale"], None, True),
+        (["-m", "archscale"], "1:4", True),
+        (["--nnodes=1:4"], "2", True),
+        (["--nnodes=2"], "1:4", False),
+        (["--nnodes", "2", "--max-restarts=3:4"], None, False),
+        (["--nnodes=2:2"], None, False),
+        (["--standalone"], None, False),
+    ],
+)
+def test_whether_torchrun_takes_any_nodes(options, variable, any_number):
+    """By the command line and the environment of its process."""
+    command = ["sh", "-c", "read line", "torchrun", *options]
+    env = {"PATH": os.defpath} | ({"PET_NNODES": variable} if variable else {})
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=env) as agent:
+        assert stopping.takes_any_nodes(agent.pid) == any_number
+
+
 # --- whole jobs
 
 
@@ -94,9 +117,22 @@ class Job:
         options += ["--run-dir", str(run_dir or self.run_dir)]
         return ["train", str(self.folder / "c.yaml"), *options]
 
-    def on(self, node: namespaces.Node, nodes: str = "1:2", stuck_after: float = 120) -> Launched:
+    def on(
+        self,
+        node: namespaces.Node,
+        nodes: str = "1:2",
+        stuck_after: float = 120,
+        restarts: int = 3,
+    ) -> Launched:
         command = self.command(stuck_after=stuck_after)
-        launched = node.start(command, nodes, rendezvous=SOON, job=self.run_dir.name)
+        launched = node.start(
+            command,
+            nodes,
+            restarts,
+            rendezvous=SOON,
+            job=self.run_dir.name,
+            env={"LOGLEVEL": "INFO"},  # torchrun says how many restarts are left
+        )
         self.started.append(launched)
         return launched
 
@@ -113,7 +149,14 @@ class Job:
         except (OSError, ValueError):
             return None
 
-    def until(self, met: Callable[[], bool], what: str, limit: float = 120) -> float:
+    def parent_after(self, step: int) -> int | None:
+        """The step from which the first checkpoint after `step` was trained, None before it."""
+        checkpoints = self.run_dir / "checkpoints"
+        later = [number for number in checkpoint_steps(checkpoints) if number > step]
+        state = later and json.loads((step_directory(checkpoints, min(later)) / STATE).read_text())
+        return state["parent"]["step"] if state else None
+
+    def until(self, met: Callable[[], object], what: str, limit: float = 120) -> float:
         """Waits; returns the seconds it took."""
         began = time.monotonic()
         while not met():
@@ -190,6 +233,41 @@ def test_a_lost_node_and_one_that_joins(job, network):
     job.until(lambda: job.ranks() == 2, "both again")
     assert [each.wait(200).returncode for each in (staying, joining)] == [0, 0]
     job.check()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(500)
+def test_a_node_that_joins_and_one_that_is_preempted_cost_no_step(job, network):
+    """Torchrun ends the processes that train by SIGTERM when a node joins; they are not to end it.
+    The one that joins uses up no restart."""
+    first, second = network.nodes
+    staying = job.on(first, restarts=1)
+    job.until(lambda: job.step() >= 12, "12 steps alone")
+    began = time.monotonic()
+    leaving = job.on(second, restarts=1)
+    job.until(lambda: job.ranks() == 2, "both")
+    joined = stopped_at(staying)
+    job.until(lambda: job.step() > joined, "going on with both")
+    print(f"a node that joins: {time.monotonic() - began:.1f} s from its start past step {joined}")
+    assert "attempts left" not in staying.output[1]
+    job.until(lambda: job.parent_after(joined), "a checkpoint by both")
+    assert job.parent_after(joined) == joined
+    began = time.monotonic()
+    leaving.signal(signal.SIGTERM, [leaving.process.pid])
+    job.until(lambda: job.ranks() == 1, "the other one alone")
+    preempted = stopped_at(leaving)
+    job.until(lambda: job.step() > preempted, "going on alone")
+    print(f"a preempted node: {time.monotonic() - began:.1f} s from SIGTERM past step {preempted}")
+    job.until(lambda: job.parent_after(preempted), "a checkpoint alone")
+    assert job.parent_after(preempted) == preempted
+    assert leaving.wait(60, check=False).returncode == 1
+    assert staying.wait(200).returncode == 0
+    job.check()
+
+
+def stopped_at(launched: Launched) -> int:
+    """The last step that its rank 0 has saved after a signal."""
+    return int(re.findall(r"stopped by SIGTERM at step (\d+): checkpoint", launched.output[1])[-1])
 
 
 @pytest.mark.slow
