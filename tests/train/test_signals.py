@@ -188,9 +188,9 @@ def yaml(data, tmp_path) -> Path:
 def test_before_the_first_step_there_is_nothing_to_save(yaml, tmp_path):
     """One line, the status that says try again, and a directory that anybody may have."""
     running = start(["train", str(yaml), "--run-dir", str(tmp_path / "run")])
-    wait_for(lambda: (tmp_path / "run" / "owner.json").exists(), 120)
+    wait_for(lambda: (tmp_path / "run" / "owner.json").exists(), 200)
     running.signal(signal.SIGTERM)
-    done = running.wait(60, check=False)
+    done = running.wait(200, check=False)
     assert done.returncode == 75
     assert done.stderr == (
         "archscale: stopped by SIGTERM with nothing to save: there is no checkpoint yet; the same"
@@ -226,7 +226,7 @@ def test_under_torchrun(yaml, tmp_path, trained, number, target, restarts):
     agent = running.process.pid
     groups = {"agent": [agent], "group": [agent, *ranks.values()]}
     running.signal(number, groups.get(target) or [ranks[target]])
-    done = running.wait(60, check=False)
+    done = running.wait(200, check=False)
     assert done.returncode == 1  # torchrun's own
     status = 130 if number == signal.SIGINT else 75
     if target in (0, 1) and not trained:  # the agent passes on a signal of its own
