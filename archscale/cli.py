@@ -164,7 +164,10 @@ def _train(
     from archscale.train.trainer import train as run
 
     terminal.go_on_without_reader()
-    given = any(text.partition("=")[0].strip() == "training.tokens" for text in overrides)
+    given = any(
+        key.strip() == "training.tokens" or (key.strip() == "training" and "tokens:" in value)
+        for key, _, value in (text.partition("=") for text in overrides)
+    )
     wanted = Wishes(**wishes, tokens_given=given)
     summary = run(resolved, run_dir or Path("runs") / resolved.name, resume, wanted)
     if summary["rank"] == 0:
@@ -996,7 +999,6 @@ def main() -> None:
         terminal.flush()
         os._exit(INTERRUPTED)
     except OSError as error:
-        _end_without_the_others(error)
         if os.environ.get("ARCHSCALE_DEBUG") == "1" or isinstance(
             error, ConnectionError | TimeoutError
         ):

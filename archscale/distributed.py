@@ -26,6 +26,14 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from archscale.errors import ConfigError
 
+# What gloo, NCCL and the store say where another rank does not answer any more.
+LOST = re.compile(
+    r"gloo/.*(closed by peer|reset by peer|Broken pipe|Socket closed|[Tt]imed out|timeout"
+    r"|refused|unreachable|No route)|remote process exit|[Tt]imed out after|did not come within"
+    r"|wait timeout|failed to recv|Failed to recv|Broken pipe|Connection (reset|refused|was closed)"
+    r"|Connection closed|recvValue|socket timed out|client socket has timed out",
+    re.DOTALL,
+)
 _timeout: datetime.timedelta | None = None  # of collectives; None: torch's own
 
 
@@ -95,12 +103,10 @@ def job() -> str:
 
 
 def lost_connection(error: BaseException) -> str | None:
-    """What an exchange between ranks failed of, in one line; None for any other error."""
+    """What an exchange between ranks failed of, in one line, where another rank is gone or cut off;
+    None for any other error."""
     text = str(error).partition("\n")[0]
-    of_store = isinstance(
-        error, dist.DistBackendError | dist.DistNetworkError | dist.DistStoreError
-    )
-    if not of_store and not (isinstance(error, RuntimeError) and "/gloo/" in text):
+    if not isinstance(error, RuntimeError) or not LOST.search(str(error)):
         return None
     return re.sub(r"^\[[^]]*\] ", "", text).partition(". This is typically caused")[0]
 
@@ -152,7 +158,17 @@ def start(timeout_seconds: float = 600.0) -> torch.device:
                 backend, store=shared, rank=number, world_size=count, timeout=_timeout
             )
         else:
-            dist.init_process_group(backend, timeout=_timeout)
+            try:
+                dist.init_process_group(backend, timeout=_timeout)
+            except dist.DistNetworkError as error:
+                if "EADDRINUSE" not in str(error):
+                    raise
+                port = os.environ["MASTER_PORT"]
+                raise ConfigError(
+                    f"another process listens at port {port}",
+                    "MASTER_PORT",
+                    "give a port that is free, or start with torchrun, which chooses one",
+                ) from error
     return device
 
 
@@ -171,12 +187,10 @@ def meet(store: Any, number: int, count: int, timeout_seconds: float) -> str:
     mine, end = uuid.uuid4().hex, time.monotonic() + timeout_seconds
     here = [f"archscale/here/{n}" for n in range(count)]
     store.set(here[number], mine)
-    missing: list[int] = []
     while time.monotonic() < end:
         offer = []
         if number == 0:
-            missing = [n for n, key in enumerate(here) if not store.check([key])]
-            if not missing:
+            if store.check(here):
                 offer = [store.get(key).decode() for key in here]
                 store.set("archscale/offer", json.dumps(offer))
         elif store.check(["archscale/offer"]):
@@ -184,12 +198,11 @@ def meet(store: Any, number: int, count: int, timeout_seconds: float) -> str:
         if len(offer) == count and offer[number] == mine:
             prefix = f"archscale/{hashlib.sha256(''.join(offer).encode()).hexdigest()[:16]}"
             store.set(f"{prefix}/seen/{number}", "")
-            absent = [n for n in range(count) if not store.check([f"{prefix}/seen/{n}"])]
-            if not absent:
+            if store.check([f"{prefix}/seen/{n}" for n in range(count)]):
                 return prefix
-            missing = absent
         time.sleep(0.05)
-    names = f"ranks {missing}" if missing else "rank 0"
+    missing = [n for n, key in enumerate(here) if not store.check([key])]
+    names = f"ranks {missing}" if missing else "ranks of an earlier start"
     raise dist.DistStoreError(
         f"{names} did not come within {timeout_seconds:.0f} s (where nodes come and go, torchrun"
         " needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)"

@@ -4,6 +4,7 @@ Also the names of what lies in a run directory.
 """
 
 import contextlib
+import errno
 import os
 import uuid
 from pathlib import Path
@@ -44,6 +45,15 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise
     with contextlib.suppress(OSError):  # the file is there; some file systems sync no directory
         sync(path.parent)
+
+
+def sync_names(directory: Path) -> None:
+    """Force the names in a directory onto the disk, where its file system can do that."""
+    try:
+        sync(directory)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def sync(path: Path) -> None:

@@ -18,7 +18,8 @@ class Change:
 
     Attributes:
         kind: `extend` (rates and schedule planned anew), `decay` (`--decay-from`), or `reset`.
-        step, id: of the checkpoint from which on it holds.
+        step: from which on it holds; a fall-back may have gone behind the one that was named.
+        id: of the checkpoint that was named for it.
         details: plain data; of a reset its `parts`, of an extension the `keys` that differ, with
             their values before and now.
     """
@@ -37,10 +38,6 @@ class Change:
     def changes_rates(self) -> bool:
         """Whether the steps before it may have had other rates than the config says."""
         return self.kind == "extend" or bool({OPTIMIZER, SCHEDULE} & {*self.parts})
-
-    def at(self, step: int, id: str) -> Change:
-        """The same change at another checkpoint."""
-        return replace(self, step=step, id=id)
 
 
 @dataclass(frozen=True)

@@ -110,9 +110,9 @@ class Lineage:
         if rewinds and not self._start.own:
             path = os.path.abspath(str(self._start.checkpoint))
             self._parent |= {"run": state["config"]["name"], "checkpoint": path}
-        # After a fall-back the state may be of the very checkpoint that was named.
+        # A fall-back may go behind the checkpoint that was named: the command has had its way all
+        # the same, and is not to have it again.
         named = [*self._resumed, self._parent] if rewinds else self._resumed
-        named = [entry for entry in named if entry["step"] <= state["step"]]
         before = state.get("resumed", [])
         self._resumed = before + [entry for entry in named if entry not in before]
         self._restore_changes(state)
@@ -120,7 +120,7 @@ class Lineage:
     def _restore_changes(self, state: dict[str, Any]) -> None:
         """What has been changed since an older checkpoint holds from there on after a fall-back."""
         step, new = state["step"], self._unrecorded(state)
-        self._changes = recorded(state) + [change.at(step, checkpoint_id(state)) for change in new]
+        self._changes = recorded(state) + [replace(change, step=step) for change in new]
         self.origins = Origins.of_state(state)
         parts = {part for change in new for part in change.parts} & {DATA, SCHEDULE}
         if parts:

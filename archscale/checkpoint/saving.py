@@ -53,7 +53,7 @@ from archscale.distributed import (
     world_size,
 )
 from archscale.errors import CheckpointError, explain_os_error
-from archscale.files import step_directory, sync
+from archscale.files import step_directory, sync_names
 from archscale.optim import MatrixOptimizer
 
 # Seconds that ranks wait for each other while they write, between two of which the slowest writes
@@ -68,7 +68,7 @@ class _Job(NamedTuple):
     content: dict[str, Tensor]
     random_state: bytes
     state: dict[str, Any]
-    keep: int
+    since: int | None  # of losses that are not finite, or of skipped steps
 
 
 class Saver:
@@ -82,13 +82,13 @@ class Saver:
             saver.wait()                                              # the checkpoint is there
 
     Leaving it after an error waits for an unfinished save for `GRACE` seconds at most: other ranks
-    may have died.
+    may have died. Whoever goes on after that in the same process must leave the directory alone.
     """
 
     def __init__(self, directory: Path, settings: CheckpointConfig):
         self._directory, self._settings = directory, settings
         self._snapshot = Snapshot()
-        self._hooked = False  # the optimizer waits for the copies
+        self._hooked: MatrixOptimizer | None = None  # the optimizer that waits for the copies
         self._group: Any = None  # of the thread; made by the first save
         self._thread: threading.Thread | None = None
         self._begun = False  # a save whose outcome the ranks have not compared
@@ -116,7 +116,7 @@ class Saver:
         weights: Mapping[str, Fragment],
         optimizer: MatrixOptimizer,
         state: dict[str, Any],
-        spare: int = 0,
+        skipped_since: int | None = None,
     ) -> None:
         """Begin the checkpoint of `state["step"]`, once the one before is finished; everything may
         be changed when this returns. Afterwards older ones are deleted, as the settings say.
@@ -125,11 +125,12 @@ class Saver:
             weights: float32 parameters by name.
             state: plain data that `load_checkpoint` gives back; `step` names the directory, and
                 `not_finite_since` is what `prune` goes by.
-            spare: checkpoints that stay beside those that the settings keep.
+            skipped_since: first of the steps up to now whose updates the guard has skipped, if any:
+                checkpoints from before it stay, as from before a loss that is not finite.
 
         Raises:
             CheckpointError: this one (where saves are not asynchronous) or the one before could not
-                be written.
+                be written; or there is no memory for the copy.
         """
         self.wait()
         if is_distributed() and self._group is None:
@@ -137,12 +138,13 @@ class Saver:
         _accept_a_single_process()
         content = _content(weights, optimizer)
         if self._settings.async_:
-            content = self._snapshot.take(content)
-            if self._snapshot.from_gpu and not self._hooked:
+            content = agree(lambda: self._copy(content))
+            if self._snapshot.from_gpu and self._hooked is not optimizer:
                 optimizer.register_step_pre_hook(lambda *_: self._snapshot.before_changes())
-                self._hooked = True
+                self._hooked = optimizer
         random_state = torch.get_rng_state().numpy().tobytes()
-        job = _Job(content, random_state, copy.deepcopy(state), self._settings.keep + spare)
+        since = state.get("not_finite_since") or skipped_since
+        job = _Job(content, random_state, copy.deepcopy(state), since)
         self._begun = True
         if self._settings.async_:
             name = f"checkpoint of step {state['step']}"
@@ -151,6 +153,16 @@ class Saver:
         else:
             self._run(job)
             self.wait()
+
+    def _copy(self, content: dict[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            return self._snapshot.take(content)
+        except (RuntimeError, MemoryError) as error:
+            raise CheckpointError(
+                f"no memory for the copy of the state that is written: {_reason(error)}",
+                "checkpoint.async",
+                "set it to false, or start fewer processes on this machine",
+            ) from error
 
     def wait(self) -> None:
         """Until the last save is on the disk.
@@ -184,8 +196,7 @@ class Saver:
     def _write(self, job: _Job) -> None:
         final = step_directory(self._directory, job.state["step"])
         partial = final.with_name(f".{final.name}.partial")
-        since = job.state.get("not_finite_since")
-        keep, keep_every = job.keep, self._settings.keep_every
+        since, keep, keep_every = job.since, self._settings.keep, self._settings.keep_every
         writer = SummedWriter(partial)
 
         def prepare() -> None:
@@ -194,7 +205,7 @@ class Saver:
                 prune(self._directory, keep, since, keep_every)
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
-                sync(self._directory.parent)
+                sync_names(self._directory.parent)
 
         def write_random_state() -> dict[str, Recorded]:
             name = f"rng_{rank()}.bin"
@@ -203,10 +214,10 @@ class Saver:
         def finish() -> None:
             if rank() == 0:
                 write_summed(partial / STATE, state_text(job.state, files, world_size()).encode())
-                sync(partial)
+                sync_names(partial)
                 discard(final)
                 os.replace(partial, final)
-                sync(self._directory)
+                sync_names(self._directory)
                 # No loss of the new one's weights is known: they may be the ones that give none.
                 prune(self._directory, keep if since else max(keep, 2), since, keep_every)
 
@@ -223,6 +234,8 @@ class Saver:
                 files |= written
             self._together(finish)
         except (OSError, CheckpointException) as error:
+            if rank() == 0:  # it may be what fills the disk
+                shutil.rmtree(partial, ignore_errors=True)
             cause, remedy = _why_not_written(error)
             raise CheckpointError(
                 f"cannot write a checkpoint: {cause}", str(final), remedy

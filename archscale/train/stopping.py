@@ -49,12 +49,15 @@ class Signals:
 
     Attributes:
         asked: number of the first signal; 0: none.
+        from_agent: torchrun itself has sent one: it ends its processes because it was told to, one
+            of them has failed, or a node joins, and need not be told.
         run_dir: of the run, once it is known.
         releases: called before a process ends at once.
     """
 
     def __init__(self) -> None:
         self.asked = 0
+        self.from_agent = self._over = False
         self.run_dir: Path | None = None
         self.releases: list[Callable[[], None]] = []
         self._lock = threading.Lock()
@@ -65,6 +68,12 @@ class Signals:
         self._pipe = (-1, -1)
 
     # --- the main thread
+
+    def begin(self) -> None:
+        """A run begins; one before it may have finished in this process."""
+        if threading.current_thread() is threading.main_thread():
+            with self._lock:
+                self._untrained, self._unhurried = True, 0
 
     def trained(self) -> None:
         """There is from now on something to save."""
@@ -96,7 +105,15 @@ class Signals:
         with self._lock:
             self._end(self.asked, text)
 
-    # --- the thread
+    # --- the threads
+
+    def _listen(self, numbers: list[signal.Signals]) -> None:
+        """Take the signals, which other threads block, to learn who has sent them."""
+        while not self._over:
+            taken = signal.sigwaitinfo(numbers)
+            if not self._over:
+                self.from_agent |= taken.si_pid == elastic_agent()
+                os.write(self._pipe[1], bytes([taken.si_signo]))
 
     def _watch(self) -> None:
         while True:
@@ -114,7 +131,7 @@ class Signals:
                 if late and not self._unhurried:
                     self._end(
                         self.asked,
-                        f"stopped by {name(self.asked)} without saving, {grace():g} s ({GRACE})"
+                        f"stopped by {self._name()} without saving, {grace():g} s ({GRACE})"
                         f" after it still in {_place()}",
                     )
 
@@ -126,8 +143,11 @@ class Signals:
             return
         self.asked, self._since = number, now
         if self._untrained:
-            self._end(number, f"stopped by {name(number)} with nothing to save")
+            self._end(number, f"stopped by {self._name()} with nothing to save")
         self._deadline = now + grace()
+
+    def _name(self) -> str:
+        return name(self.asked) + (" from torchrun" if self.from_agent else "")
 
     def _end(self, number: int, text: str) -> NoReturn:
         status = STATUS[signal.Signals(number)]
@@ -137,8 +157,10 @@ class Signals:
             line = f"archscale: {text}: {self.newest()}\n"
             with contextlib.suppress(OSError):
                 os.write(2, line.encode("ascii", "backslashreplace"))
-        leave_status(status)
-        if agent is not None:
+        # Torchrun's own signal may come of a crash, whose status is another.
+        if not self.from_agent:
+            leave_status(status)
+        if agent is not None and not self.from_agent:
             # One rank is enough: another signal means that torchrun has been told.
             patience = AGENTS_OWN * (1 + int(os.environ.get("LOCAL_RANK", "0")))
             told = select.select([self._pipe[0]], [], [], patience)[0] or tell(agent)
@@ -169,14 +191,26 @@ class Signals:
         # Shells let what runs in the background ignore Ctrl-C.
         numbers = [number for number in STATUS if signal.getsignal(number) != signal.SIG_IGN]
         before = {number: signal.signal(number, _leave_it_to_the_thread) for number in numbers}
+        # For threads that were there before, and do not block the signals.
         descriptor = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
         thread = threading.Thread(target=self._watch, daemon=True, name="signals")
+        listener = threading.Thread(
+            target=self._listen, args=(numbers,), daemon=True, name="senders"
+        )
         thread.start()
+        if numbers:
+            listener.start()
 
         def undo() -> None:
+            self._over = True
+            if listener.ident is not None:
+                signal.pthread_kill(listener.ident, numbers[0])  # it waits for one
+                listener.join()
             signal.set_wakeup_fd(descriptor)
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             os.write(self._pipe[1], b"\0")
             thread.join()
             for end in self._pipe:
@@ -222,6 +256,7 @@ def _forget_in_child() -> None:
         signal.set_wakeup_fd(-1)
         for number in STATUS:
             signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STATUS)
         _current = Signals()
 
 
@@ -258,7 +293,9 @@ def elastic_agent() -> int | None:
         # What torchrun starts has the variable, itself it has not.
         while pid > 1 and b"\0TORCHELASTIC_RUN_ID=" in b"\0" + _of(pid, "environ"):
             pid = int(_of(pid, "stat").rpartition(b")")[2].split()[1])
-        return pid if pid > 1 else None
+        # Process 1 is torchrun in a container, and otherwise who adopts orphans.
+        if pid > 1 or re.search(rb"torchrun|torch\.distributed|accelerate", _of(pid, "cmdline")):
+            return pid
     return None
 
 
@@ -295,9 +332,13 @@ def name(number: int) -> str:
 
 
 def _place() -> str:
-    """Where the main thread is."""
+    """Where the main thread is: its innermost function of archscale."""
     main = threading.main_thread().ident
-    frame = None if main is None else sys._current_frames().get(main)
+    innermost = None if main is None else sys._current_frames().get(main)
+    frame = innermost
+    while frame is not None and "archscale" not in Path(frame.f_code.co_filename).parts:
+        frame = frame.f_back
+    frame = frame or innermost
     if frame is None:
         return "no function"
     code = frame.f_code

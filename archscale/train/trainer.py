@@ -32,7 +32,14 @@ from archscale.data.stored import check_document_mask, run_tokenizer
 from archscale.data.tokenizer import keep_tokenizer
 from archscale.data.training_data import TrainingData, open_training_data
 from archscale.data.validation import ValidationSet, validation_sets
-from archscale.errors import ArchscaleError, ConfigError, DataError, TrainingError, one_line
+from archscale.errors import (
+    ArchscaleError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TrainingError,
+    one_line,
+)
 from archscale.files import (
     CHECKPOINTS,
     CONFIG,
@@ -86,11 +93,13 @@ def _ended_by_signals(train: Callable[P, dict[str, Any]]) -> Callable[P, dict[st
     def listening(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
         stopping.forget_status()
         with stopping.listening() as signals:
+            signals.begin()
             try:
                 return train(*args, **kwargs)
             except Stopped as stopped:
                 stopping.leave_status(stopped.status)
-                if os.environ.get("LOCAL_RANK", "0") == "0" and (agent := stopping.elastic_agent()):
+                first = os.environ.get("LOCAL_RANK", "0") == "0" and not signals.from_agent
+                if first and (agent := stopping.elastic_agent()):
                     stopping.tell(agent)
                 distributed.stop()
                 raise
@@ -202,6 +211,7 @@ class Run:
         self._fell_back_to: int | None = None  # step that the last fall-back went to
         self._not_finite_since: int | None = None  # first step of the losses now that are not
         # Metrics of the last step before a signal, whose evaluation is still to come.
+        self._own = True  # the checkpoint that it starts from is its own
         self._unfinished: dict[str, Any] | None = None
         self._signals = stopping.current()
         # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
@@ -220,10 +230,18 @@ class Run:
             Stopped: a signal has ended it, after a checkpoint.
         """
         started = time.monotonic()
-        self.lineage = Lineage(start)
+        self.lineage, self._own = Lineage(start), start.own
         step = 0 if start.checkpoint is None else self._restore(start.checkpoint, start.rewinds)
         unfinished = distributed.on_rank_zero(lambda: self._not_written(self._unfinished))
         if step >= self.rates.steps and not unfinished:
+            if not start.own:
+                raise distributed.same_everywhere(
+                    CheckpointError(
+                        f"no step is left after step {step}",
+                        str(start.checkpoint),
+                        "give more training.tokens, or an older checkpoint",
+                    )
+                )
             return self._summary(step, started, already_done=True)
         distributed.on_rank_zero(lambda: leave_one_history(self.run_dir, start, step))
         distributed.on_rank_zero(self._describe)
@@ -239,7 +257,10 @@ class Run:
                 try:
                     step = self._train(step, recorder, watchdog)
                 except FallBack as cause:
-                    step = self._fall_back(cause, recorder)
+                    with self._signals.unhurried():
+                        step = self._fall_back(cause, recorder)
+            with self._signals.unhurried():
+                self.saver.wait()
         return self._summary(step, started)
 
     def _train(self, step: int, recorder: Recorder, watchdog: Watchdog) -> int:
@@ -353,7 +374,8 @@ class Run:
         bad = self.guard is not None and self.guard.skipped > 0
         if asked or (saving and (step == self.rates.steps or not bad)):
             with self._signals.unhurried():
-                self._save(step, spare=bad)
+                first_skipped = step - self.guard.skipped + 1 if self.guard and bad else None
+                self._save(step, first_skipped)
                 if asked:
                     self.saver.wait()
             if not asked and (asked := ballot.ask()[0]):  # while it saved
@@ -389,16 +411,17 @@ class Run:
             self.guard.load(state["guard"])
         self._not_finite_since = state.get("not_finite_since")
         self._fell_back_to = state.get("fell_back_to")
-        self._unfinished = state.get("unfinished")
+        # A branch begins with the step after.
+        self._unfinished = state.get("unfinished") if self._own else None
         return int(state["step"])
 
-    def _save(self, step: int, spare: bool = False) -> None:
+    def _save(self, step: int, skipped_since: int | None = None) -> None:
         """Save; with `spare` the older checkpoints that there may be to fall back to stay."""
         state = {"step": step, "config": self.config.resolved(), "data": identity(self.data)}
         state |= {"guard": self.guard and self.guard.state(), **self.lineage.next(step)}
         state["not_finite_since"] = self._not_finite_since
         state |= {"fell_back_to": self._fell_back_to, "unfinished": self._unfinished}
-        self.saver.save(self.engine.weights(), self.optimizer, state, spare)
+        self.saver.save(self.engine.weights(), self.optimizer, state, skipped_since)
 
     def _fall_back(self, cause: FallBack, recorder: Recorder) -> int:
         """To the newest checkpoint from before the bad steps, or from before the last fall-back if

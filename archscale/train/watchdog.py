@@ -122,9 +122,10 @@ def _stacks() -> str:
 def _bytes_below(folder: Path) -> int:
     """Size of all files; those that vanish meanwhile count for nothing."""
     size = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            size += path.stat().st_size
+    for parent, _, names in os.walk(folder):  # which passes over directories that vanish
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += os.stat(os.path.join(parent, name)).st_size
     return size
 
 

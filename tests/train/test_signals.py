@@ -5,22 +5,29 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from archscale.checkpoint.saving import Saver
 from archscale.config import dump_config
 from archscale.distributed import rank
 from archscale.errors import ArchscaleError
 from archscale.files import checkpoint_steps
 from archscale.train import evaluate, stopping, trainer
-from tests.commands import start
+from tests.commands import ROOT, start
 from tests.train.tiny import config, run, tiny_data
 
 STEPS = 8
-SECTIONS = {"eval": {"every": 4, "batches": 2}, "checkpoint": {"every": 4, "keep": 1}}
+SECTIONS = {
+    "eval": {"every": 4, "batches": 2},
+    "checkpoint": {"every": 4, "keep": 1},
+    "telemetry": {"every": 1},
+}
 CLOCKS = ("time", "step_seconds", "tokens_per_second")
 
 
@@ -81,6 +88,29 @@ def stopped(data: str, run_dir: str, phase: str, count: int, number: int, to: in
     return 0
 
 
+def with_a_slow_last_save(data: str, run_dir: str) -> int:
+    """Exit status of a run that is signalled while its last checkpoint takes longer to write than
+    the grace."""
+    original = Saver._write
+
+    def slow(saver, job):
+        if job.state["step"] == STEPS:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(2.5)
+        original(saver, job)
+
+    Saver._write = slow
+    os.environ[stopping.GRACE] = "1"
+    try:
+        with stopping.listening():
+            run(config(data, steps=STEPS, **SECTIONS), run_dir)
+    except stopping.Stopped as end:
+        return end.code
+    finally:
+        Saver._write = original
+    return 0
+
+
 def straight(data: str, run_dir: str) -> None:
     run(config(data, steps=STEPS, **SECTIONS), run_dir)
 
@@ -121,6 +151,11 @@ def test_after_the_last_checkpoint_a_run_finishes(pool, data, untouched, tmp_pat
     arguments = "saving", 2, signal.SIGTERM, 0
     assert pool(2).run(stopped, data, str(tmp_path), *arguments, timeout=60) == [0, 0]
     assert curve(tmp_path) == untouched
+
+
+def test_a_save_is_not_cut_short(pool, data, tmp_path):
+    pool(2).run(with_a_slow_last_save, data, str(tmp_path), timeout=60)
+    assert checkpoint_steps(tmp_path / "checkpoints")[-1] == STEPS
 
 
 def test_several_signals_and_a_second_ctrl_c(monkeypatch):
@@ -246,3 +281,40 @@ def wait_for(condition: Callable[[], object], limit: float = 10.0) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+AGENT = """
+import os, signal, subprocess, sys, time
+heard = []
+signal.signal(signal.SIGTERM, lambda *_: heard.append(1))
+child = subprocess.Popen([sys.executable, "-c", sys.argv[2]], stdout=subprocess.PIPE,
+    env=os.environ | {"TORCHELASTIC_RUN_ID": "x", "RANK": "0", "LOCAL_RANK": "0"})
+child.stdout.readline()
+if sys.argv[1] == "torchrun":
+    child.send_signal(signal.SIGTERM)
+else:
+    subprocess.run(["kill", "-TERM", str(child.pid)], check=True)
+status = child.wait(20)
+time.sleep(0.2)
+print(status, len(heard))
+"""
+RANK = """
+import time
+from archscale.train import stopping
+with stopping.listening():
+    print("ready", flush=True)
+    time.sleep(20)
+"""
+
+
+@pytest.mark.parametrize(("sender", "heard"), [("torchrun", 0), ("somebody else", 1)])
+def test_torchrun_is_told_only_by_ranks_that_it_has_not_signalled(tmp_path, sender, heard):
+    """It ends its processes also when one of them has failed, to start them again; then a second
+    signal would end itself, and the status would be that of no crash."""
+    left = tmp_path / "status"
+    left.touch()
+    environment = os.environ | {"ARCHSCALE_STATUS_FILE": str(left), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", AGENT, sender, RANK]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["75", str(heard)], done.stderr
+    assert left.read_text() == ("75\n" if heard else "")
