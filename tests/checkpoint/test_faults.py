@@ -48,7 +48,7 @@ def made(data: str, asynchronous: bool = False, keep: int = 1, **sections) -> Co
     return config(data, steps=4, checkpoint=checkpoint, telemetry=telemetry, **sections)
 
 
-@pytest.fixture(scope="module", params=SAVING, ids=lambda value: "async" if value else "sync")
+@pytest.fixture(scope="module", params=SAVING)
 def asynchronous(request) -> bool:
     return request.param
 
