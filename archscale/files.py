@@ -27,7 +27,7 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     has the old one open never sees half of the new. A link is replaced, not followed.
 
     Raises:
-        OSError: it cannot be written, by the name of `path`; nothing is left beside it.
+        OSError: it cannot be written, by the name of `path`; nothing stays that can be deleted.
     """
     # Other processes, on other machines too, may write the same file.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -38,7 +38,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a broken disk, or one that is read-only now
+            temporary.unlink(missing_ok=True)
         # A write that fails names no file.
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             error.filename, error.filename2 = str(path), None
