@@ -20,6 +20,7 @@ fail() { echo "torchrun.sh: $*" >&2; exit 2; }
 
 agent="" asked="" passed=""  # process id of torchrun; the first signal; whether torchrun has it
 
+# shellcheck disable=SC2329  # the traps call it
 ask() {
   asked=${asked:-$1}
   pass_on
