@@ -27,7 +27,7 @@ from archscale.terminal import table
 
 BLOCK = 1 << 20  # elements that are compared at once, in float64
 # Entries of state.json that differ between checkpoints of equal content.
-OWN = ("format", "files", "world_size", "id", "parent", "resumed", "config")
+OWN = ("format", "crc32", "files", "world_size", "id", "parent", "resumed", "config")
 MISSING = "not there"
 
 

@@ -28,7 +28,8 @@ from archscale.files import checkpoint_steps, step_directory
 FORMAT = 3
 READABLE = (2, FORMAT)  # format 2 has the sizes of files, and no checksums
 READERS = 4  # files that a process reads at a time
-CHUNK = 4 << 20  # bytes
+CHUNK = 4 << 20  # bytes that are summed up and written at a time
+READ = 256 << 10  # bytes that are read and summed up at a time: more do not stay in a cache
 
 
 class Recorded(NamedTuple):
@@ -128,7 +129,7 @@ def damage(path: Place) -> str | None:
     try:
         files = recorded_files(read_state(path))
     except CheckpointError as error:
-        return error.what
+        return error.what if STATE in error.what else f"{STATE}: {error.what}"
     for name, recorded in files.items():
         if problem := wrong_size(path / name, recorded):
             return problem
@@ -167,7 +168,7 @@ def wrong_content(file: Place, recorded: Recorded) -> str | None:
 
 
 def _checksum(file: Place) -> str:
-    crc, buffer = 0, memoryview(bytearray(CHUNK))
+    crc, buffer = 0, memoryview(bytearray(READ))
     remote = isinstance(file, StorePath)
     with file.open() if isinstance(file, StorePath) else open(file, "rb", buffering=0) as stream:
         if hasattr(os, "posix_fadvise") and not remote:  # read on while the checksum is computed

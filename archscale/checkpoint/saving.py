@@ -41,6 +41,7 @@ from archscale.checkpoint.directory import (
 )
 from archscale.checkpoint.fragments import Stored
 from archscale.checkpoint.place import BrokenUpload, Place, StoreError, StorePath
+from archscale.checkpoint.reader import DirectReader
 from archscale.checkpoint.snapshot import Snapshot
 from archscale.checkpoint.writer import SummedWriter, reader_of, write_summed
 from archscale.config import CheckpointConfig
@@ -310,7 +311,8 @@ def load_checkpoint(
         ):
             raise ValueError(f"it holds {extra[0]}, which this run has not")
         _accept_a_single_process()
-        dcp.load(content, storage_reader=reader)
+        fast = None if isinstance(path, StorePath) else DirectReader(path)
+        dcp.load(content, storage_reader=fast or reader)
         if optimizer is not None and state["world_size"] == world_size():
             content_rng = (path / f"rng_{rank()}.bin").read_bytes()
             torch.set_rng_state(torch.frombuffer(bytearray(content_rng), dtype=torch.uint8))

@@ -46,6 +46,7 @@ def render(plan: Mapping[str, Any]) -> str:
             {
                 "a checkpoint": size(c["bytes"]),
                 f"{c['kept']} kept and one being written": size(c["disk"]),
+                "a process's copy while it is written, on the host": size(c["host_copy"]),
             },
         )
     if f.get("devices"):

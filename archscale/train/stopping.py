@@ -245,6 +245,13 @@ def leave_status(status: int) -> None:
             Path(path).write_text(f"{status}\n")
 
 
+def forget_status() -> None:
+    """Empty what an earlier start under the same torchrun has left: this one may end otherwise."""
+    if (path := os.environ.get(STATUS_FILE)) and os.environ.get("LOCAL_RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            os.truncate(path, 0)
+
+
 def elastic_agent() -> int | None:
     """Process id of the torchrun that has started this process, directly or through others; None
     without one."""

@@ -84,6 +84,7 @@ def _ended_by_signals(train: Callable[P, dict[str, Any]]) -> Callable[P, dict[st
 
     @functools.wraps(train)
     def listening(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+        stopping.forget_status()
         with stopping.listening() as signals:
             try:
                 return train(*args, **kwargs)

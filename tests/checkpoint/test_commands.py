@@ -12,7 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from archscale.checkpoint.difference import TensorReader, compare_checkpoints, compare_tensors
-from archscale.checkpoint.directory import kept_steps
+from archscale.checkpoint.directory import kept_steps, read_state, recorded_files, state_text
 from archscale.checkpoint.integrity import coverage_problem, problems_of
 from archscale.cli import app
 from archscale.errors import CheckpointError
@@ -59,20 +59,20 @@ def command(*arguments: object) -> tuple[int, str, str]:
 
 
 def change_state(path: Path, **values) -> None:
-    state = json.loads((path / "state.json").read_text())
-    (path / "state.json").write_text(json.dumps(state | values))
+    state = read_state(path) | values
+    files = recorded_files(state)
+    plain = {key: value for key, value in state.items() if key not in ("files", "crc32", "format")}
+    (path / "state.json").write_text(state_text(plain, files, state["world_size"]))
 
 
 def with_checksums(path: Path) -> None:
     """Give `state.json` the checksums of the files as they are."""
-    files = json.loads((path / "state.json").read_text())["files"]
-    change_state(
-        path,
-        files={
-            name: {"bytes": size, "crc32": f"{zlib.crc32((path / name).read_bytes()):08x}"}
-            for name, size in ((name, (path / name).stat().st_size) for name in files)
-        },
-    )
+    files = {
+        name: {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}
+        for name in read_state(path)["files"]
+        for content in [(path / name).read_bytes()]
+    }
+    change_state(path, files=files)
 
 
 # --- list
@@ -145,7 +145,16 @@ def test_a_folder_without_checkpoints_is_refused(tmp_path, name):
 def test_whole_checkpoints_are_whole(runs, processes):
     status, out, _ = command("verify", runs[processes])
     assert status == 0
-    assert out.count(": whole (written without checksums: sizes only)") == 4
+    assert out.count(": whole\n") == 4
+
+
+def test_a_checkpoint_from_before_there_were_checksums(copied):
+    state = read_state(step(copied, 2))
+    sizes = {name: recorded.bytes for name, recorded in recorded_files(state).items()}
+    old = {**state, "format": 2, "files": sizes}
+    (step(copied, 2) / "state.json").write_text(json.dumps(old))
+    status, out, _ = command("verify", step(copied, 2))
+    assert (status, out.count(": whole (written without checksums: sizes only)")) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -157,8 +166,6 @@ def test_whole_checkpoints_are_whole(runs, processes):
     ],
 )
 def test_a_damaged_file_is_named(copied, harm, said):
-    with_checksums(step(copied, 4))
-    assert command("verify", step(copied, 4))[1].endswith(": whole\n")
     bad = next(step(copied, 4).glob("*.distcp"))
     content = bytearray(bad.read_bytes())
     if harm == "missing":
@@ -240,7 +247,6 @@ def test_prune_keeps_one_from_before_a_loss_that_is_not_finite(copied):
 
 def test_prune_keeps_the_newest_whole_one(copied):
     for number in (6, 8):
-        with_checksums(step(copied, number))
         bad = next(step(copied, number).glob("*.distcp"))
         bad.write_bytes(bytes(bad.stat().st_size))
     assert "step 4 stays: the newest that is whole" in command("prune", copied, "--keep", 2)[1]

@@ -15,8 +15,10 @@ import pytest
 import torch.distributed as dist
 
 from archscale import distributed
+from archscale.checkpoint.directory import STATE
 from archscale.config import dump_config
-from archscale.files import METRICS, OWNER, checkpoint_steps
+from archscale.files import METRICS, OWNER, checkpoint_steps, step_directory
+from archscale.train import stopping
 from archscale.train.ownership import process_start, sole_owner, this_process
 from tests import namespaces
 from tests.commands import Launched, launch, start
@@ -24,6 +26,7 @@ from tests.train.test_ownership import leave
 from tests.train.tiny import config, tiny_data
 
 STEPS, EVERY = 80, 10
+LONG = 400.0  # seconds within which a job has ended, however busy the machine is
 # torchrun's own default waits half a minute for more nodes.
 SOON = {"last_call_timeout": 5}
 
@@ -76,6 +79,27 @@ def test_a_job_takes_the_directory_from_its_earlier_start(tmp_path, monkeypatch,
     assert replace(this_process()).job == ""
 
 
+@pytest.mark.parametrize(
+    ("options", "variable", "any_number"),
+    [
+        (["--nnodes=1:4", "-m", "archscale"], None, True),
+        (["--nproc-per-node=1", "--nnodes", "1:4", "-m", "archscale"], None, True),
+        (["-m", "archscale"], "1:4", True),
+        (["--nnodes=1:4"], "2", True),
+        (["--nnodes=2"], "1:4", False),
+        (["--nnodes", "2", "--max-restarts=3:4"], None, False),
+        (["--nnodes=2:2"], None, False),
+        (["--standalone"], None, False),
+    ],
+)
+def test_whether_torchrun_takes_any_nodes(options, variable, any_number):
+    """By the command line and the environment of its process."""
+    command = ["sh", "-c", "read line", "torchrun", *options]
+    env = {"PATH": os.defpath} | ({"PET_NNODES": variable} if variable else {})
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=env) as agent:
+        assert stopping.takes_any_nodes(agent.pid) == any_number
+
+
 # --- whole jobs
 
 
@@ -94,9 +118,22 @@ class Job:
         options += ["--run-dir", str(run_dir or self.run_dir)]
         return ["train", str(self.folder / "c.yaml"), *options]
 
-    def on(self, node: namespaces.Node, nodes: str = "1:2", stuck_after: float = 120) -> Launched:
+    def on(
+        self,
+        node: namespaces.Node,
+        nodes: str = "1:2",
+        stuck_after: float = 120,
+        restarts: int = 3,
+    ) -> Launched:
         command = self.command(stuck_after=stuck_after)
-        launched = node.start(command, nodes, rendezvous=SOON, job=self.run_dir.name)
+        launched = node.start(
+            command,
+            nodes,
+            restarts,
+            rendezvous=SOON,
+            job=self.run_dir.name,
+            env={"LOGLEVEL": "INFO"},  # torchrun says how many restarts are left
+        )
         self.started.append(launched)
         return launched
 
@@ -113,7 +150,14 @@ class Job:
         except (OSError, ValueError):
             return None
 
-    def until(self, met: Callable[[], bool], what: str, limit: float = 120) -> float:
+    def parent_after(self, step: int) -> int | None:
+        """The step from which the first checkpoint after `step` was trained, None before it."""
+        checkpoints = self.run_dir / "checkpoints"
+        later = [number for number in checkpoint_steps(checkpoints) if number > step]
+        state = later and json.loads((step_directory(checkpoints, min(later)) / STATE).read_text())
+        return state["parent"]["step"] if state else None
+
+    def until(self, met: Callable[[], object], what: str, limit: float = LONG) -> float:
         """Waits; returns the seconds it took."""
         began = time.monotonic()
         while not met():
@@ -124,7 +168,7 @@ class Job:
 
     def check(self) -> None:
         """The curve is that of a run that nobody disturbs."""
-        launch(self.command(self.folder / "calm"), timeout=200)
+        launch(self.command(self.folder / "calm"), timeout=LONG)
         calm, lived = (
             [json.loads(line) for line in (path / METRICS).read_text().splitlines()]
             for path in (self.folder / "calm", self.run_dir)
@@ -157,7 +201,7 @@ def pids(launched: Launched) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(1500)
 def test_a_killed_process_costs_the_steps_since_the_checkpoint(job):
     running = start(job.command(), processes=2, env={"PET_MAX_RESTARTS": "3"})
     job.started.append(running)
@@ -166,12 +210,12 @@ def test_a_killed_process_costs_the_steps_since_the_checkpoint(job):
     running.signal(signal.SIGKILL, pids(running)[-1:])
     took = job.until(lambda: job.step() > before + 1, "going on")
     print(f"a killed process: {took:.1f} s until step {before} was behind")
-    assert running.wait(200).returncode == 0
+    assert running.wait(LONG).returncode == 0
     job.check()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1500)
 def test_a_lost_node_and_one_that_joins(job, network):
     """The node that is lost has rank 0 and owns the run directory; it is another one that joins."""
     first, second = network.nodes
@@ -188,12 +232,47 @@ def test_a_lost_node_and_one_that_joins(job, network):
     print(f"a lost node: from step {before} back to {saved}; past it {took:.1f} s after the loss")
     joining = job.on(second)
     job.until(lambda: job.ranks() == 2, "both again")
-    assert [each.wait(200).returncode for each in (staying, joining)] == [0, 0]
+    assert [each.wait(LONG).returncode for each in (staying, joining)] == [0, 0]
     job.check()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1500)
+def test_a_node_that_joins_and_one_that_is_preempted_cost_no_step(job, network):
+    """Torchrun ends the processes that train by SIGTERM when a node joins; they are not to end it.
+    The one that joins uses up no restart."""
+    first, second = network.nodes
+    staying = job.on(first, restarts=1)
+    job.until(lambda: job.step() >= 12, "12 steps alone")
+    began = time.monotonic()
+    leaving = job.on(second, restarts=1)
+    job.until(lambda: job.ranks() == 2, "both")
+    joined = stopped_at(staying)
+    job.until(lambda: job.step() > joined, "going on with both")
+    print(f"a node that joins: {time.monotonic() - began:.1f} s from its start past step {joined}")
+    assert "attempts left" not in staying.output[1]
+    job.until(lambda: job.parent_after(joined), "a checkpoint by both")
+    assert job.parent_after(joined) == joined
+    began = time.monotonic()
+    leaving.signal(signal.SIGTERM, [leaving.process.pid])
+    job.until(lambda: job.ranks() == 1, "the other one alone")
+    preempted = stopped_at(leaving)
+    job.until(lambda: job.step() > preempted, "going on alone")
+    print(f"a preempted node: {time.monotonic() - began:.1f} s from SIGTERM past step {preempted}")
+    job.until(lambda: job.parent_after(preempted), "a checkpoint alone")
+    assert job.parent_after(preempted) == preempted
+    assert leaving.wait(LONG, check=False).returncode == 1
+    assert staying.wait(LONG).returncode == 0
+    job.check()
+
+
+def stopped_at(launched: Launched) -> int:
+    """The last step that its rank 0 has saved after a signal."""
+    return int(re.findall(r"stopped by SIGTERM at step (\d+): checkpoint", launched.output[1])[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
 @pytest.mark.parametrize("seconds", [6, 40])
 def test_a_network_cut_for_a_while(job, network, seconds):
     """Shorter than `telemetry.stuck_after`: one slow step. Longer: both sides end, and go on when
@@ -209,14 +288,14 @@ def test_a_network_cut_for_a_while(job, network, seconds):
     network.restore(second)
     took = job.until(lambda: job.step() > before + 5, "going on")
     print(f"cut for {seconds} s: past step {before} {took:.1f} s after its end")
-    assert [each.wait(200).returncode for each in both] == [0, 0]
+    assert [each.wait(LONG).returncode for each in both] == [0, 0]
     causes = [each.output[1].count("made no progress") for each in both]
     assert (ended, causes) == (set(), [0, 0]) if seconds == 6 else ended == workers and all(causes)
     job.check()
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(500)
+@pytest.mark.timeout(1500)
 def test_a_network_cut_for_good(job, network):
     """The isolated node gives up; the one with the rendezvous trains on alone to the end."""
     first, second = network.nodes
@@ -225,11 +304,11 @@ def test_a_network_cut_for_good(job, network):
     job.until(lambda: job.step() >= 25 and job.ranks() == 2, "25 steps on both")
     network.cut(second)
     began = time.monotonic()
-    assert isolated.wait(120, check=False).returncode != 0
+    assert isolated.wait(LONG, check=False).returncode != 0
     print(f"cut for good: the isolated node ended after {time.monotonic() - began:.1f} s")
     # Whichever is first: the agent, or the process that it watches.
     assert re.search("RendezvousConnectionError|rank 0 made no progress", isolated.output[1])
-    assert staying.wait(300).returncode == 0
+    assert staying.wait(LONG).returncode == 0
     assert re.search("rank 1 made no progress|rank 1 of 2 cannot reach", staying.output[1])
     assert job.ranks() == 1
     job.check()

@@ -13,6 +13,7 @@ import pytest
 
 from archscale.config import dump_config
 from archscale.distributed import rank
+from archscale.errors import ArchscaleError
 from archscale.files import checkpoint_steps
 from archscale.train import evaluate, stopping, trainer
 from tests.commands import start
@@ -52,7 +53,7 @@ def signal_in(phase: str, count: int, number: int, to: int) -> Iterator[None]:
     """Send the signal to rank `to` in the `count`-th call of what a phase calls."""
     owner, name = {
         "training": (trainer, "train_step"),
-        "saving": (trainer, "save_checkpoint"),
+        "saving": (trainer.Saver, "save"),
         "evaluating": (evaluate, "validation_batches"),
     }[phase]
     original, calls = getattr(owner, name), [0]
@@ -105,7 +106,7 @@ def untouched(pool, data, tmp_path_factory) -> list[dict]:
 def test_one_rank_is_signalled(pool, data, untouched, tmp_path, where, number, step, lines):
     statuses = pool(2).run(stopped, data, str(tmp_path), *where, number, 1, timeout=60)
     assert statuses == [130 if number == signal.SIGINT else 75] * 2
-    assert checkpoint_steps(tmp_path / "checkpoints") == [step]
+    assert max(checkpoint_steps(tmp_path / "checkpoints")) == step
     assert len(curve(tmp_path)) == lines
     assert not (tmp_path / "owner.json").exists()
     pool(2).run(straight, data, str(tmp_path), timeout=60)
@@ -156,6 +157,15 @@ def test_a_run_that_is_stuck_ends_after_its_grace(monkeypatch):
     assert "still in wait_for" in ended[0][1]
 
 
+def test_a_start_forgets_the_status_of_the_one_before(monkeypatch, tmp_path):
+    """Or a run that torchrun has started again would end with it, however it ends."""
+    (tmp_path / "status").write_text("75\n")
+    monkeypatch.setenv(stopping.STATUS_FILE, str(tmp_path / "status"))
+    with pytest.raises(ArchscaleError):
+        trainer.train(config("nowhere"), tmp_path / "run")
+    assert (tmp_path / "status").read_text() == ""
+
+
 def test_a_child_does_not_report_its_signals_to_its_parent():
     with stopping.listening() as signals:
         child = os.fork()
@@ -178,9 +188,9 @@ def yaml(data, tmp_path) -> Path:
 def test_before_the_first_step_there_is_nothing_to_save(yaml, tmp_path):
     """One line, the status that says try again, and a directory that anybody may have."""
     running = start(["train", str(yaml), "--run-dir", str(tmp_path / "run")])
-    wait_for(lambda: (tmp_path / "run" / "owner.json").exists(), 120)
+    wait_for(lambda: (tmp_path / "run" / "owner.json").exists(), 200)
     running.signal(signal.SIGTERM)
-    done = running.wait(60, check=False)
+    done = running.wait(200, check=False)
     assert done.returncode == 75
     assert done.stderr == (
         "archscale: stopped by SIGTERM with nothing to save: there is no checkpoint yet; the same"
@@ -189,31 +199,44 @@ def test_before_the_first_step_there_is_nothing_to_save(yaml, tmp_path):
     assert not (tmp_path / "run" / "owner.json").exists()
 
 
+def under_torchrun() -> list:
+    """(whether steps are trained, signal, to whom, restarts that torchrun has left)."""
+    usual = signal.SIGTERM, signal.SIGINT
+    targets = "agent", 0, 1
+    cases = [(False, number, target, 3) for target in targets for number in usual]
+    cases += [(True, number, target, 3) for target in (*targets, "group") for number in usual]
+    cases += [(True, signal.SIGTERM, target, 0) for target in ("agent", 1)]
+    cases += [(True, signal.SIGUSR1, target, 3) for target in ("agent", 1)]
+    return cases
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("target", [None, 0, 1])
-@pytest.mark.parametrize("trained", [False, True])
-def test_under_torchrun(yaml, tmp_path, number, target, trained):
-    """Of the agent (None) or of one rank; no restart."""
+@pytest.mark.parametrize(("trained", "number", "target", "restarts"), under_torchrun())
+def test_under_torchrun(yaml, tmp_path, trained, number, target, restarts):
+    """No restart, one line, and its own exit status in the file."""
     run_dir, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
-    env = {"PET_MAX_RESTARTS": "3", "ARCHSCALE_STATUS_FILE": str(tmp_path / "status")}
+    env = {"PET_MAX_RESTARTS": str(restarts), "ARCHSCALE_STATUS_FILE": str(tmp_path / "status")}
+    env |= {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "LOGLEVEL": "INFO"}
     running = start(["train", str(yaml), "--run-dir", str(run_dir)], processes=2, env=env)
     if trained:
         wait_for(lambda: metrics.exists() and len(curve(run_dir)) > 10, 200)
     else:
         wait_for(lambda: (run_dir / "owner.json").exists(), 200)
-    pids = [pid for pid, rank in running.tree().items() if rank == target]
-    running.signal(number, pids if target is not None else [running.process.pid])
-    done = running.wait(60, check=False)
+    ranks = {rank: pid for pid, rank in running.tree().items() if rank is not None}
+    agent = running.process.pid
+    groups = {"agent": [agent], "group": [agent, *ranks.values()]}
+    running.signal(number, groups.get(target) or [ranks[target]])
+    done = running.wait(200, check=False)
     assert done.returncode == 1  # torchrun's own
     status = 130 if number == signal.SIGINT else 75
-    if target is not None and not trained:  # the agent passes on a signal of its own
+    if target in (0, 1) and not trained:  # the agent passes on a signal of its own
         assert int((tmp_path / "status").read_text()) in (75, status)
     else:
         assert int((tmp_path / "status").read_text()) == status
     lines = [line for line in done.stderr.splitlines() if line.startswith("archscale:")]
     assert len(lines) == 1, done.stderr
     assert "stopped by" in lines[0]
+    assert "attempts left" not in done.stderr
     assert bool(checkpoint_steps(run_dir / "checkpoints")) == trained
     assert not (run_dir / "owner.json").exists()
 
