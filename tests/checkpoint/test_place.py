@@ -12,6 +12,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from typer.testing import CliRunner
 
 from archscale.checkpoint import saving
+from archscale.checkpoint.difference import TensorReader
 from archscale.checkpoint.directory import damage
 from archscale.checkpoint.integrity import problems_of
 from archscale.checkpoint.listing import list_checkpoints
@@ -19,9 +20,11 @@ from archscale.checkpoint.place import StoreError, StorePath, checkpoints_of, ne
 from archscale.checkpoint.saving import load_checkpoint
 from archscale.cli import app
 from archscale.data import remote
+from archscale.distributed import rank
 from archscale.errors import ArchscaleError, CheckpointError, ConfigError, TrainingError
 from archscale.files import checkpoint_steps, step_directory
 from archscale.report.read import read_runs
+from archscale.train import ownership
 from archscale.train.generate import load_run
 from archscale.train.ownership import sole_owner, this_process
 from tests.checkpoint.test_saving import Training, same
@@ -31,8 +34,7 @@ MEMORY = "memory://bucket/run/checkpoints"
 
 
 class Failing(MemoryFileSystem):
-    """A store that fails, or refuses, from one change on, for a number of them; not MemoryFileSystem's
-    own objects."""
+    """A store whose changes number `fails_at` fail with `error`."""
 
     protocol = "failing"
     store: dict = {}  # noqa: RUF012
@@ -98,9 +100,12 @@ def command(*arguments: object) -> tuple[int, str]:
     return done.exit_code, done.stdout
 
 
-def weights(path) -> dict[str, torch.Tensor]:
-    from archscale.checkpoint.difference import TensorReader
+def save_now(training: Training) -> None:
+    training.save()
+    training.saver.wait()
 
+
+def weights(path) -> dict[str, torch.Tensor]:
     reader = TensorReader(path)
     return {name: reader.read(name) for name in reader.tensors}
 
@@ -140,13 +145,13 @@ def test_whichever_write_fails_the_checkpoint_before_is_whole(asynchronous):
         training.save()
         training.saver.wait()
         writes = len(Failing.changes)
-        assert Failing.changes[-1] == "state.json" and writes > 3
+        assert Failing.changes[-1] == "state.json"
+        assert writes > 3
         for number in range(writes):
             Failing.reset(range(number, number + 1), PermissionError("Access Denied"))
             training.step()
-            with pytest.raises(CheckpointError, match="Access Denied.*credentials"):
-                training.save()
-                training.saver.wait()
+            with pytest.raises(CheckpointError, match=r"Access Denied.*credentials"):
+                save_now(training)
             assert checkpoint_steps(folder) == [1]
         Failing.reset()
         training.save()
@@ -168,9 +173,8 @@ def test_passing_failures_are_waited_for(monkeypatch):
             assert problems_of(step_directory(folder, training.taken)) == ([], True)
         Failing.reset(range(2, 99))
         training.step()
-        with pytest.raises(CheckpointError, match="reset by peer.*check the network"):
-            training.save()
-            training.saver.wait()
+        with pytest.raises(CheckpointError, match=r"reset by peer.*check the network"):
+            save_now(training)
 
 
 def test_an_upload_that_breaks_off_is_begun_again(monkeypatch):
@@ -228,12 +232,14 @@ def test_a_run_in_a_store(data, tmp_path):
     assert [row["step"] for row in found["checkpoints"]] == [2, 4, 6]
 
     status, said = command("verify", crashed, aside)
-    assert status == 0 and said.count(": whole") == 5
+    assert status == 0
+    assert said.count(": whole") == 5
     assert read_runs([crashed])[0].checkpoint[0] == 6
     assert load_run(crashed)[0].checkpoint.directory == MEMORY
     with sole_owner(place_of(MEMORY)):
         status, said = command("prune", crashed, "--keep", 1)
-        assert status == 2 and "trains in this directory" in said
+        assert status == 2
+        assert "trains in this directory" in said
     assert command("prune", MEMORY, "--keep", 1)[0] == 0
     assert checkpoint_steps(folder) == [6]
     assert not (folder / "owner.json").exists()
@@ -262,9 +268,11 @@ def test_one_run_in_a_place(data, tmp_path):
     trajectory when that has ended."""
     for place in (MEMORY, str(tmp_path / "place")):
         made = config(data, steps=2, **settings(place))
-        with sole_owner(tmp_path / "a", place_of(place)):
-            with pytest.raises(TrainingError, match=r"trains in this directory \(.*directory"):
-                run(made, str(tmp_path / "b"))
+        with (
+            sole_owner(tmp_path / "a", place_of(place)),
+            pytest.raises(TrainingError, match=r"trains in this directory \(.*directory"),
+        ):
+            run(made, str(tmp_path / "b"))
         run(made, str(tmp_path / "a"))
         other = config(data, steps=2, **settings(place), seed=5)
         with pytest.raises(ConfigError, match="seed is 5"):
@@ -279,8 +287,6 @@ def test_one_run_in_a_place(data, tmp_path):
 
 def test_an_owner_on_another_machine(monkeypatch):
     """Is waited for; it lives where it has renewed its entry."""
-    from archscale.train import ownership
-
     monkeypatch.setattr(ownership, "STALE", 0.3)
     folder, owner = place_of(MEMORY), this_process()
     elsewhere = json.dumps({**vars(owner), "host": "another", "token": "t"})
@@ -329,7 +335,6 @@ def _refused(folder: str, data: str, url: str) -> str:
     fsspec.register_implementation("failing", Failing, clobber=True)
     saving.AGAIN = remote.DELAYS = (0.0,)
     made = config(data, steps=2, **settings(url))
-    from archscale.distributed import rank
 
     class Full(Failing):
         def _changing(self, path: str) -> None:
@@ -348,7 +353,8 @@ def _refused(folder: str, data: str, url: str) -> str:
 
 def test_what_one_rank_cannot_write_all_of_them_report(data, tmp_path, pool):
     said = pool(2).run(_refused, str(tmp_path / "r"), data, "failing://bucket/run", timeout=60)
-    assert len(set(said)) == 1 and "no quota left" in said[0], said
+    assert "no quota left" in said[0]
+    assert said[0] == said[1]
 
 
 @pytest.mark.slow
