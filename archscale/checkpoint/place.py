@@ -150,7 +150,7 @@ class StorePath(RemotePath):
         return self.url.startswith("file://")
 
     def write_bytes(self, content: bytes) -> None:
-        self._change("pipe_file", value=content)
+        self._change("pipe_file", content)  # stores name the argument differently
 
     def upload(self) -> Any:
         """A stream into the object, which is there once `close` has returned."""
@@ -158,7 +158,7 @@ class StorePath(RemotePath):
 
     def copy_to(self, target: StorePath) -> None:
         """An object, within the store."""
-        self._change("cp_file", path2=target._opened[1])
+        self._change("cp_file", target._opened[1])
 
     def unlink(self, missing_ok: bool = False) -> None:
         try:
@@ -184,9 +184,9 @@ class StorePath(RemotePath):
             (self / name).copy_to(target / name)
         self.remove_checkpoint()
 
-    def _change(self, method: str, **arguments: Any) -> Any:
+    def _change(self, method: str, *more: Any, **arguments: Any) -> Any:
         try:
-            return self._request(method, **arguments)
+            return self._request(method, *more, **arguments)
         except FileNotFoundError as error:
             reason = error.__cause__ or error
             raise StoreError(

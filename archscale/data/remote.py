@@ -162,12 +162,12 @@ class RemotePath:
                 f"use one of {', '.join(f'{name}://' for name in _PACKAGES)}, or a local path",
             ) from error
 
-    def _request(self, method: str, **arguments: Any) -> Any:
+    def _request(self, method: str, *more: Any, **arguments: Any) -> Any:
         filesystem, path = self._opened
         call: Callable[..., Any] = getattr(filesystem, method)
         for attempt in range(len(DELAYS) + 1):
             try:
-                return call(path, **arguments)
+                return call(path, *more, **arguments)
             except Exception as error:  # every store raises its own
                 reason = _reason(error)
                 if isinstance(reason, FileNotFoundError) or _status(reason) in (404, 410):

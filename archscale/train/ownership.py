@@ -82,7 +82,8 @@ def sole_owner(run_dir: Place, *others: Place) -> Iterator[None]:
     def take() -> None:
         owner = this_process()
         for folder in (run_dir, *others):
-            another = "directory with --run-dir" if folder == run_dir else "checkpoint.directory"
+            own = folder == run_dir
+            another = "directory with --run-dir" if own else "checkpoint.directory"
             try:
                 if isinstance(folder, Path):
                     made.extend(each for each in (folder, *folder.parents) if not each.exists())
@@ -92,7 +93,9 @@ def sole_owner(run_dir: Place, *others: Place) -> Iterator[None]:
             except OSError as error:
                 cause, remedy = explain_os_error(error, f"give another {another}")
                 raise ConfigError(
-                    f"cannot write the directory: {cause}", str(folder), remedy
+                    f"cannot write the {'run' if own else 'checkpoint'} directory: {cause}",
+                    str(folder),
+                    remedy,
                 ) from error
 
     def release() -> None:
