@@ -7,7 +7,9 @@ import contextlib
 import errno
 import os
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 # In a run directory:
 CONFIG = "config.yaml"  # resolved
@@ -20,6 +22,19 @@ ABANDONED = "abandoned"  # what lay after a checkpoint to which the run has gone
 TOKENIZER = "tokenizer"  # the run's own, whatever becomes of the data directory
 REPORT = "report.html"
 OWNER = "owner.json"  # the process that trains there, while it lives
+
+
+class Directory(Protocol):
+    """A local path, or another that has as much of `pathlib.Path`."""
+
+    def is_dir(self) -> bool: ...
+
+    def glob(self, pattern: str) -> Iterable[Any]: ...
+
+    def __truediv__(self, name: str) -> Any: ...
+
+
+AnyPath = TypeVar("AnyPath", bound=Directory)
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
@@ -66,7 +81,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def checkpoint_steps(directory: Path) -> list[int]:
+def checkpoint_steps(directory: Directory) -> list[int]:
     """Steps of the complete checkpoints under `directory`, ascending by step, never by clock."""
     directories = directory.glob("step_*") if directory.is_dir() else ()
     return sorted(
@@ -76,10 +91,6 @@ def checkpoint_steps(directory: Path) -> list[int]:
     )
 
 
-def step_directory(directory: Path, step: int) -> Path:
-    return directory / f"step_{step:08d}"
-
-
-def newest_step(run_dir: Path) -> int:
-    """Step of a run's newest complete checkpoint; 0 without one."""
-    return max(checkpoint_steps(run_dir / CHECKPOINTS), default=0)
+def step_directory(directory: AnyPath, step: int) -> AnyPath:
+    path: AnyPath = directory / f"step_{step:08d}"
+    return path

@@ -5,7 +5,8 @@ import os
 import pytest
 
 from archscale import files
-from archscale.files import newest_step, write_atomically
+from archscale.checkpoint.place import newest_step
+from archscale.files import write_atomically
 
 
 def test_a_file_is_replaced_whole(tmp_path):

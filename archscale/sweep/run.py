@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
+from archscale.checkpoint.place import newest_step
 from archscale.config import Config, dump_config
 from archscale.config.layers import write_yaml
 from archscale.errors import ArchscaleError, ConfigError, TrainingError
-from archscale.files import newest_step
 from archscale.fit.table import number
 from archscale.plan.devices import this_device
 from archscale.sweep.grid import Grid, read_grid
