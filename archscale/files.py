@@ -56,7 +56,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         with contextlib.suppress(OSError):  # a broken disk, or one that is read-only now
             temporary.unlink(missing_ok=True)
         # A write that fails names no file.
-        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
+        named = isinstance(error, OSError) and error.filename not in (None, str(temporary))
+        if isinstance(error, OSError) and error.errno is not None and not named:
             error.filename, error.filename2 = str(path), None
         raise
     with contextlib.suppress(OSError):  # the file is there; some file systems sync no directory

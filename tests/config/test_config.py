@@ -620,6 +620,7 @@ def test_resolved_is_complete(small):
         "every": 1000,
         "keep": 3,
         "keep_every": None,
+        "directory": None,
         "async": True,
     }
 
