@@ -1,0 +1,75 @@
+"""The weights of a checkpoint one at a time, whatever layout wrote it: what converts a model too
+large for this machine's memory needs no more of it than one tensor."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from archscale.errors import CheckpointError, explain_os_error
+
+_PREFIX = "model."  # as `saving` names weights
+
+
+class StoredWeights:
+    """The weights of a checkpoint directory.
+
+    Attributes:
+        shapes: of every weight, by parameter name.
+
+    Raises:
+        CheckpointError: no checkpoint of this format, or a damaged one.
+    """
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            self._reader = _Reader(path)
+            stored = self._reader.read_metadata().state_dict_metadata
+        except (CheckpointException, RuntimeError, ValueError, OSError, EOFError) as error:
+            raise self._unreadable(error) from error
+        self._stored = {
+            name.removeprefix(_PREFIX): tensor
+            for name, tensor in stored.items()
+            if name.startswith(_PREFIX) and isinstance(tensor, TensorStorageMetadata)
+        }
+        self.shapes = {name: tuple(tensor.size) for name, tensor in self._stored.items()}
+
+    def read(self, name: str) -> Tensor:
+        """The whole weight, on the CPU.
+
+        Raises:
+            CheckpointError: damaged.
+        """
+        stored = self._stored[name]
+        weight = torch.empty(stored.size, dtype=stored.properties.dtype)
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "torch.distributed is ")
+                dcp.load({f"{_PREFIX}{name}": weight}, storage_reader=self._reader, no_dist=True)
+        except (CheckpointException, RuntimeError, ValueError, OSError, EOFError) as error:
+            raise self._unreadable(error) from error
+        return weight
+
+    def _unreadable(self, error: BaseException) -> CheckpointError:
+        cause, remedy = " ".join(str(error).split())[:300], "name another checkpoint"
+        if isinstance(error, OSError):
+            cause, remedy = explain_os_error(error, remedy)
+        return CheckpointError(f"cannot read the weights: {cause}", str(self._path), remedy)
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the list of what is stored once, not for every tensor."""
+
+    _metadata: Metadata | None = None
+
+    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **kwargs)  # type: ignore[arg-type]
+        return self._metadata

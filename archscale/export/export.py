@@ -1,0 +1,243 @@
+"""A checkpoint as a directory that transformers reads."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from archscale.checkpoint.directory import damage, newest_valid, read_state
+from archscale.checkpoint.reading import StoredWeights
+from archscale.config import Config, load_config
+from archscale.data.stored import trained_tokenizer
+from archscale.data.tokenizer import Tokenizer
+from archscale.errors import CheckpointError, ConfigError, explain_os_error
+from archscale.export.architecture import Architecture, choose, config_json
+from archscale.export.card import CardFacts, model_card
+from archscale.export.fast_tokenizer import TokenizerFiles, tokenizer_files
+from archscale.export.safetensors_files import (
+    check_weights,
+    import_safetensors,
+    size_in_bytes,
+    write_weights,
+)
+from archscale.export.weights import factors, sources
+from archscale.files import CHECKPOINTS, CONFIG, TOKENIZER, checkpoint_steps, sync
+from archscale.plan.transfer import transfer_of
+
+CODE = ("configuration_archscale.py", "modeling_archscale.py")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # precision of training → dtype of weights
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is exported."""
+
+    run_dir: Path
+    checkpoint: Path
+    step: int
+    config: Config
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export has written.
+
+    Attributes:
+        dtype: of the weights, as torch names it.
+        files: of weights.
+        tokenizer_problem: why there is no fast tokenizer; "": there is one.
+    """
+
+    directory: Path
+    step: int
+    architecture: Architecture
+    dtype: str
+    files: int
+    tokenizer_problem: str
+
+
+def export(target: Path, out: Path, *, dtype: str | None = None, shard_size: str) -> Exported:
+    """Write a run's newest checkpoint, or the checkpoint named, to the directory `out`: all of it
+    or nothing.
+
+    Args:
+        target: run directory, or a checkpoint `step_…` in one.
+        out: a directory that does not exist or is empty.
+        dtype: of the weights, as torch names it; None: that of the products in training. What is
+            rounded to bfloat16 then is what training rounded wherever it used a weight.
+        shard_size: of a file of weights, such as 5GB.
+
+    Raises:
+        CheckpointError: not a run or checkpoint; damaged, of another config, or diverged.
+        ConfigError: a package is missing, `out` is in use, or the size is none.
+        DataError: the run's tokenizer is gone, damaged or another one.
+    """
+    shard_bytes = size_in_bytes(shard_size)
+    import_safetensors()
+    _check_out(out)
+    chosen = find_target(target)
+    config, where = chosen.config, chosen.checkpoint
+    transfer = transfer_of(config)
+    architecture = choose(config.model)
+    by = factors(config.model, transfer.logit_scale, transfer.router_logit_scale)
+    parts = list(sources(config.model, architecture.model_type, by))
+    stored = StoredWeights(where)
+    check_weights(stored, parts, where)
+    tokenizer = tokenizer_files(
+        chosen.tokenizer,
+        config.model.context,
+        not config.data.document_mask,
+        str(chosen.run_dir / TOKENIZER),
+    )
+    dtype = dtype or DTYPES[config.training.precision]
+    facts = CardFacts(
+        chosen.run_dir, chosen.step, dtype, by.sentences(), tokenizer.problem
+    )
+    texts: dict[str, bytes] = dict(tokenizer.files)
+    content = config_json(config.model, architecture, dtype, tokenizer.bos_id, tokenizer.eos_id)
+    texts["config.json"] = _json(content)
+    texts["generation_config.json"] = _json(_generation(config, chosen.tokenizer, tokenizer))
+    texts["README.md"] = model_card(config, architecture, transfer, facts).encode()
+    if not architecture.stock:
+        texts |= {name: (Path(__file__).parent / name).read_bytes() for name in CODE}
+    with _appearing(out) as partial:
+        files = write_weights(stored, parts, getattr(torch, dtype), shard_bytes, partial, where)
+        for name, text in texts.items():
+            (partial / name).write_bytes(text)
+    return Exported(out, chosen.step, architecture, dtype, files, tokenizer.problem)
+
+
+def find_target(target: Path) -> Target:
+    """The checkpoint that a path names, with its run's config and tokenizer.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or its run had diverged.
+        DataError: the run's tokenizer is gone, damaged or another one.
+    """
+    named = (target / "state.json").is_file()
+    run_dir = target.resolve().parent.parent if named else target
+    checkpoint: Path | None = target if named else None
+    if not named:
+        checkpoint = newest_valid(run_dir / CHECKPOINTS, _warn)
+    if checkpoint is None or not (run_dir / CONFIG).is_file():
+        raise CheckpointError(
+            "no run with a whole checkpoint",
+            str(target),
+            "name a run directory that train has filled, such as runs/<name>, or a checkpoint in"
+            f" it, such as runs/<name>/{CHECKPOINTS}/step_00001000",
+        )
+    state = read_state(checkpoint)
+    if problem := damage(checkpoint):
+        raise CheckpointError(
+            f"the checkpoint is damaged: {problem}", str(checkpoint), "name another one"
+        )
+    _refuse_diverged(state, run_dir, checkpoint)
+    config = load_config(run_dir / CONFIG)
+    tokenizer = trained_tokenizer(run_dir, config.data, state["data"])
+    return Target(run_dir, checkpoint, int(state["step"]), config, tokenizer)
+
+
+def _warn(text: str) -> None:
+    print(f"archscale: warning: {text}", file=sys.stderr)
+
+
+def _refuse_diverged(state: dict[str, Any], run_dir: Path, checkpoint: Path) -> None:
+    since = state.get("not_finite_since")
+    if since is None:
+        return
+    # The loss of a step is that of the weights of the step before.
+    before = [step for step in checkpoint_steps(run_dir / CHECKPOINTS) if step < since - 1]
+    remedy = f"name the checkpoint of step {before[-1]}" if before else "name a run that has not"
+    raise CheckpointError(
+        f"the run had diverged: its loss was not finite since step {since}",
+        str(checkpoint),
+        remedy,
+    )
+
+
+def _generation(config: Config, tokenizer: Tokenizer, files: TokenizerFiles) -> dict[str, Any]:
+    """The content of `generation_config.json`."""
+    content: dict[str, Any] = {"eos_token_id": files.eos_id, "pad_token_id": files.pad_id}
+    # An empty text is continued from the end of a document also where attention stays within one.
+    content["bos_token_id"] = tokenizer.eos_id
+    assert config.model.vocab_size is not None
+    if config.model.vocab_size > tokenizer.vocab_size:  # ids that stand for no text
+        content["suppress_tokens"] = list(range(tokenizer.vocab_size, config.model.vocab_size))
+    return content
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _check_out(out: Path) -> None:
+    try:
+        in_use = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise _unwritable(error, out) from error
+    if in_use:
+        raise ConfigError(
+            "something stands there already", str(out), "give --out a new or an empty directory"
+        )
+
+
+@contextlib.contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A directory to fill, which becomes `out` at the end, and is gone after an error."""
+    out = out.absolute()
+    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.partial")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in (*partial.iterdir(), partial):
+            sync(path)
+        os.replace(partial, out)
+    except OSError as error:
+        raise _unwritable(error, out) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _unwritable(error: OSError, out: Path) -> ConfigError:
+    cause, remedy = explain_os_error(error, "give --out another directory")
+    return ConfigError(f"cannot write the export: {cause}", str(out), remedy)
+
+
+def push(directory: Path, repo_id: str) -> str:
+    """Upload an export to the Hugging Face hub, into a private repository if there is none of that
+    name yet; returns its address.
+
+    Raises:
+        ConfigError: huggingface_hub is missing, or refuses.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise ConfigError(
+            "the package 'huggingface_hub' is not installed",
+            "--push",
+            "pip install archscale[export]",
+        ) from error
+    api = HfApi()
+    try:
+        address = api.create_repo(repo_id, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=directory)
+    except Exception as error:  # of the network, of the hub, of the name: all the same to the user
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"the export is in {directory}, but the hub did not take it: {first}",
+            f"--push {repo_id}",
+            "log in with `hf auth login`, check the name, and upload the directory",
+        ) from error
+    return str(address)
