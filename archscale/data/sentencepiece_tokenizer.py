@@ -13,7 +13,8 @@ MODEL_FILE = "tokenizer.model"
 SPACE = "\u2581"
 
 # Field numbers of sentencepiece_model.proto, and a value of one of them.
-_TRAINER, _NORMALIZER = 2, 3
+_PIECE, _TRAINER, _NORMALIZER = 1, 2, 3
+_PIECE_TYPE, _USER_DEFINED = 3, 4
 _MODEL_TYPE, _SPACE_AFTER_WORD, _BPE = 3, 24, 2
 _CHARACTER_MAP, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_SPACES = 2, 3, 4
 # Appended to a model, this sets normalizer_spec.add_dummy_prefix to false: of a field that stands
@@ -99,6 +100,16 @@ class SentencePieceTokenizer(Tokenizer):
         """Whether the model does nothing but join what stands in its vocabulary: a BPE that changes
         no text before."""
         return self._joined is not None
+
+    @functools.cached_property
+    def user_defined(self) -> frozenset[int]:
+        """The ids of pieces that are cut out of a text before the others are joined."""
+        pieces = (value for number, value in _fields(self.content) if number == _PIECE)
+        return frozenset(
+            token
+            for token, piece in enumerate(pieces)
+            if isinstance(piece, bytes) and dict(_fields(piece)).get(_PIECE_TYPE) == _USER_DEFINED
+        )
 
     @functools.cached_property
     def _joined(self) -> frozenset[str] | None:

@@ -88,6 +88,9 @@ def tokenizer_files(
         silent = unknown is not None and tokenizer.has_bytes
     else:
         structure = json.loads(tokenizer.content)
+        for token in structure["added_tokens"]:
+            # `split_special_tokens` would otherwise let a text end itself.
+            token["special"] |= token["id"] == tokenizer.eos_id
     problem = ""
     if structure is None:
         problem = "the model does more than join pieces of its vocabulary"
@@ -151,9 +154,13 @@ def _from_sentencepiece(
         if token not in special and not model.is_byte(token)
     }
     vocabulary = {written.get(token, names[token]): token for token in ids}
-    if not tokenizer.only_joins or len(vocabulary) < len(names):
+    unused = any(map(model.is_unused, ids))  # joined, and then taken apart again
+    if not tokenizer.only_joins or unused or len(vocabulary) < len(names):
         return None, unknown, eos
-    scores = {text: model.get_score(token) for token, text in written.items()}
+    cut_out = tokenizer.user_defined
+    scores = {
+        text: model.get_score(token) for token, text in written.items() if token not in cut_out
+    }
     bpe = package.models.BPE(
         vocab=vocabulary,
         merges=list(merges(scores)),
@@ -164,6 +171,9 @@ def _from_sentencepiece(
     backend = package.Tokenizer(bpe)
     backend.add_special_tokens(
         [package.AddedToken(names[token], special=True) for token in sorted(special)]
+    )
+    backend.add_tokens(
+        [package.AddedToken(written[token], normalized=False) for token in sorted(cut_out)]
     )
     decoders = [package.decoders.ByteFallback(), package.decoders.Fuse()]
     normalizers = []

@@ -95,7 +95,11 @@ def write_weights(
             # A copy: a view would keep the whole source in memory, and safetensors refuses it.
             held[piece.name] = piece.take(weight).to(dtype, copy=True).contiguous()
             if len(held) == len(shards[number]):
-                save_file(held, directory / names[number], metadata={"format": "pt"})
+                path = directory / names[number]
+                path.touch()
+                mode = path.stat().st_mode  # safetensors lets nobody else read what it writes
+                save_file(held, path, metadata={"format": "pt"})
+                path.chmod(mode)
                 held, number = {}, number + 1
     if len(shards) > 1:
         files = {key: names[i] for i, shard in enumerate(shards) for key in shard}

@@ -1,0 +1,253 @@
+"""What an export writes, and what it refuses; nothing here is loaded by transformers."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from archscale.checkpoint.reading import StoredWeights
+from archscale.cli import app
+from archscale.errors import ArchscaleError, CheckpointError, ConfigError
+from archscale.export import export as command
+from archscale.export.architecture import choose
+from archscale.export.export import CODE, export, push
+from archscale.export.safetensors_files import size_in_bytes
+from archscale.files import CHECKPOINTS
+from archscale.train.generate import load_run
+from tests.export.runs import STEP, make_run
+from tests.pool import pool
+from tests.train import tiny
+from tests.train.tiny import config, tiny_data
+
+load_file = pytest.importorskip("safetensors.torch").load_file
+pytest.importorskip("tokenizers")
+STEP_NAME = f"step_{STEP:08d}"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return tiny_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def made(data: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with a vocabulary larger than its tokenizer's."""
+    return make_run(data, tmp_path_factory.mktemp("made") / "run", model={"vocab_size": 304})
+
+
+@pytest.fixture
+def run_dir(made: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(made, tmp_path / "run")
+
+
+def change_state(run_dir: Path, **values: object) -> None:
+    path = run_dir / CHECKPOINTS / STEP_NAME / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def test_the_command_says_what_it_chose(made: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    done = CliRunner().invoke(app, ["export", str(made), "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.split(": ", 1)[1] == (
+        "step 7 as ArchscaleForCausalLM, own code: no class of transformers has a gate on every"
+        " head; float32, 1 file\n"
+    )
+    files = {path.name for path in out.iterdir()}
+    assert files == {
+        "config.json",
+        "configuration_archscale.py",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_archscale.py",
+        "README.md",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
+    assert {path.stat().st_mode for path in out.iterdir()} == {(out / "README.md").stat().st_mode}
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation["suppress_tokens"] == [300, 301, 302, 303]
+    assert generation["eos_token_id"] == generation["bos_token_id"] == 1
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    for fact in (
+        "trust_remote_code=True",
+        "step 7: 2,688 tokens of 3,840 planned",
+        "data: tokens\n",
+        "validation loss, nats per token: 3.5000",
+        "matrix: muonh, peak learning rate 0.003",
+        "attention scale into `q_norm` or `q_proj`: 4",
+    ):
+        assert fact in card
+
+
+def test_a_checkpoint_by_name_is_the_newest_one_of_its_run(made: Path, tmp_path: Path) -> None:
+    export(made, tmp_path / "a", shard_size="5GB")
+    (tmp_path / "b").mkdir()  # an empty directory will do
+    export(made / CHECKPOINTS / STEP_NAME, tmp_path / "b", dtype="bfloat16", shard_size="5GB")
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert a.keys() == b.keys()
+    for name, weight in a.items():
+        assert torch.equal(weight.bfloat16(), b[name])
+
+
+def refusal(target: Path, out: Path, shard_size: str = "5GB") -> ArchscaleError:
+    before = sorted(path.name for path in out.parent.iterdir())
+    with pytest.raises(ArchscaleError) as caught:
+        export(target, out, shard_size=shard_size)
+    assert sorted(path.name for path in out.parent.iterdir()) == before
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def test_what_is_no_run_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    for target in (tmp_path, tmp_path / "missing", run_dir / CHECKPOINTS):
+        assert "no run with a whole checkpoint" in str(refusal(target, tmp_path / "out"))
+    shutil.rmtree(run_dir / CHECKPOINTS / STEP_NAME)
+    assert "no run with a whole checkpoint" in str(refusal(run_dir, tmp_path / "out"))
+    (run_dir / CHECKPOINTS / "step_00000009").mkdir()
+    (run_dir / CHECKPOINTS / "step_00000009" / "state.json").write_text("{}")
+    foreign = refusal(run_dir / CHECKPOINTS / "step_00000009", tmp_path / "out")
+    assert "format None" in str(foreign)
+
+
+def test_a_damaged_checkpoint_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    checkpoint = run_dir / CHECKPOINTS / STEP_NAME
+    (checkpoint / "__0_0.distcp").write_bytes(b"short")
+    assert "damaged: __0_0.distcp is 5 bytes" in str(refusal(checkpoint, tmp_path / "out"))
+
+
+def test_weights_of_another_shape_are_refused(run_dir: Path, tmp_path: Path) -> None:
+    path = run_dir / "config.yaml"
+    path.write_text(path.read_text().replace("vocab_size: 304", "vocab_size: 300"))
+    shape = "embedding.weight: (304, 24) in the checkpoint, (300, 24) by the run's config"
+    assert shape in str(refusal(run_dir, tmp_path / "out"))
+
+
+def test_a_directory_in_use_is_refused(made: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    assert "new or an empty directory" in str(refusal(made, tmp_path / "out"))
+    assert "new or an empty directory" in str(refusal(made, tmp_path / "out" / "mine"))
+    with pytest.raises(ConfigError, match="cannot write the export"):
+        export(made, tmp_path / "out" / "mine" / "below", shard_size="5GB")
+
+
+def test_a_diverged_run_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    change_state(run_dir, not_finite_since=5)
+    assert "not finite since step 5" in str(refusal(run_dir, tmp_path / "out"))
+
+
+def test_weights_that_are_not_finite_are_refused(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = StoredWeights.read
+
+    def read(self: StoredWeights, name: str) -> torch.Tensor:
+        weight = whole(self, name)
+        return weight.fill_(torch.nan) if name == "head.norm.weight" else weight
+
+    monkeypatch.setattr(StoredWeights, "read", read)
+    assert "head.norm.weight is not finite" in str(refusal(made, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("package", ["safetensors.torch", "tokenizers"])
+def test_a_missing_package_is_named_with_its_remedy(package, made, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    assert "pip install archscale[export]" in str(refusal(made, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("text", ["5", "GB", "-1GB", "0kB", "5 gigabytes", "nanGB", "infGB"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(ConfigError, match="is not a size"):
+        size_in_bytes(text)
+
+
+def test_sizes():
+    assert [size_in_bytes(text) for text in ("5GB", "500 MB", "1.5kb")] == [5e9, 5e8, 1500]
+
+
+@pytest.mark.parametrize(
+    ("model", "obstacles"),
+    [
+        ({"gated_attention": False, "moe": {}}, 2),
+        ({"gated_attention": True, "mlp": "relu2"}, 2),
+        ({"gated_attention": False, "mlp": "relu2", "qk_norm": False, "window": 4}, 1),
+        ({"gated_attention": False, "moe": {"shared_expert": False}}, 1),
+        # The square root of the gate of one expert is 1.
+        ({"gated_attention": False, "moe": {"shared_expert": False, "top_k": 1}}, 0),
+    ],
+)
+def test_what_no_stock_class_has(data, model, obstacles):
+    assert len(choose(config(data, model=model).model).obstacles) == obstacles
+
+
+def test_the_code_beside_the_weights_imports_torch_and_transformers_only():
+    for name in CODE:
+        tree = ast.parse((Path(command.__file__).parent / name).read_text())
+        names = {
+            str(node.module if isinstance(node, ast.ImportFrom) else alias.name)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+        }
+        imported = {name.split(".")[0] for name in names}
+        assert imported <= {"torch", "transformers", "configuration_archscale"}
+
+
+def test_the_hub_gets_the_directory_in_a_private_repository(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    calls: list[tuple[str, dict]] = []
+
+    class Stub:
+        def create_repo(self, repo_id, **options):
+            calls.append((repo_id, options))
+            if repo_id == "bad//name":
+                raise ValueError("Repo id must be\nof another form")
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, **options):
+            calls.append(("upload", options))
+
+    monkeypatch.setattr(hub, "HfApi", Stub)
+    assert push(tmp_path, "me/tiny") == "https://hub/me/tiny"
+    assert calls == [
+        ("me/tiny", {"private": True, "exist_ok": True}),
+        ("upload", {"repo_id": "me/tiny", "folder_path": tmp_path}),
+    ]
+    with pytest.raises(ConfigError, match=r"did not take it: Repo id must be \(--push"):
+        push(tmp_path, "bad//name")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_two_processes_is_read_whole(data, tmp_path):
+    run_dir = tmp_path / "run"
+    sections = {"model": {"moe": {"sparsity": 3, "top_k": 3}}, "parallel": {"expert": 2}}
+    trained = config(data, steps=1, **sections)
+    pool(2).run(tiny.run, trained, str(run_dir), timeout=120)
+    assert len(list(run_dir.glob(f"{CHECKPOINTS}/*/*.distcp"))) == 2
+    export(run_dir, tmp_path / "out", shard_size="5GB")
+    weights = load_file(tmp_path / "out/model.safetensors")
+    _, model, _ = load_run(run_dir)
+    native = dict(model.named_parameters())
+    theirs = "model.layers.1"
+    assert torch.equal(weights["model.embed_tokens.weight"], native["embedding.weight"])
+    ours = native["blocks.1.mlp.experts.up.weight"]  # (E, 2 F, D)
+    for expert in range(len(ours)):
+        for name, part in zip(("gate_proj", "up_proj"), ours[expert].chunk(2)):
+            assert torch.equal(weights[f"{theirs}.mlp.experts.{expert}.{name}.weight"], part)
+    values = native["blocks.1.attention.qkv.weight"][32:40]  # after 3 heads and 1 of 8 rows
+    assert torch.equal(weights[f"{theirs}.self_attn.v_proj.weight"], values)
+
+
+def test_checkpoints_are_read_by_their_own_error(tmp_path):
+    with pytest.raises(CheckpointError, match="cannot read the weights"):
+        StoredWeights(tmp_path)
