@@ -433,7 +433,8 @@ def export(
 
     written = run(target, out, dtype=dtype and dtype.value, shard_size=shard_size)
     files = "1 file" if written.files == 1 else f"{written.files} files"
-    print(f"{out}: step {written.step:,} as {written.architecture.sentence}; {written.dtype}, {files}")
+    what = f"step {written.step:,} as {written.architecture.sentence}"
+    print(f"{out}: {what}; {written.dtype}, {files}")
     if written.tokenizer_problem:
         print(
             "archscale: warning: the tokenizer goes out as a SentencePiece model only:"

@@ -94,7 +94,7 @@ def config_json(
     """
     kind = architecture.model_type
     hidden = model.mlp_hidden
-    common = {
+    common: dict[str, Any] = {
         "architectures": [architecture.name],
         "model_type": kind,
         "vocab_size": model.vocab_size,

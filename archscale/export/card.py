@@ -16,9 +16,9 @@ from archscale.plan.counting import parameters
 from archscale.plan.transfer import Transfer
 from archscale.telemetry.sinks import read_lines
 
-# First version with the class.
-TRANSFORMERS = {"qwen3": "4.51", "qwen3_moe": "4.51", "arcee": "4.54"}
-OLDEST = "4.50"
+# First version with the class, and the first that any export was read with.
+TRANSFORMERS = {"arcee": "4.54"}
+OLDEST = "4.51"
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,6 @@ class ArchscaleConfig(PretrainedConfig):
         sqrt_gate=False,
         initializer_range=0.02,
         use_cache=True,
-        tie_word_embeddings=False,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -70,7 +69,8 @@ class ArchscaleConfig(PretrainedConfig):
         self.sqrt_gate = sqrt_gate
         self.initializer_range = initializer_range
         self.use_cache = use_cache
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
+        kwargs.setdefault("tie_word_embeddings", False)
+        super().__init__(**kwargs)
 
 
 __all__ = ["ArchscaleConfig"]

@@ -101,9 +101,7 @@ def export(target: Path, out: Path, *, dtype: str | None = None, shard_size: str
         str(chosen.run_dir / TOKENIZER),
     )
     dtype = dtype or DTYPES[config.training.precision]
-    facts = CardFacts(
-        chosen.run_dir, chosen.step, dtype, by.sentences(), tokenizer.problem
-    )
+    facts = CardFacts(chosen.run_dir, chosen.step, dtype, by.sentences(), tokenizer.problem)
     texts: dict[str, bytes] = dict(tokenizer.files)
     content = config_json(config.model, architecture, dtype, tokenizer.bos_id, tokenizer.eos_id)
     texts["config.json"] = _json(content)

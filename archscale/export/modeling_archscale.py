@@ -332,7 +332,7 @@ class ArchscaleForCausalLM(ArchscalePreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             hidden_states=output.hidden_states,
-            **{CACHE: output[CACHE] if CACHE in output else None},
+            **{CACHE: output.get(CACHE)},
         )
         return result.to_tuple() if return_dict is False else result
 

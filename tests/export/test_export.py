@@ -164,9 +164,10 @@ def test_padding_changes_nothing(name, made):
     logits = model(torch.stack([long, right]), attention_mask=mask.flip(1)).logits
     torch.testing.assert_close(logits[1, :5], alone, atol=2e-5, rtol=0)
     together = model.generate(batch, attention_mask=mask, max_new_tokens=6, do_sample=False)
-    assert together[1, 9:].tolist() == model.generate(
-        short[None, :5], max_new_tokens=6, do_sample=False
-    )[0, 5:].tolist()
+    assert (
+        together[1, 9:].tolist()
+        == model.generate(short[None, :5], max_new_tokens=6, do_sample=False)[0, 5:].tolist()
+    )
 
 
 @torch.no_grad()
@@ -247,9 +248,10 @@ def test_files_of_a_limited_size_are_one_model(made, tmp_path):
     assert len(files) == written.files > 3
     # Only the embedding is larger than that.
     assert sum(path.stat().st_size > 22_000 for path in files) == 1
-    assert index["metadata"]["total_size"] == sum(
-        weight.numel() * 4 for weight in load(out).state_dict().values()
-    ) - 300 * 24 * 4  # the tied matrix counts once
+    assert (
+        index["metadata"]["total_size"]
+        == sum(weight.numel() * 4 for weight in load(out).state_dict().values()) - 300 * 24 * 4
+    )  # the tied matrix counts once
     tokens = some_tokens()
     expected = load(out)(tokens).logits
     torch.testing.assert_close(load(tmp_path / "out")(tokens).logits, expected, atol=0, rtol=0)
