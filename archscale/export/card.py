@@ -17,7 +17,7 @@ from archscale.plan.transfer import Transfer
 from archscale.telemetry.sinks import read_lines
 
 # First version with the class, and the first that any export was read with.
-TRANSFORMERS = {"arcee": "4.54"}
+TRANSFORMERS = {"arcee": "4.53"}
 OLDEST = "4.51"
 
 
