@@ -77,7 +77,7 @@ class VisibleKeys:
             if self.padding is not None:
                 missing = keys - self.padding.shape[1]
                 padding = F.pad(self.padding.to(device).bool(), (0, missing), value=True)
-                # Itself even where it is padding: a softmax over nothing is not a number.
+                # Itself even where it is padding: some kernels make NaN of a softmax over nothing.
                 seen = seen & (padding[:, None, :] | (key == query))
             self.made = seen[:, None]
         return self.made
@@ -163,10 +163,12 @@ class ArchscaleMoE(nn.Module):
         chosen = logits.sort(dim=-1, descending=True, stable=True).indices[:, : self.active]
         log_gates = logits.gather(1, chosen).log_softmax(-1)
         gates = (log_gates / 2 if self.sqrt_gate else log_gates).exp()  # (N, K)
-        y = torch.zeros_like(tokens)
+        y = torch.zeros_like(tokens, dtype=torch.float32)
         for number in chosen.unique().tolist():
             row, choice = (chosen == number).nonzero(as_tuple=True)
-            y.index_add_(0, row, self.experts[number](tokens[row], gates[row, choice, None]))
+            output = self.experts[number](tokens[row], gates[row, choice, None])
+            y.index_add_(0, row, output.float())  # each row once, so in the same order every time
+        y = y.to(x.dtype)
         if self.shared_expert is not None:
             y = y + self.shared_expert(tokens)
         return y.view_as(x)
@@ -196,7 +198,7 @@ class ArchscalePreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module):
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            module.weight.data.normal_(0.0, self.config.initializer_range)
+            nn.init.normal_(module.weight, 0.0, self.config.initializer_range)
 
 
 class ArchscaleModel(ArchscalePreTrainedModel):

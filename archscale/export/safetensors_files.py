@@ -74,9 +74,10 @@ def write_weights(
 
     Raises:
         CheckpointError: a weight is not finite, or cannot be read.
-        ConfigError: safetensors is missing.
+        OSError: a file cannot be written.
     """
-    save_file = import_safetensors().save_file
+    safetensors = import_safetensors()
+    save_file = importlib.import_module("safetensors.torch").save_file
     shards = _shards(sources, dtype.itemsize, shard_bytes)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
@@ -98,7 +99,10 @@ def write_weights(
                 path = directory / names[number]
                 path.touch()
                 mode = path.stat().st_mode  # safetensors lets nobody else read what it writes
-                save_file(held, path, metadata={"format": "pt"})
+                try:
+                    save_file(held, path, metadata={"format": "pt"})
+                except safetensors.SafetensorError as error:  # of the file system, in its own words
+                    raise OSError(" ".join(str(error).split())) from error
                 path.chmod(mode)
                 held, number = {}, number + 1
     if len(shards) > 1:
@@ -110,8 +114,9 @@ def write_weights(
 
 
 def import_safetensors() -> Any:
+    """The package; ConfigError if it is not installed."""
     try:
-        return importlib.import_module("safetensors.torch")
+        return importlib.import_module("safetensors")
     except ImportError as error:
         problem = "the package 'safetensors' is not installed"
         raise ConfigError(problem, "archscale export", REMEDY) from error

@@ -204,6 +204,9 @@ def test_a_saved_copy_is_the_same_model(made, tmp_path):
         again = load(tmp_path / name)
         tokens = some_tokens()
         torch.testing.assert_close(again(tokens).logits, model(tokens).logits, atol=0, rtol=0)
+        body = transformers.AutoModel.from_pretrained(tmp_path / name, trust_remote_code=True)
+        states = body.eval()(tokens).last_hidden_state
+        torch.testing.assert_close(again.lm_head(states), model(tokens).logits, atol=0, rtol=0)
         tied = again.lm_head.weight is again.get_input_embeddings().weight
         assert tied == again.config.tie_word_embeddings == (name == "gated_window")
 

@@ -159,7 +159,18 @@ def test_weights_that_are_not_finite_are_refused(
     assert "head.norm.weight is not finite" in str(refusal(made, tmp_path / "out"))
 
 
-@pytest.mark.parametrize("package", ["safetensors.torch", "tokenizers"])
+def test_a_full_disk_leaves_nothing(made, tmp_path, monkeypatch):
+    package = pytest.importorskip("safetensors")
+
+    def save_file(held, path, **options):
+        path.write_bytes(b"half")
+        raise package.SafetensorError("Error while serializing:\nNo space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", save_file)
+    assert "cannot write the export: Error while" in str(refusal(made, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("package", ["safetensors", "tokenizers"])
 def test_a_missing_package_is_named_with_its_remedy(package, made, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, package, None)
     assert "pip install archscale[export]" in str(refusal(made, tmp_path / "out"))
