@@ -68,7 +68,7 @@ def square_root_gates(model: ModelConfig) -> bool:
 
 def _obstacles(model: ModelConfig) -> list[str]:
     moe, relu2 = model.moe, model.mlp == "relu2"
-    found = {
+    parts = {
         "a gate on every head": model.gated_attention,
         "square-root gates": square_root_gates(model),
         "a shared expert that is not gated": moe is not None and moe.shared_expert,
@@ -80,7 +80,7 @@ def _obstacles(model: ModelConfig) -> list[str]:
             not model.qk_norm and model.width % model.heads != 0
         ),
     }
-    return [part for part, there in found.items() if there]
+    return [part for part, there in parts.items() if there]
 
 
 def config_json(

@@ -115,6 +115,9 @@ def tokenizer_files(
         "model_max_length": context,
         "model_input_names": ["input_ids", "attention_mask"],  # no types of tokens
         "clean_up_tokenization_spaces": False,
+        # For converters that read no post-processor: some add one unless they are told.
+        "add_bos_token": starts_with_eos,
+        "add_eos_token": False,
         "split_special_tokens": True,  # text that spells the end of a document is text
     }
     if starts_with_eos:

@@ -107,11 +107,8 @@ def sources(model: ModelConfig, model_type: str, by: Factors) -> Iterator[Source
         norm = Piece(f"{theirs}.post_attention_layernorm.weight")
         yield Source(f"{ours}.mlp_norm.weight", (D,), (norm,))
         if model.moe is None:
-            names = _FEED_FORWARD
-            hidden = model.mlp_hidden
-            yield from _feed_forward(
-                model, hidden, f"{ours}.mlp", f"{theirs}.mlp", names, by.branch
-            )
+            names = (f"{ours}.mlp", f"{theirs}.mlp")
+            yield from _feed_forward(model, model.mlp_hidden, *names, _FEED_FORWARD, by.branch)
         else:
             yield from _experts(model, f"{ours}.mlp", theirs, model_type, by)
     yield Source("head.norm.weight", (D,), (Piece("model.norm.weight", factor=by.logits),))
@@ -161,16 +158,14 @@ def _feed_forward(
         experts: how many the stack has; None: no stack.
     """
     gate, up, down = names
-    parts = [(gate, (0, hidden)), (up, (hidden, 2 * hidden))]
-    upper: list[tuple[str, tuple[int, int] | None]] = [*parts]
+    upper = [(gate, (0, hidden)), (up, (hidden, 2 * hidden))]
     if model.mlp == "relu2":
-        upper = [(up, None)]
-    rows = hidden if model.mlp == "relu2" else 2 * hidden
+        upper = [(up, (0, hidden))]
     numbers: list[int | None] = [None] if experts is None else [*range(experts)]
     stack = () if experts is None else (experts,)
     yield Source(
         f"{ours}.up.weight",
-        (*stack, rows, model.width),
+        (*stack, len(upper) * hidden, model.width),
         tuple(
             Piece(f"{theirs.format(number)}.{name}.weight", part, number)
             for number in numbers

@@ -47,7 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {**PLAIN, "qk_norm": False, "heads": 5},
     ),
 }
-FIRST = ("qwen3_window", "arcee", "qwen3_moe", "gated", "sqrt_gate_shared")
+FIRST = ("qwen3_window", "arcee", "gated", "sqrt_gate_shared")
 SLOW = [name for name in CASES if name not in FIRST]
 NAMES = [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 
