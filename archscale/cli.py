@@ -14,6 +14,9 @@ import typer
 from archscale import terminal
 from archscale.errors import ArchscaleError, ConfigError, explain_os_error
 
+INTERRUPTED = 130  # exit status, as shells say of SIGINT
+RETRY = 75  # that of archscale.train.stopping
+
 app = typer.Typer(
     help="Pre-train language models and find their scaling laws.",
     invoke_without_command=True,
@@ -34,10 +37,21 @@ bench_app = typer.Typer(
 
     Example: archscale bench data
 
+    Example: archscale bench checkpoint configs/quickstart.yaml --set model.vocab_size=4096
+
     Example: archscale bench gpu""",
     invoke_without_command=True,
 )
 app.add_typer(bench_app, name="bench")
+checkpoint_app = typer.Typer(
+    help="""What a run has saved: list, verify, prune, compare.
+
+    Example: archscale checkpoint list runs/quickstart
+
+    Example: archscale checkpoint verify runs/quickstart""",
+    invoke_without_command=True,
+)
+app.add_typer(checkpoint_app, name="checkpoint")
 
 Overrides = Annotated[
     list[str] | None,
@@ -52,6 +66,7 @@ DataTokenizer = Annotated[
 # Names of `archscale.fit.laws.LAWS` and of the settings of fits, here so that --help needs no
 # numpy; a test compares them.
 Form = StrEnum("Form", ["power", "power_irreducible", "quadratic_log", "chinchilla"])
+Part = StrEnum("Part", ["optimizer", "data", "schedule"])
 Space = StrEnum("Space", ["log", "linear"])
 Loss = StrEnum("Loss", ["squares", "huber"])
 Dtype = StrEnum("Dtype", ["float32", "bfloat16"])
@@ -97,6 +112,7 @@ def common(
 
 data_app.callback()(_help_unless_command)
 bench_app.callback()(_help_unless_command)
+checkpoint_app.callback()(_help_unless_command)
 
 
 @app.command()
@@ -109,18 +125,52 @@ def train(
     resume: Annotated[
         str, typer.Option(metavar="auto|never|PATH", help="Where to continue from.")
     ] = "auto",
+    extend: Annotated[
+        bool,
+        typer.Option(
+            "--extend", help="Plan rates and schedule anew over the config's length, and go on."
+        ),
+    ] = False,
+    decay_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CHECKPOINT",
+            help="Go on from this one of a wsd or constant run, with the decay.",
+        ),
+    ] = None,
+    reset: Annotated[
+        list[Part] | None,
+        typer.Option(help="With --resume PATH: what starts anew there. Repeatable."),
+    ] = None,
 ) -> None:
     """Train one model; resumes by itself from the newest checkpoint of its run directory.
 
     Example: torchrun --standalone --nproc_per_node=2 -m archscale train configs/quickstart.yaml
     """
+    from archscale.train.stopping import listening
+
+    with listening():  # also while the rest is imported, and during the report
+        parts = tuple(dict.fromkeys(part.value for part in reset or []))
+        wishes = {"extend": extend, "reset": parts, "decay_from": decay_from}
+        _train(config, set or [], run_dir, resume, wishes)
+
+
+def _train(
+    config: Path, overrides: list[str], run_dir: Path | None, resume: str, wishes: dict[str, Any]
+) -> None:
     from archscale.config import load_config
 
-    resolved = load_config(config, set or [])
+    resolved = load_config(config, overrides)
+    from archscale.train.continuing import Wishes
     from archscale.train.trainer import train as run
 
     terminal.go_on_without_reader()
-    summary = run(resolved, run_dir or Path("runs") / resolved.name, resume)
+    given = any(
+        key.strip() == "training.tokens" or (key.strip() == "training" and "tokens:" in value)
+        for key, _, value in (text.partition("=") for text in overrides)
+    )
+    wanted = Wishes(**wishes, tokens_given=given)
+    summary = run(resolved, run_dir or Path("runs") / resolved.name, resume, wanted)
     if summary["rank"] == 0:
         if not summary["already_done"]:
             from archscale.sweep.pages import report_if_possible
@@ -588,6 +638,49 @@ def doctor() -> None:
     _print_table(examine())
 
 
+@app.command("verify-resume")
+def verify_resume(
+    config: Annotated[Path, typer.Argument(help="YAML config.")],
+    set: Overrides = None,
+    steps: Annotated[
+        int, typer.Option(min=2, help="First steps of the run, which are compared.")
+    ] = 12,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Default parallel.replicate × parallel.shard, or one for each GPU, two on CPUs.",
+        ),
+    ] = None,
+    kills: Annotated[int, typer.Option(min=1, help="Times that a run is killed.")] = 3,
+    seed: Annotated[int, typer.Option(help="Random seed of the instants of killing.")] = 0,
+    limit: Annotated[
+        float, typer.Option(min=1, help="Seconds after which a start of a run is given up.")
+    ] = 900,
+    dir: Annotated[
+        Path | None,
+        typer.Option(help="New directory for the runs; default a temporary one in runs/."),
+    ] = None,
+) -> None:
+    """Does a crash change anything here? Trains the first steps of a config on this machine: twice
+    alike, killed with SIGKILL at random instants and started again, and resumed on another number
+    of processes, in another layout, with smaller micro-batches and by the other engine. The same
+    layout has to give the same bits; another one losses within 1e-5 in fp32, within 0.0078 in bf16.
+    The runs are removed when all is well. Exit status 2 where a case differs.
+
+    One machine only: jobs on several nodes are not tested.
+
+    Example: archscale verify-resume configs/quickstart.yaml --steps 8
+    """
+    import functools
+
+    from archscale.bench.verify_resume import Request
+    from archscale.bench.verify_resume import verify_resume as run
+
+    request = Request(config, set or [], steps, processes, kills, seed, limit, dir)
+    print(run(request, functools.partial(print, flush=True)))
+
+
 @bench_app.command("optimizer")
 def bench_optimizer(
     shape: Annotated[
@@ -736,6 +829,43 @@ def bench_data(
     )
 
 
+@bench_app.command("checkpoint")
+def bench_checkpoint(
+    config: Annotated[Path, typer.Argument(help="YAML config whose model is saved.")],
+    set: Overrides = None,
+    size: Annotated[
+        float, typer.Option(min=0, help="Bytes of a second state; 0: the config's alone.")
+    ] = 1e9,
+    rounds: Annotated[int, typer.Option(min=1, help="Measurements of each.")] = 3,
+    peers: Annotated[
+        bool, typer.Option("--peers/--no-peers", help="Beside torch's, or ours alone.")
+    ] = True,
+    directory: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="On the disk to be measured."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Saving and loading beside torch.save, dcp.save and dcp.async_save: how long training stands
+    still, seconds beside the disk's own, memory.
+
+    Example: archscale bench checkpoint configs/quickstart.yaml --set model.vocab_size=4096
+    """
+    from archscale.bench.checkpoint import report
+    from archscale.config import load_config
+
+    print(
+        report(
+            load_config(config, set or []),
+            size=int(size),
+            rounds=rounds,
+            peers=peers,
+            directory=directory,
+            as_json=json,
+        )
+    )
+
+
 @bench_app.command("gpu")
 def bench_gpu(
     checks: Annotated[
@@ -775,6 +905,87 @@ def bench_gpu(
         raise typer.Exit(1)
 
 
+@checkpoint_app.command("list")
+def list_checkpoints(
+    directory: Annotated[Path, typer.Argument(help="Run directory, or folder of checkpoints.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """What is saved, in order of step: from state.json, metrics.jsonl and the sizes of files alone.
+    Below it what --resume has moved aside, and what a killed run did not finish.
+
+    Example: archscale checkpoint list runs/quickstart
+    """
+    import json as encoder
+
+    from archscale.checkpoint import listing
+
+    found = listing.list_checkpoints(directory)
+    print(encoder.dumps(found, indent=1) if json else listing.render_list(found))
+
+
+@checkpoint_app.command("verify")
+def verify_checkpoints(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Checkpoints, run directories, or folders."),
+    ],
+) -> None:
+    """Read every byte, compare it with its checksum, and check that every tensor is there once. Of
+    a run directory all checkpoints but the abandoned ones, which are verified when named. Exit
+    status 2 where one is damaged.
+
+    Example: archscale checkpoint verify runs/quickstart
+    """
+    from archscale.checkpoint.integrity import verify_all
+
+    verify_all(paths, print)
+
+
+@checkpoint_app.command("prune")
+def prune_checkpoints(
+    directory: Annotated[Path, typer.Argument(help="Run directory, or folder of checkpoints.")],
+    keep: Annotated[int, typer.Option(min=1, metavar="N", help="Newest ones that stay.")],
+    keep_every: Annotated[
+        int | None, typer.Option(min=1, metavar="M", help="Those of every M-th step stay, too.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would go; delete nothing.")
+    ] = False,
+) -> None:
+    """Delete older checkpoints, as checkpoint.keep does while a run trains. The newest one from
+    before a loss that is not finite always stays, and so does the newest whole one. Refused while
+    a process trains there.
+
+    Example: archscale checkpoint prune runs/quickstart --keep 1 --dry-run
+    """
+    from archscale.train.pruning import prune_checkpoints as run
+
+    print(run(directory, keep, keep_every, dry_run, print).render(dry_run))
+
+
+@checkpoint_app.command("diff")
+def diff_checkpoints(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Checkpoint.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Checkpoint.")],
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+) -> None:
+    """Compare two checkpoints bit by bit, whatever layouts wrote them: config, step, data, guard,
+    weights and optimizer state. Exit status 0 where all but the config is equal, 1 where something
+    differs, 2 where one cannot be read.
+
+    Example: archscale checkpoint diff runs/a/checkpoints/step_00000400
+    runs/b/checkpoints/step_00000400
+    """
+    import json as encoder
+
+    from archscale.checkpoint.difference import compare_checkpoints
+
+    difference = compare_checkpoints(first, second)
+    print(encoder.dumps(difference.as_dict(), indent=1) if json else difference.render())
+    if not difference.same:
+        raise typer.Exit(1)
+
+
 def _print_estimate(recipe: Path, overrides: list[str], workers: int | None, as_json: bool) -> None:
     import json
 
@@ -808,11 +1019,7 @@ def main() -> None:
     reader of stdout who leaves, as `head` does, in status 141, as shells say of SIGPIPE."""
     terminal.prepare()
     try:
-        try:
-            status = app(standalone_mode=False)
-        except SystemExit as end:
-            # Rich makes that of a pipe that broke.
-            status = 141 if terminal.reader_left() else end.code
+        status = _command()
         sys.stdout.flush()
         sys.exit(status)
     except ArchscaleError as error:
@@ -824,9 +1031,13 @@ def main() -> None:
             # Torchrun ends all ranks with the first that exits: let the one that reports be it.
             time.sleep(5)
         terminal.flush()
-        os._exit(2)  # without waiting for ranks and threads that may wait for this one
+        os._exit(error.status)  # without waiting for ranks and threads that may wait for this one
     except terminal.ReaderLeft:
         os._exit(141)
+    except KeyboardInterrupt:
+        print("archscale: stopped by Ctrl-C", file=sys.stderr, flush=True)
+        terminal.flush()
+        os._exit(INTERRUPTED)
     except OSError as error:
         if os.environ.get("ARCHSCALE_DEBUG") == "1" or isinstance(
             error, ConnectionError | TimeoutError
@@ -842,7 +1053,9 @@ def main() -> None:
         )
         terminal.flush()
         os._exit(2)
-    except Exception as error:  # what typer raises for a wrong command line
+    except Exception as error:
+        _end_without_the_others(error)
+        # What typer raises for a wrong command line.
         if not hasattr(error, "format_message"):
             raise
         where = getattr(getattr(error, "ctx", None), "command_path", None) or "archscale"
@@ -851,6 +1064,40 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+
+
+def _end_without_the_others(error: Exception) -> None:
+    """Ends this process in one line and status 1, for the launcher to start the job again, where
+    the error is that another rank cannot be reached."""
+    distributed = sys.modules.get("archscale.distributed")
+    cause = distributed and distributed.lost_connection(error)
+    if not cause or os.environ.get("ARCHSCALE_DEBUG") == "1":
+        return
+    time.sleep(5)  # torchrun reports the first that exits: let it be the one that failed
+    print(
+        f"archscale: rank {os.environ.get('RANK')} of {os.environ.get('WORLD_SIZE')} cannot reach"
+        f" another rank, which has ended or is cut off: {cause}; the same command goes on from the"
+        " newest checkpoint, and torchrun --max-restarts=N gives it by itself",
+        file=sys.stderr,
+        flush=True,
+    )
+    terminal.flush()
+    os._exit(1)  # process groups and threads may wait for the rank that is lost
+
+
+def _command() -> Any:
+    """Run what the command line says; returns its exit status."""
+    try:
+        status = app(standalone_mode=False)
+    except SystemExit as end:
+        if end.code in (RETRY, INTERRUPTED):  # within the grace of who has sent a signal
+            terminal.flush()
+            os._exit(int(end.code))
+        # Rich makes that of a pipe that broke.
+        return 141 if terminal.reader_left() else end.code
+    if status == INTERRUPTED:  # typer makes that of Ctrl-C
+        raise KeyboardInterrupt
+    return status
 
 
 def _reports(error: ArchscaleError) -> bool:

@@ -4,10 +4,15 @@ torchrun."""
 from __future__ import annotations
 
 import datetime
+import hashlib
 import itertools
+import json
 import math
 import os
 import pickle
+import re
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +25,16 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from archscale.errors import ConfigError
+
+# What gloo, NCCL and the store say where another rank does not answer any more.
+LOST = re.compile(
+    r"gloo/.*(closed by peer|reset by peer|Broken pipe|Socket closed|[Tt]imed out|timeout"
+    r"|refused|unreachable|No route)|remote process exit|[Tt]imed out after|did not come within"
+    r"|wait timeout|failed to recv|Failed to recv|Broken pipe|Connection (reset|refused|was closed)"
+    r"|Connection closed|recvValue|socket timed out|client socket has timed out",
+    re.DOTALL,
+)
+_timeout: datetime.timedelta | None = None  # of collectives; None: torch's own
 
 
 def is_distributed() -> bool:
@@ -69,6 +84,33 @@ def _announced(name: str, otherwise: int) -> int:
     return int(text or otherwise)
 
 
+def may_change_size() -> bool:
+    """Whether torchrun may start this job again, and so on another number of nodes."""
+    return _announced("TORCHELASTIC_MAX_RESTARTS", 0) > 0
+
+
+def restarts() -> int:
+    """How often torchrun has started this job again after a failure. A node that joins has not seen
+    those before it: the most of any rank counts, so all ranks call this together."""
+    return int(max(gather_objects(_announced("TORCHELASTIC_RESTART_COUNT", 0))))
+
+
+def job() -> str:
+    """What all processes of this job have in common, also after restarts, and no other job: the
+    `--rdzv-id` of torchrun; empty where it has none."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    return "" if name == "none" else name  # torchrun's own default
+
+
+def lost_connection(error: BaseException) -> str | None:
+    """What an exchange between ranks failed of, in one line, where another rank is gone or cut off;
+    None for any other error."""
+    text = str(error).partition("\n")[0]
+    if not isinstance(error, RuntimeError) or not LOST.search(str(error)):
+        return None
+    return re.sub(r"^\[[^]]*\] ", "", text).partition(". This is typically caused")[0]
+
+
 def start(timeout_seconds: float = 600.0) -> torch.device:
     """Join the process group that torchrun announced, if any, and return this process's device.
 
@@ -98,9 +140,73 @@ def start(timeout_seconds: float = 600.0) -> torch.device:
             "start with torchrun, which sets all of them",
         )
     if not unset and not is_distributed():
+        global _timeout
+        _timeout = datetime.timedelta(seconds=timeout_seconds)
         backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            number, count = int(os.environ["RANK"]), launched_world_size()
+            store = dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=False,
+                timeout=_timeout,
+                wait_for_workers=False,
+            )
+            prefix = meet(store, number, count, timeout_seconds)
+            shared = dist.PrefixStore(prefix, store)
+            dist.init_process_group(
+                backend, store=shared, rank=number, world_size=count, timeout=_timeout
+            )
+        else:
+            try:
+                dist.init_process_group(backend, timeout=_timeout)
+            except dist.DistNetworkError as error:
+                if "EADDRINUSE" not in str(error):
+                    raise
+                port = os.environ["MASTER_PORT"]
+                raise ConfigError(
+                    f"another process listens at port {port}",
+                    "MASTER_PORT",
+                    "give a port that is free, or start with torchrun, which chooses one",
+                ) from error
     return device
+
+
+def meet(store: Any, number: int, count: int, timeout_seconds: float) -> str:
+    """A prefix for the keys of these ranks that no earlier start of the job has used.
+
+    torchrun keeps one store over all restarts, unless TORCH_DISABLE_SHARE_RDZV_TCP_STORE is 1, and
+    PyTorch tells the starts apart by each node's own count of restarts. A node that is started
+    again because another one was does not count that: it would wait where nobody else is, or read
+    the addresses of processes that have ended. So rank 0 offers the list of who it sees, each
+    by a random number, until all of them have found themselves in the list.
+
+    Raises:
+        DistStoreError: some rank did not come.
+    """
+    mine, end = uuid.uuid4().hex, time.monotonic() + timeout_seconds
+    here = [f"archscale/here/{n}" for n in range(count)]
+    store.set(here[number], mine)
+    while time.monotonic() < end:
+        offer = []
+        if number == 0:
+            if store.check(here):
+                offer = [store.get(key).decode() for key in here]
+                store.set("archscale/offer", json.dumps(offer))
+        elif store.check(["archscale/offer"]):
+            offer = json.loads(store.get("archscale/offer"))
+        if len(offer) == count and offer[number] == mine:
+            prefix = f"archscale/{hashlib.sha256(''.join(offer).encode()).hexdigest()[:16]}"
+            store.set(f"{prefix}/seen/{number}", "")
+            if store.check([f"{prefix}/seen/{n}" for n in range(count)]):
+                return prefix
+        time.sleep(0.05)
+    missing = [n for n, key in enumerate(here) if not store.check([key])]
+    names = f"ranks {missing}" if missing else "ranks of an earlier start"
+    raise dist.DistStoreError(
+        f"{names} did not come within {timeout_seconds:.0f} s (where nodes come and go, torchrun"
+        " needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1)"
+    )
 
 
 def stop() -> None:
@@ -108,6 +214,7 @@ def stop() -> None:
     still reads."""
     if is_distributed():
         barrier()
+        _host_groups.clear()
         dist.destroy_process_group()
 
 
@@ -159,6 +266,53 @@ def all_to_all(
         async_op=True,
     )
     return received, work
+
+
+class Ballot:
+    """Questions to every rank whose largest answer all ranks get, between hosts: nobody waits for a
+    device. In a group of its own, so that the exchange does not queue behind those of a step.
+
+    Args:
+        questions: each gives this rank's answer, from 0 to 255.
+    """
+
+    def __init__(self, *questions: Callable[[], int]):
+        self._questions = questions
+        self._answers = torch.zeros(len(questions), dtype=torch.uint8)
+        self._group = _host_group()
+        self._work: Any = None
+
+    def begin(self) -> None:
+        """Ask; all ranks together."""
+        for i, question in enumerate(self._questions):
+            self._answers[i] = question()
+        if self._group is not None:
+            self._work = dist.all_reduce(
+                self._answers, op=dist.ReduceOp.MAX, group=self._group, async_op=True
+            )
+
+    def end(self) -> list[int]:
+        """The largest answer to each question, once every rank has begun."""
+        if self._work is not None:
+            self._work.wait()
+        return self._answers.tolist()
+
+    def ask(self) -> list[int]:
+        self.begin()
+        return self.end()
+
+
+_host_groups: dict[Any, Any] = {}  # by the default group; at most one
+
+
+def _host_group() -> Any:
+    """A gloo group of all ranks beside the default one, made once; None on one process."""
+    if world_size() == 1:
+        return None
+    if dist.group.WORLD not in _host_groups:
+        _host_groups.clear()
+        _host_groups[dist.group.WORLD] = dist.new_group(backend="gloo", timeout=_timeout)
+    return _host_groups[dist.group.WORLD]
 
 
 def gather_objects(value: Any, group: Any = None) -> list[Any]:

@@ -18,6 +18,7 @@ class ArchscaleError(Exception):
     """
 
     on_every_rank = False  # whether all ranks raise it together, so that one of them reports it
+    status = 2  # exit status of a command that ends with it
 
     def __init__(self, what: str, where: str, remedy: str):
         self.what, self.where, self.remedy = what, where, remedy

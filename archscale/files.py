@@ -4,6 +4,7 @@ Also the names of what lies in a run directory.
 """
 
 import contextlib
+import errno
 import os
 import uuid
 from pathlib import Path
@@ -38,11 +39,21 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename == str(temporary):
+        # A write that fails names no file.
+        if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             error.filename, error.filename2 = str(path), None
         raise
     with contextlib.suppress(OSError):  # the file is there; some file systems sync no directory
         sync(path.parent)
+
+
+def sync_names(directory: Path) -> None:
+    """Force the names in a directory onto the disk, where its file system can do that."""
+    try:
+        sync(directory)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def sync(path: Path) -> None:

@@ -7,7 +7,9 @@ import codecs
 import contextlib
 import io
 import os
+import shutil
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 SPELLED = {
@@ -110,3 +112,29 @@ def _spell(error: UnicodeError) -> tuple[str, int]:
     lacking = error.object[error.start : error.end]
     ascii_only = (c.encode("ascii", "backslashreplace").decode() for c in lacking)
     return "".join(SPELLED.get(c, code) for c, code in zip(lacking, ascii_only)), error.end
+
+
+def table(rows: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
+    """Lines of a table whose first row is its head, columns aligned; where they do not fit, a block
+    for each row with a line for each of its cells.
+
+    Args:
+        width: columns of the terminal; None: those of this one, any where there is none.
+    """
+    if width is None:
+        known = sys.stdout.isatty() or os.environ.get("COLUMNS")
+        width = shutil.get_terminal_size().columns if known else sys.maxsize
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    if sum(widths) + 2 * (len(widths) - 1) <= width:
+        padded = ([f"{cell:<{size}}" for cell, size in zip(row, widths)] for row in rows)
+        return ["  ".join(row).rstrip() for row in padded]
+    head, *content = rows
+    label = max(map(len, head))
+    return [
+        line
+        for row in content
+        for line in (
+            f"{head[0]} {row[0]}",
+            *(f"  {name:<{label}}  {cell}" for name, cell in zip(head[1:], row[1:]) if cell),
+        )
+    ]

@@ -154,6 +154,25 @@ def kill_all() -> None:
         launched.kill()
 
 
+def environment(changes: dict[str, str | None]) -> dict[str, str]:
+    """The environment of a command that a test starts; a None in `changes` unsets."""
+    full = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES | MASTER_VARIABLES}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    full |= {
+        "PYTHONPATH": path,
+        "PYTHONFAULTHANDLER": "1",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    if sys.platform == "linux":
+        full["GLOO_SOCKET_IFNAME"] = "lo"
+    for key, value in changes.items():
+        full.pop(key, None)
+        if value is not None:
+            full[key] = value
+    return full
+
+
 def start(
     argv: Sequence[str],
     processes: int = 1,
@@ -166,20 +185,7 @@ def start(
     python = [sys.executable]
     if processes > 1:
         python += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    full = {k: v for k, v in os.environ.items() if k not in RANK_VARIABLES | MASTER_VARIABLES}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    full |= {
-        "PYTHONPATH": path,
-        "PYTHONFAULTHANDLER": "1",
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    if sys.platform == "linux":
-        full["GLOO_SOCKET_IFNAME"] = "lo"
-    for key, value in (env or {}).items():
-        full.pop(key, None)
-        if value is not None:
-            full[key] = value
+    full = environment(env or {})
     return Launched([*python, "-m", module, *map(str, argv)], full, cwd)
 
 

@@ -60,13 +60,6 @@ def test_a_typo(tmp_path, data):
     assert result.returncode == 2
 
 
-def test_a_value_that_is_not_available_yet(tmp_path, data):
-    refused(
-        train(tmp_path, config(data), "--set", "checkpoint.async=true"),
-        "asynchronous.*not available",
-    )
-
-
 def damaged(data: str, tmp_path, change) -> str:
     copy = tmp_path / "copy"
     shutil.copytree(data, copy)

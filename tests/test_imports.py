@@ -54,6 +54,7 @@ SPEAKERS = {  # who may use torch.distributed
     "archscale.optim.examples",
     "archscale.model.moe",
     "archscale.checkpoint",
+    "archscale.bench.checkpoint",
 }
 
 

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from archscale import __version__, cli
 from archscale.checkpoint import saving as checkpoint
+from archscale.config import CheckpointConfig
 from archscale.data.shards import MANIFEST
 from archscale.errors import CheckpointError, explain_os_error
 from tests.train.tiny import config, tiny_data
@@ -153,10 +154,15 @@ def test_a_checkpoint_that_cannot_be_written(tmp_path, monkeypatch, number, caus
 
     monkeypatch.setattr(dcp, "save", fail)
     with pytest.raises(CheckpointError) as caught:
-        checkpoint.save_checkpoint(tmp_path / "checkpoints", {}, NoOptimizer(), {"step": 1}, 3)
+        save(tmp_path / "checkpoints")
     assert caught.value.what == f"cannot write a checkpoint: {cause}"
     assert caught.value.remedy.startswith(remedy)
     assert ("free space" in caught.value.remedy) == (number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def save(directory: Path) -> None:
+    with checkpoint.Saver(directory, CheckpointConfig()) as saver:
+        saver.save({}, NoOptimizer(), {"step": 1})
 
 
 class NoOptimizer:
@@ -173,7 +179,7 @@ def test_an_unknown_cause_is_not_given_another(tmp_path, monkeypatch):
         CheckpointError,
         match=r"RuntimeError: unexpected pos .*check that the directory can be written",
     ):
-        checkpoint.save_checkpoint(tmp_path / "checkpoints", {}, NoOptimizer(), {"step": 1}, 3)
+        save(tmp_path / "checkpoints")
 
 
 def test_a_real_limit_of_the_system_is_named(tmp_path):
@@ -181,7 +187,7 @@ def test_a_real_limit_of_the_system_is_named(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"Not a directory: something else stands there .*--run-dir"
     ):
-        checkpoint.save_checkpoint(tmp_path / "file", {}, NoOptimizer(), {"step": 1}, 3)
+        save(tmp_path / "file")
 
 
 def test_every_error_of_the_system_has_a_cause_and_a_remedy():

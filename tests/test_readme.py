@@ -42,6 +42,7 @@ PAGES = [name for name in tracked_files() if Path(name).name in ("README.md", "C
 SLOW_PAGES = [
     "README.md",
     "CONTRIBUTING.md",
+    "archscale/checkpoint/README.md",
     "archscale/export/README.md",
     "configs/studies/README.md",
     "launch/README.md",
@@ -76,7 +77,12 @@ SHORTER = {
 # Pattern of a command or of Python → what the default suite runs in its place; None: only the slow
 # tests run it.
 SLOW: dict[str, str | None] = {
+    r"^archscale verify-resume ": None,
     r"bench data": "bench data --tokens 200000 --context 64 --rounds 1 --step 5 --no-peers",
+    r"bench checkpoint": (
+        "bench checkpoint configs/quickstart.yaml --set model.vocab_size=512"
+        " --set training.batch_tokens=1024 --size 0 --rounds 1 --no-peers"
+    ),
     r"bench optimizer ": "bench optimizer --shape 2x32x32 --rounds 2 --no-peers",
     r"study configs/studies/spectral_flattening\.yaml": None,
     r"parallel\.engine=deepspeed": None,
@@ -91,6 +97,7 @@ NOT_RUN = {
     r"^bash launch/(quickstart|test|install)\.sh": "installs from a package index",
     r"^source \.venv/bin/activate": "the tests choose their own environment",
     r"^\.venv/bin/pytest": "this test is part of it",
+    r"^archscale train my\.yaml": "needs a run of some length; tests/checkpoint/test_continuing.py",
     r"^pip install": "installs from a package index",
     r"^docker ": "needs Docker",
     r"^NNODES=2": "needs two nodes",
@@ -425,7 +432,7 @@ def test_readme_names_the_commands_that_there_are():
         spans = re.findall(r"`(archscale [^`…]+)`", (ROOT / page).read_text())
         for span in spans:
             words = shlex.split(span.replace(" N", " 0"))[1:]
-            full = " ".join(words[:2]) if words[0] in ("data", "bench") else words[0]
+            full = " ".join(words[:2]) if words[0] in ("data", "bench", "checkpoint") else words[0]
             assert full in commands, f"{page}: {span}"
             given = [word for word in words if word.startswith("-")]
             shown = CliRunner().invoke(app, [*full.split(), "--help"], env={"COLUMNS": "300"})

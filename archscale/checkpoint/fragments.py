@@ -9,7 +9,7 @@ tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -56,17 +56,31 @@ class Stored(Tensor):
 
     @staticmethod
     def __new__(cls, fragment: Fragment) -> Stored:
-        data = fragment.data
-        self = Tensor._make_wrapper_subclass(
-            cls, fragment.shape, dtype=data.dtype, device=data.device
-        )  # type: ignore[attr-defined]
-        self._pieces = {}
-        at = 0
+        data, pieces, at = fragment.data, {}, 0
         for offsets, sizes in boxes(fragment.shape, fragment.lo, fragment.lo + data.numel()):
             count = math.prod(sizes)
-            self._pieces[offsets] = data[at : at + count].view(sizes)
+            pieces[offsets] = data[at : at + count].view(sizes)
             at += count
+        return cls._of(fragment.shape, data.dtype, data.device, pieces)
+
+    @classmethod
+    def _of(
+        cls,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device,
+        pieces: dict[tuple[int, ...], Tensor],
+    ) -> Stored:
+        self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+        self._pieces = pieces
         return self
+
+    def copied(self, copy: Callable[[str, Tensor], Tensor]) -> Stored:
+        """The same boxes with other memory: `copy` makes a tensor on the CPU from one and a name
+        that the other boxes here have not. Each box gets memory of its own, since DCP copies what
+        is part of something larger once more."""
+        pieces = {offsets: copy(str(offsets), piece) for offsets, piece in self._pieces.items()}
+        return self._of(self.shape, self.dtype, torch.device("cpu"), pieces)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]

@@ -1,16 +1,27 @@
-"""Which checkpoint a run continues from, whether it belongs to this run's trajectory, and what the
-run's own checkpoints say of those before them."""
+"""Which checkpoint a run continues from, by which keys it would be of another trajectory, and what
+the run's own checkpoints say of those before them."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from archscale.checkpoint.changes import (
+    DATA,
+    OPTIMIZER,
+    SCHEDULE,
+    Change,
+    Origin,
+    Origins,
+    recorded,
+    to_state,
+)
 from archscale.checkpoint.directory import checkpoint_id, newest_valid, read_state
 from archscale.config import Config
 from archscale.config.layers import Layer, flatten
@@ -68,97 +79,144 @@ class Start:
         checkpoint: that it continues from; None: from the beginning.
         rewinds: `--resume` names the checkpoint, and nothing in the run directory continues it yet.
         own: the run directory's history leads to it; otherwise nothing there does.
+        changes: what is not as it was before the checkpoint, and is not recorded yet.
     """
 
     checkpoint: Path | None
     rewinds: bool = False
     own: bool = True
+    changes: tuple[Change, ...] = ()
 
 
 class Lineage:
     """What a run's next checkpoint continues: its parent, and before it the checkpoints that
-    `--resume` has named, each as `{"step": …, "id": …}`."""
+    `--resume` has named, each as `{"step": …, "id": …}`, with `run` and `checkpoint` (a path) where
+    it is another run directory's. And what has been changed on purpose on the way.
 
-    def __init__(self) -> None:
+    Attributes:
+        origins: where the data order and the schedule begin.
+    """
+
+    def __init__(self, start: Start | None = None) -> None:
+        self._start = start or Start(None)
         self._parent: dict[str, Any] | None = None
         self._resumed: list[dict[str, Any]] = []
+        self._changes: list[Change] | None = None  # None: no checkpoint has been restored yet
+        self.origins = Origins()
 
     def restore(self, state: dict[str, Any], rewinds: bool) -> None:
         """The run goes on from the checkpoint of this `state`, to which `--resume` goes back."""
         self._parent = {"step": state["step"], "id": checkpoint_id(state)}
-        # After a fall-back the state may be of the very checkpoint that was named.
+        if rewinds and not self._start.own:
+            path = os.path.abspath(str(self._start.checkpoint))
+            self._parent |= {"run": state["config"]["name"], "checkpoint": path}
+        # A fall-back may go behind the checkpoint that was named: the command has had its way all
+        # the same, and is not to have it again.
         named = [*self._resumed, self._parent] if rewinds else self._resumed
-        named = [entry for entry in named if entry["step"] <= state["step"]]
         before = state.get("resumed", [])
         self._resumed = before + [entry for entry in named if entry not in before]
+        self._restore_changes(state)
+
+    def _restore_changes(self, state: dict[str, Any]) -> None:
+        """What has been changed since an older checkpoint holds from there on after a fall-back."""
+        step, new = state["step"], self._unrecorded(state)
+        self._changes = recorded(state) + [replace(change, step=step) for change in new]
+        self.origins = Origins.of_state(state)
+        parts = {part for change in new for part in change.parts} & {DATA, SCHEDULE}
+        if parts:
+            here = Origin(step, trained_samples(state))
+            self.origins = replace(self.origins, **dict.fromkeys(parts, here))
+
+    def _unrecorded(self, state: dict[str, Any]) -> list[Change]:
+        before = recorded(state)
+        if self._changes is None:
+            return list(self._start.changes)
+        return self._changes[len(before) :]
+
+    def resets_optimizer(self, state: dict[str, Any]) -> bool:
+        """Whether the optimizer starts anew at the checkpoint of this state, which is about to be
+        restored."""
+        return any(OPTIMIZER in change.parts for change in self._unrecorded(state))
 
     def next(self, step: int) -> dict[str, Any]:
         """For the state of the checkpoint of `step`, which is the parent from then on. Each rank
         makes an `id` of its own: that of rank 0 is written."""
         entries = {"id": uuid.uuid4().hex[:16], "parent": self._parent, "resumed": self._resumed}
         self._parent = {"step": step, "id": entries["id"]}
-        return entries
+        return entries | to_state(self.origins, self._changes or [])
 
 
-def choose_checkpoint(config: Config, data: TrainingData, run_dir: Path, resume: str) -> Start:
-    """The checkpoint to continue from, if any, after checking that it belongs to this trajectory:
-    the newest one; with a path as `resume` the newest one that continues that path's, or else that
-    itself.
+def trained_samples(state: Mapping[str, Any]) -> int:
+    """Sequences of the run up to a checkpoint."""
+    batches = Config.from_dict(state["config"]).batches
+    return Origins.of_state(state).batches(batches).at(state["step"])[0]
+
+
+def find_start(run_dir: Path, resume: str, damaged: dict[Path, str] | None = None) -> Start:
+    """The checkpoint to continue from, if any: the newest one; with a path as `resume` the newest
+    one that continues that path's, or else that itself. Whether it belongs to the run's trajectory
+    is for the caller to check.
+
+    Args:
+        damaged: as in `newest_valid`.
 
     Raises:
-        ConfigError: a key that would change the trajectory.
-        CheckpointError: `resume` names no checkpoint, or is `never` where there is a run; or
-            another version wrote the checkpoint.
+        CheckpointError: `resume` names no checkpoint, or is `never` where there is a run.
     """
     checkpoints = run_dir / CHECKPOINTS
     if resume == "never" and (checkpoint_steps(checkpoints) or (run_dir / METRICS).exists()):
         remedy = "give another --run-dir, or drop --resume never"
         raise CheckpointError("the run directory holds a run", str(run_dir), remedy)
     if resume in ("auto", "never"):
-        start = Start(newest_valid(checkpoints, _warn))
-    else:
-        start = _named(checkpoints, Path(resume))
-    source = start.checkpoint
-    if source is not None:
-        saved = read_state(source)
-        before, now = (
-            flatten({**_saved_config(source, saved).resolved(), "data_set": saved["data"]}),
-            flatten({**config.resolved(), "data_set": identity(data)}),
-        )
-        for key in other_trajectory(before, now):
-            raise ConfigError(
-                f"{key} is {now.get(key)}, the checkpoint's run has {before.get(key)}",
-                str(source),
-                "restore the value, or start another run with --run-dir",
-            )
-    return start
-
-
-def _named(checkpoints: Path, path: Path) -> Start:
-    """The start that `--resume path` means: a job that is started again with it goes on from where
-    it is, also when `path` has been pruned since."""
-    own = path.resolve().parent == checkpoints.resolve()
-    pruned = own and not (path / "state.json").exists()
-    named = "" if pruned else checkpoint_id(read_state(path))
-
-    def continues(candidate: Path) -> bool:
-        try:
-            resumed = read_state(candidate).get("resumed", [])
-        except CheckpointError:
-            return False
-        return any(
-            step_directory(checkpoints, entry["step"]).name == path.name
-            if pruned
-            else entry["id"] == named
-            for entry in resumed
-        )
-
-    newest = newest_valid(checkpoints, _warn, counts=continues)
+        return Start(newest_valid(checkpoints, warn, damaged=damaged))
+    path = Path(resume)
+    newest = newest_continuing(checkpoints, path, damaged)
     if newest is not None:
         print(f"goes on from {newest}, which continues {path}", flush=True)
         return Start(newest)
-    copy = step_directory(checkpoints, read_state(path)["step"])
-    return Start(path, rewinds=True, own=_has_id(copy, named))
+    state = read_state(path)
+    copy = step_directory(checkpoints, state["step"])
+    return Start(path, rewinds=True, own=_has_id(copy, checkpoint_id(state)))
+
+
+def newest_continuing(
+    checkpoints: Path, path: Path, damaged: dict[Path, str] | None = None
+) -> Path | None:
+    """The newest checkpoint there that continues `path`, to which a run has gone back: a job that
+    is started again with it goes on from where it is, also when `path` has been pruned since.
+
+    Args:
+        damaged: as in `newest_valid`.
+    """
+    if not checkpoint_steps(checkpoints):
+        return None
+    names = entry_of(checkpoints, path)
+
+    def continues(candidate: Path) -> bool:
+        try:
+            return any(map(names, read_state(candidate).get("resumed", [])))
+        except CheckpointError:
+            return False
+
+    return newest_valid(checkpoints, warn, counts=continues, damaged=damaged)
+
+
+def entry_of(checkpoints: Path, path: Path) -> Callable[[Mapping[str, Any]], bool]:
+    """Whether a `{"step": …, "id": …}` of a checkpoint of the folder `checkpoints` means `path`,
+    which may have been pruned or moved away since.
+
+    Raises:
+        CheckpointError: `path` is a checkpoint that cannot be read.
+    """
+    if (path / "state.json").exists():
+        named = checkpoint_id(read_state(path))
+        return lambda entry: entry["id"] == named
+    absolute, own = os.path.abspath(path), path.resolve().parent == checkpoints.resolve()
+    return lambda entry: (
+        entry["checkpoint"] == absolute
+        if "checkpoint" in entry
+        else own and step_directory(checkpoints, entry["step"]).name == path.name
+    )
 
 
 def _has_id(path: Path, named: str) -> bool:
@@ -168,11 +226,12 @@ def _has_id(path: Path, named: str) -> bool:
         return False
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
+    """To the terminal."""
     print(f"archscale: warning: {text}", file=sys.stderr)
 
 
-def _saved_config(source: Path, saved: Mapping[str, Any]) -> Config:
+def saved_config(source: Path, saved: Mapping[str, Any]) -> Config:
     """The config of a checkpoint through the present schema: keys that are newer than it have their
     defaults.
 
@@ -187,6 +246,22 @@ def _saved_config(source: Path, saved: Mapping[str, Any]) -> Config:
             error.where,
             "resume it with that version, or start another run with --run-dir",
         ) from None
+
+
+def differing_keys(
+    source: Path, saved: Mapping[str, Any], config: Config, data: TrainingData
+) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys (of the data set as `data_set.…`) by which a run of `config` would be another
+    trajectory than the one that saved the checkpoint `source`, with their values before and now.
+
+    Raises:
+        CheckpointError: as `saved_config`.
+    """
+    before, now = (
+        flatten({**saved_config(source, saved).resolved(), "data_set": saved["data"]}),
+        flatten({**config.resolved(), "data_set": identity(data)}),
+    )
+    return {key: (before.get(key), now.get(key)) for key in other_trajectory(before, now)}
 
 
 def identity(data: TrainingData) -> dict[str, Any]:

@@ -1,101 +1,300 @@
 """Checkpoints through torch.distributed.checkpoint: any layout saves, any layout loads.
 
-A checkpoint is the directory `step_00001000`: it is written under a temporary name and renamed once
-every rank has finished, so a directory with that name is whole. It holds the model, all optimizer
-state, the host's random state of each rank, and `state.json`: step, the config and data that it
-belongs to, and the size of every file.
+`Saver.save` copies the state and returns; a thread writes the copy. A checkpoint is the directory
+`step_00001000`: it is written under a temporary name and renamed once every rank has finished, so a
+directory with that name is whole. It holds the model, all optimizer state, the host's random state
+of each rank, and `state.json`: step, the config and data that it belongs to, and the size and
+checksum of every file.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
+import copy
+import datetime
 import os
 import shutil
+import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from archscale.checkpoint.directory import FORMAT, discard, prune, read_state
+from archscale.checkpoint.directory import (
+    STATE,
+    Recorded,
+    discard,
+    prune,
+    read_state,
+    recorded_files,
+    shares,
+    state_text,
+    wrong_files,
+)
 from archscale.checkpoint.fragments import Stored
-from archscale.distributed import Fragment, agree, on_rank_zero, rank, world_size
+from archscale.checkpoint.reader import DirectReader
+from archscale.checkpoint.snapshot import Snapshot
+from archscale.checkpoint.writer import SummedWriter, write_summed
+from archscale.config import CheckpointConfig
+from archscale.distributed import (
+    Fragment,
+    agree,
+    gather_objects,
+    is_distributed,
+    portable,
+    rank,
+    same_everywhere,
+    world_size,
+)
 from archscale.errors import CheckpointError, explain_os_error
-from archscale.files import step_directory, sync
+from archscale.files import step_directory, sync_names
 from archscale.optim import MatrixOptimizer
 
+# Seconds that ranks wait for each other while they write, between two of which the slowest writes
+# all that it has.
+TIMEOUT = datetime.timedelta(hours=1)
+GRACE = 20.0  # seconds that a save is given when training has failed
 
-def save_checkpoint(
-    directory: Path,
-    weights: Mapping[str, Fragment],
-    optimizer: MatrixOptimizer,
-    state: dict[str, Any],
-    keep: int,
-) -> None:
-    """Write `state["step"]`'s checkpoint on all ranks together, then `prune` the others.
 
-    Args:
-        weights: float32 parameters by name.
-        state: plain data that `load_checkpoint` gives back; `step` names the directory, and
-            `not_finite_since` is what `prune` goes by.
+class _Job(NamedTuple):
+    """What one checkpoint is made of; nothing of it changes any more."""
 
-    Raises:
-        CheckpointError: the directory cannot be written.
+    content: dict[str, Tensor]
+    random_state: bytes
+    state: dict[str, Any]
+    since: int | None  # of losses that are not finite, or of skipped steps
+
+
+class Saver:
+    """Writes the checkpoints of a run into `directory`; all ranks make one and call it together.
+
+    It holds at most one copy of what this rank stores. Its thread uses a process group of its own
+    and leaves alone what training uses: the global random state, the default group, streams.
+
+        with Saver(directory, config.checkpoint) as saver:
+            saver.save(engine.weights(), optimizer, {"step": 1000})   # training goes on
+            saver.wait()                                              # the checkpoint is there
+
+    Leaving it after an error waits for an unfinished save for `GRACE` seconds at most: other ranks
+    may have died. Whoever goes on after that in the same process must leave the directory alone.
     """
-    final = step_directory(directory, state["step"])
-    partial = final.with_name(f".{final.name}.partial")
 
-    def prepare() -> None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    def __init__(self, directory: Path, settings: CheckpointConfig):
+        self._directory, self._settings = directory, settings
+        self._snapshot = Snapshot()
+        self._hooked: MatrixOptimizer | None = None  # the optimizer that waits for the copies
+        self._group: Any = None  # of the thread; made by the first save
+        self._thread: threading.Thread | None = None
+        self._begun = False  # a save whose outcome the ranks have not compared
+        self._error: Exception | None = None
 
-    def write() -> None:
-        with _quiet():
-            dcp.save(_content(weights, optimizer), checkpoint_id=partial)
+    def __enter__(self) -> Saver:
+        return self
 
-    def write_rng() -> None:
-        (partial / f"rng_{rank()}.bin").write_bytes(torch.get_rng_state().numpy().tobytes())
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if error is None:
+            self.wait()
+            if self._group is not None:
+                dist.destroy_process_group(self._group)
+                self._group = None
+        elif self._thread is not None:
+            self._thread.join(GRACE)
 
-    def finish() -> None:
-        files = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
-        text = json.dumps({"format": FORMAT, "world_size": world_size(), "files": files, **state})
-        (partial / "state.json").write_text(text)
-        for path in (*partial.iterdir(), partial):
-            sync(path)
-        discard(final)
-        os.replace(partial, final)
-        sync(directory)
+    def save(
+        self,
+        weights: Mapping[str, Fragment],
+        optimizer: MatrixOptimizer,
+        state: dict[str, Any],
+        skipped_since: int | None = None,
+    ) -> None:
+        """Begin the checkpoint of `state["step"]`, once the one before is finished; everything may
+        be changed when this returns. Afterwards older ones are deleted, as the settings say.
+
+        Args:
+            weights: float32 parameters by name.
+            state: plain data that `load_checkpoint` gives back; `step` names the directory, and
+                `not_finite_since` is what `prune` goes by.
+            skipped_since: first of the steps up to now whose updates the guard has skipped, if any:
+                checkpoints from before it stay, as from before a loss that is not finite.
+
+        Raises:
+            CheckpointError: this one (where saves are not asynchronous) or the one before could not
+                be written; or there is no memory for the copy.
+        """
+        self.wait()
+        if is_distributed() and self._group is None:
+            self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        _accept_a_single_process()
+        content = _content(weights, optimizer)
+        if self._settings.async_:
+            content = agree(lambda: self._copy(content))
+            if self._snapshot.from_gpu and self._hooked is not optimizer:
+                optimizer.register_step_pre_hook(lambda *_: self._snapshot.before_changes())
+                self._hooked = optimizer
+        random_state = torch.get_rng_state().numpy().tobytes()
+        since = state.get("not_finite_since") or skipped_since
+        job = _Job(content, random_state, copy.deepcopy(state), since)
+        self._begun = True
+        if self._settings.async_:
+            name = f"checkpoint of step {state['step']}"
+            self._thread = threading.Thread(target=self._run, args=(job,), name=name, daemon=True)
+            self._thread.start()
+        else:
+            self._run(job)
+            self.wait()
+
+    def _copy(self, content: dict[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            return self._snapshot.take(content)
+        except (RuntimeError, MemoryError) as error:
+            raise CheckpointError(
+                f"no memory for the copy of the state that is written: {_reason(error)}",
+                "checkpoint.async",
+                "set it to false, or start fewer processes on this machine",
+            ) from error
+
+    def wait(self) -> None:
+        """Until the last save is on the disk.
+
+        Raises:
+            CheckpointError: it could not be written; on every rank.
+        """
+        if not self._begun:
+            return
+        if self._thread is not None:
+            self._thread.join()
+        self._begun, self._thread, error, self._error = False, None, self._error, None
+        failures = [failure for failure in gather_objects(portable(error)) if failure is not None]
+        if failures:
+            raise same_everywhere(failures[0])
+
+    @property
+    def failed(self) -> bool:
+        """This rank knows that the last save has failed: `wait` would raise on all of them."""
+        return self._error is not None
+
+    # --- the thread
+
+    def _run(self, job: _Job) -> None:
+        try:
+            self._snapshot.wait()
+            self._write(job)
+        except Exception as error:  # raised by `wait`, on every rank
+            self._error = error
+
+    def _write(self, job: _Job) -> None:
+        final = step_directory(self._directory, job.state["step"])
+        partial = final.with_name(f".{final.name}.partial")
+        since, keep, keep_every = job.since, self._settings.keep, self._settings.keep_every
+        writer = SummedWriter(partial)
+
+        def prepare() -> None:
+            if rank() == 0:
+                # All losses up to here are known: what `keep` spares is enough meanwhile.
+                prune(self._directory, keep, since, keep_every)
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                sync_names(self._directory.parent)
+
+        def write_random_state() -> dict[str, Recorded]:
+            name = f"rng_{rank()}.bin"
+            return {**writer.recorded, name: write_summed(partial / name, job.random_state)}
+
+        def finish() -> None:
+            if rank() == 0:
+                write_summed(partial / STATE, state_text(job.state, files, world_size()).encode())
+                sync_names(partial)
+                discard(final)
+                os.replace(partial, final)
+                sync_names(self._directory)
+                # No loss of the new one's weights is known: they may be the ones that give none.
+                prune(self._directory, keep if since else max(keep, 2), since, keep_every)
+
+        try:
+            self._together(prepare)
+            dcp.save(
+                job.content,
+                storage_writer=writer,
+                process_group=self._group,
+                no_dist=self._group is None,
+            )
+            files: dict[str, Recorded] = {}
+            for written in self._together(write_random_state):
+                files |= written
+            self._together(finish)
+        except (OSError, CheckpointException) as error:
+            if rank() == 0:  # it may be what fills the disk
+                shutil.rmtree(partial, ignore_errors=True)
+            cause, remedy = _why_not_written(error)
+            raise CheckpointError(
+                f"cannot write a checkpoint: {cause}", str(final), remedy
+            ) from error
+
+    def _together(self, work: Callable[[], Any]) -> list[Any]:
+        """The results of `work` by rank; if it fails on any, the first failure is raised on all of
+        them."""
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        if self._group is None:
+            if error is not None:
+                raise error
+            return [result]
+        answers = gather_objects((result, portable(error)), self._group)
+        for _, failure in answers:
+            if failure is not None:
+                raise failure
+        return [answer for answer, _ in answers]
+
+
+def verify_together(path: Path) -> str | None:
+    """What is wrong with a checkpoint, the same on every rank, after reading every file, each on
+    one rank; None when it is as it was written."""
+
+    def read() -> str | None:
+        files = shares(recorded_files(read_state(path)), world_size())[rank()]
+        return next(iter(wrong_files(path, files)), None)
 
     try:
-        on_rank_zero(prepare)
-        write()
-        agree(write_rng)
-        on_rank_zero(finish)
-    except (OSError, CheckpointException) as error:
-        cause, remedy = _why_not_written(error)
-        raised = CheckpointError(f"cannot write a checkpoint: {cause}", str(final), remedy)
-        # One that failed alone must not wait here.
-        raised.on_every_rank = getattr(error, "on_every_rank", False)
-        raise raised from error
-    if rank() == 0:
-        prune(directory, keep, state.get("not_finite_since"))
+        return next(filter(None, gather_objects(agree(read))), None)
+    except CheckpointError as error:
+        return error.what
 
 
 def load_checkpoint(
-    path: Path, weights: Mapping[str, Fragment], optimizer: MatrixOptimizer | None = None
+    path: Path,
+    weights: Mapping[str, Fragment],
+    optimizer: MatrixOptimizer | None = None,
+    *,
+    verified: bool = False,
 ) -> dict[str, Any]:
     """Restore weights and optimizer in place, in whatever layout they have now; returns the saved
-    `state`.
+    `state`. Every file is compared with its checksum before anything is loaded.
+
+    Args:
+        verified: `verify_together` has just done that.
 
     Raises:
         CheckpointError: missing, of another format, model or rule, or damaged.
     """
     state = read_state(path)
+    if not verified and (problem := verify_together(path)):
+        raise same_everywhere(
+            CheckpointError(f"it is damaged: {problem}", str(path), "use an older checkpoint")
+        )
     content = _content(weights, optimizer)
     try:
         saved = set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
@@ -103,8 +302,8 @@ def load_checkpoint(
             name for name in saved - content.keys() if optimizer or name.startswith("model.")
         ):
             raise ValueError(f"it holds {extra[0]}, which this run has not")
-        with _quiet():
-            dcp.load(content, checkpoint_id=path)
+        _accept_a_single_process()
+        dcp.load(content, storage_reader=DirectReader(path))
         if optimizer is not None and state["world_size"] == world_size():
             content_rng = (path / f"rng_{rank()}.bin").read_bytes()
             torch.set_rng_state(torch.frombuffer(bytearray(content_rng), dtype=torch.uint8))
@@ -134,14 +333,12 @@ def _content(
     }
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """DCP warns that one process has no process group, which is what a single process is."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "torch.distributed is disabled, unavailable or uninitialized"
-        )
-        yield
+def _accept_a_single_process() -> None:
+    """DCP warns that one process has no process group, which is what a single process is.
+
+    For good, since a thread that took the warning's suppression back would do so under others.
+    """
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
 
 
 def _why_not_written(error: BaseException) -> tuple[str, str]:

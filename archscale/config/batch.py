@@ -29,16 +29,20 @@ class BatchSchedule:
         size: of the whole batch, a multiple of `stages`.
         ramp: sequences over which the batch grows; 0: it does not.
         stages: sizes that it takes, the whole one included.
+        first_step: 0-based step with which the schedule begins.
+        first_sample: number of that step's first sequence.
     """
 
     size: int
     ramp: int = 0
     stages: int = 1
+    first_step: int = 0
+    first_sample: int = 0
 
     @cached_property
     def _stages(self) -> list[Stage]:
-        """Where each size begins. Stage k of n ends with the first step past k / (n − 1) of the
-        ramp."""
+        """Where each size begins, counted from the schedule's own beginning. Stage k of n ends with
+        the first step past k / (n − 1) of the ramp."""
         stages, step, sample = [], 0, 0
         count = self.stages if self.ramp else 1
         for k in range(1, count):
@@ -55,12 +59,14 @@ class BatchSchedule:
         return [stage.size for stage in self._stages]
 
     def at(self, step: int) -> tuple[int, int]:
-        """(first global sample number, sequences) of the 0-based `step`."""
+        """(first global sample number, sequences) of the 0-based `step` ≥ `first_step`."""
+        step -= self.first_step
         stage = next(stage for stage in reversed(self._stages) if stage.step <= step)
-        return stage.sample + (step - stage.step) * stage.size, stage.size
+        return self.first_sample + stage.sample + (step - stage.step) * stage.size, stage.size
 
     def steps(self, samples: float) -> int:
-        """Whole steps that come closest to `samples` sequences (half rounds up), at least 1."""
+        """Whole steps from the schedule's beginning that come closest to `samples` sequences (half
+        rounds up), at least 1."""
         stage = next(
             (stage for stage in reversed(self._stages) if stage.sample <= samples), self._stages[0]
         )

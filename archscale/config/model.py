@@ -190,6 +190,9 @@ class ModelConfig(Section):
         )
 
 
+TOKEN_EXPONENTS = {"hyperp": 0.32, "mup++": 0.0}  # of the kinds that transfer
+
+
 class BaseConfig(Section):
     """The base model: the size at which the learning rate was tuned."""
 
@@ -219,8 +222,18 @@ class ParameterizationConfig(Section):
     token_exponent: Share | None = None
     """Learning rate ∝ tokens^(−exponent); null: 0.32 under `hyperp`, 0 under `mup++`; refused under
     `standard`."""
+    planned_tokens: Count | None = None
+    """Tokens that the learning rates are planned for, such as those of a shorter run at whose rates
+    this one goes on; null: `training.tokens`; refused where the rates do not follow tokens."""
     base: BaseConfig = BaseConfig()
     """The base model: the size at which the learning rate was tuned."""
+
+    @property
+    def applied_token_exponent(self) -> float:
+        """The x of learning rate ∝ tokens^(−x); 0 where tokens do not matter."""
+        if self.token_exponent is not None:
+            return self.token_exponent
+        return TOKEN_EXPONENTS.get(self.kind, 0.0)
 
     def problems(self) -> Iterator[ConfigError]:
         if self.kind == "standard" and self.token_exponent is not None:
@@ -228,6 +241,12 @@ class ParameterizationConfig(Section):
                 "standard transfers nothing, so token_exponent does nothing",
                 "parameterization.token_exponent",
                 "set it to null, or choose the kind hyperp or mup++",
+            )
+        if self.planned_tokens is not None and not self.applied_token_exponent:
+            yield ConfigError(
+                f"no rate follows tokens under {self.kind}, so planned_tokens does nothing",
+                "parameterization.planned_tokens",
+                "set it to null",
             )
         needed = ("depth", "width", "lr", "tokens", "batch_tokens")
         missing = [key for key in needed if key not in self.base.model_fields_set]

@@ -43,9 +43,7 @@ class NotYet(NamedTuple):
 
 
 # Whoever builds a feature deletes its row.
-NOT_YET = [
-    NotYet("checkpoint.async", lambda v: v, "asynchronous checkpointing", "set it to false"),
-]
+NOT_YET: list[NotYet] = []
 
 
 class Config(Section):
@@ -270,10 +268,34 @@ class Config(Section):
             else ""
         )
         raise ConfigError(
-            f"{batch} sequences per step cannot be divided over {world_size} ranks",
+            f"{batch} sequences per step cannot be divided over {world_size} ranks, but over"
+            f" {choice(sorted(divisors(batch)), world_size)}",
             "training.batch_tokens",
             f"set training.batch_tokens: {whole}{other}",
         )
+
+    def world_sizes(self) -> list[int]:
+        """Numbers of ranks over which the batches can be divided and which `parallel` allows,
+        in order; the micro-batch may have to be that of `for_world_size`."""
+
+        def allowed(size: int) -> bool:
+            try:
+                self.shard_size(size)
+            except ConfigError:
+                return False
+            return True
+
+        return [n for n in sorted(set(divisors(math.gcd(*self.batches.sizes)))) if allowed(n)]
+
+    def for_world_size(self, world_size: int) -> Self:
+        """A copy with the largest micro-batch, up to the present one, that divides the sequences of
+        each rank: the same trajectory. Itself where there is nothing to change, or no choice that
+        would help."""
+        smallest, micro = math.gcd(*self.batches.sizes), self.training.micro_batch
+        if smallest % world_size or smallest % (world_size * micro) == 0:
+            return self
+        fits = {"micro_batch": _largest_divisor(smallest // world_size, micro)}
+        return self.model_copy(update={"training": self.training.model_copy(update=fits)})
 
     def with_numbers(self, tokens: int, batch_tokens: int) -> Self:
         """A copy with these in place of `auto`; itself where nothing changes.

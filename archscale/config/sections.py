@@ -305,9 +305,12 @@ class CheckpointConfig(Section):
     """Optimizer steps between checkpoints; one is written after the last step too."""
     keep: Count = 3
     """Newest checkpoints that stay; the newest one from before a loss that is not finite stays
-    too."""
-    async_: StrictBool = Field(default=False, alias="async")
-    """Write while training goes on; in Python `async_`, because `async` is a keyword."""
+    too, for which 1 keeps two until the next save."""
+    keep_every: Count | None = None
+    """Checkpoints of steps that are multiples of it stay for good; null: of none."""
+    async_: StrictBool = Field(default=True, alias="async")
+    """Write a copy of the state while training goes on; false: training waits, and the copy is not
+    made. In Python `async_`, because `async` is a keyword."""
 
 
 class WandbConfig(Section):

@@ -93,6 +93,11 @@ class NativeEngine:
         return dict(self.module.named_parameters())
 
     def weights(self) -> dict[str, Fragment]:
+        # After a forward pass without a backward pass, as in an evaluation, the outermost weights
+        # are still gathered, in the dtype of the arithmetic.
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
         return {name: fragment(parameter) for name, parameter in self.module.named_parameters()}
 
     def weights_changed(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from archscale.config import Config
@@ -237,6 +237,7 @@ def _training(config: Config, world_size: int, accumulation: int | None) -> dict
         "batch_sizes": batches.sizes,
         "steps": steps,
         "world_size": world_size,
+        "world_sizes": config.world_sizes(),
         "micro_batch": config.training.micro_batch,
         "accumulation": accumulation,
         "schedule": config.schedule.model_dump(),
@@ -310,15 +311,29 @@ def _memory(plan: Plan, transfer: Transfer, shard: int, accumulation: int, on_ho
         wire_bytes=4 if config.wire_dtype == "float32" else 2,
     )
     need = memory(model, step)
-    each = checkpoint_bytes(model, state)
+    held = memory(model, replace(step, offload=False)).terms
+    copy = (held["parameters"] + held["optimizer_state"]) * config.checkpoint.async_
+    if on_host:
+        terms = {**need.terms, "checkpoint_copy": copy}
+        need = Memory(terms, {phase: size + copy for phase, size in need.phases.items()})
+    each, kept = checkpoint_bytes(model, state), _kept_checkpoints(config)
     plan.figures["memory"] = {"peak": need.peak, "phases": need.phases, "terms": need.terms}
     plan.figures["communication"] = communication(model, step)
     plan.figures["checkpoint"] = {
         "bytes": each,
-        "kept": config.checkpoint.keep,
-        "disk": each * (config.checkpoint.keep + 1),  # a new one is whole before the oldest goes
+        "kept": kept,
+        "disk": each * (kept + 1),  # a new one is whole before the oldest goes
+        "host_copy": copy,
     }
     return need
+
+
+def _kept_checkpoints(config: Config) -> int:
+    """Checkpoints that are there at the end of a run."""
+    every, keep, steps = config.checkpoint.every, config.checkpoint.keep, config.steps
+    saved = sorted({*range(every, steps + 1, every), steps})
+    spared = config.checkpoint.keep_every
+    return len({*saved[-keep:], *(step for step in saved if spared and step % spared == 0)})
 
 
 def _on_device(

@@ -46,6 +46,7 @@ def render(plan: Mapping[str, Any]) -> str:
             {
                 "a checkpoint": size(c["bytes"]),
                 f"{c['kept']} kept and one being written": size(c["disk"]),
+                "a process's copy while it is written, on the host": size(c["host_copy"]),
             },
         )
     if f.get("devices"):
@@ -157,6 +158,7 @@ def _training_rows(f: Mapping[str, Any]) -> dict[str, str]:
             f"{t['steps']:,} of {t['batch_tokens']:,} tokens ({t['batch_sizes'][-1]:,} sequences)"
         ),
         "devices": f"{t['world_size']}, micro-batch {t['micro_batch']}, {per_step}",
+        "devices that fit": ", ".join(map(str, t["world_sizes"])) or "none",
         "schedule": f"{s['kind']} to {s['final_ratio']:g}, warm-up {s['warmup_tokens']:,} tokens",
     }
     if len(t["batch_sizes"]) > 1:

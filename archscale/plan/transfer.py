@@ -7,7 +7,8 @@
     depth    √(d0 / d), with Depth-μP (`model.depth_mup`), which also scales every residual branch
              by 1/√(2d)
     tokens   (T / T0)^(−x), x = 0.32 under hyperp, 0 under mup++, or
-             `parameterization.token_exponent`
+             `parameterization.token_exponent`; T is `training.tokens`, or
+             `parameterization.planned_tokens`
     batch    √(B / B0)
 
 `standard` transfers nothing: every factor is 1. All functions are pure.
@@ -70,7 +71,6 @@ TABLE: dict[str, dict[str, TransferRule]] = {
         "adamw": TransferRule(-1.0, "μP", decay="matrices", logits=-1.0),
     },
 }
-TOKEN_EXPONENTS = {"hyperp": 0.32, "mup++": 0.0}
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,8 @@ def transfer(
     tokens: int,
     batch_tokens: int,
 ) -> Transfer:
-    """The settings of every role of `model`, trained on `tokens` with `batch_tokens` a step.
+    """The settings of every role of `model`, trained on `tokens` (unless the rates are planned for
+    another number) with `batch_tokens` a step.
 
     Raises:
         ConfigError: a combination that is not in the table.
@@ -214,9 +215,13 @@ def _common_factors(
     if model.depth_mup:
         root = math.sqrt(base.depth / model.depth)
         factors.append(Factor("depth", root, f"√({base.depth}/{model.depth})", "Depth-μP"))
-    exponent = parameterization.token_exponent
-    source = "HyperP" if exponent is None else "parameterization.token_exponent"
-    exponent = TOKEN_EXPONENTS[kind] if exponent is None else exponent
+    exponent = parameterization.applied_token_exponent
+    source = (
+        "HyperP" if parameterization.token_exponent is None else "parameterization.token_exponent"
+    )
+    if parameterization.planned_tokens is not None:
+        tokens = parameterization.planned_tokens
+        source += "; parameterization.planned_tokens"
     if exponent:
         formula = f"({tokens:.4g}/{base.tokens:.4g})^−{exponent:g}"
         factors.append(Factor("tokens", (tokens / base.tokens) ** -exponent, formula, source))

@@ -35,15 +35,19 @@ class Comparison:
 
 
 def state(run: RunRecord) -> State:
-    """How many of the planned steps are done."""
+    """How many of the planned steps are done, and whether the loss is finite after them."""
     planned = run.planned("training", "steps")
     if not len(run.steps):
         return State("no metrics yet", "partial", 0.0 if planned else None)
     if planned is None:
         return State("length not known", "partial", None)
     share = min(1.0, int(run.steps[-1]) / planned)
+    loss = run.series.get("loss")
+    diverged = loss is not None and len(loss.values) > 0 and not math.isfinite(loss.values[-1])
     if share >= 1:
-        return State("finished", "good", share)
+        return State("diverged", "bad", share) if diverged else State("finished", "good", share)
+    if diverged:
+        return State(f"{share:.1%} done, diverged", "bad", share)
     return State(f"{share:.1%} done", "partial", share)
 
 

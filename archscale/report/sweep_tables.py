@@ -181,6 +181,7 @@ def _runs(sweep: SweepRecord, analysis: Analysis) -> list[TableRow]:
     rows = []
     for name, values in sweep.values.items():
         status = "finished" if name in at else "failed" if name in sweep.failed else "not finished"
+        status = "diverged" if name in diverged else status
         reason = left.get(name) or diverged.get(name, "")
         row: TableRow = {"run": name, "status": status, "reason": reason}
         row |= {key: values.get(key) for key in varied}

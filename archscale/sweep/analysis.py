@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from archscale.config.model import TOKEN_EXPONENTS
 from archscale.errors import ArchscaleError
 from archscale.fit.fit import Settings, lowest
 from archscale.fit.groups import FitRequest, Group, TableFits, fit_table
 from archscale.fit.leverage import leverage
 from archscale.fit.table import Cell, Table
-from archscale.plan.transfer import TOKEN_EXPONENTS
 from archscale.report.records import (
     LR,
     Analysis,
@@ -238,6 +238,8 @@ def _reference(along: str, row: Mapping[str, Cell]) -> float | None:
         return None
     if along == "training.tokens":
         applied = _finite(row.get("parameterization.token_exponent"))
+        if _finite(row.get("parameterization.planned_tokens")) is not None:
+            applied = 0.0  # the rates are those of that length, whatever the run's own
         known = TOKEN_EXPONENTS[kind]
         return (0.0 if applied is None else applied - known) if known else None
     transferred = along in ("model.width", "training.batch_tokens")

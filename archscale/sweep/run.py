@@ -164,8 +164,16 @@ class Sweep:
         else:
             dump_config(run.grid.config, self.directory / "configs" / f"{run.name}.yaml")
             job = job_of(run, self.directory, self.grid.content.processes)
-            with _terminable():
-                train_one(job, cpu=not torch.cuda.is_available())
+            try:
+                with _terminable():
+                    train_one(job, cpu=not torch.cuda.is_available())
+            except KeyboardInterrupt as signalled:
+                raise _interrupted(
+                    signalled,
+                    f"run {run.name} was interrupted",
+                    run.directory,
+                    "the same command resumes it",
+                ) from None
         if not all(newest_step(other.directory) >= other.steps for other in runs):
             return
         with locked(self.directory, wait=True):
@@ -305,12 +313,13 @@ class Sweep:
 
             try:
                 return launch(jobs, tell, view.tick)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as signalled:
                 now = [replace(run, step=newest_step(run.directory)) for run in runs]
-                raise TrainingError(
+                raise _interrupted(
+                    signalled,
                     f"interrupted with {sum(run.finished for run in now)} of {len(runs)} runs"
                     " finished",
-                    str(self.directory),
+                    self.directory,
                     (
                         "the same command continues"
                         if room.here
@@ -356,12 +365,21 @@ class Sweep:
                 raise fit.refusal
 
 
+def _interrupted(
+    signalled: KeyboardInterrupt, what: str, where: Path, remedy: str
+) -> TrainingError:
+    """What ends a command after SIGTERM, with status 75, or after Ctrl-C, with status 130."""
+    error = TrainingError(what, str(where), remedy)
+    error.status = 75 if signalled.args else 130
+    return error
+
+
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """SIGTERM ends as Ctrl-C does: with all runs ended."""
 
     def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("SIGTERM")
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -19,10 +19,12 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from archscale.checkpoint.changes import Origins
+from archscale.checkpoint.directory import read_state
 from archscale.config import Config, load_config
 from archscale.config.layers import flatten
-from archscale.errors import ConfigError, DataError
-from archscale.files import CONFIG, METRICS
+from archscale.errors import CheckpointError, ConfigError, DataError
+from archscale.files import CHECKPOINTS, CONFIG, METRICS, newest_step, step_directory
 from archscale.fit.table import Cell, Table, plain, read_csv
 from archscale.plan import counting
 from archscale.plan.transfer import resolve
@@ -77,7 +79,7 @@ def _runs(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, 
             row["diverged"] = f"loss not finite since step {diverged}"
         step = metrics.get("step")
         try:
-            steps = resolve(config).steps
+            steps = _schedule_start(run) + resolve(config).steps
         except ConfigError:  # a budget that follows a vocabulary which only the data knows
             steps = None
         if not isinstance(step, float):
@@ -86,6 +88,15 @@ def _runs(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, 
             left_out.append((path, f"unfinished: step {step:.0f} of {steps}"))
         else:
             yield path, row
+
+
+def _schedule_start(run: Path) -> int:
+    """The step after which the schedule of the config begins: not 0 after a reset."""
+    newest = step_directory(run / CHECKPOINTS, newest_step(run))
+    try:
+        return Origins.of_state(read_state(newest)).schedule.step
+    except CheckpointError:  # none yet
+        return 0
 
 
 def _last_values(path: Path) -> tuple[dict[str, Cell], int | None]:

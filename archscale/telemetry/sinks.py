@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ class MetricsFile:
         path: metrics.jsonl of a run directory.
         resume_step: lines of later steps belong to a part of the run that was lost, and are
             dropped.
+
+    Raises:
+        OSError: it cannot be written, by the name of `path`; by all methods.
     """
 
     def __init__(self, path: Path, resume_step: int = 0):
@@ -43,14 +47,26 @@ class MetricsFile:
         event = line.get("event", "")
         if unnamed := [key for key in non_finite if key not in event]:
             line["event"] = "; ".join(filter(None, [event, f"non-finite {', '.join(unnamed)}"]))
-        self._file.write(json.dumps(line) + "\n")
+        with self._naming():
+            self._file.write(json.dumps(line) + "\n")
         return line
 
     def flush(self) -> None:
-        self._file.flush()
+        with self._naming():
+            self._file.flush()
 
     def close(self) -> None:
-        self._file.close()
+        with self._naming():
+            self._file.close()
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """A write that fails names no file."""
+        try:
+            yield
+        except OSError as error:
+            error.filename = str(self.path)
+            raise
 
 
 def last_line(run_dir: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ any number of ranks."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -52,18 +52,27 @@ class Evaluation:
             None if table is None else torch.from_numpy(table.astype("int64")) for table in tables
         ]
 
-    def metrics(self, engine: Engine) -> dict[str, float]:
+    def metrics(
+        self, engine: Engine, leave: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
         """`val_loss` and `val_bits_per_byte` of the run, and with `/<name>` of a mixture's sources.
 
         The run's loss is the mean of its sets' by their weights, as of a text that has these shares
         of tokens; its bits per byte are that mean over the same text's bytes per token. Where it is
         not known what text the tokens stand for there are no bits per byte.
+
+        Args:
+            leave: asked before every batch, with the same answer on all ranks; then there is no
+                result.
         """
         count, size = self._batches, self._batch_size
         results = []
         for held, token_bytes in zip(self.sets, self._token_bytes):
             batches = validation_batches(held.split, count, size, rank(), world_size())
-            results.append(evaluate(engine, batches, token_bytes, self.device))
+            result = evaluate(engine, batches, token_bytes, self.device, leave)
+            if result is None:
+                return None
+            results.append(result)
         weighted = [(held.weight, each) for held, each in zip(self.sets, results) if held.weight]
         lengths = [
             weight * each.bytes_per_token
@@ -89,8 +98,10 @@ def evaluate(
     batches: Iterable[Batch],
     token_bytes: Tensor | None,
     device: torch.device,
-) -> HeldOut:
-    """Means over this rank's `batches`, reduced over all ranks.
+    leave: Callable[[], bool] = lambda: False,
+) -> HeldOut | None:
+    """Means over this rank's `batches`, reduced over all ranks; None where `leave` said so before
+    one of them.
 
     Args:
         batches: the same number on every rank.
@@ -98,6 +109,8 @@ def evaluate(
     """
     sums = torch.zeros(3, device=device, dtype=torch.float64)  # nats, tokens, bytes
     for inputs, targets, _ in batches:
+        if leave():
+            return None
         counted = targets != IGNORE
         sums[0] += engine.forward(inputs.to(device), targets.to(device)).loss.double()
         sums[1] += counted.sum().to(device)

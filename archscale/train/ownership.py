@@ -3,7 +3,8 @@ way.
 
 The owner keeps `owner.json` in the directory and renews its time of modification. Nothing depends
 on the locks of a file system, which shared ones implement in part or not at all: on the same
-machine the process itself is looked up, from another one its signs of life are.
+machine the process itself is looked up, from another one its signs of life are. Within one job the
+launcher says who trains: what it has started again takes the directory from what it had before.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from pathlib import Path
 from archscale import distributed
 from archscale.errors import ConfigError, TrainingError, explain_os_error
 from archscale.files import OWNER
+from archscale.train import stopping
 
 BEAT = 10.0  # seconds between two signs of life
 STALE = 60.0  # seconds without one after which an owner on another machine counts as dead
@@ -41,6 +43,7 @@ class Owner:
         namespace: in which its number counts; each container has its own.
         since: when it began, UTC.
         token: unlike any other owner's.
+        job: that it is a process of; a later one of the same job takes its place.
     """
 
     host: str = "an unknown host"
@@ -50,6 +53,7 @@ class Owner:
     namespace: str = ""
     since: str = "an unknown time"
     token: str = ""
+    job: str = ""
 
     def can_look_up(self, other: Owner) -> bool:
         """Whether this process sees the other one's entry in /proc."""
@@ -86,15 +90,21 @@ def sole_owner(run_dir: Path) -> Iterator[None]:
                 f"cannot write the run directory: {cause}", str(run_dir), remedy
             ) from error
 
-    distributed.on_rank_zero(take)
-    try:
-        yield
-    finally:
+    def release() -> None:
         if heartbeat:
             heartbeat.stop()
             with contextlib.suppress(OSError):  # empty only where the run was refused
                 for folder in made:
                     folder.rmdir()
+
+    releases = stopping.current().releases
+    releases.append(release)
+    try:
+        distributed.on_rank_zero(take)
+        yield
+    finally:
+        release()
+        releases.remove(release)
 
 
 class Heartbeat:
@@ -146,7 +156,14 @@ def this_process() -> Owner:
         namespace = os.readlink("/proc/self/ns/pid")
     pid, now = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
     return Owner(
-        platform.node(), pid, process_start(pid), boot, namespace, now, uuid.uuid4().hex[:12]
+        platform.node(),
+        pid,
+        process_start(pid),
+        boot,
+        namespace,
+        now,
+        uuid.uuid4().hex[:12],
+        distributed.job(),
     )
 
 
@@ -185,6 +202,10 @@ def _is_dead(path: Path, holder: Owner, beat: float, here: Owner) -> bool:
         str(path.parent),
         "wait for it to end, end it, or give another directory with --run-dir",
     )
+    if here.job and here.job == holder.job:
+        # A job has one group of ranks at a time: what may be left of the group before this one
+        # waits in vain for those that are here now, and ends at its next sign of life.
+        return True
     if here.can_look_up(holder):
         patience = time.monotonic() + PATIENCE
         while holder.started is not None and process_start(holder.pid) == holder.started:

@@ -275,8 +275,11 @@ class Judgement:
         """Whether the last step was."""
         return not self._causes or self._causes[-1] is None
 
-    def annotate_events(self, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The lines, with an `event` where something was wrong."""
+    def annotate_events(
+        self, lines: list[dict[str, Any]], watch: bool = True
+    ) -> list[dict[str, Any]]:
+        """The lines, with an `event` where something was wrong; with `watch` the last one has what
+        the optimizer showed."""
         if self._guard is None:
             return lines
         if self._guard.acts:
@@ -287,6 +290,6 @@ class Judgement:
         for line, cause in zip(lines, causes, strict=True):
             if cause:
                 line["event"] = cause
-        if wrong := self._guard.watch(lines[-1]):
+        if watch and (wrong := self._guard.watch(lines[-1])):
             lines[-1]["event"] = "; ".join(filter(None, [lines[-1].get("event"), wrong]))
         return lines

@@ -71,7 +71,8 @@ class Recorder:
             if self._tracker:
                 self._tracker.log(written)
         self._metrics.flush()
-        self._progress.update(lines[-1])
+        if lines:
+            self._progress.update(lines[-1])
 
     def rewind(self, step: int) -> None:
         """Drop the lines of later steps."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -11,45 +12,55 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 
 import archscale
 from archscale import distributed
 from archscale.checkpoint.abandoned import leave_one_history
-from archscale.checkpoint.directory import discard_after, newest_valid
-from archscale.checkpoint.history import Lineage, Start, choose_checkpoint, identity
-from archscale.checkpoint.saving import load_checkpoint, save_checkpoint
+from archscale.checkpoint.changes import Origins
+from archscale.checkpoint.choosing import newest_verified, verified_start
+from archscale.checkpoint.directory import discard_after, read_state
+from archscale.checkpoint.history import Lineage, Start, identity
+from archscale.checkpoint.saving import Saver, load_checkpoint
 from archscale.config import Config, dump_config
 from archscale.data.loader import Loader
 from archscale.data.stored import check_document_mask, run_tokenizer
 from archscale.data.tokenizer import keep_tokenizer
 from archscale.data.training_data import TrainingData, open_training_data
 from archscale.data.validation import ValidationSet, validation_sets
-from archscale.errors import ConfigError, DataError, TrainingError
+from archscale.errors import (
+    ArchscaleError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TrainingError,
+    one_line,
+)
 from archscale.files import (
     CHECKPOINTS,
     CONFIG,
     ENVIRONMENT,
     MANIFEST,
+    METRICS,
     PLAN,
     TOKENIZER,
     step_directory,
     write_atomically,
 )
 from archscale.optim.roles import assign_roles
-from archscale.optim.schedule import lr_multiplier
 from archscale.plan.devices import this_device
-from archscale.plan.passes import much_padding, source_tokens
+from archscale.plan.passes import data_figures, much_padding, source_tokens
 from archscale.plan.plan import Plan, make_plan
 from archscale.plan.preflight import refuse
 from archscale.plan.text import counting_pass_share, mixture_rows, packing_text
 from archscale.telemetry.guard import Guard, not_finite_since
-from archscale.telemetry.sinks import last_line
+from archscale.telemetry.sinks import last_line, read_lines
 from archscale.telemetry.tracking import check_wandb
+from archscale.train import stopping
 from archscale.train.build import (
     build_engine,
     build_optimizer,
@@ -57,31 +68,79 @@ from archscale.train.build import (
     cpp_compiler,
     manifest,
 )
+from archscale.train.continuing import AS_BEFORE, Wishes, check_start
+from archscale.train.decaying import decaying
 from archscale.train.evaluate import Evaluation
 from archscale.train.ownership import sole_owner
+from archscale.train.rates import Rates
 from archscale.train.readings import FallBack, Judgement, Readings
 from archscale.train.record import Recorder
 from archscale.train.same_data import refuse_other_data
-from archscale.train.step import Supervision, train_step
+from archscale.train.step import Seen, Supervision, train_step
+from archscale.train.stopping import Stopped
 from archscale.train.watchdog import Arrivals, Watchdog
 
+CHECKS = 600.0  # seconds that rank 0 may take to check the data, while the others wait
 
-def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]:
+P = ParamSpec("P")
+
+
+def _ended_by_signals(train: Callable[P, dict[str, Any]]) -> Callable[P, dict[str, Any]]:
+    """`train` that hears signals from its first line on, and leaves its process group when one has
+    ended it."""
+
+    @functools.wraps(train)
+    def listening(*args: P.args, **kwargs: P.kwargs) -> dict[str, Any]:
+        stopping.forget_status()
+        with stopping.listening() as signals:
+            signals.begin()
+            try:
+                return train(*args, **kwargs)
+            except Stopped as stopped:
+                stopping.leave_status(stopped.status)
+                first = os.environ.get("LOCAL_RANK", "0") == "0" and not signals.from_agent
+                if first and (agent := stopping.elastic_agent()):
+                    stopping.tell(agent)
+                distributed.stop()
+                raise
+            except Exception as error:
+                # A rank that has ended at once is missed by the others.
+                if not signals.asked or isinstance(error, ArchscaleError):
+                    raise
+                name, cause = stopping.name(signals.asked), one_line(repr(error))[:200]
+                signals.end(f"stopped by {name} without saving, after {cause}")
+
+    return listening
+
+
+@_ended_by_signals
+def train(
+    config: Config, run_dir: Path, resume: str = "auto", wishes: Wishes = AS_BEFORE
+) -> dict[str, Any]:
     """Run `config` to its end in `run_dir`; returns a summary (steps, tokens, losses, seconds,
     whether it was done already).
 
     Args:
         resume: `auto` (newest checkpoint of the run directory, if any), `never`, or the path of a
             checkpoint.
+        wishes: what shall be otherwise from the checkpoint on.
 
     Raises:
         ArchscaleError: user errors, before the first step wherever that can be known.
+        Stopped: a signal has ended it, after a checkpoint.
     """
+    stopping.current().run_dir = run_dir
+    wishes.check(resume)
+    if wishes.decay_from is not None:
+        config, resume = decaying(config, run_dir, wishes), str(wishes.decay_from)
     world = distributed.launched_world_size()
     data = open_training_data(
         config.data, config.model.context, config.seed, config.model.vocab_size
     )
     validation = validation_sets(config.data, data)
+    asked = config.training.micro_batch
+    if distributed.may_change_size():
+        config = config.for_world_size(world)
     plan = make_plan(
         config.with_vocab(data.vocab_size),
         world_size=world,
@@ -97,20 +156,27 @@ def train(config: Config, run_dir: Path, resume: str = "auto") -> dict[str, Any]
     check_document_mask(config.data, data.eos_id)
     check_engine(config)
     check_wandb(config.telemetry.wandb.mode)
-    if resume == "never" and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+    stuck_after = config.telemetry.stuck_after
+    # While training the watchdog comes first, with stacks.
+    device = distributed.start(max(CHECKS, stuck_after + 60) if stuck_after else 3600.0)
+    if config.training.micro_batch != asked and distributed.rank() == 0:
+        print(f"micro-batch {config.training.micro_batch} instead of {asked} on {world} ranks")
+    if distributed.restarts() and resume == "never":
         resume = "auto"  # after a crash of this very job
-    # The watchdog comes first, with stacks.
-    device = distributed.start(max(3600.0, config.telemetry.stuck_after + 60))
     # No clean-up when something fails: a rank that failed alone would wait here for ranks that wait
     # for it elsewhere.
     refuse_other_data(data, validation)
     with sole_owner(run_dir):
-        start = distributed.on_rank_zero(lambda: choose_checkpoint(config, data, run_dir, resume))
+        start = verified_start(run_dir, resume)
+        start = distributed.on_rank_zero(
+            lambda: check_start(start, config, data, run_dir, resume, wishes)
+        )
         distributed.on_rank_zero(data.check)
         for held in validation:
             distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
         run = Run(plan, run_dir, data, validation, device)
         summary = run.go(start)
+        stopping.current().finished()
         distributed.stop()
     return summary
 
@@ -131,15 +197,23 @@ class Run:
         self.plan, self.config, self.transfer = plan, plan.config, plan.transfer
         self.run_dir, self.data, self.device = run_dir, data, device
         config = self.config
-        self.batches = config.batches
+        # Otherwise each process begins at random: nothing here draws from that state, but
+        # checkpoints hold it.
+        torch.manual_seed(config.seed)
         self.engine = build_engine(config, data.eos_id, self.transfer, device, plan.shard)
         self.roles = assign_roles(self.engine.module)
         self.optimizer = build_optimizer(config, self.roles, self.transfer.roles, self.engine)
         guard = config.telemetry.guard
         self.guard = None if guard.mode == "off" else Guard(**guard.model_dump())
         self.lineage = Lineage()
+        self.saver = Saver(run_dir / CHECKPOINTS, config.checkpoint)
+        self._follow(self.lineage.origins)
         self._fell_back_to: int | None = None  # step that the last fall-back went to
         self._not_finite_since: int | None = None  # first step of the losses now that are not
+        # Metrics of the last step before a signal, whose evaluation is still to come.
+        self._own = True  # the checkpoint that it starts from is its own
+        self._unfinished: dict[str, Any] | None = None
+        self._signals = stopping.current()
         # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
         # the training size.
         count = config.eval.batches * config.batch_size // config.training.micro_batch
@@ -153,24 +227,40 @@ class Run:
         Raises:
             TrainingError: the guard has no older checkpoint to fall back to, or has fallen back
                 `max_fallbacks` times.
+            Stopped: a signal has ended it, after a checkpoint.
         """
         started = time.monotonic()
+        self.lineage, self._own = Lineage(start), start.own
         step = 0 if start.checkpoint is None else self._restore(start.checkpoint, start.rewinds)
-        if step >= self.config.steps:
+        unfinished = distributed.on_rank_zero(lambda: self._not_written(self._unfinished))
+        if step >= self.rates.steps and not unfinished:
+            if not start.own:
+                raise distributed.same_everywhere(
+                    CheckpointError(
+                        f"no step is left after step {step}",
+                        str(start.checkpoint),
+                        "give more training.tokens, or an older checkpoint",
+                    )
+                )
             return self._summary(step, started, already_done=True)
         distributed.on_rank_zero(lambda: leave_one_history(self.run_dir, start, step))
         distributed.on_rank_zero(self._describe)
         watchdog = Watchdog(self.run_dir, self.config.telemetry.stuck_after)
         config = self.config
         recorder = Recorder(
-            config.resolved(), config.telemetry.wandb, config.steps, self.run_dir, step
+            config.resolved(), config.telemetry.wandb, self.rates.steps, self.run_dir, step
         )
-        with contextlib.closing(watchdog), recorder:
-            while step < self.config.steps:
+        with contextlib.closing(watchdog), recorder, self.saver:
+            if unfinished:
+                recorder.write([unfinished | (self._evaluate() or {})])
+            while step < self.rates.steps:
                 try:
                     step = self._train(step, recorder, watchdog)
                 except FallBack as cause:
-                    step = self._fall_back(cause, recorder)
+                    with self._signals.unhurried():
+                        step = self._fall_back(cause, recorder)
+            with self._signals.unhurried():
+                self.saver.wait()
         return self._summary(step, started)
 
     def _train(self, step: int, recorder: Recorder, watchdog: Watchdog) -> int:
@@ -178,7 +268,7 @@ class Run:
         config, guard = self.config, self.guard
         loader = Loader(
             self.data,
-            self.batches,
+            self.windows,
             config.training.micro_batch,
             distributed.rank(),
             distributed.world_size(),
@@ -195,16 +285,18 @@ class Run:
             self.data.packed is not None,
         )
         arrivals, judged = Arrivals(self.device), Judgement(guard)
+        ballot = distributed.Ballot(lambda: self._signals.asked, lambda: self.saver.failed)
         interval = time.monotonic()
         try:
             for micro_batches in loader:
                 lr = self._set_lr(step)
                 step += 1
-                last = step == config.steps
+                last = step == self.rates.steps
                 evaluating = bool(self.evaluation.sets) and (step % config.eval.every == 0 or last)
                 saving = step % config.checkpoint.every == 0 or last
                 reading = readings.due(step) or evaluating or saving
                 probe = readings.look(step, reading)
+                ballot.begin()
                 measured, seen = train_step(
                     self.engine,
                     self.optimizer,
@@ -218,27 +310,40 @@ class Run:
                     ),
                 )
                 readings.add(step, lr, measured)
+                asked, failed = ballot.end()
+                self._signals.trained()
+                if failed:
+                    self.saver.wait()  # which says why, on every rank
                 watchdog.pat()
                 exhausted = guard is not None and guard.exhausted
-                if not reading and not exhausted:
+                if not (reading or exhausted or asked):
                     continue
+                # A step that is read for a signal alone shows what every step does.
+                looked = reading or exhausted
                 lines = judged.annotate_events(
-                    readings.read(seen, time.monotonic() - interval, judged.applied)
+                    readings.read(
+                        seen if looked else Seen(None, None),
+                        time.monotonic() - interval,
+                        judged.applied and looked,
+                    ),
+                    watch=looked,
                 )
                 if exhausted:
                     recorder.write(lines)
                     raise FallBack(step, judged.cause)
-                lines[-1] |= arrivals.read(lines[-1]["step_seconds"])
-                if evaluating:
-                    lines[-1] |= self.evaluation.metrics(self.engine)
+                if reading:
+                    lines[-1] |= arrivals.read(lines[-1]["step_seconds"])
                 for line in lines:
                     self._not_finite_since = not_finite_since(self._not_finite_since, line)
+                self._unfinished = lines.pop() if evaluating else None
+                if self._unfinished and not asked and (found := self._evaluate(ballot)):
+                    lines.append(self._unfinished | found)
+                    self._unfinished = None
+                    self._not_finite_since = not_finite_since(self._not_finite_since, lines[-1])
                 recorder.write(lines)
-                # In a streak of skipped steps the weights have not changed. The last step saves all
-                # the same, so that the run counts as finished.
-                bad = guard is not None and guard.skipped > 0
-                if saving and (last or not bad):
-                    self._save(step)
+                asked = self._save_if_due(step, saving, asked, ballot)
+                if asked and not (last and self._unfinished is None):
+                    raise self._stopped(asked, step)
                 watchdog.pat()
                 interval = time.monotonic()
                 if last:
@@ -247,24 +352,76 @@ class Run:
             loader.close()
         return step
 
+    def _not_written(self, line: dict[str, Any] | None) -> dict[str, Any] | None:
+        """The line, if metrics.jsonl has none of its step."""
+        written = read_lines(self.run_dir / METRICS) if line else []
+        return None if line and any(each["step"] == line["step"] for each in written) else line
+
+    def _evaluate(self, ballot: distributed.Ballot | None = None) -> dict[str, float] | None:
+        """What evaluation adds to a step's metrics; None where a signal, which the `ballot` asks
+        for, has ended it."""
+        if ballot is None:
+            return self.evaluation.metrics(self.engine)
+        return self.evaluation.metrics(self.engine, lambda: ballot.ask()[0] > 0)
+
+    def _save_if_due(self, step: int, saving: bool, asked: int, ballot: distributed.Ballot) -> int:
+        """Save where `step` is due to be saved, where a signal was `asked` for, and where its
+        evaluation was left for one; returns the signal that the ranks have heard by now."""
+        if self._unfinished is not None and not asked:
+            asked = ballot.ask()[0]
+        # In a streak of skipped steps the weights have not changed. The last step saves all the
+        # same, so that the run counts as finished.
+        bad = self.guard is not None and self.guard.skipped > 0
+        if asked or (saving and (step == self.rates.steps or not bad)):
+            with self._signals.unhurried():
+                first_skipped = step - self.guard.skipped + 1 if self.guard and bad else None
+                self._save(step, first_skipped)
+                if asked:
+                    self.saver.wait()
+            if not asked and (asked := ballot.ask()[0]):  # while it saved
+                with self._signals.unhurried():
+                    self.saver.wait()
+        return asked
+
+    def _stopped(self, number: int, step: int) -> Stopped:
+        """How a run ends whose last step is saved."""
+        self._signals.finished()
+        if distributed.rank() == 0:
+            print(
+                f"archscale: stopped by {stopping.name(number)} at step {step}: checkpoint"
+                f" {step_directory(self.run_dir / CHECKPOINTS, step)}; the same command goes on",
+                file=sys.stderr,
+                flush=True,
+            )
+        return Stopped(number)
+
     def _restore(self, source: Path, rewinds: bool = False) -> int:
-        """Load a checkpoint; returns its step."""
-        state = load_checkpoint(source, self.engine.weights(), self.optimizer)
+        """Load a checkpoint that has been verified; returns its step."""
+        anew = self.lineage.resets_optimizer(read_state(source))
+        optimizer = None if anew else self.optimizer
+        state = load_checkpoint(source, self.engine.weights(), optimizer, verified=True)
         self.lineage.restore(state, rewinds)
+        self._follow(self.lineage.origins)
         self.engine.weights_changed()
+        if anew:  # as at a start, with the norms that the weights have now
+            self.optimizer.state.clear()
+            roles = self.transfer.roles
+            self.optimizer = build_optimizer(self.config, self.roles, roles, self.engine)
         if self.guard and state.get("guard"):
             self.guard.load(state["guard"])
         self._not_finite_since = state.get("not_finite_since")
+        self._fell_back_to = state.get("fell_back_to")
+        # A branch begins with the step after.
+        self._unfinished = state.get("unfinished") if self._own else None
         return int(state["step"])
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, skipped_since: int | None = None) -> None:
+        """Save; with `spare` the older checkpoints that there may be to fall back to stay."""
         state = {"step": step, "config": self.config.resolved(), "data": identity(self.data)}
         state |= {"guard": self.guard and self.guard.state(), **self.lineage.next(step)}
         state["not_finite_since"] = self._not_finite_since
-        keep = self.config.checkpoint.keep
-        save_checkpoint(
-            self.run_dir / CHECKPOINTS, self.engine.weights(), self.optimizer, state, keep
-        )
+        state |= {"fell_back_to": self._fell_back_to, "unfinished": self._unfinished}
+        self.saver.save(self.engine.weights(), self.optimizer, state, skipped_since)
 
     def _fall_back(self, cause: FallBack, recorder: Recorder) -> int:
         """To the newest checkpoint from before the bad steps, or from before the last fall-back if
@@ -277,7 +434,8 @@ class Run:
             if self._fell_back_to is not None and first == self._fell_back_to + 1
             else first
         )
-        source = distributed.on_rank_zero(lambda: newest_valid(directory, recorder.event, before))
+        self.saver.wait()
+        source = newest_verified(directory, recorder.event, before)
         self.guard.fallbacks += 1
         if source is None or self.guard.fallbacks > self.guard.max_fallbacks:
             spent = self.guard.fallbacks > self.guard.max_fallbacks
@@ -308,22 +466,24 @@ class Run:
         )
         return step
 
+    def _follow(self, origins: Origins) -> None:
+        """Take schedule and data from where they begin."""
+        self.rates = Rates(self.config, origins, self.transfer)
+        self.batches, self.windows = self.rates.batches, origins.windows(self.config.batches)
+        total = self.rates.steps
+        figures, trained = self.plan.figures, self._tokens(total)
+        figures["training"] |= {"steps": total, "trained_tokens": trained}
+        context = self.config.model.context
+        read = trained - origins.data.samples * context  # of these data
+        figures["data"] = data_figures(source_tokens(self.data), read, context)
+
     def _tokens(self, step: int) -> int:
         """Tokens of the first `step` steps."""
         return self.batches.at(step)[0] * self.config.model.context
 
     def _set_lr(self, step: int) -> float:
         """Set every role's rate for the step after `step`; returns the matrices'."""
-        config, schedule = self.config, self.config.schedule
-        factor = lr_multiplier(
-            schedule.kind,
-            self._tokens(step),
-            self._tokens(config.steps),
-            warmup=schedule.warmup_tokens,
-            final_ratio=schedule.final_ratio,
-            decay_ratio=schedule.decay_ratio,
-        )
-        factor *= (self.batches.at(step)[1] / self.batches.size) ** self.transfer.batch_exponent
+        factor = self.rates.multiplier(step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.transfer.roles[group["role"]].lr * factor
         return self.transfer.roles["matrix"].lr * factor
@@ -348,7 +508,7 @@ class Run:
         layout = f"{distributed.world_size()} × {self.device.type}"
         print(
             f"{config.name}: {count:,} parameters, {matrices} stored matrices under"
-            f" {config.optimizer.matrix.rule}, {config.steps} steps of {config.batch_tokens:,}"
+            f" {config.optimizer.matrix.rule}, {self.rates.steps} steps of {config.batch_tokens:,}"
             f" tokens on {layout}, run directory {self.run_dir}",
             flush=True,
         )

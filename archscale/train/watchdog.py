@@ -3,11 +3,13 @@ further."""
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,29 +17,32 @@ import torch
 from torch import Tensor
 
 from archscale import distributed
+from archscale.files import CHECKPOINTS
 
 NOTABLE = 0.05  # of a step
 GRACE = 10.0  # seconds after which the interpreter itself is taken for stuck
 
 
 class Watchdog:
-    """Ends this process when `pat` is not called for `seconds`, after writing the stacks of all
-    threads to `folder`/stacks_rank_<n>.txt. Every rank has one, so that all of them tell where they
-    wait.
+    """Ends this process when for `seconds` `pat` is not called and no checkpoint grows, after
+    writing the stacks of all threads to `folder`/stacks_rank_<n>.txt. Every rank has one, so that
+    all of them tell where they wait.
 
     Args:
         seconds: 0: never.
     """
 
     def __init__(self, folder: Path, seconds: float):
-        self.seconds = seconds
+        self.seconds, self._checkpoints = seconds, folder / CHECKPOINTS
         self._file: TextIO | None = None
         if seconds:
             self._path = folder / f"stacks_rank_{distributed.rank()}.txt"
             self._file = self._path.open("w")
             self._last, self._stopped = time.monotonic(), threading.Event()
             self.pat()
-            threading.Thread(target=self._watch, daemon=True, name="watchdog").start()
+            # Apart from each other: storage that hangs holds up whoever looks at it.
+            for watch in (self._watch, self._watch_checkpoints):
+                threading.Thread(target=watch, daemon=True, name="watchdog").start()
 
     def pat(self) -> None:
         """There is progress."""
@@ -53,25 +58,75 @@ class Watchdog:
             self._file.close()
             self._path.unlink(missing_ok=True)
 
+    def _watch_checkpoints(self) -> None:
+        """A checkpoint that grows is progress, however long slow storage takes for it."""
+        before = None
+        while not self._stopped.wait(self.seconds / 8):
+            if time.monotonic() - self._last < self.seconds / 2:
+                before = None
+                continue
+            size = _bytes_below(self._checkpoints)
+            if before is not None and size > before:
+                self.pat()
+            before = size
+
     def _watch(self) -> None:
         often = min(1.0, self.seconds / 4)
         while not self._stopped.wait(often):
             waited = time.monotonic() - self._last
             if waited > self.seconds:
-                assert self._file is not None
-                faulthandler.dump_traceback(self._file, all_threads=True)
                 text = (
                     f"rank {distributed.rank()} made no progress for {waited:.0f} s"
                     " (telemetry.stuck_after)"
                 )
+                written = self._write_stacks()
                 print(
-                    f"archscale: {text}: its stacks are in {self._path}",
+                    f"archscale: {text}: its stacks"
+                    f" {'are in' if written else 'cannot be written to'} {self._path}",
                     file=sys.stderr,
                     flush=True,
                 )
                 # The launcher ends all ranks with the first one: let the others write theirs.
                 time.sleep(3 * often)
                 os._exit(3)
+
+    def _write_stacks(self) -> bool:
+        """Whether the stacks of all threads could be written; storage that hangs is given up."""
+        stacks = _stacks()
+        written = threading.Event()
+
+        def write() -> None:
+            assert self._file is not None
+            self._file.write(stacks)
+            self._file.flush()
+            written.set()
+
+        threading.Thread(target=write, daemon=True).start()
+        return written.wait(GRACE / 2)
+
+
+def _stacks() -> str:
+    """Of all threads, innermost call last. Without their source, which may lie on storage that
+    hangs; faulthandler would write to a file, and hold the interpreter's lock until it is
+    written."""
+    frames, names = sys._current_frames(), {t.ident: t.name for t in threading.enumerate()}
+    text = ""
+    for thread, frame in frames.items():
+        text += f"Thread {names.get(thread, thread)}:\n"
+        for below, line in reversed(list(traceback.walk_stack(frame))):
+            code = below.f_code
+            text += f'  File "{code.co_filename}", line {line}, in {code.co_qualname}\n'
+    return text
+
+
+def _bytes_below(folder: Path) -> int:
+    """Size of all files; those that vanish meanwhile count for nothing."""
+    size = 0
+    for parent, _, names in os.walk(folder):  # which passes over directories that vanish
+        for name in names:
+            with contextlib.suppress(OSError):
+                size += os.stat(os.path.join(parent, name)).st_size
+    return size
 
 
 class Arrivals:

@@ -1,5 +1,7 @@
 """Sequences per step: the whole run is one order, however the batch grows."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,6 +25,13 @@ def test_steps_follow_each_other_and_never_shrink(batches, step):
     assert size <= next_size <= batches.size
     assert size in batches.sizes
     assert size * batches.stages % batches.size == 0
+
+
+@given(schedules, st.integers(0, 300), st.integers(0, 50), st.integers(-500, 500))
+def test_a_schedule_may_begin_later(batches, step, first_step, first_sample):
+    later = replace(batches, first_step=first_step, first_sample=first_sample)
+    number, size = batches.at(step)
+    assert later.at(first_step + step) == (first_sample + number, size)
 
 
 @given(schedules)

@@ -87,6 +87,14 @@ def test_at_the_base_nothing_changes(kind, rule):
             0.01,
             0.01,
         ),
+        # Planned for 32 times the tokens, whatever the run's own length.
+        (
+            "hyperp",
+            "muonh",
+            {"parameterization": {"planned_tokens": 32 * 10**10}},
+            0.01 * 2**-1.6,
+            0.01 * 2**-1.6,
+        ),
         # A quarter of the batch: 1/2.
         ("hyperp", "muonh", {"training": {"batch_tokens": 2**18}}, 0.005, 0.005),
         ("mup++", "moonlight", {"training": {"batch_tokens": 2**18}}, 0.005, 0.005),
@@ -352,6 +360,22 @@ def test_a_missing_base_value(kind):
                 },
             }
         )
+
+
+def test_the_tokens_that_rates_are_planned_for_are_shown():
+    made = config("hyperp", parameterization={"planned_tokens": 32 * 10**10})
+    (factor,) = (f for f in transfer_of(made).roles["matrix"].factors if f.name == "tokens")
+    assert factor.formula == "(3.2e+11/1e+10)^−0.32"
+    assert factor.source == "HyperP; parameterization.planned_tokens"
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule", "exponent"), [("standard", "adamw", None), ("mup++", "muon", 0)]
+)
+def test_planned_tokens_mean_nothing_where_no_rate_follows_tokens(kind, rule, exponent):
+    given = {"planned_tokens": 1, "token_exponent": exponent}
+    with pytest.raises(ConfigError, match=rf"no rate follows tokens under {re.escape(kind)}"):
+        config(kind, rule, parameterization=given)
 
 
 def test_token_exponent_means_nothing_to_standard():

@@ -239,6 +239,17 @@ def test_a_run_in_progress(tmp_path):
     assert curve(page, "training")[-1][0] == 123
 
 
+@pytest.mark.parametrize(("steps", "words"), [(100, "diverged"), (50, "50.0% done, diverged")])
+def test_a_diverged_run(tmp_path, steps, words):
+    """Its loss is not finite at the end, whether or not it has reached all of its steps."""
+    lines = metrics(steps)
+    for line in lines[steps // 2 :]:
+        line["loss"] = None
+    plan = {**PLAN, "training": {**PLAN["training"], "steps": 100}}
+    page, _ = report(tmp_path, lines, plan=plan)
+    assert words in page.text
+
+
 def test_a_run_that_has_just_started(tmp_path):
     directory = make_run(tmp_path / "run", [])
     for _ in range(2):  # with an empty metrics.jsonl, then with none

@@ -84,6 +84,8 @@ def test_the_page_says_what_came_of_the_runs(full):
     assert "59 of 60 runs finished" in html
     assert "rule-adamw_width32_lr0.005_seed0 failed: ran out of &lt;memory&gt;" in html
     assert html.count("val_loss is not finite: left out of all fits") == 2
+    statuses = [row["status"] for row in rows(full / "report" / "runs.csv")]
+    assert [statuses.count(status) for status in ("finished", "diverged", "failed")] == [57, 2, 1]
     assert 'href="rule-muonh_width32_lr0.01_seed0/report.html"' in html
     assert html.count("/report.html") == 1  # of no run that has none
     for section in (

@@ -110,6 +110,20 @@ def test_an_interruption_ends_all_jobs(tmp_path):
             os.kill(int((tmp_path / f"{name}.log").read_text()), 0)
 
 
+def test_a_run_that_a_signal_has_stopped_goes_on_without_a_try_used_up(tmp_path):
+    count = tmp_path / "count"
+    code = (
+        f"import pathlib, sys; p = pathlib.Path({str(count)!r});"
+        " n = p.exists() and int(p.read_text());"
+        " p.write_text(str(n + 1)); n < 3 and (print('archscale: stopped by SIGTERM at step 3:"
+        " the same command goes on', file=sys.stderr), sys.exit(75))"
+    )
+    job, events = Code("stopped", [code] * 9, tmp_path / "log"), []
+    assert run_local([job], [{}], 0, events.append, lambda: None) == {}
+    assert [event.what for event in events] == ["started", "failed"] * 3 + ["started", "finished"]
+    assert {event.attempt for event in events} == {1}
+
+
 def test_the_reason_is_that_of_the_last_attempt(tmp_path):
     log = tmp_path / "log"
     log.write_text("archscale: old (a): b\n")

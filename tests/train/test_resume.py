@@ -1,12 +1,14 @@
 """A crash changes nothing."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from archscale.checkpoint.directory import read_state, recorded_files, state_text
 from archscale.checkpoint.saving import load_checkpoint
 from archscale.config import dump_config
 from archscale.errors import CheckpointError, ConfigError
@@ -18,6 +20,12 @@ from tests.train.tiny import LAYOUTS, config, crash_after, run, tiny_data
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return tiny_data(tmp_path_factory.mktemp("data"))
+
+
+def write_state(path: Path, state: dict) -> None:
+    """`state.json` as it would be written with another content."""
+    text = state_text(state, recorded_files(state), state["world_size"])
+    (path / "state.json").write_text(text)
 
 
 def straight_and_resumed(
@@ -99,7 +107,7 @@ def test_a_half_written_checkpoint_is_not_one(data, tmp_path):
     assert checkpoint_steps(checkpoints) == [2, 4]
 
 
-@pytest.mark.parametrize("harm", ["truncate", "remove"])
+@pytest.mark.parametrize("harm", ["truncate", "remove", "flip a bit"])
 def test_a_damaged_checkpoint_is_passed_over_with_a_warning(data, tmp_path, capfd, harm):
     """The next newest whole one is used, and the bad file is named."""
     made = config(data, steps=6, checkpoint={"every": 2, "keep": 5})
@@ -107,21 +115,26 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(data, tmp_path, capf
     bad = next(step_directory(tmp_path / "r" / "checkpoints", 6).glob("*.distcp"))
     if harm == "remove":
         bad.unlink()
+    elif harm == "flip a bit":
+        content = bytearray(bad.read_bytes())
+        content[len(content) // 2] ^= 1
+        bad.write_bytes(content)
     else:
         bad.write_bytes(bad.read_bytes()[:-7])
     again = run(made, str(tmp_path / "r"))
     assert [line["loss"] for line in again] == [line["loss"] for line in straight]
-    assert f"({bad.name} is" in capfd.readouterr().err
+    how = "has the checksum" if harm == "flip a bit" else "is"
+    assert f"({bad.name} {how}" in capfd.readouterr().err
     assert checkpoint_steps(tmp_path / "r" / "checkpoints") == [2, 4, 6]
 
 
 def test_a_checkpoint_of_other_data_is_refused(data, tmp_path):
     made = config(data, steps=2)
     run(made, str(tmp_path / "r"))
-    state = step_directory(tmp_path / "r" / "checkpoints", 2) / "state.json"
-    content = json.loads(state.read_text())
+    path = step_directory(tmp_path / "r" / "checkpoints", 2)
+    content = read_state(path)
     content["data"]["tokens"] += 1
-    state.write_text(json.dumps(content))
+    write_state(path, content)
     with pytest.raises(ConfigError, match="data_set.tokens"):
         run(made, str(tmp_path / "r"))
 
@@ -144,10 +157,14 @@ def test_refusals(data, tmp_path):
     whole = str(step_directory(tmp_path / "r" / "checkpoints", 4))
     with pytest.raises(ConfigError, match=r"model.aspect is"):
         run(config(data, steps=4, model={"width": 32}), str(tmp_path / "new2"), resume=whole)
-    state = Path(whole) / "state.json"
-    content = json.loads(state.read_text())
+    named = tmp_path / "copied" / "step_00000004"
+    shutil.copytree(whole, named)
+    (named / "rng_0.bin").write_bytes(bytes((named / "rng_0.bin").stat().st_size))
+    with pytest.raises(CheckpointError, match="damaged: rng_0.bin has the checksum .*older"):
+        run(config(data, steps=4), str(tmp_path / "new"), resume=str(named))
+    content = read_state(Path(whole))
     content["config"]["optimizer"]["mutton"] = True
-    state.write_text(json.dumps(content))
+    write_state(Path(whole), content)
     with pytest.raises(
         CheckpointError,
         match=r"another version.*mutton.*step_00000004/state.json.*with that version.*--run-dir",

@@ -111,15 +111,12 @@ def test_training_refuses_what_the_plan_refuses(data, tmp_path):
             config(data, "moonlight", 10, parameterization={"kind": "hyperp", "base": BASE}),
             tmp_path / "run",
         )
-    with pytest.raises(
-        ConfigError, match=r"asynchronous checkpointing is not available yet .*\(and 1 more problem"
-    ):
+    with pytest.raises(ConfigError, match=r"micro_batch 7 "):
         train(
             config(
                 data,
                 "muonh",
                 10,
-                checkpoint={"async": True},
                 training={
                     "tokens": 3840,
                     "batch_tokens": 384,

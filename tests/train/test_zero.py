@@ -15,8 +15,8 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from archscale.checkpoint.saving import load_checkpoint, save_checkpoint
-from archscale.config import dump_config
+from archscale.checkpoint.saving import Saver, load_checkpoint
+from archscale.config import CheckpointConfig, dump_config
 from archscale.data.training_data import open_training_data
 from archscale.distributed import gather_objects, rank, world_size
 from archscale.files import step_directory
@@ -477,13 +477,8 @@ def resave(data: str, stage: int | None, rule: str, source: str, target: str) ->
     made = build(data, stage, rule)
     state = load_checkpoint(step_directory(Path(source), 2), made.engine.weights(), made.optimizer)
     made.engine.weights_changed()
-    save_checkpoint(
-        Path(target),
-        made.engine.weights(),
-        made.optimizer,
-        {"step": 2, "config": state["config"]},
-        keep=1,
-    )
+    with Saver(Path(target), CheckpointConfig()) as saver:
+        saver.save(made.engine.weights(), made.optimizer, {"step": 2, "config": state["config"]})
 
 
 def content(folder: Path) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ from archscale.distributed import on_rank_zero, rank, world_size
 from archscale.plan.passes import source_tokens
 from archscale.plan.plan import make_plan
 from archscale.train import trainer
+from archscale.train.continuing import AS_BEFORE, Wishes
 
 RULES = ["muon", "moonlight", "orscale", "orscale_lm", "muonh", "orscale_lm_sphere", "adamw"]
 LAYOUTS: dict[str, tuple[int, dict]] = {  # name → (processes, sections of the config)
@@ -81,7 +82,9 @@ def config(data: str, /, rule: str = "muonh", steps: int = 10, **sections) -> Co
     return Config.from_dict(base)
 
 
-def run(config: Config, run_dir: str, resume: str = "auto") -> list[dict]:
+def run(
+    config: Config, run_dir: str, resume: str = "auto", wishes: Wishes = AS_BEFORE
+) -> list[dict]:
     """Train in this process, in the process group it is in; returns the metrics lines (on every
     rank)."""
     data = open_training_data(config.data, config.model.context, config.seed)
@@ -91,10 +94,12 @@ def run(config: Config, run_dir: str, resume: str = "auto") -> list[dict]:
     )
     run = trainer.Run(plan, Path(run_dir), data, validation, torch.device("cpu"))
     with trainer.sole_owner(Path(run_dir)):
-        source = on_rank_zero(
-            lambda: trainer.choose_checkpoint(run.config, data, Path(run_dir), resume)
+        folder, found = Path(run_dir), trainer.verified_start(Path(run_dir), resume)
+        run.go(
+            on_rank_zero(
+                lambda: trainer.check_start(found, run.config, data, folder, resume, wishes)
+            )
         )
-        run.go(source)
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 

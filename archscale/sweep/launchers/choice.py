@@ -17,7 +17,16 @@ from archscale.plan.devices import Device, find_device, this_device
 from archscale.sweep.grid import Grid
 from archscale.sweep.launchers.config import needs_section
 from archscale.sweep.launchers.files import write_kubernetes, write_skypilot
-from archscale.sweep.launchers.local import Job, Launcher, end, environment, run_local, threads, why
+from archscale.sweep.launchers.local import (
+    STOPPED,
+    Job,
+    Launcher,
+    end,
+    environment,
+    run_local,
+    threads,
+    why,
+)
 from archscale.sweep.launchers.slurm import SlurmLauncher
 
 if TYPE_CHECKING:
@@ -194,7 +203,7 @@ def train_one(job: Job, cpu: bool) -> None:
 
     Raises:
         TrainingError: it was refused, and would be again.
-        SystemExit: it crashed, with status 1.
+        SystemExit: it crashed, with status 1, or was stopped by a signal, with status 75.
     """
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "ab") as log:
@@ -223,5 +232,11 @@ def train_one(job: Job, cpu: bool) -> None:
             raise TrainingError(
                 f"run {job.name} failed: {reason}", str(job.log), "fix the cause and rerun"
             )
-        print(f"run {job.name} crashed: {reason}: the same command resumes it", file=sys.stderr)
-        raise SystemExit(1)
+        stopped = reason.startswith(STOPPED)
+        what = "was" if stopped else "crashed:"
+        print(
+            f"run {job.name} {what} {reason}: the same command resumes it",
+            file=sys.stderr,
+            flush=True,
+        )
+        raise SystemExit(75 if stopped else 1)

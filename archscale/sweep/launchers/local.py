@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 POLL = 0.1  # seconds
-GRACE = 10.0  # seconds between asking a job to end and killing it
+GRACE = 30.0  # seconds between asking a job to end, which saves, and killing it
+STOPPED = "stopped by "  # how the line of a run begins that a signal has ended
 TAIL = 1 << 16  # bytes of a log in which the reason of a failure is looked for
 # What torchrun or Slurm may have set around the sweep, and what would make a run believe that it is
 # part of it.
@@ -144,11 +145,12 @@ def run_local(
                     tell(Event("finished", ended.job, ended.attempt, seconds))
                     continue
                 reason, refused = why(ended.job.log, ended.offset, ended.process.returncode)
-                again = not refused and ended.attempt <= retries
+                stopped = reason.startswith(STOPPED)  # not a crash: not counted
+                again = stopped or (not refused and ended.attempt <= retries)
                 tell(Event("failed", ended.job, ended.attempt, seconds, reason, again))
                 if again:
                     # Behind the others, who need not wait for it.
-                    waiting.append((ended.job, ended.attempt + 1))
+                    waiting.append((ended.job, ended.attempt + (not stopped)))
                 else:
                     failed[ended.job.name] = reason
             tick()
@@ -219,6 +221,9 @@ def why(log: Path, offset: int, status: int) -> tuple[str, bool]:
     ]
     # The watchdog's: a hang, worth another try.
     stuck = [line for line in messages if "made no progress" in line]
+    stopped = [line for line in messages if line.startswith(f"archscale: {STOPPED}")]
+    if stopped and not stuck:
+        return stopped[-1].removeprefix("archscale: "), False
     if messages and not stuck:
         return messages[-1].removeprefix("archscale: "), True
     if stuck:
