@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from archscale.checkpoint.directory import damage, newest_valid, read_state
+from archscale.checkpoint.history import saved_config
 from archscale.checkpoint.reading import StoredWeights
 from archscale.config import Config, load_config
 from archscale.data.stored import trained_tokenizer
@@ -40,7 +41,11 @@ DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # precision of training → dt
 
 @dataclass(frozen=True)
 class Target:
-    """What is exported."""
+    """What is exported.
+
+    Attributes:
+        config: that the checkpoint was written with.
+    """
 
     run_dir: Path
     checkpoint: Path
@@ -117,7 +122,7 @@ def export(target: Path, out: Path, *, dtype: str | None = None, shard_size: str
 
 
 def find_target(target: Path) -> Target:
-    """The checkpoint that a path names, with its run's config and tokenizer.
+    """The checkpoint that a path names, with its config and its run's tokenizer.
 
     Raises:
         CheckpointError: there is none, it is damaged, or its run had diverged.
@@ -141,8 +146,11 @@ def find_target(target: Path) -> Target:
             f"the checkpoint is damaged: {problem}", str(checkpoint), "name another one"
         )
     _refuse_diverged(state, run_dir, checkpoint)
-    config = load_config(run_dir / CONFIG)
-    tokenizer = trained_tokenizer(run_dir, config.data, state["data"])
+    # What the weights belong to is what the checkpoint says: the run directory's config may have
+    # been edited since. Where the data lie now is what the run directory says.
+    config = saved_config(checkpoint, state)
+    places = load_config(run_dir / CONFIG).data
+    tokenizer = trained_tokenizer(run_dir, places, state["data"])
     return Target(run_dir, checkpoint, int(state["step"]), config, tokenizer)
 
 

@@ -52,9 +52,9 @@ def check_weights(stored: StoredWeights, sources: Iterable[Source], where: Path)
             continue
         raise CheckpointError(
             f"weight {name}: {stored.shapes.get(name, 'missing')} in the checkpoint,"
-            f" {expected.get(name, 'none')} by the run's config",
+            f" {expected.get(name, 'none')} by its config",
             str(where),
-            "export it with its own run's config.yaml",
+            "name another checkpoint",
         )
 
 

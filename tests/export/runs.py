@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from archscale.checkpoint.saving import save_checkpoint
+from archscale.checkpoint.saving import Saver
 from archscale.config.schema import dump_config
 from archscale.data.tokenizer import keep_tokenizer, load_tokenizer
 from archscale.distributed import fragment
@@ -64,6 +64,8 @@ def make_run(data: str, run_dir: Path, rule: str = "muonh", /, **sections: Any) 
     (run_dir / METRICS).write_text(json.dumps(line) + "\n")
     optimizer = build_optimizer(resolved, assign_roles(model), transfer.roles)
     weights = {name: fragment(parameter) for name, parameter in model.named_parameters()}
-    state = {"step": STEP, "data": {"tokenizer": tokenizer.fingerprint}}
-    save_checkpoint(run_dir / CHECKPOINTS, weights, optimizer, state, 1)
+    data_set = {"tokenizer": tokenizer.fingerprint}
+    state = {"step": STEP, "config": resolved.resolved(), "data": data_set}
+    with Saver(run_dir / CHECKPOINTS, resolved.checkpoint) as saver:
+        saver.save(weights, optimizer, state)
     return run_dir

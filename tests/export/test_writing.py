@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from archscale.checkpoint.directory import read_state, recorded_files, state_text
 from archscale.checkpoint.reading import StoredWeights
 from archscale.cli import app
 from archscale.errors import ArchscaleError, CheckpointError, ConfigError
@@ -48,8 +50,12 @@ def run_dir(made: Path, tmp_path: Path) -> Path:
 
 
 def change_state(run_dir: Path, **values: object) -> None:
-    path = run_dir / CHECKPOINTS / STEP_NAME / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    """Write a valid `state.json` that says something else; what is None goes."""
+    checkpoint = run_dir / CHECKPOINTS / STEP_NAME
+    state = read_state(checkpoint) | values
+    state = {key: value for key, value in state.items() if value is not None and key != "crc32"}
+    text = state_text(state, recorded_files(state), 1)
+    (checkpoint / "state.json").write_text(text)
 
 
 def test_the_command_says_what_it_chose(made: Path, tmp_path: Path) -> None:
@@ -122,14 +128,32 @@ def test_what_is_no_run_is_refused(run_dir: Path, tmp_path: Path) -> None:
 def test_a_damaged_checkpoint_is_refused(run_dir: Path, tmp_path: Path) -> None:
     checkpoint = run_dir / CHECKPOINTS / STEP_NAME
     (checkpoint / "__0_0.distcp").write_bytes(b"short")
-    assert "damaged: __0_0.distcp is 5 bytes" in str(refusal(checkpoint, tmp_path / "out"))
+    problem = "damaged: __0_0.distcp is truncated: 5 bytes"
+    assert problem in str(refusal(checkpoint, tmp_path / "out"))
 
 
 def test_weights_of_another_shape_are_refused(run_dir: Path, tmp_path: Path) -> None:
-    path = run_dir / "config.yaml"
-    path.write_text(path.read_text().replace("vocab_size: 304", "vocab_size: 300"))
-    shape = "embedding.weight: (304, 24) in the checkpoint, (300, 24) by the run's config"
+    state = read_state(run_dir / CHECKPOINTS / STEP_NAME)
+    state["config"]["model"]["vocab_size"] = 300
+    change_state(run_dir, config=state["config"])
+    shape = "embedding.weight: (304, 24) in the checkpoint, (300, 24) by its config"
     assert shape in str(refusal(run_dir, tmp_path / "out"))
+
+
+def test_a_config_that_was_edited_later_changes_nothing(run_dir: Path, tmp_path: Path) -> None:
+    """The weights belong to the config that their checkpoint was written with."""
+    export(run_dir, tmp_path / "before", shard_size="5GB")
+    path = run_dir / "config.yaml"
+    edited = re.sub(r"rope_theta: \S+", "rope_theta: 77777.0", path.read_text())
+    edited = re.sub(r"vocab_size: \d+", "vocab_size: 300", edited)
+    edited = re.sub(r"window: null", "window: 3", edited)
+    assert edited != path.read_text() and "77777" in edited and "window: 3" in edited
+    path.write_text(edited)
+    export(run_dir, tmp_path / "after", shard_size="5GB")
+    before, after = (sorted((tmp_path / name).iterdir()) for name in ("before", "after"))
+    assert [path.name for path in before] == [path.name for path in after]
+    for first, second in zip(before, after, strict=True):
+        assert first.read_bytes() == second.read_bytes(), first.name
 
 
 def test_a_directory_in_use_is_refused(made: Path, tmp_path: Path) -> None:
