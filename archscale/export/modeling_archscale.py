@@ -64,11 +64,12 @@ class VisibleKeys:
 
     def mask(self, keys, device):
         """(B or 1, 1, T, keys), true where a key is seen; None where the plain causal mask of
-        keys without a past says the same. Made once for all blocks."""
+        keys without a past says the same. Made once for all blocks on a device."""
         plain = self.padding is None and (self.window is None or keys <= self.window)
         if plain and self.first == 0 and keys == self.time:
             return None
-        if self.made is None or self.made.shape[-1] != keys:
+        made_for = None if self.made is None else (self.made.shape[-1], self.made.device)
+        if made_for != (keys, device):
             query = torch.arange(self.first, self.first + self.time, device=device)[:, None]
             key = torch.arange(keys, device=device)
             seen = (key <= query)[None]

@@ -195,6 +195,14 @@ def test_the_code_does_what_trainers_ask_of_it(made):
         model()
 
 
+def test_blocks_on_several_devices_have_their_masks_there():
+    from archscale.export.modeling_archscale import VisibleKeys
+
+    visible = VisibleKeys(torch.tensor([[0, 1, 1]]), 0, 3, None)
+    places = [torch.device(name) for name in ("cpu", "meta", "cpu")]
+    assert [visible.mask(3, place).device for place in places] == places
+
+
 @pytest.mark.slow
 def test_a_saved_copy_is_the_same_model(made, tmp_path):
     """What fine-tuning saves can be loaded again, code and all; tied weights stay tied."""

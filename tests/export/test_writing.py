@@ -147,7 +147,8 @@ def test_a_config_that_was_edited_later_changes_nothing(run_dir: Path, tmp_path:
     edited = re.sub(r"rope_theta: \S+", "rope_theta: 77777.0", path.read_text())
     edited = re.sub(r"vocab_size: \d+", "vocab_size: 300", edited)
     edited = re.sub(r"window: null", "window: 3", edited)
-    assert edited != path.read_text() and "77777" in edited and "window: 3" in edited
+    assert "77777" in edited
+    assert "window: 3" in edited
     path.write_text(edited)
     export(run_dir, tmp_path / "after", shard_size="5GB")
     before, after = (sorted((tmp_path / name).iterdir()) for name in ("before", "after"))
