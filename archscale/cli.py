@@ -492,7 +492,7 @@ def export(
             file=sys.stderr,
         )
     if push is not None:
-        print(upload(out, push))
+        print(upload(written.directory, push))
 
 
 @app.command()

@@ -32,10 +32,11 @@ from archscale.export.safetensors_files import (
     write_weights,
 )
 from archscale.export.weights import factors, sources
-from archscale.files import CHECKPOINTS, CONFIG, TOKENIZER, checkpoint_steps, sync
+from archscale.files import CHECKPOINTS, CONFIG, TOKENIZER, checkpoint_steps, sync, sync_names
 from archscale.plan.transfer import transfer_of
 
 CODE = ("configuration_archscale.py", "modeling_archscale.py")
+LAST = "config.json"  # without it a directory is no model to anyone
 DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # precision of training → dtype of weights
 
 
@@ -59,6 +60,7 @@ class Exported:
     """What an export has written.
 
     Attributes:
+        directory: absolute.
         dtype: of the weights, as torch names it.
         files: of weights.
         tokenizer_problem: why there is no fast tokenizer; "": there is one.
@@ -90,7 +92,7 @@ def export(target: Path, out: Path, *, dtype: str | None = None, shard_size: str
     """
     shard_bytes = size_in_bytes(shard_size)
     import_safetensors()
-    _check_out(out)
+    out = _free_directory(out)
     chosen = find_target(target)
     config, where = chosen.config, chosen.checkpoint
     transfer = transfer_of(config)
@@ -187,8 +189,10 @@ def _json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _check_out(out: Path) -> None:
+def _free_directory(out: Path) -> Path:
+    """Where links lead from `out`, absolute; ConfigError where something stands there."""
     try:
+        real = Path(os.path.realpath(out))
         in_use = out.exists() and (not out.is_dir() or any(out.iterdir()))
     except OSError as error:
         raise _unwritable(error, out) from error
@@ -196,21 +200,38 @@ def _check_out(out: Path) -> None:
         raise ConfigError(
             "something stands there already", str(out), "give --out a new or an empty directory"
         )
+    return real
 
 
 @contextlib.contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """A directory to fill, which becomes `out` at the end, and is gone after an error."""
-    out = out.absolute()
-    partial = out.with_name(f".{out.name}.{uuid.uuid4().hex[:12]}.partial")
+    """A directory to fill, whose files are those of `out` at the end; gone after an error.
+
+    A directory that is there stays the same one: it may be a mount point, the directory that the
+    user's shell is in, or one in a place where nothing can be renamed.
+    """
+    there = out.is_dir()
+    partial = (out if there else out.parent) / f".{out.name}.{uuid.uuid4().hex[:12]}.partial"
+    moved: list[Path] = []
     try:
         partial.mkdir(parents=True)
         yield partial
-        for path in (*partial.iterdir(), partial):
+        for path in partial.iterdir():
             sync(path)
-        os.replace(partial, out)
-    except OSError as error:
-        raise _unwritable(error, out) from error
+        sync_names(partial)
+        if there:
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == LAST):
+                moved.append(out / path.name)
+                os.replace(path, out / path.name)
+            sync_names(out)
+        else:
+            os.replace(partial, out)
+    except BaseException as error:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _unwritable(error, out) from error
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import errno
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -164,6 +166,59 @@ def test_a_directory_in_use_is_refused(made: Path, tmp_path: Path) -> None:
     assert "new or an empty directory" in str(refusal(made, tmp_path / "out" / "mine"))
     with pytest.raises(ConfigError, match="cannot write the export"):
         export(made, tmp_path / "out" / "mine" / "below", shard_size="5GB")
+
+
+def test_an_empty_directory_stays_the_one_it_is(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be a mount point, or where the shell is, or in a place that cannot be written to."""
+    there = tmp_path / "place" / "there"
+    there.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(there)
+    number = there.stat().st_ino
+    replace = os.replace
+
+    def refuse_directories(source: Path, target: Path) -> None:
+        assert not Path(source).is_dir()
+        assert Path(target).name != "config.json" or len(list(there.iterdir())) == 9
+        replace(source, target)
+
+    monkeypatch.setattr("archscale.export.export.os.replace", refuse_directories)
+    monkeypatch.chdir(there)
+    pushed: list[Path] = []
+    monkeypatch.setattr(
+        "archscale.export.export.push", lambda path, name: pushed.append(path) or "address"
+    )
+    for out in (".", "../../link"):
+        there.parent.chmod(0o500)
+        arguments = ["export", str(made), "--out", out, "--push", "me/tiny"]
+        done = CliRunner().invoke(app, arguments)
+        there.parent.chmod(0o700)
+        assert done.exit_code == 0, done.output
+        assert pushed.pop() == there
+        assert there.stat().st_ino == number
+        names = sorted(path.name for path in there.iterdir())
+        assert len(names) == 9
+        assert "config.json" in names
+        for path in there.iterdir():
+            path.unlink()
+    assert (tmp_path / "link").is_symlink()
+
+
+def test_a_failure_leaves_an_empty_directory_empty(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def fail_at_last(source: Path, target: Path) -> None:
+        if Path(target).name == "config.json":
+            raise OSError(errno.EIO, "Input/output error")
+        replace(source, target)
+
+    monkeypatch.setattr("archscale.export.export.os.replace", fail_at_last)
+    (tmp_path / "out").mkdir()
+    assert "cannot write the export: Input/output" in str(refusal(made, tmp_path / "out"))
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_diverged_run_is_refused(run_dir: Path, tmp_path: Path) -> None:
