@@ -131,7 +131,7 @@ def find_target(target: Path) -> Target:
         DataError: the run's tokenizer is gone, damaged or another one.
     """
     named = (target / "state.json").is_file()
-    run_dir = target.resolve().parent.parent if named else target
+    run_dir = _run_of(target) if named else target
     checkpoint: Path | None = target if named else None
     if not named:
         checkpoint = newest_valid(run_dir / CHECKPOINTS, _warn)
@@ -154,6 +154,13 @@ def find_target(target: Path) -> Target:
     places = load_config(run_dir / CONFIG).data
     tokenizer = trained_tokenizer(run_dir, places, state["data"])
     return Target(run_dir, checkpoint, int(state["step"]), config, tokenizer)
+
+
+def _run_of(checkpoint: Path) -> Path:
+    """The run directory that a checkpoint lies in, by its name or, where that has none, by where
+    links lead: the folder of checkpoints may be a link, and so may one checkpoint."""
+    run_dir = checkpoint.absolute().parent.parent
+    return run_dir if (run_dir / CONFIG).is_file() else checkpoint.resolve().parent.parent
 
 
 def _warn(text: str) -> None:

@@ -20,7 +20,7 @@ from archscale.cli import app
 from archscale.errors import ArchscaleError, CheckpointError, ConfigError
 from archscale.export import export as command
 from archscale.export.architecture import choose
-from archscale.export.export import CODE, export, push
+from archscale.export.export import CODE, export, find_target, push
 from archscale.export.safetensors_files import size_in_bytes
 from archscale.files import CHECKPOINTS
 from archscale.train.generate import load_run
@@ -105,6 +105,21 @@ def test_a_checkpoint_by_name_is_the_newest_one_of_its_run(made: Path, tmp_path:
     assert a.keys() == b.keys()
     for name, weight in a.items():
         assert torch.equal(weight.bfloat16(), b[name])
+
+
+def test_checkpoints_behind_links_belong_to_the_run_that_names_them(
+    run_dir: Path, tmp_path: Path
+) -> None:
+    elsewhere = tmp_path / "scratch" / "of_the_run"
+    elsewhere.parent.mkdir()
+    (run_dir / CHECKPOINTS).rename(elsewhere)
+    (run_dir / CHECKPOINTS).symlink_to(elsewhere)
+    assert find_target(run_dir / CHECKPOINTS / STEP_NAME).run_dir == run_dir
+    # A link to a checkpoint from outside of any run.
+    (run_dir / CHECKPOINTS).unlink()
+    elsewhere.rename(run_dir / CHECKPOINTS)
+    (tmp_path / "best").symlink_to(run_dir / CHECKPOINTS / STEP_NAME)
+    assert find_target(tmp_path / "best").run_dir == run_dir
 
 
 def refusal(target: Path, out: Path, shard_size: str = "5GB") -> ArchscaleError:
