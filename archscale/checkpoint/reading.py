@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from archscale.errors import CheckpointError, explain_os_error
+from archscale.checkpoint.reasons import why_not_read
+from archscale.errors import CheckpointError
 
 _PREFIX = "model."  # as `saving` names weights
 
@@ -58,9 +59,7 @@ class StoredWeights:
         return weight
 
     def _unreadable(self, error: BaseException) -> CheckpointError:
-        cause, remedy = " ".join(str(error).split())[:300], "name another checkpoint"
-        if isinstance(error, OSError):
-            cause, remedy = explain_os_error(error, remedy)
+        cause, remedy = why_not_read(error, "name another checkpoint")
         return CheckpointError(f"cannot read the weights: {cause}", str(self._path), remedy)
 
 

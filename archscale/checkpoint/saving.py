@@ -39,6 +39,7 @@ from archscale.checkpoint.directory import (
 )
 from archscale.checkpoint.fragments import Stored
 from archscale.checkpoint.reader import DirectReader
+from archscale.checkpoint.reasons import reason, why_not_written
 from archscale.checkpoint.snapshot import Snapshot
 from archscale.checkpoint.writer import SummedWriter, write_summed
 from archscale.config import CheckpointConfig
@@ -159,7 +160,7 @@ class Saver:
             return self._snapshot.take(content)
         except (RuntimeError, MemoryError) as error:
             raise CheckpointError(
-                f"no memory for the copy of the state that is written: {_reason(error)}",
+                f"no memory for the copy of the state that is written: {reason(error)}",
                 "checkpoint.async",
                 "set it to false, or start fewer processes on this machine",
             ) from error
@@ -236,7 +237,7 @@ class Saver:
         except (OSError, CheckpointException) as error:
             if rank() == 0:  # it may be what fills the disk
                 shutil.rmtree(partial, ignore_errors=True)
-            cause, remedy = _why_not_written(error)
+            cause, remedy = why_not_written(error)
             raise CheckpointError(
                 f"cannot write a checkpoint: {cause}", str(final), remedy
             ) from error
@@ -312,7 +313,7 @@ def load_checkpoint(
         if isinstance(error, OSError):
             cause, remedy = explain_os_error(error, "use an older checkpoint")
         else:
-            cause = _reason(error)
+            cause = reason(error)
         raise CheckpointError(f"cannot load: {cause}", str(path), remedy) from error
     return state
 
@@ -339,23 +340,3 @@ def _accept_a_single_process() -> None:
     For good, since a thread that took the warning's suppression back would do so under others.
     """
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-
-
-def _why_not_written(error: BaseException) -> tuple[str, str]:
-    """(cause, remedy) of a checkpoint that could not be written."""
-    elsewhere = "train in another directory with --run-dir"
-    first: BaseException | None = error
-    if isinstance(error, CheckpointException) and error.failures:
-        first = next(iter(error.failures.values()))[0]
-    # torch's serializer raises an error of its own over the one of the operating system.
-    while first is not None and not isinstance(first, OSError):
-        first = first.__cause__ or first.__context__
-    if first is None:
-        return _reason(error), f"check that the directory can be written, or {elsewhere}"
-    return explain_os_error(first, elsewhere, vanished=True)
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, CheckpointException) and error.failures:
-        error = next(iter(error.failures.values()))[0]
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

@@ -354,6 +354,12 @@ def test_a_checkpoint_of_two_processes_is_read_whole(data, tmp_path):
     assert torch.equal(weights[f"{theirs}.self_attn.v_proj.weight"], values)
 
 
-def test_checkpoints_are_read_by_their_own_error(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot read the weights"):
+def test_why_a_checkpoint_cannot_be_read(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot read the weights: No such file"):
         StoredWeights(tmp_path)
+    checkpoint = run_dir / CHECKPOINTS / STEP_NAME
+    stored = StoredWeights(checkpoint)
+    (checkpoint / "__0_0.distcp").unlink()
+    with pytest.raises(CheckpointError) as caught:  # what DCP wraps, with a traceback in its text
+        stored.read("head.norm.weight")
+    assert caught.value.what == "cannot read the weights: No such file or directory"
