@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from archscale.checkpoint.reasons import why_not_read
 from archscale.errors import CheckpointError
 
+# What is unpickled from damaged bytes may raise anything; DCP wraps it in what is no Exception.
+UNREADABLE = (CheckpointException, Exception)
 _PREFIX = "model."  # as `saving` names weights
 
 
@@ -32,15 +34,14 @@ class StoredWeights:
         self._path = path
         try:
             self._reader = _Reader(path)
-            stored = self._reader.read_metadata().state_dict_metadata
-        except (CheckpointException, RuntimeError, ValueError, OSError, EOFError) as error:
+            self._stored = {
+                name.removeprefix(_PREFIX): tensor
+                for name, tensor in self._reader.read_metadata().state_dict_metadata.items()
+                if name.startswith(_PREFIX) and isinstance(tensor, TensorStorageMetadata)
+            }
+            self.shapes = {name: tuple(tensor.size) for name, tensor in self._stored.items()}
+        except UNREADABLE as error:
             raise self._unreadable(error) from error
-        self._stored = {
-            name.removeprefix(_PREFIX): tensor
-            for name, tensor in stored.items()
-            if name.startswith(_PREFIX) and isinstance(tensor, TensorStorageMetadata)
-        }
-        self.shapes = {name: tuple(tensor.size) for name, tensor in self._stored.items()}
 
     def read(self, name: str) -> Tensor:
         """The whole weight, on the CPU.
@@ -49,12 +50,12 @@ class StoredWeights:
             CheckpointError: damaged.
         """
         stored = self._stored[name]
-        weight = torch.empty(stored.size, dtype=stored.properties.dtype)
         try:
+            weight = torch.empty(stored.size, dtype=stored.properties.dtype)
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.distributed is ")
                 dcp.load({f"{_PREFIX}{name}": weight}, storage_reader=self._reader, no_dist=True)
-        except (CheckpointException, RuntimeError, ValueError, OSError, EOFError) as error:
+        except UNREADABLE as error:
             raise self._unreadable(error) from error
         return weight
 

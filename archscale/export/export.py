@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 
-from archscale.checkpoint.directory import damage, newest_valid, read_state
+from archscale.checkpoint.directory import (
+    STATE,
+    newest_valid,
+    read_state,
+    recorded_files,
+    wrong_files,
+)
 from archscale.checkpoint.history import saved_config
 from archscale.checkpoint.reading import StoredWeights
 from archscale.config import Config, load_config
@@ -142,18 +148,30 @@ def find_target(target: Path) -> Target:
             "name a run directory that train has filled, such as runs/<name>, or a checkpoint in"
             f" it, such as runs/<name>/{CHECKPOINTS}/step_00001000",
         )
-    state = read_state(checkpoint)
-    if problem := damage(checkpoint):
-        raise CheckpointError(
-            f"the checkpoint is damaged: {problem}", str(checkpoint), "name another one"
-        )
+    state = _verified_state(checkpoint)
     _refuse_diverged(state, run_dir, checkpoint)
     # What the weights belong to is what the checkpoint says: the run directory's config may have
     # been edited since. Where the data lie now is what the run directory says.
     config = saved_config(checkpoint, state)
     places = load_config(run_dir / CONFIG).data
     tokenizer = trained_tokenizer(run_dir, places, state["data"])
-    return Target(run_dir, checkpoint, int(state["step"]), config, tokenizer)
+    return Target(run_dir, checkpoint, state["step"], config, tokenizer)
+
+
+def _verified_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, after every byte of it has been compared with its checksum
+    (where it was written with them); CheckpointError where one differs."""
+    state = read_state(checkpoint)
+    missing = [
+        f"{STATE} has no {key}"
+        for key, kind in (("step", int), ("config", dict), ("data", dict))
+        if not isinstance(state.get(key), kind)
+    ]
+    if problems := missing or wrong_files(checkpoint, recorded_files(state)):
+        raise CheckpointError(
+            f"the checkpoint is damaged: {problems[0]}", str(checkpoint), "name another one"
+        )
+    return state
 
 
 def _run_of(checkpoint: Path) -> Path:

@@ -149,6 +149,38 @@ def test_a_damaged_checkpoint_is_refused(run_dir: Path, tmp_path: Path) -> None:
     assert problem in str(refusal(checkpoint, tmp_path / "out"))
 
 
+def test_one_wrong_byte_is_found(run_dir: Path, tmp_path: Path) -> None:
+    for name in (".metadata", "__0_0.distcp"):
+        path = run_dir / CHECKPOINTS / STEP_NAME / name
+        whole = path.read_bytes()
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        assert f"damaged: {name} has the checksum" in str(refusal(run_dir, tmp_path / "out"))
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("key", ["step", "config", "data"])
+def test_a_state_that_says_too_little_is_refused(key, run_dir, tmp_path):
+    change_state(run_dir, **{key: None})
+    assert f"damaged: state.json has no {key}" in str(refusal(run_dir, tmp_path / "out"))
+
+
+def test_damage_that_no_checksum_shows_is_one_error(run_dir: Path) -> None:
+    """As in checkpoints that were written without any."""
+    checkpoint = run_dir / CHECKPOINTS / STEP_NAME
+    whole = (checkpoint / ".metadata").read_bytes()
+    messages = []
+    for position in range(0, len(whole), 97):
+        changed = whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :]
+        (checkpoint / ".metadata").write_bytes(changed)
+        try:
+            StoredWeights(checkpoint)
+        except CheckpointError as error:
+            messages.append(str(error))
+    assert len(messages) > 20
+    assert not any("\n" in message for message in messages)
+
+
 def test_weights_of_another_shape_are_refused(run_dir: Path, tmp_path: Path) -> None:
     state = read_state(run_dir / CHECKPOINTS / STEP_NAME)
     state["config"]["model"]["vocab_size"] = 300
