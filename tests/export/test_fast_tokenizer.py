@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
+from archscale.data.huggingface_tokenizer import HuggingFaceTokenizer
 from archscale.export.fast_tokenizer import HARD_TEXTS, TokenizerFiles, merges, tokenizer_files
 from tests.data import made_tokenizers
 from tests.data.made_tokenizers import TEXTS, sentencepiece_file
@@ -41,6 +43,47 @@ def test_ids_are_equal_and_start_with_the_end_of_a_document(name, tmp_path):
     assert ("tokenizer.model" in files.files) == (name in CONVERTED)
     without = backend_of(tokenizer_files(tokenizer, 128, False, "here"))
     assert without.encode("a b").ids == tokenizer.encode("a b")
+
+
+def ends_with_line_breaks(folder: Path, eos: str = "\u010a") -> HuggingFaceTokenizer:
+    """A tokenizer of bytes whose end of a document is an ordinary piece of its vocabulary."""
+    content = made_tokenizers.gpt2(folder).content
+    return HuggingFaceTokenizer(content, "here", eos=eos)
+
+
+def test_an_ordinary_piece_that_ends_documents_keeps_its_id(tmp_path):
+    tokenizer = ends_with_line_breaks(tmp_path)
+    assert tokenizer.eos_text == "\n"
+    files = tokenizer_files(tokenizer, 128, True, "here")
+    backend = backend_of(files)
+    settings = json.loads(files.files["tokenizer_config.json"])
+    assert settings["eos_token"] == settings["bos_token"] == "\u010a"
+    assert backend.token_to_id("\u010a") == tokenizer.eos_id
+    text = "def \u010a a line, \u00e9 of 3"  # its name is text
+    assert backend.encode(text).ids == [tokenizer.eos_id, *tokenizer.encode(text)]
+    assert backend.decode(backend.encode(text).ids) == text
+    assert backend.get_vocab_size() == tokenizer.vocab_size
+
+
+@pytest.mark.slow
+def test_transformers_gives_an_ordinary_end_its_own_id(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = ends_with_line_breaks(tmp_path)
+    (tmp_path / "out").mkdir()
+    for name, content in tokenizer_files(tokenizer, 128, True, "here").files.items():
+        (tmp_path / "out" / name).write_bytes(content)
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert fast.eos_token_id == fast.bos_token_id == tokenizer.eos_id
+    assert len(fast) == tokenizer.vocab_size
+    assert fast("def f").input_ids == [tokenizer.eos_id, *tokenizer.encode("def f")]
+
+
+def test_a_copy_with_other_ids_does_not_go_out(tmp_path, monkeypatch):
+    tokenizer = made_tokenizers.gpt2(tmp_path)
+    monkeypatch.setattr(tokenizer, "_encode_texts", lambda texts: [[5] for _ in texts])
+    files = tokenizer_files(tokenizer, 128, True, "here")
+    assert files.problem.startswith("ids differ for ")
+    assert not files.files
 
 
 def test_text_comes_back(tmp_path):
