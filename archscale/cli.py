@@ -485,12 +485,8 @@ def export(
     files = "1 file" if written.files == 1 else f"{written.files} files"
     what = f"step {written.step:,} as {written.architecture.sentence}"
     print(f"{out}: {what}; {written.dtype}, {files}")
-    if written.tokenizer_problem:
-        print(
-            "archscale: warning: the tokenizer goes out as a SentencePiece model only:"
-            f" {written.tokenizer_problem}",
-            file=sys.stderr,
-        )
+    if written.warning:
+        print(f"archscale: warning: {written.warning}", file=sys.stderr)
     if push is not None:
         print(upload(written.directory, push))
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from archscale.config import Config
 from archscale.export.architecture import Architecture
+from archscale.export.fast_tokenizer import TokenizerFiles
 from archscale.files import ENVIRONMENT, METRICS
 from archscale.plan.counting import parameters
 from archscale.plan.transfer import Transfer
@@ -29,14 +30,14 @@ class CardFacts:
         step: of the checkpoint.
         dtype: of the weights, as torch names it.
         folded: constants that became part of the weights.
-        tokenizer_problem: why there is no fast tokenizer; "": there is one.
+        tokenizer: what is written for it.
     """
 
     run_dir: Path
     step: int
     dtype: str
     folded: list[str]
-    tokenizer_problem: str
+    tokenizer: TokenizerFiles
 
 
 def model_card(
@@ -74,10 +75,20 @@ def _front_matter() -> str:
 def _loading(config: Config, architecture: Architecture, facts: CardFacts) -> str:
     trust = "" if architecture.stock else ", trust_remote_code=True"
     version = TRANSFORMERS.get(architecture.model_type, OLDEST)
-    if facts.tokenizer_problem:
+    problem = facts.tokenizer.problem
+    if problem and not facts.tokenizer.files:
+        return (
+            f"With transformers {version} or newer. The tokenizer is not here ({problem}):\n\n"
+            "```python\n"
+            "from transformers import AutoModelForCausalLM\n\n"
+            "path = '.'  # this directory, or its name on the hub\n"
+            f"model = AutoModelForCausalLM.from_pretrained(path{trust})\n"
+            "```"
+        )
+    if problem:
         return (
             f"With transformers {version} or newer; the tokenizer is a SentencePiece model, which"
-            f" has no equal among fast tokenizers ({facts.tokenizer_problem}):\n\n"
+            f" has no equal among fast tokenizers ({problem}):\n\n"
             "```python\n"
             "from sentencepiece import SentencePieceProcessor\n"
             "from transformers import AutoModelForCausalLM\n\n"

@@ -69,7 +69,7 @@ class Exported:
         directory: absolute.
         dtype: of the weights, as torch names it.
         files: of weights.
-        tokenizer_problem: why there is no fast tokenizer; "": there is one.
+        warning: what goes out in place of a fast tokenizer, and why; "": there is one.
     """
 
     directory: Path
@@ -77,7 +77,7 @@ class Exported:
     architecture: Architecture
     dtype: str
     files: int
-    tokenizer_problem: str
+    warning: str
 
 
 def export(target: Path, out: Path, *, dtype: str | None = None, shard_size: str) -> Exported:
@@ -114,7 +114,7 @@ def export(target: Path, out: Path, *, dtype: str | None = None, shard_size: str
         str(chosen.run_dir / TOKENIZER),
     )
     dtype = dtype or DTYPES[config.training.precision]
-    facts = CardFacts(chosen.run_dir, chosen.step, dtype, by.sentences(), tokenizer.problem)
+    facts = CardFacts(chosen.run_dir, chosen.step, dtype, by.sentences(), tokenizer)
     texts: dict[str, bytes] = dict(tokenizer.files)
     content = config_json(config.model, architecture, dtype, tokenizer.bos_id, tokenizer.eos_id)
     texts["config.json"] = _json(content)
@@ -126,7 +126,7 @@ def export(target: Path, out: Path, *, dtype: str | None = None, shard_size: str
         files = write_weights(stored, parts, getattr(torch, dtype), shard_bytes, partial, where)
         for name, text in texts.items():
             (partial / name).write_bytes(text)
-    return Exported(out, chosen.step, architecture, dtype, files, tokenizer.problem)
+    return Exported(out, chosen.step, architecture, dtype, files, tokenizer.warning)
 
 
 def find_target(target: Path) -> Target:

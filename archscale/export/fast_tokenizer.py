@@ -65,6 +65,14 @@ class TokenizerFiles:
     pad_id: int
     problem: str = ""
 
+    @property
+    def warning(self) -> str:
+        """What goes out in place of a fast tokenizer, and why; "": there is one."""
+        if not self.problem:
+            return ""
+        left = "the tokenizer goes out as a SentencePiece model only" if self.files else ""
+        return f"{left or 'no tokenizer goes out'}: {self.problem}"
+
 
 def tokenizer_files(
     tokenizer: Tokenizer, context: int, starts_with_eos: bool, where: str

@@ -82,7 +82,7 @@ def test_a_copy_with_other_ids_does_not_go_out(tmp_path, monkeypatch):
     tokenizer = made_tokenizers.gpt2(tmp_path)
     monkeypatch.setattr(tokenizer, "_encode_texts", lambda texts: [[5] for _ in texts])
     files = tokenizer_files(tokenizer, 128, True, "here")
-    assert files.problem.startswith("ids differ for ")
+    assert files.warning.startswith("no tokenizer goes out: ids differ for ")
     assert not files.files
 
 
@@ -103,6 +103,7 @@ def test_one_that_does_more_than_join_goes_out_as_it_is(tmp_path):
     files = tokenizer_files(made_tokenizers.nfkc_unigram(tmp_path), 128, True, "here")
     assert files.problem == "the model does more than join pieces of its vocabulary"
     assert list(files.files) == ["tokenizer.model"]
+    assert files.warning.startswith("the tokenizer goes out as a SentencePiece model only: the ")
 
 
 def test_pieces_that_a_user_has_defined_are_cut_out_of_a_text(tmp_path):
