@@ -132,7 +132,7 @@ def train(
         ),
     ] = False,
     decay_from: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="CHECKPOINT",
             help="Go on from this one of a wsd or constant run, with the decay.",
@@ -161,6 +161,7 @@ def _train(
     from archscale.config import load_config
 
     resolved = load_config(config, overrides)
+    from archscale.checkpoint.place import place_of
     from archscale.train.continuing import Wishes
     from archscale.train.trainer import train as run
 
@@ -169,6 +170,8 @@ def _train(
         key.strip() == "training.tokens" or (key.strip() == "training" and "tokens:" in value)
         for key, _, value in (text.partition("=") for text in overrides)
     )
+    if wishes["decay_from"] is not None:
+        wishes["decay_from"] = place_of(wishes["decay_from"])
     wanted = Wishes(**wishes, tokens_given=given)
     summary = run(resolved, run_dir or Path("runs") / resolved.name, resume, wanted)
     if summary["rank"] == 0:
@@ -903,7 +906,7 @@ def bench_gpu(
 
 @checkpoint_app.command("list")
 def list_checkpoints(
-    directory: Annotated[Path, typer.Argument(help="Run directory, or folder of checkpoints.")],
+    directory: Annotated[str, typer.Argument(help="Run directory, or folder of checkpoints.")],
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """What is saved, in order of step: from state.json, metrics.jsonl and the sizes of files alone.
@@ -914,15 +917,16 @@ def list_checkpoints(
     import json as encoder
 
     from archscale.checkpoint import listing
+    from archscale.checkpoint.place import place_of
 
-    found = listing.list_checkpoints(directory)
+    found = listing.list_checkpoints(place_of(directory))
     print(encoder.dumps(found, indent=1) if json else listing.render_list(found))
 
 
 @checkpoint_app.command("verify")
 def verify_checkpoints(
     paths: Annotated[
-        list[Path],
+        list[str],
         typer.Argument(metavar="PATH...", help="Checkpoints, run directories, or folders."),
     ],
 ) -> None:
@@ -933,13 +937,14 @@ def verify_checkpoints(
     Example: archscale checkpoint verify runs/quickstart
     """
     from archscale.checkpoint.integrity import verify_all
+    from archscale.checkpoint.place import place_of
 
-    verify_all(paths, print)
+    verify_all([place_of(path) for path in paths], print)
 
 
 @checkpoint_app.command("prune")
 def prune_checkpoints(
-    directory: Annotated[Path, typer.Argument(help="Run directory, or folder of checkpoints.")],
+    directory: Annotated[str, typer.Argument(help="Run directory, or folder of checkpoints.")],
     keep: Annotated[int, typer.Option(min=1, metavar="N", help="Newest ones that stay.")],
     keep_every: Annotated[
         int | None, typer.Option(min=1, metavar="M", help="Those of every M-th step stay, too.")
@@ -954,15 +959,16 @@ def prune_checkpoints(
 
     Example: archscale checkpoint prune runs/quickstart --keep 1 --dry-run
     """
+    from archscale.checkpoint.place import place_of
     from archscale.train.pruning import prune_checkpoints as run
 
-    print(run(directory, keep, keep_every, dry_run, print).render(dry_run))
+    print(run(place_of(directory), keep, keep_every, dry_run, print).render(dry_run))
 
 
 @checkpoint_app.command("diff")
 def diff_checkpoints(
-    first: Annotated[Path, typer.Argument(metavar="A", help="Checkpoint.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Checkpoint.")],
+    first: Annotated[str, typer.Argument(metavar="A", help="Checkpoint.")],
+    second: Annotated[str, typer.Argument(metavar="B", help="Checkpoint.")],
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
     """Compare two checkpoints bit by bit, whatever layouts wrote them: config, step, data, guard,
@@ -975,8 +981,9 @@ def diff_checkpoints(
     import json as encoder
 
     from archscale.checkpoint.difference import compare_checkpoints
+    from archscale.checkpoint.place import place_of
 
-    difference = compare_checkpoints(first, second)
+    difference = compare_checkpoints(place_of(first), place_of(second))
     print(encoder.dumps(difference.as_dict(), indent=1) if json else difference.render())
     if not difference.same:
         raise typer.Exit(1)

@@ -7,7 +7,9 @@ import contextlib
 import errno
 import os
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 # In a run directory:
 CONFIG = "config.yaml"  # resolved
@@ -22,12 +24,25 @@ REPORT = "report.html"
 OWNER = "owner.json"  # the process that trains there, while it lives
 
 
+class Directory(Protocol):
+    """A local path, or another that has as much of `pathlib.Path`."""
+
+    def is_dir(self) -> bool: ...
+
+    def glob(self, pattern: str) -> Iterable[Any]: ...
+
+    def __truediv__(self, name: str) -> Any: ...
+
+
+AnyPath = TypeVar("AnyPath", bound=Directory)
+
+
 def write_atomically(path: Path, content: bytes | str) -> None:
     """The file holds either what it held before or all of `content` (text as UTF-8), and whoever
     has the old one open never sees half of the new. A link is replaced, not followed.
 
     Raises:
-        OSError: it cannot be written, by the name of `path`; nothing is left beside it.
+        OSError: it cannot be written, by the name of `path`; nothing stays that can be deleted.
     """
     # Other processes, on other machines too, may write the same file.
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -38,7 +53,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a broken disk, or one that is read-only now
+            temporary.unlink(missing_ok=True)
         # A write that fails names no file.
         if isinstance(error, OSError) and error.filename in (None, str(temporary)):
             error.filename, error.filename2 = str(path), None
@@ -65,7 +81,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def checkpoint_steps(directory: Path) -> list[int]:
+def checkpoint_steps(directory: Directory) -> list[int]:
     """Steps of the complete checkpoints under `directory`, ascending by step, never by clock."""
     directories = directory.glob("step_*") if directory.is_dir() else ()
     return sorted(
@@ -75,10 +91,6 @@ def checkpoint_steps(directory: Path) -> list[int]:
     )
 
 
-def step_directory(directory: Path, step: int) -> Path:
-    return directory / f"step_{step:08d}"
-
-
-def newest_step(run_dir: Path) -> int:
-    """Step of a run's newest complete checkpoint; 0 without one."""
-    return max(checkpoint_steps(run_dir / CHECKPOINTS), default=0)
+def step_directory(directory: AnyPath, step: int) -> AnyPath:
+    path: AnyPath = directory / f"step_{step:08d}"
+    return path

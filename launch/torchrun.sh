@@ -12,11 +12,48 @@
 #   MAX_RESTARTS    restarts after a failed process (default 3); each resumes from the newest checkpoint
 #   TORCH_ELASTIC_SHUTDOWN_TIMEOUT  seconds that processes may take to end after a signal (default here 600: they save)
 #
-# SIGTERM, SIGUSR1 and SIGINT to this script, to torchrun or to one process end the run with a checkpoint. The exit status is
-# that of the processes then, 75 (130 after SIGINT), and not torchrun's, which is 1.
+# SIGTERM, SIGUSR1 and SIGINT to this script, to torchrun or to one process end the run with a checkpoint, as does a terminal
+# that is closed. The exit status is then 75 (130 after SIGINT), and not torchrun's, which is 1.
 set -euo pipefail
 
 fail() { echo "torchrun.sh: $*" >&2; exit 2; }
+
+agent="" asked="" passed=""  # process id of torchrun; the first signal; whether torchrun has it
+
+# shellcheck disable=SC2329  # the traps call it
+ask() {
+  asked=${asked:-$1}
+  pass_on
+}
+
+# Once: at its third signal torchrun leaves the processes that it waits for while they save.
+pass_on() {
+  if [ -n "$asked" ] && [ -z "$passed" ] && listens; then
+    passed=yes
+    kill -s "$asked" "$agent" 2>/dev/null || true
+  fi
+}
+
+# Whether torchrun catches SIGTERM, as it does from just before it starts processes; also when it is gone.
+listens() {
+  local key mask=""
+  [ -n "$agent" ] || return 1
+  [ ! "/proc/$agent/exe" -ef "/proc/$$/exe" ] || return 1  # not torchrun yet, with the traps of this script
+  { while read -r key mask; do [ "$key" != SigCgt: ] || break; done <"/proc/$agent/status"; } 2>/dev/null || return 0
+  ((0x${mask:-0} >> 14 & 1))
+}
+
+end_if_asked() {
+  case "$asked" in
+    "") ;;
+    INT) exit 130 ;;
+    *) exit 75 ;;
+  esac
+}
+
+trap 'ask INT' INT
+trap 'ask USR1' USR1
+trap 'ask TERM' TERM HUP QUIT
 
 [ $# -gt 0 ] || fail "no config: launch/torchrun.sh CONFIG [--set a.b=c …]"
 if ! command -v torchrun >/dev/null; then
@@ -28,7 +65,7 @@ nodes=${NNODES:-1}
 [[ $nodes =~ ^[1-9][0-9]*(:[1-9][0-9]*)?$ ]] ||
   fail "NNODES is '$nodes': give a whole number of at least 1, or the least and the most as 1:4"
 processes=${NPROC_PER_NODE:-$("$(dirname "$(command -v torchrun)")/python" -c 'import torch; print(torch.cuda.device_count() or 1)')} ||
-  fail "cannot count the GPUs: set NPROC_PER_NODE"
+  { end_if_asked; fail "cannot count the GPUs: set NPROC_PER_NODE"; }
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "NPROC_PER_NODE is '$processes': give a whole number of at least 1"
 
 options=(--nproc-per-node="$processes" --max-restarts="${MAX_RESTARTS:-3}")
@@ -53,21 +90,24 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 ARCHSCALE_STATUS_FILE=$(mktemp) || fail "cannot write to ${TMPDIR:-/tmp}"
 export ARCHSCALE_STATUS_FILE
 trap 'rm -f "$ARCHSCALE_STATUS_FILE"' EXIT
+end_if_asked
 
-# In the background: bash hears a signal only while it waits for nothing in the foreground. Ctrl-C, which what runs there would
-# ignore, is passed on as well.
-torchrun "${options[@]}" -m archscale train "$@" &
+# In the background: bash hears a signal only while it waits for nothing in the foreground. In a session of its own: a terminal
+# would send Ctrl-C to torchrun too.
+setsid=$(command -v setsid || true)  # macOS has none
+${setsid:+"$setsid"} torchrun "${options[@]}" -m archscale train "$@" &
 agent=$!
-for signal in TERM USR1 INT; do
-  # shellcheck disable=SC2064  # the values of now
-  trap "kill -$signal $agent 2>/dev/null || true" "$signal"
+until listens; do
+  [ -z "$asked" ] || kill -s TERM "$agent" 2>/dev/null || true  # it has started nothing yet, and would ignore Ctrl-C
+  sleep 0.5 || true
+done
+pass_on
+while kill -0 "$agent" 2>/dev/null; do
+  wait "$agent" || true
 done
 status=0
-while kill -0 "$agent" 2>/dev/null; do
-  status=0
-  wait "$agent" || status=$?
-done
-if [ -s "$ARCHSCALE_STATUS_FILE" ] && [ "$status" != 0 ]; then
-  status=$(cat "$ARCHSCALE_STATUS_FILE")
-fi
+wait "$agent" || status=$?
+[ "$status" != 0 ] || exit 0
+[ ! -s "$ARCHSCALE_STATUS_FILE" ] || exit "$(cat "$ARCHSCALE_STATUS_FILE")"
+end_if_asked
 exit "$status"

@@ -5,7 +5,8 @@ import os
 import pytest
 
 from archscale import files
-from archscale.files import newest_step, write_atomically
+from archscale.checkpoint.place import newest_step
+from archscale.files import write_atomically
 
 
 def test_a_file_is_replaced_whole(tmp_path):
@@ -33,6 +34,17 @@ def test_a_failure_leaves_the_old_file_and_nothing_beside_it(tmp_path, monkeypat
         write_atomically(path, "new")
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_failure_is_told_though_nothing_can_be_deleted_either(tmp_path, monkeypatch):
+    def broken(*arguments: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    for name in ("fsync", "unlink"):
+        monkeypatch.setattr(os, name, broken)
+    with pytest.raises(OSError, match="Input/output error") as caught:
+        write_atomically(tmp_path / "a.txt", "new")
+    assert caught.value.filename == str(tmp_path / "a.txt")
 
 
 def test_an_error_names_the_file_and_not_its_temporary(tmp_path):

@@ -30,7 +30,10 @@ CONNECTED = {0, len(FLOORS) - 1}  # floors whose rooms may import each other
 ONLY = {  # all of archscale that these import
     "optim": {"optim", "distributed", "errors", "rules"},
     "fit": {"fit", "errors"},
-    "report": {"report", "errors", "files", "fit", "plan.text", "yaml_reader", "__version__"},
+    "report": {
+        *("report", "errors", "files", "fit", "plan.text", "yaml_reader", "__version__"),
+        "checkpoint.place",
+    },
     "model": {"model", "config", "distributed"},
     "telemetry": {"telemetry", "errors", "files"},
 }

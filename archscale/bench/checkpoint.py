@@ -139,7 +139,9 @@ _savers: dict[bool, Saver] = {}  # of this process, by whether they are asynchro
 def _begin_ours(asynchronous: bool) -> Callable[[State, Path], Callable[[], Any]]:
     def begin(state: State, folder: Path) -> Callable[[], Any]:
         if asynchronous not in _savers:
-            _savers[asynchronous] = Saver(folder, CheckpointConfig(**{"async": asynchronous}))
+            _savers[asynchronous] = Saver(
+                folder, CheckpointConfig.model_validate({"async": asynchronous})
+            )
         _savers[asynchronous].save(state.weights, state.optimizer, {"step": 1})
         return _savers[asynchronous].wait
 

@@ -117,6 +117,7 @@ class _Test:
             "telemetry.every=1",
             "telemetry.wandb.mode=disabled",
             f"checkpoint.every={self.every}",
+            "checkpoint.directory=null",
             f"checkpoint.keep={self.steps // self.every + SPARE}",
             f"eval.every={max(1, self.middle)}",
             f"eval.batches={min(2, self.config.eval.batches)}",

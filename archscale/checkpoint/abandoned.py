@@ -11,10 +11,10 @@ import shutil
 from pathlib import Path
 
 from archscale.checkpoint.history import Start
+from archscale.checkpoint.place import AnyPlace, Place, StorePath, unfinished_in
 from archscale.errors import CheckpointError, explain_os_error
 from archscale.files import (
     ABANDONED,
-    CHECKPOINTS,
     METRICS,
     checkpoint_steps,
     step_directory,
@@ -29,19 +29,20 @@ EMPTY_FILE = re.compile(r"stacks_rank_\d+\.txt")
 UNFINISHED_FILE = re.compile(r"\.(?!report).+\.[0-9a-f]{12}\.tmp")
 
 
-def leave_one_history(run_dir: Path, start: Start, step: int) -> None:
+def leave_one_history(run_dir: Path, checkpoints: Place, start: Start, step: int) -> None:
     """Move what does not precede `start` from the run directory into `abandoned/`, and say so;
     nothing is deleted. What killed processes did not finish writing or deleting is.
 
     Args:
+        checkpoints: where the run's lie; in a store they are moved within it.
         step: of `start`.
 
     Raises:
         CheckpointError: something cannot be moved.
     """
     try:
-        _delete_unfinished(run_dir)
-        _move_abandoned(run_dir, start, step if start.own else 0)
+        _delete_unfinished(run_dir, checkpoints)
+        _move_abandoned(run_dir, checkpoints, start, step if start.own else 0)
     except OSError as error:
         cause, remedy = explain_os_error(error, "train in another directory with --run-dir")
         raise CheckpointError(
@@ -51,42 +52,54 @@ def leave_one_history(run_dir: Path, start: Start, step: int) -> None:
         ) from error
 
 
-def _delete_unfinished(run_dir: Path) -> None:
-    checkpoints = run_dir / CHECKPOINTS
-    for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
-        if UNFINISHED_CHECKPOINT.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)
+def _delete_unfinished(run_dir: Path, checkpoints: Place) -> None:
+    if isinstance(checkpoints, StorePath):
+        for unfinished in unfinished_in(checkpoints):
+            unfinished.remove_checkpoint()
+    else:
+        for path in checkpoints.iterdir() if checkpoints.is_dir() else ():
+            if UNFINISHED_CHECKPOINT.fullmatch(path.name):
+                shutil.rmtree(path, ignore_errors=True)
     for path in run_dir.iterdir():
         empty = EMPTY_FILE.fullmatch(path.name) and path.stat().st_size == 0
         if empty or UNFINISHED_FILE.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
-def _move_abandoned(run_dir: Path, start: Start, step: int) -> None:
+def _move_abandoned(run_dir: Path, checkpoints: Place, start: Start, step: int) -> None:
     """Move the checkpoints and, unless a crash lost their checkpoint, the metrics of later steps
     than `step`."""
-    checkpoints, metrics = run_dir / CHECKPOINTS, run_dir / METRICS
+    metrics = run_dir / METRICS
     later = [number for number in checkpoint_steps(checkpoints) if number > step]
     kept, lines = lines_until(metrics, step) if start.rewinds else ([], [])
     if not later and not lines:
         return
-    target = _new_directory(run_dir / ABANDONED, step)
+    targets: list[Place] = []
+    if lines or not isinstance(checkpoints, StorePath):
+        target = _new_directory(run_dir / ABANDONED, step)
+        targets.append(target)
+    if later and isinstance(checkpoints, StorePath):
+        targets.append(aside := _new_directory(checkpoints / ABANDONED, step))
     # Killed between any two of these, the run goes on from where it is then, or does them again.
     if lines:
         write_atomically(target / METRICS, "".join(lines))
     for number in reversed(later):
         source = step_directory(checkpoints, number)
-        shutil.move(source, target / source.name)  # `checkpoints` may be a link to another disk
+        if isinstance(source, StorePath):
+            source.move_checkpoint(aside / source.name)
+        else:
+            shutil.move(source, target / source.name)  # it may lie on another disk
     if lines:
         write_atomically(metrics, "".join(kept))
     steps = f"checkpoints of steps {', '.join(map(str, later))}" if later else "no checkpoint"
     print(
-        f"moved what came after step {step} into {target}: {steps}, {len(lines)} lines of metrics",
+        f"moved what came after step {step} into {' and '.join(map(str, targets))}: {steps},"
+        f" {len(lines)} lines of metrics",
         flush=True,
     )
 
 
-def _new_directory(abandoned: Path, step: int) -> Path:
+def _new_directory(abandoned: AnyPlace, step: int) -> AnyPlace:
     """`after_step_00000004`, or with a number behind it from the second one on."""
     number, target = 1, abandoned / f"after_step_{step:08d}"
     while target.exists():

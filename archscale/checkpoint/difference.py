@@ -9,18 +9,18 @@ import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from archscale.checkpoint.directory import read_state
 from archscale.checkpoint.history import other_trajectory
+from archscale.checkpoint.place import Place
+from archscale.checkpoint.writer import reader_of
 from archscale.config.layers import flatten
 from archscale.errors import CheckpointError, explain_os_error, show
 from archscale.terminal import table
@@ -149,8 +149,8 @@ class TensorReader:
         CheckpointError: it cannot be read; also by `read`.
     """
 
-    def __init__(self, path: Path):
-        self._path, self._reader = path, FileSystemReader(path)
+    def __init__(self, path: Place):
+        self._path, self._reader = path, reader_of(path)
         with _explained(path, ".metadata"):
             self._metadata = self._reader.read_metadata()
             self._reader.set_up_storage_reader(self._metadata, is_coordinator=True)
@@ -173,7 +173,7 @@ class TensorReader:
 
 
 @contextlib.contextmanager
-def _explained(path: Path, part: str) -> Iterator[None]:
+def _explained(path: Place, part: str) -> Iterator[None]:
     """Makes an error of reading `part` of a checkpoint one that names both."""
     try:
         yield
@@ -188,7 +188,7 @@ def _explained(path: Path, part: str) -> Iterator[None]:
         ) from error
 
 
-def compare_checkpoints(first: Path, second: Path) -> Difference:
+def compare_checkpoints(first: Place, second: Place) -> Difference:
     """Compare two checkpoints bit by bit.
 
     Raises:

@@ -1,9 +1,9 @@
 """The folder of a run's checkpoints: which there are, whether they are whole, and what they say.
 
 A checkpoint is the directory `step_00001000`: it is written under a temporary name and renamed once
-every rank has finished, so a directory with that name is whole. `state.json` in it has the step,
-the config and data that it belongs to, its own identity and that of the checkpoint before it, and
-the size and CRC-32 of every file.
+every rank has finished, so a directory with that name is whole; in a store, which renames nothing,
+it is whole once it holds `state.json`. That has the step, the config and data that it belongs to,
+its own identity and that of the checkpoint before it, and the size and CRC-32 of every file.
 
 The checksums find what fails by chance: disks, memory, networks, copies that stopped half-way. They
 are no proof against somebody who changes a checkpoint on purpose. CRC-32 is the fastest that
@@ -19,13 +19,12 @@ import shutil
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from archscale.checkpoint.place import STATE, Place, StorePath
 from archscale.errors import CheckpointError, explain_os_error
 from archscale.files import checkpoint_steps, step_directory
 
-STATE = "state.json"
 FORMAT = 3
 READABLE = (2, FORMAT)  # format 2 has the sizes of files, and no checksums
 READERS = 4  # files that a process reads at a time
@@ -42,12 +41,12 @@ class Recorded(NamedTuple):
 
 
 def newest_valid(
-    directory: Path,
+    directory: Place,
     warn: Callable[[str], None],
     before: int | None = None,
-    counts: Callable[[Path], bool] = lambda path: True,
-    damaged: dict[Path, str] | None = None,
-) -> Path | None:
+    counts: Callable[[Place], bool] = lambda path: True,
+    damaged: dict[Place, str] | None = None,
+) -> Place | None:
     """The newest checkpoint (of a step below `before`, and that `counts`) whose files are all there
     in their full size; `warn` hears of the ones passed over.
 
@@ -68,12 +67,12 @@ def newest_valid(
     return None
 
 
-def passed_over(path: Path, problem: str) -> str:
+def passed_over(path: Place, problem: str) -> str:
     """The warning of a damaged checkpoint."""
     return f"checkpoint {path} is damaged ({problem}): trying an older one"
 
 
-def discard_after(directory: Path, step: int) -> None:
+def discard_after(directory: Place, step: int) -> None:
     """Delete the checkpoints of later steps."""
     for later in checkpoint_steps(directory):
         if later > step:
@@ -81,7 +80,7 @@ def discard_after(directory: Path, step: int) -> None:
 
 
 def prune(
-    directory: Path, keep: int, not_finite_since: int | None, keep_every: int | None = None
+    directory: Place, keep: int, not_finite_since: int | None, keep_every: int | None = None
 ) -> None:
     """Delete all checkpoints but those of `kept_steps`."""
     steps = checkpoint_steps(directory)
@@ -124,7 +123,7 @@ def recorded_files(state: Mapping[str, Any]) -> dict[str, Recorded]:
     }
 
 
-def damage(path: Path) -> str | None:
+def damage(path: Place) -> str | None:
     """What is missing from or cut short in a checkpoint; None when every file is there in its full
     size. Reads nothing but `state.json`."""
     try:
@@ -137,7 +136,7 @@ def damage(path: Path) -> str | None:
     return None
 
 
-def wrong_files(path: Path, files: Mapping[str, Recorded]) -> list[str]:
+def wrong_files(path: Place, files: Mapping[str, Recorded]) -> list[str]:
     """What is wrong with those files of a checkpoint that are not as they were written; every byte
     is read."""
     with ThreadPoolExecutor(READERS) as readers:
@@ -145,7 +144,7 @@ def wrong_files(path: Path, files: Mapping[str, Recorded]) -> list[str]:
         return [problem for problem in problems if problem]
 
 
-def wrong_size(file: Path, recorded: Recorded) -> str | None:
+def wrong_size(file: Place, recorded: Recorded) -> str | None:
     """What is wrong with a file, as far as its size shows it."""
     if not file.is_file():
         return f"{file.name} is missing"
@@ -155,7 +154,7 @@ def wrong_size(file: Path, recorded: Recorded) -> str | None:
     return None
 
 
-def wrong_content(file: Path, recorded: Recorded) -> str | None:
+def wrong_content(file: Place, recorded: Recorded) -> str | None:
     """What is wrong with a file, by its size and its checksum, where there is one."""
     try:
         if (problem := wrong_size(file, recorded)) or recorded.crc32 is None:
@@ -168,10 +167,11 @@ def wrong_content(file: Path, recorded: Recorded) -> str | None:
     return None
 
 
-def _checksum(file: Path) -> str:
+def _checksum(file: Place) -> str:
     crc, buffer = 0, memoryview(bytearray(READ))
-    with open(file, "rb", buffering=0) as stream:
-        if hasattr(os, "posix_fadvise"):  # read on while the checksum is computed
+    remote = isinstance(file, StorePath)
+    with file.open() if isinstance(file, StorePath) else open(file, "rb", buffering=0) as stream:
+        if hasattr(os, "posix_fadvise") and not remote:  # read on while the checksum is computed
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         while count := stream.readinto(buffer):
             crc = zlib.crc32(buffer[:count], crc)
@@ -212,7 +212,7 @@ def _own_checksum(state: Mapping[str, Any]) -> str:
     return hexadecimal(zlib.crc32(json.dumps(content, sort_keys=True).encode()))
 
 
-def read_state(path: Path) -> dict[str, Any]:
+def read_state(path: Place) -> dict[str, Any]:
     """`state.json` of a checkpoint.
 
     Raises:
@@ -251,9 +251,12 @@ def checkpoint_id(state: dict[str, Any]) -> str:
     return str(state.get("id") or digest[:16])
 
 
-def discard(path: Path) -> None:
-    """Delete a checkpoint; a crash half-way leaves a hidden directory, never half a checkpoint."""
-    if path.exists():
+def discard(path: Place) -> None:
+    """Delete a checkpoint; a crash half-way leaves a hidden directory, or in a store one without
+    `state.json`, never half a checkpoint."""
+    if isinstance(path, StorePath):
+        path.remove_checkpoint()
+    elif path.exists():
         hidden = path.with_name(f".{path.name}.deleted")
         shutil.rmtree(hidden, ignore_errors=True)
         os.replace(path, hidden)

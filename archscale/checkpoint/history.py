@@ -23,13 +23,14 @@ from archscale.checkpoint.changes import (
     to_state,
 )
 from archscale.checkpoint.directory import checkpoint_id, newest_valid, read_state
+from archscale.checkpoint.place import Place, StorePath, checkpoints_of, place_of
 from archscale.config import Config
 from archscale.config.layers import Layer, flatten
 from archscale.data.mixture import quotas
 from archscale.data.split import TokenSplit
 from archscale.data.training_data import TrainingData
 from archscale.errors import CheckpointError, ConfigError
-from archscale.files import CHECKPOINTS, METRICS, checkpoint_steps, step_directory
+from archscale.files import METRICS, checkpoint_steps, step_directory
 
 MIXTURE = "data.mixture"
 # May differ between a checkpoint and the run that resumes it: they do not change the trajectory.
@@ -82,7 +83,7 @@ class Start:
         changes: what is not as it was before the checkpoint, and is not recorded yet.
     """
 
-    checkpoint: Path | None
+    checkpoint: Place | None
     rewinds: bool = False
     own: bool = True
     changes: tuple[Change, ...] = ()
@@ -108,7 +109,8 @@ class Lineage:
         """The run goes on from the checkpoint of this `state`, to which `--resume` goes back."""
         self._parent = {"step": state["step"], "id": checkpoint_id(state)}
         if rewinds and not self._start.own:
-            path = os.path.abspath(str(self._start.checkpoint))
+            assert self._start.checkpoint is not None
+            path = absolute(self._start.checkpoint)
             self._parent |= {"run": state["config"]["name"], "checkpoint": path}
         # A fall-back may go behind the checkpoint that was named: the command has had its way all
         # the same, and is not to have it again.
@@ -152,24 +154,39 @@ def trained_samples(state: Mapping[str, Any]) -> int:
     return Origins.of_state(state).batches(batches).at(state["step"])[0]
 
 
-def find_start(run_dir: Path, resume: str, damaged: dict[Path, str] | None = None) -> Start:
+def absolute(path: Place) -> str:
+    """What names a checkpoint from any working directory."""
+    return str(path) if isinstance(path, StorePath) else os.path.abspath(path)
+
+
+def find_start(
+    run_dir: Path, checkpoints: Place, resume: str, damaged: dict[Place, str] | None = None
+) -> Start:
     """The checkpoint to continue from, if any: the newest one; with a path as `resume` the newest
     one that continues that path's, or else that itself. Whether it belongs to the run's trajectory
     is for the caller to check.
 
     Args:
+        checkpoints: where the run's lie.
         damaged: as in `newest_valid`.
 
     Raises:
-        CheckpointError: `resume` names no checkpoint, or is `never` where there is a run.
+        CheckpointError: `resume` names no checkpoint, or is `never` where there is a run; or the
+            run has left its checkpoints elsewhere.
     """
-    checkpoints = run_dir / CHECKPOINTS
     if resume == "never" and (checkpoint_steps(checkpoints) or (run_dir / METRICS).exists()):
         remedy = "give another --run-dir, or drop --resume never"
         raise CheckpointError("the run directory holds a run", str(run_dir), remedy)
     if resume in ("auto", "never"):
+        before = checkpoints_of(run_dir)
+        if before != checkpoints and not checkpoint_steps(checkpoints) and checkpoint_steps(before):
+            raise CheckpointError(
+                f"the run's checkpoints lie in {before}, and none in checkpoint.directory",
+                str(checkpoints),
+                "copy them there, leave checkpoint.directory as it was, or name one with --resume",
+            )
         return Start(newest_valid(checkpoints, warn, damaged=damaged))
-    path = Path(resume)
+    path = place_of(resume)
     newest = newest_continuing(checkpoints, path, damaged)
     if newest is not None:
         print(f"goes on from {newest}, which continues {path}", flush=True)
@@ -180,8 +197,8 @@ def find_start(run_dir: Path, resume: str, damaged: dict[Path, str] | None = Non
 
 
 def newest_continuing(
-    checkpoints: Path, path: Path, damaged: dict[Path, str] | None = None
-) -> Path | None:
+    checkpoints: Place, path: Place, damaged: dict[Place, str] | None = None
+) -> Place | None:
     """The newest checkpoint there that continues `path`, to which a run has gone back: a job that
     is started again with it goes on from where it is, also when `path` has been pruned since.
 
@@ -192,7 +209,7 @@ def newest_continuing(
         return None
     names = entry_of(checkpoints, path)
 
-    def continues(candidate: Path) -> bool:
+    def continues(candidate: Place) -> bool:
         try:
             return any(map(names, read_state(candidate).get("resumed", [])))
         except CheckpointError:
@@ -201,7 +218,7 @@ def newest_continuing(
     return newest_valid(checkpoints, warn, counts=continues, damaged=damaged)
 
 
-def entry_of(checkpoints: Path, path: Path) -> Callable[[Mapping[str, Any]], bool]:
+def entry_of(checkpoints: Place, path: Place) -> Callable[[Mapping[str, Any]], bool]:
     """Whether a `{"step": …, "id": …}` of a checkpoint of the folder `checkpoints` means `path`,
     which may have been pruned or moved away since.
 
@@ -211,15 +228,15 @@ def entry_of(checkpoints: Path, path: Path) -> Callable[[Mapping[str, Any]], boo
     if (path / "state.json").exists():
         named = checkpoint_id(read_state(path))
         return lambda entry: entry["id"] == named
-    absolute, own = os.path.abspath(path), path.resolve().parent == checkpoints.resolve()
+    named_path, own = absolute(path), path.resolve().parent == checkpoints.resolve()
     return lambda entry: (
-        entry["checkpoint"] == absolute
+        entry["checkpoint"] == named_path
         if "checkpoint" in entry
         else own and step_directory(checkpoints, entry["step"]).name == path.name
     )
 
 
-def _has_id(path: Path, named: str) -> bool:
+def _has_id(path: Place, named: str) -> bool:
     try:
         return checkpoint_id(read_state(path)) == named
     except CheckpointError:
@@ -231,7 +248,7 @@ def warn(text: str) -> None:
     print(f"archscale: warning: {text}", file=sys.stderr)
 
 
-def saved_config(source: Path, saved: Mapping[str, Any]) -> Config:
+def saved_config(source: Place, saved: Mapping[str, Any]) -> Config:
     """The config of a checkpoint through the present schema: keys that are newer than it have their
     defaults.
 
@@ -249,7 +266,7 @@ def saved_config(source: Path, saved: Mapping[str, Any]) -> Config:
 
 
 def differing_keys(
-    source: Path, saved: Mapping[str, Any], config: Config, data: TrainingData
+    source: Place, saved: Mapping[str, Any], config: Config, data: TrainingData
 ) -> dict[str, tuple[Any, Any]]:
     """Dotted keys (of the data set as `data_set.…`) by which a run of `config` would be another
     trajectory than the one that saved the checkpoint `source`, with their values before and now.

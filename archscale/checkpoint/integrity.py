@@ -10,18 +10,18 @@ from __future__ import annotations
 import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from archscale.checkpoint.directory import read_state, recorded_files, wrong_files
 from archscale.checkpoint.fragments import Box
 from archscale.checkpoint.listing import folder_of
+from archscale.checkpoint.place import Place
 from archscale.errors import CheckpointError
 
 METADATA = ".metadata"  # of torch.distributed.checkpoint: tensors, and where their chunks lie
 
 
-def checkpoints_under(path: Path) -> list[Path]:
+def checkpoints_under(path: Place) -> list[Place]:
     """The checkpoint `path`, or all those of a run directory or a folder, in order of step.
 
     Raises:
@@ -32,7 +32,7 @@ def checkpoints_under(path: Path) -> list[Path]:
     return folder_of(path).checkpoints()
 
 
-def verify_all(paths: Sequence[Path], say: Callable[[str], None]) -> None:
+def verify_all(paths: Sequence[Place], say: Callable[[str], None]) -> None:
     """Say of each checkpoint whether it is whole, and of damaged ones all that is wrong.
 
     Args:
@@ -61,7 +61,7 @@ def verify_all(paths: Sequence[Path], say: Callable[[str], None]) -> None:
         )
 
 
-def problems_of(path: Path) -> tuple[list[str], bool]:
+def problems_of(path: Place) -> tuple[list[str], bool]:
     """(everything that is wrong with a checkpoint, each with the file's or tensor's name; whether
     its files were compared with checksums: one that was written without has sizes alone)."""
     try:
@@ -82,13 +82,14 @@ def problems_of(path: Path) -> tuple[list[str], bool]:
     return problems, all(recorded.crc32 is not None for recorded in files.values())
 
 
-def _wrong_tensors(path: Path) -> Iterator[str]:
+def _wrong_tensors(path: Place) -> Iterator[str]:
     """What torch.distributed.checkpoint would stumble over, or not notice."""
-    from torch.distributed.checkpoint import FileSystemReader
     from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
+    from archscale.checkpoint.writer import reader_of
+
     try:
-        metadata = FileSystemReader(path).read_metadata()
+        metadata = reader_of(path).read_metadata()
         tensors = sorted(metadata.state_dict_metadata.items())
         stored = metadata.storage_data
     except (
@@ -115,7 +116,7 @@ def _wrong_tensors(path: Path) -> Iterator[str]:
                 yield f"tensor {name}, chunk at {list(offsets)}: {problem}"
 
 
-def _misplaced(path: Path, place: Any) -> str | None:
+def _misplaced(path: Place, place: Any) -> str | None:
     """What is wrong with the place where `.metadata` says that a chunk lies."""
     if place is None:
         return f"{METADATA} names no file for it"

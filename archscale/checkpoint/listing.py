@@ -7,13 +7,14 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from archscale.checkpoint.changes import Origins
 from archscale.checkpoint.directory import checkpoint_id, read_state, recorded_files, wrong_size
+from archscale.checkpoint.place import Place, StorePath, checkpoints_of, unfinished_in
 from archscale.config import Config
 from archscale.errors import CheckpointError, ConfigError
 from archscale.files import ABANDONED, CHECKPOINTS, METRICS
@@ -33,38 +34,48 @@ class Folder:
         run_dir: of the run that the checkpoints belong to; the folder itself where there is none.
     """
 
-    path: Path
-    metrics: Path
-    run_dir: Path
+    path: Place
+    metrics: Place
+    run_dir: Place
 
-    def checkpoints(self) -> list[Path]:
-        """Its checkpoints in order of step, also those that have lost their `state.json`."""
-        named = {
+    def checkpoints(self) -> list[Place]:
+        """Its checkpoints in order of step, also those that have lost their `state.json`; but in a
+        store such a one is not finished."""
+        unfinished = self.remains() if isinstance(self.path, StorePath) else []
+        named: dict[Place, int] = {
             path: int(match[1])
             for path in self.path.iterdir()
-            if (match := STEP.fullmatch(path.name)) and path.is_dir()
+            if (match := STEP.fullmatch(path.name)) and path.is_dir() and path not in unfinished
         }
         return sorted(named, key=named.__getitem__)
 
-    def remains(self) -> list[Path]:
+    def remains(self) -> Sequence[Place]:
         """Directories that a killed process did not finish writing or deleting."""
+        if isinstance(self.path, StorePath):
+            return unfinished_in(self.path)
         return sorted(path for path in self.path.iterdir() if HIDDEN.fullmatch(path.name))
 
 
-def folder_of(directory: Path) -> Folder:
-    """The checkpoints of a run directory, or of a folder that is named itself.
+def folder_of(directory: Place) -> Folder:
+    """The checkpoints of a run directory, wherever it has them, or of a folder that is named
+    itself.
 
     Raises:
         CheckpointError: there are none.
     """
-    if (directory / CHECKPOINTS).is_dir():
-        return Folder(directory / CHECKPOINTS, directory / METRICS, directory)
+    of_run = directory / CHECKPOINTS
+    if isinstance(directory, Path):
+        of_run = checkpoints_of(directory)
+    if of_run.is_dir():
+        return Folder(of_run, directory / METRICS, directory)
     folder = Folder(directory, directory / METRICS, directory)
     if not directory.is_dir() or not (folder.checkpoints() or folder.remains()):
         what = "this is a checkpoint" if (directory / "state.json").is_file() else "no checkpoints"
         raise CheckpointError(
             what, str(directory), "name a run directory, or a folder with directories step_…"
         )
+    if isinstance(directory, StorePath):
+        return folder
     if directory.resolve().name == CHECKPOINTS:
         run_dir = directory.resolve().parent
         return Folder(directory, run_dir / METRICS, run_dir)
@@ -73,7 +84,7 @@ def folder_of(directory: Path) -> Folder:
     return folder
 
 
-def disk_size(path: Path) -> int:
+def disk_size(path: Place) -> int:
     """Bytes of all files in a directory, as far as they can be seen."""
     total = 0
     for file in path.rglob("*"):
@@ -82,7 +93,7 @@ def disk_size(path: Path) -> int:
     return total
 
 
-def list_checkpoints(directory: Path) -> dict[str, Any]:
+def list_checkpoints(directory: Place) -> dict[str, Any]:
     """`checkpoints`, in order of step, and what else there is: checkpoints in `abandoned` and
     `unfinished` directories; plain data.
 
@@ -91,7 +102,9 @@ def list_checkpoints(directory: Path) -> dict[str, Any]:
     """
     folder = folder_of(directory)
     left: list[dict[str, Any]] = []
-    if (aside := folder.run_dir / ABANDONED).is_dir() and folder.path.parent != aside:
+    for aside in dict.fromkeys((folder.run_dir / ABANDONED, folder.path / ABANDONED)):
+        if folder.path.parent == aside or not aside.is_dir():
+            continue
         for path in sorted(path for path in aside.iterdir() if path.is_dir()):
             left += _rows(Folder(path, path / METRICS, folder.run_dir))
     unfinished = [
@@ -107,9 +120,11 @@ def _rows(folder: Folder) -> list[dict[str, Any]]:
     return [_row(path, lines.get(int(path.name[5:]), {})) for path in paths]
 
 
-def _lines_of(metrics: Path, steps: set[int]) -> dict[int, dict[str, Any]]:
+def _lines_of(metrics: Place, steps: set[int]) -> dict[int, dict[str, Any]]:
     """The lines of these steps; the others, of which there may be millions, are not parsed."""
     lines: dict[int, dict[str, Any]] = {}
+    if isinstance(metrics, StorePath):
+        return {}  # a run writes them into its run directory
     with contextlib.suppress(OSError), open(metrics, "rb") as stream:
         for line in stream:
             match = LINE.match(line)
@@ -119,7 +134,7 @@ def _lines_of(metrics: Path, steps: set[int]) -> dict[int, dict[str, Any]]:
     return lines
 
 
-def _row(path: Path, line: Mapping[str, Any]) -> dict[str, Any]:
+def _row(path: Place, line: Mapping[str, Any]) -> dict[str, Any]:
     """One checkpoint; what its files do not tell is null."""
     row: dict[str, Any] = {"path": str(path), "step": int(path.name[5:]), "tokens": None}
     row |= {key: line.get(key) for key in ("loss", "val_loss")}
@@ -149,7 +164,7 @@ def _tokens(state: Mapping[str, Any], step: int) -> int | None:
     return Origins.of_state(state).batches(config.batches).at(step)[0] * config.model.context
 
 
-def _written(path: Path) -> str | None:
+def _written(path: Place) -> str | None:
     """UTC, by the file system's clock."""
     for file in (path / "state.json", path):
         with contextlib.suppress(OSError):

@@ -4,15 +4,16 @@ large for this machine's memory needs no more of it than one tensor."""
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from archscale.checkpoint.place import Place
 from archscale.checkpoint.reasons import why_not_read
+from archscale.checkpoint.writer import reader_of
 from archscale.errors import CheckpointError
 
 # What is unpickled from damaged bytes may raise anything; DCP wraps it in what is no Exception.
@@ -30,13 +31,16 @@ class StoredWeights:
         CheckpointError: no checkpoint of this format, or a damaged one.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Place):
         self._path = path
         try:
-            self._reader = _Reader(path)
+            self._reader = reader_of(path)
+            metadata = self._reader.read_metadata()
+            # Read once, not for every tensor.
+            self._reader.read_metadata = lambda *_, **__: metadata  # type: ignore[method-assign]
             self._stored = {
                 name.removeprefix(_PREFIX): tensor
-                for name, tensor in self._reader.read_metadata().state_dict_metadata.items()
+                for name, tensor in metadata.state_dict_metadata.items()
                 if name.startswith(_PREFIX) and isinstance(tensor, TensorStorageMetadata)
             }
             self.shapes = {name: tuple(tensor.size) for name, tensor in self._stored.items()}
@@ -62,14 +66,3 @@ class StoredWeights:
     def _unreadable(self, error: BaseException) -> CheckpointError:
         cause, remedy = why_not_read(error, "name another checkpoint")
         return CheckpointError(f"cannot read the weights: {cause}", str(self._path), remedy)
-
-
-class _Reader(dcp.FileSystemReader):
-    """Reads the list of what is stored once, not for every tensor."""
-
-    _metadata: Metadata | None = None
-
-    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
-        if self._metadata is None:
-            self._metadata = super().read_metadata(*args, **kwargs)  # type: ignore[arg-type]
-        return self._metadata

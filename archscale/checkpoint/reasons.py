@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from archscale.errors import explain_os_error
+from archscale.errors import ArchscaleError, explain_os_error
 
 
 def first_failure(error: BaseException) -> BaseException:
@@ -32,6 +32,8 @@ def reason(error: BaseException) -> str:
 def why_not_written(error: BaseException) -> tuple[str, str]:
     """(cause, remedy) of a checkpoint that could not be written."""
     elsewhere = "train in another directory with --run-dir"
+    if isinstance(first := first_failure(error), ArchscaleError):
+        return first.what, first.remedy
     if (refused := os_error_of(error)) is not None:
         return explain_os_error(refused, elsewhere, vanished=True)
     return reason(error), f"check that the directory can be written, or {elsewhere}"
@@ -43,6 +45,8 @@ def why_not_read(error: BaseException, otherwise: str) -> tuple[str, str]:
     Args:
         otherwise: the remedy unless the operating system has refused for a reason of its own.
     """
+    if isinstance(first := first_failure(error), ArchscaleError):
+        return first.what, first.remedy
     if (refused := os_error_of(error)) is not None:
         return explain_os_error(refused, otherwise)
     return reason(error), otherwise

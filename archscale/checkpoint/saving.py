@@ -2,8 +2,9 @@
 
 `Saver.save` copies the state and returns; a thread writes the copy. A checkpoint is the directory
 `step_00001000`: it is written under a temporary name and renamed once every rank has finished, so a
-directory with that name is whole. It holds the model, all optimizer state, the host's random state
-of each rank, and `state.json`: step, the config and data that it belongs to, and the size and
+directory with that name is whole; a store renames nothing, and it is whole there once it has
+`state.json`, which is written last. It holds the model, all optimizer state, the host's random
+state of each rank, and `state.json`: step, the config and data that it belongs to, and the size and
 checksum of every file.
 """
 
@@ -14,6 +15,7 @@ import datetime
 import os
 import shutil
 import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -38,10 +40,11 @@ from archscale.checkpoint.directory import (
     wrong_files,
 )
 from archscale.checkpoint.fragments import Stored
+from archscale.checkpoint.place import BrokenUpload, Place, StoreError, StorePath
 from archscale.checkpoint.reader import DirectReader
-from archscale.checkpoint.reasons import reason, why_not_written
+from archscale.checkpoint.reasons import first_failure, reason, why_not_written
 from archscale.checkpoint.snapshot import Snapshot
-from archscale.checkpoint.writer import SummedWriter, write_summed
+from archscale.checkpoint.writer import SummedWriter, reader_of, write_summed
 from archscale.config import CheckpointConfig
 from archscale.distributed import (
     Fragment,
@@ -61,6 +64,8 @@ from archscale.optim import MatrixOptimizer
 # all that it has.
 TIMEOUT = datetime.timedelta(hours=1)
 GRACE = 20.0  # seconds that a save is given when training has failed
+# Seconds before a save is begun again that a store has broken off for a reason that may pass.
+AGAIN = (5.0, 20.0, 60.0)
 
 
 class _Job(NamedTuple):
@@ -86,7 +91,7 @@ class Saver:
     may have died. Whoever goes on after that in the same process must leave the directory alone.
     """
 
-    def __init__(self, directory: Path, settings: CheckpointConfig):
+    def __init__(self, directory: Place, settings: CheckpointConfig):
         self._directory, self._settings = directory, settings
         self._snapshot = Snapshot()
         self._hooked: MatrixOptimizer | None = None  # the optimizer that waits for the copies
@@ -196,7 +201,22 @@ class Saver:
 
     def _write(self, job: _Job) -> None:
         final = step_directory(self._directory, job.state["step"])
-        partial = final.with_name(f".{final.name}.partial")
+        for delay in (*AGAIN, None):
+            try:
+                return self._write_once(job, final)
+            except (OSError, CheckpointException, StoreError) as error:
+                # The same failure on every rank.
+                if delay is None or not isinstance(first_failure(error), BrokenUpload):
+                    cause, remedy = why_not_written(error)
+                    raise CheckpointError(
+                        f"cannot write a checkpoint: {cause}", str(final), remedy
+                    ) from error
+            time.sleep(delay)
+
+    def _write_once(self, job: _Job, final: Place) -> None:
+        """Under a temporary name, or into a store, where `state.json` comes last."""
+        in_store = isinstance(final, StorePath)
+        partial = final if in_store else final.with_name(f".{final.name}.partial")
         since, keep, keep_every = job.since, self._settings.keep, self._settings.keep_every
         writer = SummedWriter(partial)
 
@@ -204,9 +224,13 @@ class Saver:
             if rank() == 0:
                 # All losses up to here are known: what `keep` spares is enough meanwhile.
                 prune(self._directory, keep, since, keep_every)
-                shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-                sync_names(self._directory.parent)
+                if isinstance(partial, StorePath):
+                    partial.remove_checkpoint()
+                    partial.mkdir()
+                else:
+                    shutil.rmtree(partial, ignore_errors=True)
+                    partial.mkdir(parents=True)
+                    sync_names(partial.parent.parent)
 
         def write_random_state() -> dict[str, Recorded]:
             name = f"rng_{rank()}.bin"
@@ -215,13 +239,16 @@ class Saver:
         def finish() -> None:
             if rank() == 0:
                 write_summed(partial / STATE, state_text(job.state, files, world_size()).encode())
-                sync_names(partial)
-                discard(final)
-                os.replace(partial, final)
-                sync_names(self._directory)
+                if not isinstance(partial, StorePath):
+                    assert isinstance(final, Path)
+                    sync_names(partial)
+                    discard(final)
+                    os.replace(partial, final)
+                    sync_names(final.parent)
                 # No loss of the new one's weights is known: they may be the ones that give none.
                 prune(self._directory, keep if since else max(keep, 2), since, keep_every)
 
+        files: dict[str, Recorded] = {}
         try:
             self._together(prepare)
             dcp.save(
@@ -230,17 +257,13 @@ class Saver:
                 process_group=self._group,
                 no_dist=self._group is None,
             )
-            files: dict[str, Recorded] = {}
             for written in self._together(write_random_state):
                 files |= written
             self._together(finish)
-        except (OSError, CheckpointException) as error:
-            if rank() == 0:  # it may be what fills the disk
+        except (OSError, CheckpointException):
+            if rank() == 0 and isinstance(partial, Path):  # it may be what fills the disk
                 shutil.rmtree(partial, ignore_errors=True)
-            cause, remedy = why_not_written(error)
-            raise CheckpointError(
-                f"cannot write a checkpoint: {cause}", str(final), remedy
-            ) from error
+            raise
 
     def _together(self, work: Callable[[], Any]) -> list[Any]:
         """The results of `work` by rank; if it fails on any, the first failure is raised on all of
@@ -261,7 +284,7 @@ class Saver:
         return [answer for answer, _ in answers]
 
 
-def verify_together(path: Path) -> str | None:
+def verify_together(path: Place) -> str | None:
     """What is wrong with a checkpoint, the same on every rank, after reading every file, each on
     one rank; None when it is as it was written."""
 
@@ -276,7 +299,7 @@ def verify_together(path: Path) -> str | None:
 
 
 def load_checkpoint(
-    path: Path,
+    path: Place,
     weights: Mapping[str, Fragment],
     optimizer: MatrixOptimizer | None = None,
     *,
@@ -298,13 +321,15 @@ def load_checkpoint(
         )
     content = _content(weights, optimizer)
     try:
-        saved = set(dcp.FileSystemReader(path).read_metadata().state_dict_metadata)
+        reader = reader_of(path)
+        saved = set(reader.read_metadata().state_dict_metadata)
         if extra := sorted(
             name for name in saved - content.keys() if optimizer or name.startswith("model.")
         ):
             raise ValueError(f"it holds {extra[0]}, which this run has not")
         _accept_a_single_process()
-        dcp.load(content, storage_reader=DirectReader(path))
+        fast = None if isinstance(path, StorePath) else DirectReader(path)
+        dcp.load(content, storage_reader=fast or reader)
         if optimizer is not None and state["world_size"] == world_size():
             content_rng = (path / f"rng_{rank()}.bin").read_bytes()
             torch.set_rng_state(torch.frombuffer(bytearray(content_rng), dtype=torch.uint8))

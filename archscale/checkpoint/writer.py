@@ -1,4 +1,5 @@
-"""Files of a checkpoint: summed up and forced onto the disk while they are written.
+"""Files of a checkpoint: summed up and forced onto the disk, or sent to a store, while they are
+written.
 
 torch.distributed.checkpoint writes through streams that its storage hands out. Ours compute the
 checksum of what passes, so that nothing is read a second time, and begin to force it onto the disk
@@ -13,33 +14,27 @@ import io
 import os
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.filesystem import FileSystem
 
 from archscale.checkpoint.directory import CHUNK, Recorded, hexadecimal
+from archscale.checkpoint.place import Place, StoreError, StorePath, place_of
 
 AHEAD = 64 << 20  # bytes that are written before they are forced onto the disk
 _torch_checksums = threading.Lock()  # whoever holds it may change torch's setting
 
 
-class SummedFile(io.RawIOBase):
-    """A new file, written from its beginning to its end; whole on the disk once `close` returns.
+class _Summed(io.RawIOBase):
+    """What is written from its beginning to its end, summed up on the way."""
 
-    Raises:
-        OSError: from any call; also of what was forced onto the disk before.
-    """
-
-    def __init__(self, path: Path):
-        self._path, self._file = path, open(path, "wb", buffering=1 << 20)  # noqa: SIM115
-        self._crc = self._bytes = self._forced = 0
-        self._disk = ThreadPoolExecutor(1, thread_name_prefix="checkpoint sync")
-        self._forcing: list[Future[None]] = []
+    def __init__(self) -> None:
+        self._crc = self._bytes = 0
 
     def writable(self) -> bool:
         return True
@@ -49,21 +44,19 @@ class SummedFile(io.RawIOBase):
         for start in range(0, len(view), CHUNK):  # small enough to be in a cache when written
             chunk = view[start : start + CHUNK]
             self._crc = zlib.crc32(chunk, self._crc)
-            self._file.write(chunk)
             self._bytes += len(chunk)
-            if self._bytes - self._forced >= AHEAD and all(f.done() for f in self._forcing):
-                self._forced = self._bytes
-                self._forcing.append(self._disk.submit(self._force))
+            self._put(chunk)
         return len(view)
 
-    def _force(self) -> None:
-        os.fsync(self._file.fileno())
+    def _put(self, chunk: memoryview) -> None:
+        raise NotImplementedError
+
+    def abandon(self) -> None:
+        """Close it as it is."""
+        raise NotImplementedError
 
     def tell(self) -> int:
         return self._bytes
-
-    def fileno(self) -> int:
-        return self._file.fileno()
 
     def flush(self) -> None:
         """Nothing waits here: `close` does it."""
@@ -71,6 +64,33 @@ class SummedFile(io.RawIOBase):
     @property
     def recorded(self) -> Recorded:
         return Recorded(self._bytes, hexadecimal(self._crc))
+
+
+class SummedFile(_Summed):
+    """A new file, whole on the disk once `close` returns.
+
+    Raises:
+        OSError: from any call; also of what was forced onto the disk before.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__()
+        self._path, self._file = path, open(path, "wb", buffering=1 << 20)  # noqa: SIM115
+        self._forced = 0
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="checkpoint sync")
+        self._forcing: list[Future[None]] = []
+
+    def _put(self, chunk: memoryview) -> None:
+        self._file.write(chunk)
+        if self._bytes - self._forced >= AHEAD and all(f.done() for f in self._forcing):
+            self._forced = self._bytes
+            self._forcing.append(self._disk.submit(self._force))
+
+    def _force(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def fileno(self) -> int:
+        return self._file.fileno()
 
     def close(self) -> None:
         if self.closed:
@@ -92,6 +112,62 @@ class SummedFile(io.RawIOBase):
             self._file.close()
 
 
+class SummedObject(_Summed):
+    """An object in a store, which is there once `close` returns.
+
+    Raises:
+        StoreError: from any call; `BrokenUpload` where the cause may pass.
+    """
+
+    def __init__(self, path: StorePath):
+        super().__init__()
+        self._path, self._stream = path, path.upload()
+        self.failure: StoreError | None = None
+
+    def _put(self, chunk: memoryview) -> None:
+        self._call(lambda: self._stream.write(chunk))
+        Sent.bytes += len(chunk)
+
+    def _call(self, request: Callable[[], Any]) -> None:
+        try:
+            request()
+        except Exception as error:  # every store raises its own
+            self.failure = self._path.broken(error)
+            raise self.failure from error
+
+    def close(self) -> None:
+        if not self.closed:
+            super().close()
+            self._call(self._stream.close)
+
+    def abandon(self) -> None:
+        super().close()
+        if self._stream.closed:
+            return
+        with contextlib.suppress(Exception):  # what is left of it counts for nothing
+            discard = getattr(self._stream, "discard", None)
+            if discard is None:
+                self._stream.close()
+            else:  # or a store keeps, and charges for, the parts that it has
+                self._stream.closed = True
+                discard()
+
+
+class Sent:
+    """What this process has sent to stores: a store shows nothing of an object before its end.
+
+    Attributes:
+        bytes: of all uploads.
+    """
+
+    bytes = 0
+
+
+def summed(path: Place) -> SummedFile | SummedObject:
+    """A new file or object."""
+    return SummedObject(path) if isinstance(path, StorePath) else SummedFile(path)
+
+
 class _SummedFiles(FileSystem):
     """The local file system; `recorded` has what was written, by name."""
 
@@ -104,37 +180,87 @@ class _SummedFiles(FileSystem):
             with super().create_stream(path, mode) as stream:
                 yield stream
             return
-        file = SummedFile(Path(path))
+        file = summed(place_of(path))
         try:
             with _no_second_checksums():
                 yield file
             file.close()
+        except RuntimeError as error:  # torch's serializer raises one of its own over ours
+            raise getattr(file, "failure", None) or error from error
         finally:
             file.abandon()
-        self.recorded[Path(path).name] = file.recorded
+        self.recorded[place_of(path).name] = file.recorded
 
     def rename(self, path: str | os.PathLike, new_path: str | os.PathLike) -> None:
         super().rename(path, new_path)
         self.recorded[Path(new_path).name] = self.recorded.pop(Path(path).name)
 
 
+class _StoredObjects(_SummedFiles):
+    """A store as torch wants it; the paths are `StorePath`s."""
+
+    @contextlib.contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[io.IOBase]:
+        with path.open() if mode == "rb" else super().create_stream(path, mode) as stream:
+            yield stream
+
+    def concat_path(self, path: Any, suffix: str) -> Any:
+        return path / suffix
+
+    def init_path(self, path: Any) -> Any:
+        return path
+
+    def rename(self, path: Any, new_path: Any) -> None:
+        path.copy_to(new_path)
+        path.unlink()
+        self.recorded[new_path.name] = self.recorded.pop(path.name)
+
+    def mkdir(self, path: Any) -> None:
+        path.mkdir()
+
+    def exists(self, path: Any) -> bool:
+        return bool(path.is_file())
+
+    def rm_file(self, path: Any) -> None:
+        path.unlink()
+
+
+class _StoreReader(FileSystemReader):
+    """torch's reader from a store: each piece of a tensor is asked for at once."""
+
+    def __init__(self, path: StorePath):
+        super().__init__(".")
+        self.fs: _StoredObjects = _StoredObjects()
+        self.path: Any = path
+
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        file.seek(sinfo.offset)
+        return io.BytesIO(file.read(sinfo.length))
+
+
+def reader_of(path: Place) -> FileSystemReader:
+    """torch's reader of a checkpoint."""
+    return _StoreReader(path) if isinstance(path, StorePath) else FileSystemReader(path)
+
+
 class SummedWriter(FileSystemWriter):
-    """torch's writer into `path`, through `SummedFile`s.
+    """torch's writer into `path`, through `SummedFile`s and `SummedObject`s.
 
     Copies nothing: tensors must have memory of their own, and be on the CPU to be written as they
     are.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Place):
         # Each file forces itself onto the disk. Nothing is copied ahead from a GPU: that would use
         # the streams of whichever device this thread has.
-        super().__init__(path, sync_files=False, per_thread_copy_ahead=0)
-        self.fs: _SummedFiles = _SummedFiles()
+        super().__init__(".", sync_files=False, per_thread_copy_ahead=0)
+        self.path: Any = path
+        self.fs = _StoredObjects() if isinstance(path, StorePath) else _SummedFiles()
 
     @property
     def recorded(self) -> dict[str, Recorded]:
         """What this process has written, by name."""
-        return self.fs.recorded
+        return self.fs.recorded  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -153,8 +279,11 @@ def _no_second_checksums() -> Iterator[None]:
             torch.serialization.set_crc32_options(before)
 
 
-def write_summed(path: Path, content: bytes) -> Recorded:
+def write_summed(path: Place, content: bytes) -> Recorded:
     """Write a file and force it onto the disk; returns what `state.json` says of it."""
+    if isinstance(path, StorePath):
+        path.write_bytes(content)
+        return Recorded(len(content), hexadecimal(zlib.crc32(content)))
     file = SummedFile(path)
     try:
         file.write(content)

@@ -303,6 +303,9 @@ class CheckpointConfig(Section):
 
     every: Count = 1000
     """Optimizer steps between checkpoints; one is written after the last step too."""
+    directory: Text | None = None
+    """Where they lie: a directory, or a URL such as `s3://bucket/name/checkpoints`; null:
+    `checkpoints` in the run directory."""
     keep: Count = 3
     """Newest checkpoints that stay; the newest one from before a loss that is not finite stays
     too, for which 1 keeps two until the next save."""

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
 
-from archscale.errors import DataError, one_line
+from archscale.errors import ArchscaleError, DataError, one_line
 
 # Seconds to wait before a request that failed for a passing reason is made again.
 DELAYS = (0.5, 1.0, 2.0, 4.0)
@@ -55,7 +55,14 @@ class RemotePath:
     Raises:
         DataError: from every request: a missing package, no network, no permission.
         FileNotFoundError: from every request for an object that is not there.
+
+    Attributes:
+        error: what is raised instead of `DataError`, by what is stored there.
+        failed: how its text begins.
     """
+
+    error: type[ArchscaleError] = DataError
+    failed = "cannot read it"
 
     def __init__(self, url: str):
         self.url = url.rstrip("/")
@@ -93,7 +100,7 @@ class RemotePath:
         if details.get("type") == "directory":
             raise FileNotFoundError(self.url)
         if size is None:
-            raise DataError("the server does not say how large it is", self.url, _COPY)
+            raise self.error("the server does not say how large it is", self.url, _COPY)
         tag = next((str(details[key]) for key in _TAGS if details.get(key)), "")
         return Version(int(size), tag)
 
@@ -112,9 +119,9 @@ class RemotePath:
             return b""
         raw = self._request("cat_file", start=start, end=stop)
         if len(raw) > stop - start:
-            raise DataError("the server sends whole files instead of ranges", self.url, _COPY)
+            raise self.error("the server sends whole files instead of ranges", self.url, _COPY)
         if len(raw) < stop - start:
-            raise DataError(
+            raise self.error(
                 f"truncated: {len(raw)} of the {stop - start} bytes from byte {start} on",
                 self.url,
                 "check the object; it may have changed while it was read",
@@ -147,40 +154,40 @@ class RemotePath:
         except ImportError as error:
             package = _PACKAGES.get(scheme, "fsspec")
             problem = f"{scheme}:// needs the package {package}, which is not installed"
-            raise DataError(problem, self.url, f"pip install {package}") from error
+            raise self.error(problem, self.url, f"pip install {package}") from error
         except ValueError as error:
-            raise DataError(
+            raise self.error(
                 f"cannot read {scheme}://: {one_line(str(error))}",
                 self.url,
                 f"use one of {', '.join(f'{name}://' for name in _PACKAGES)}, or a local path",
             ) from error
 
-    def _request(self, method: str, **arguments: Any) -> Any:
+    def _request(self, method: str, *more: Any, **arguments: Any) -> Any:
         filesystem, path = self._opened
         call: Callable[..., Any] = getattr(filesystem, method)
         for attempt in range(len(DELAYS) + 1):
             try:
-                return call(path, **arguments)
+                return call(path, *more, **arguments)
             except Exception as error:  # every store raises its own
                 reason = _reason(error)
                 if isinstance(reason, FileNotFoundError) or _status(reason) in (404, 410):
                     raise FileNotFoundError(self.url) from error
                 if isinstance(reason, NotADirectoryError):
                     raise
-                if _lasts(reason) or attempt == len(DELAYS):
+                if lasts(reason) or attempt == len(DELAYS):
                     raise self._problem(reason, attempt) from error
                 # A generator of its own: nothing here may move the state of a seeded one.
                 time.sleep(DELAYS[attempt] * random.SystemRandom().uniform(0.5, 1.5))
         raise AssertionError("the last attempt returns or raises")
 
-    def _problem(self, error: BaseException, repeated: int) -> DataError:
+    def _problem(self, error: BaseException, repeated: int) -> ArchscaleError:
         cause = one_line(str(error)) or type(error).__name__
-        if _lasts(error):
+        if lasts(error):
             remedy = "check the URL, and the credentials of this machine for that store"
         else:
             cause = f"{cause} (asked {repeated + 1} times)"
             remedy = "check the network and the store, then give the same command again"
-        return DataError(f"cannot read it: {cause}", self.url, remedy)
+        return self.error(f"{self.failed}: {cause}", self.url, remedy)
 
 
 _COPY = "copy the files to a local directory, or to an object store"
@@ -216,7 +223,7 @@ def _status(error: BaseException) -> int | None:
     return status if isinstance(status, int) else None
 
 
-def _lasts(error: BaseException) -> bool:
+def lasts(error: BaseException) -> bool:
     """Whether asking again cannot help."""
     if isinstance(error, (PermissionError, ImportError, NotImplementedError, TypeError)):
         return True

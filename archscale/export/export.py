@@ -15,14 +15,9 @@ from typing import Any
 
 import torch
 
-from archscale.checkpoint.directory import (
-    STATE,
-    newest_valid,
-    read_state,
-    recorded_files,
-    wrong_files,
-)
+from archscale.checkpoint.directory import newest_valid, read_state, recorded_files, wrong_files
 from archscale.checkpoint.history import saved_config
+from archscale.checkpoint.place import STATE, Place, checkpoints_of
 from archscale.checkpoint.reading import StoredWeights
 from archscale.config import Config, load_config
 from archscale.data.stored import trained_tokenizer
@@ -55,7 +50,7 @@ class Target:
     """
 
     run_dir: Path
-    checkpoint: Path
+    checkpoint: Place
     step: int
     config: Config
     tokenizer: Tokenizer
@@ -138,9 +133,9 @@ def find_target(target: Path) -> Target:
     """
     named = (target / "state.json").is_file()
     run_dir = _run_of(target) if named else target
-    checkpoint: Path | None = target if named else None
+    checkpoint: Place | None = target if named else None
     if not named:
-        checkpoint = newest_valid(run_dir / CHECKPOINTS, _warn)
+        checkpoint = newest_valid(checkpoints_of(run_dir), _warn)
     if checkpoint is None or not (run_dir / CONFIG).is_file():
         raise CheckpointError(
             "no run with a whole checkpoint",
@@ -149,7 +144,7 @@ def find_target(target: Path) -> Target:
             f" it, such as runs/<name>/{CHECKPOINTS}/step_00001000",
         )
     state = _verified_state(checkpoint)
-    _refuse_diverged(state, run_dir, checkpoint)
+    _refuse_diverged(state, checkpoint)
     # What the weights belong to is what the checkpoint says: the run directory's config may have
     # been edited since. Where the data lie now is what the run directory says.
     config = saved_config(checkpoint, state)
@@ -158,7 +153,7 @@ def find_target(target: Path) -> Target:
     return Target(run_dir, checkpoint, state["step"], config, tokenizer)
 
 
-def _verified_state(checkpoint: Path) -> dict[str, Any]:
+def _verified_state(checkpoint: Place) -> dict[str, Any]:
     """What a checkpoint says of itself, after every byte of it has been compared with its checksum
     (where it was written with them); CheckpointError where one differs."""
     state = read_state(checkpoint)
@@ -185,12 +180,12 @@ def _warn(text: str) -> None:
     print(f"archscale: warning: {text}", file=sys.stderr)
 
 
-def _refuse_diverged(state: dict[str, Any], run_dir: Path, checkpoint: Path) -> None:
+def _refuse_diverged(state: dict[str, Any], checkpoint: Place) -> None:
     since = state.get("not_finite_since")
     if since is None:
         return
     # The loss of a step is that of the weights of the step before.
-    before = [step for step in checkpoint_steps(run_dir / CHECKPOINTS) if step < since - 1]
+    before = [step for step in checkpoint_steps(checkpoint.parent) if step < since - 1]
     remedy = f"name the checkpoint of step {before[-1]}" if before else "name a run that has not"
     raise CheckpointError(
         f"the run had diverged: its loss was not finite since step {since}",

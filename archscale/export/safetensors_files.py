@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from archscale.checkpoint.place import Place
 from archscale.checkpoint.reading import StoredWeights
 from archscale.errors import CheckpointError, ConfigError
 from archscale.export.fast_tokenizer import REMEDY
@@ -40,7 +41,7 @@ def size_in_bytes(text: str) -> int:
     )
 
 
-def check_weights(stored: StoredWeights, sources: Iterable[Source], where: Path) -> None:
+def check_weights(stored: StoredWeights, sources: Iterable[Source], where: Place) -> None:
     """Whether a checkpoint holds exactly these weights.
 
     Raises:
@@ -64,7 +65,7 @@ def write_weights(
     dtype: torch.dtype,
     shard_bytes: int,
     directory: Path,
-    where: Path,
+    where: Place,
 ) -> int:
     """Write all pieces of all sources; returns the number of files.
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from archscale.errors import ArchscaleError, DataError, explain_os_error
-from archscale.files import CHECKPOINTS, CONFIG, ENVIRONMENT, MANIFEST, METRICS, PLAN
+from archscale.checkpoint.place import Place, StoreError, checkpoints_of
+from archscale.errors import ArchscaleError, ConfigError, DataError, explain_os_error
+from archscale.files import CONFIG, ENVIRONMENT, MANIFEST, METRICS, PLAN
 
 _REMEDY = "name a directory, such as runs/<name>, that train or sweep has filled"
 _AXES = ("step", "tokens", "time")
@@ -110,7 +111,10 @@ def read_run(directory: Path) -> RunRecord:
     _parse(run, lines)
     if any(line.strip() for line in lines) and not len(run.steps):
         raise DataError("no line is a JSON object with step and tokens", str(metrics), _REMEDY)
-    run.checkpoint = _newest_checkpoint(directory / CHECKPOINTS)
+    try:
+        run.checkpoint = _newest_checkpoint(checkpoints_of(directory))
+    except (StoreError, ConfigError) as error:
+        run.warnings.append(f"the newest checkpoint is left out: {error.what} ({error.where})")
     return run
 
 
@@ -198,7 +202,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _newest_checkpoint(directory: Path) -> tuple[int, int] | None:
+def _newest_checkpoint(directory: Place) -> tuple[int, int] | None:
     paths = [path for path in directory.glob("step_*") if path.name[5:].isdigit()]
     if not paths:
         return None

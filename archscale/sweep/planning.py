@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from archscale.checkpoint.history import other_trajectory
+from archscale.checkpoint.place import newest_step
 from archscale.config import load_config
 from archscale.data.stored import describe
 from archscale.errors import ArchscaleError, ConfigError, DataError
-from archscale.files import CONFIG, METRICS, newest_step
+from archscale.files import CONFIG, METRICS
 from archscale.fit.groups import text_of
 from archscale.plan.devices import Device
 from archscale.plan.plan import Plan, make_plan

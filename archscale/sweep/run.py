@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
+from archscale.checkpoint.place import newest_step
 from archscale.config import Config, dump_config
 from archscale.config.layers import write_yaml
 from archscale.errors import ArchscaleError, ConfigError, TrainingError
-from archscale.files import newest_step
 from archscale.fit.table import number
 from archscale.plan.devices import this_device
 from archscale.sweep.grid import Grid, read_grid
@@ -51,6 +51,7 @@ from archscale.sweep.results import (
 )
 from archscale.sweep.room import Slots, slots
 from archscale.sweep.view import View, plan_text
+from archscale.train.stopping import STATUS
 
 
 def sweep(
@@ -368,21 +369,23 @@ class Sweep:
 def _interrupted(
     signalled: KeyboardInterrupt, what: str, where: Path, remedy: str
 ) -> TrainingError:
-    """What ends a command after SIGTERM, with status 75, or after Ctrl-C, with status 130."""
+    """What ends a command after a signal, with the exit status of a run that it stops."""
     error = TrainingError(what, str(where), remedy)
-    error.status = 75 if signalled.args else 130
+    error.status = STATUS[signalled.args[0] if signalled.args else signal.SIGINT]
     return error
 
 
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends as Ctrl-C does: with all runs ended."""
+    """SIGTERM and SIGUSR1 end as Ctrl-C does: with all runs ended."""
 
-    def interrupt(*_: Any) -> None:
-        raise KeyboardInterrupt("SIGTERM")
+    def interrupt(number: int, _: Any) -> None:
+        raise KeyboardInterrupt(signal.Signals(number))
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    numbers = signal.SIGTERM, signal.SIGUSR1
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

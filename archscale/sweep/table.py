@@ -21,10 +21,11 @@ from pathlib import Path
 
 from archscale.checkpoint.changes import Origins
 from archscale.checkpoint.directory import read_state
+from archscale.checkpoint.place import checkpoints_of, newest_step
 from archscale.config import Config, load_config
 from archscale.config.layers import flatten
 from archscale.errors import CheckpointError, ConfigError, DataError
-from archscale.files import CHECKPOINTS, CONFIG, METRICS, newest_step, step_directory
+from archscale.files import CONFIG, METRICS, step_directory
 from archscale.fit.table import Cell, Table, plain, read_csv
 from archscale.plan import counting
 from archscale.plan.transfer import resolve
@@ -92,7 +93,7 @@ def _runs(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, 
 
 def _schedule_start(run: Path) -> int:
     """The step after which the schedule of the config begins: not 0 after a reset."""
-    newest = step_directory(run / CHECKPOINTS, newest_step(run))
+    newest = step_directory(checkpoints_of(run), newest_step(run))
     try:
         return Origins.of_state(read_state(newest)).schedule.step
     except CheckpointError:  # none yet

@@ -26,10 +26,11 @@ from archscale.checkpoint.history import (
     saved_config,
     trained_samples,
 )
+from archscale.checkpoint.place import Place, checkpoints_of, place_of
 from archscale.config import Config
 from archscale.data.training_data import TrainingData
 from archscale.errors import CheckpointError, ConfigError
-from archscale.files import CHECKPOINTS, checkpoint_steps
+from archscale.files import checkpoint_steps
 from archscale.plan.transfer import transfer_of
 from archscale.train.rates import Rates
 
@@ -67,7 +68,7 @@ class Wishes:
 
     extend: bool = False
     reset: tuple[str, ...] = ()
-    decay_from: Path | None = None
+    decay_from: Place | None = None
     tokens_given: bool = False
 
     def check(self, resume: str) -> None:
@@ -142,10 +143,10 @@ def check_start(
         return start
     now = Continuation(source, config, data, wishes)
     if (wishes.reset or wishes.decay_from) and not start.rewinds:
-        _check_done(now.state, run_dir, Path(resume), wishes)
+        _check_done(now.state, run_dir, config, place_of(resume), wishes)
         now = Continuation(source, config, data, AS_BEFORE)
     elif wishes.decay_from:
-        _refuse_to_abandon(run_dir, start, now.step)
+        _refuse_to_abandon(run_dir, config, start, now.step)
     changes = now.changes()
     return Start(source, start.rewinds, start.own, tuple(changes))
 
@@ -153,7 +154,7 @@ def check_start(
 class Continuation:
     """A checkpoint, and the run that shall continue it."""
 
-    def __init__(self, source: Path, config: Config, data: TrainingData, wishes: Wishes):
+    def __init__(self, source: Place, config: Config, data: TrainingData, wishes: Wishes):
         self.source, self.config, self.data, self.wishes = source, config, data, wishes
         self.state = read_state(source)
         self.step = int(self.state["step"])
@@ -383,10 +384,12 @@ def _tokenizers(data: Mapping[str, Any]) -> set[str]:
     return {source["tokenizer"] for source in sources if source["tokenizer"]}
 
 
-def _check_done(state: Mapping[str, Any], run_dir: Path, path: Path, wishes: Wishes) -> None:
+def _check_done(
+    state: Mapping[str, Any], run_dir: Path, config: Config, path: Place, wishes: Wishes
+) -> None:
     """Refuses a checkpoint that continues `path` without the change that is wished for there: it
     would be passed over in silence."""
-    names = entry_of(run_dir / CHECKPOINTS, path)
+    names = entry_of(checkpoints_of(run_dir, config.checkpoint), path)
     ids = {entry["id"] for entry in state.get("resumed", []) if names(entry)}
     done = [change for change in recorded(state) if change.id in ids]
     parts = {part for change in done for part in change.parts}
@@ -401,9 +404,9 @@ def _check_done(state: Mapping[str, Any], run_dir: Path, path: Path, wishes: Wis
         )
 
 
-def _refuse_to_abandon(run_dir: Path, start: Start, step: int) -> None:
+def _refuse_to_abandon(run_dir: Path, config: Config, start: Start, step: int) -> None:
     """Refuses a decay in a directory whose own checkpoints would be moved aside for it."""
-    steps = checkpoint_steps(run_dir / CHECKPOINTS)
+    steps = checkpoint_steps(checkpoints_of(run_dir, config.checkpoint))
     if steps and (not start.own or steps[-1] > step):
         raise CheckpointError(
             f"the directory has a checkpoint of step {steps[-1]}, which the decay would give up",

@@ -9,10 +9,10 @@ from typing import Any
 from archscale.checkpoint.changes import Origins, recorded
 from archscale.checkpoint.directory import read_state
 from archscale.checkpoint.history import entry_of, newest_continuing, saved_config
+from archscale.checkpoint.place import Place, checkpoints_of
 from archscale.config import Config
 from archscale.config.layers import Layer
 from archscale.errors import ConfigError
-from archscale.files import CHECKPOINTS
 from archscale.train.continuing import TOKENS, Wishes, schedule_tokens
 from archscale.train.rates import Rates
 
@@ -35,7 +35,7 @@ def decaying(config: Config, run_dir: Path, wishes: Wishes) -> Config:
     assert path is not None
     if config.schedule.kind not in FLAT:
         raise _other_kind("the config", config.schedule.kind, "schedule.kind")
-    begun = _recorded_start(run_dir / CHECKPOINTS, path) or _start(path)
+    begun = _recorded_start(checkpoints_of(run_dir, config.checkpoint), path) or _start(path)
     tokens, context = begun["tokens"], config.model.context
     if tokens <= config.schedule.warmup_tokens:
         raise ConfigError(
@@ -70,7 +70,7 @@ def decaying(config: Config, run_dir: Path, wishes: Wishes) -> Config:
     )
 
 
-def _recorded_start(checkpoints: Path, path: Path) -> Mapping[str, Any] | None:
+def _recorded_start(checkpoints: Place, path: Place) -> Mapping[str, Any] | None:
     """Where the decay from `path` began, as a later checkpoint of it says: `path` itself may be
     gone."""
     newest = newest_continuing(checkpoints, path)
@@ -82,7 +82,7 @@ def _recorded_start(checkpoints: Path, path: Path) -> Mapping[str, Any] | None:
     return decays[-1].details if decays else None
 
 
-def _start(path: Path) -> Mapping[str, Any]:
+def _start(path: Place) -> Mapping[str, Any]:
     state = read_state(path)
     before = saved_config(path, state)
     schedule = before.schedule

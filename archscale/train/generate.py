@@ -7,13 +7,14 @@ from pathlib import Path
 import torch
 
 from archscale.checkpoint.directory import read_state
+from archscale.checkpoint.place import checkpoints_of
 from archscale.checkpoint.saving import load_checkpoint
 from archscale.config import Config, load_config
 from archscale.data.stored import trained_tokenizer
 from archscale.data.tokenizer import Tokenizer
 from archscale.distributed import fragment
 from archscale.errors import CheckpointError, ConfigError
-from archscale.files import CHECKPOINTS, CONFIG, checkpoint_steps, step_directory
+from archscale.files import CONFIG, checkpoint_steps, step_directory
 from archscale.model import Transformer
 from archscale.plan.transfer import transfer_of
 from archscale.train.build import build_model
@@ -26,7 +27,8 @@ def load_run(run_dir: Path) -> tuple[Config, Transformer, Tokenizer]:
         CheckpointError: not a run directory, or one without a checkpoint.
         DataError: the run's tokenizer is gone, damaged or another one.
     """
-    steps = checkpoint_steps(run_dir / CHECKPOINTS)
+    checkpoints = checkpoints_of(run_dir)
+    steps = checkpoint_steps(checkpoints)
     if not (run_dir / CONFIG).is_file() or not steps:
         raise CheckpointError(
             "no run with a checkpoint",
@@ -34,7 +36,7 @@ def load_run(run_dir: Path) -> tuple[Config, Transformer, Tokenizer]:
             "name a run directory, such as runs/<name>, that train has filled",
         )
     config = load_config(run_dir / CONFIG)
-    checkpoint = step_directory(run_dir / CHECKPOINTS, steps[-1])
+    checkpoint = step_directory(checkpoints, steps[-1])
     tokenizer = trained_tokenizer(run_dir, config.data, read_state(checkpoint)["data"])
     model = build_model(config, tokenizer.eos_id, transfer_of(config))
     weights = {name: fragment(parameter) for name, parameter in model.named_parameters()}

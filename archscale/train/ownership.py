@@ -23,8 +23,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from archscale import distributed
+from archscale.checkpoint.place import Place, StoreError, StorePath
 from archscale.errors import ConfigError, TrainingError, explain_os_error
-from archscale.files import OWNER
+from archscale.files import CHECKPOINTS, CONFIG, OWNER
 from archscale.train import stopping
 
 BEAT = 10.0  # seconds between two signs of life
@@ -66,33 +67,41 @@ class Owner:
 
 
 @contextlib.contextmanager
-def sole_owner(run_dir: Path) -> Iterator[None]:
-    """Own the run directory, which is made if need be; all ranks together, rank 0 for them all.
+def sole_owner(run_dir: Place, *others: Place) -> Iterator[None]:
+    """Own the run directory, and others that the run writes into; what is not there is made. All
+    ranks together, rank 0 for them all.
 
     Raises:
-        TrainingError: another process that lives owns it.
-        ConfigError: it cannot be written.
+        TrainingError: another process that lives owns one of them.
+        ConfigError: one cannot be written.
+        StoreError: one lies in a store that cannot be written.
     """
-    heartbeat: Heartbeat | None = None
+    heartbeats: list[Heartbeat] = []
     made: list[Path] = []
 
     def take() -> None:
-        nonlocal heartbeat
-        try:
-            made.extend(folder for folder in (run_dir, *run_dir.parents) if not folder.exists())
-            run_dir.mkdir(parents=True, exist_ok=True)
-            owner = this_process()
-            _take(run_dir / OWNER, owner)
-            heartbeat = Heartbeat(run_dir / OWNER, owner)
-        except OSError as error:
-            cause, remedy = explain_os_error(error, "give another with --run-dir")
-            raise ConfigError(
-                f"cannot write the run directory: {cause}", str(run_dir), remedy
-            ) from error
+        owner = this_process()
+        for folder in (run_dir, *others):
+            own = folder == run_dir
+            another = "directory with --run-dir" if own else "checkpoint.directory"
+            try:
+                if isinstance(folder, Path):
+                    made.extend(each for each in (folder, *folder.parents) if not each.exists())
+                folder.mkdir(parents=True, exist_ok=True)
+                _take(folder / OWNER, owner, f"give another {another}")
+                heartbeats.append(Heartbeat(folder / OWNER, owner))
+            except OSError as error:
+                cause, remedy = explain_os_error(error, f"give another {another}")
+                raise ConfigError(
+                    f"cannot write the {'run' if own else 'checkpoint'} directory: {cause}",
+                    str(folder),
+                    remedy,
+                ) from error
 
     def release() -> None:
-        if heartbeat:
+        for heartbeat in heartbeats:
             heartbeat.stop()
+        if heartbeats:
             with contextlib.suppress(OSError):  # empty only where the run was refused
                 for folder in made:
                     folder.rmdir()
@@ -107,11 +116,19 @@ def sole_owner(run_dir: Path) -> Iterator[None]:
         releases.remove(release)
 
 
+def owned_with(run_dir: Path, checkpoints: Place) -> list[Place]:
+    """What a run that trains in `run_dir` has to own besides, by where its checkpoints lie."""
+    if checkpoints == run_dir / CHECKPOINTS:
+        return []
+    another = checkpoints.parent  # perhaps a run that has its own checkpoints there
+    return [checkpoints, *([another] if (another / CONFIG).is_file() else [])]
+
+
 class Heartbeat:
     """Shows every `BEAT` seconds that the owner lives, in a thread of its own; ends the process
     where the directory has another owner by now."""
 
-    def __init__(self, path: Path, owner: Owner):
+    def __init__(self, path: Place, owner: Owner):
         self._path, self._owner, self._stopped = path, owner, threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True, name="heartbeat")
         self._thread.start()
@@ -119,7 +136,7 @@ class Heartbeat:
     def _run(self) -> None:
         while not self._stopped.wait(BEAT):
             # A file system that fails for a while is training's affair, not this thread's.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, StoreError):
                 self._beat()
 
     def _beat(self) -> None:
@@ -127,7 +144,10 @@ class Heartbeat:
         if held is None:
             _create(self._path, self._owner)
         elif held[0].token == self._owner.token:
-            os.utime(self._path)
+            if isinstance(self._path, StorePath):
+                self._path.write_bytes(_content(self._owner).encode())
+            else:
+                os.utime(self._path)
         elif held[0].token and not self._stopped.is_set():
             # It stood still for so long that it was taken for dead.
             print(
@@ -142,7 +162,7 @@ class Heartbeat:
         """Give the directory up."""
         self._stopped.set()
         self._thread.join(PATIENCE)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StoreError):
             held = _read(self._path)
             if held is not None and held[0].token == self._owner.token:
                 self._path.unlink()
@@ -179,7 +199,7 @@ def process_start(pid: int) -> int | None:
     return None if ending else int(fields[19])
 
 
-def _take(path: Path, owner: Owner) -> None:
+def _take(path: Place, owner: Owner, otherwise: str) -> None:
     while True:
         held = _read(path)
         if held is None:
@@ -187,11 +207,11 @@ def _take(path: Path, owner: Owner) -> None:
                 return
         elif held[0].token == owner.token:  # created, though the reply of the server was lost
             return
-        elif _is_dead(path, *held, owner):
+        elif _is_dead(path, *held, owner, otherwise):
             _remove(path, held[0])
 
 
-def _is_dead(path: Path, holder: Owner, beat: float, here: Owner) -> bool:
+def _is_dead(path: Place, holder: Owner, beat: float, here: Owner, otherwise: str) -> bool:
     """Whether the owner died; False when it has left or changed meanwhile.
 
     Raises:
@@ -200,7 +220,7 @@ def _is_dead(path: Path, holder: Owner, beat: float, here: Owner) -> bool:
     lives = TrainingError(
         f"{holder} trains in this directory",
         str(path.parent),
-        "wait for it to end, end it, or give another directory with --run-dir",
+        f"wait for it to end, end it, or {otherwise}",
     )
     if here.job and here.job == holder.job:
         # A job has one group of ranks at a time: what may be left of the group before this one
@@ -214,8 +234,7 @@ def _is_dead(path: Path, holder: Owner, beat: float, here: Owner) -> bool:
             time.sleep(0.05)
         return True
     # The server's clock, which is that of `beat`, may differ from this machine's.
-    with tempfile.TemporaryFile(dir=path.parent) as probe:
-        age = min(max(0.0, os.fstat(probe.fileno()).st_mtime - beat), STALE)
+    age = min(max(0.0, _clock(path.parent) - beat), STALE)
     if age < STALE:
         print(
             f"archscale: {holder} trained in {path.parent} {age:.0f} s ago: waiting up to"
@@ -234,12 +253,32 @@ def _is_dead(path: Path, holder: Owner, beat: float, here: Owner) -> bool:
     return True
 
 
-def _read(path: Path) -> tuple[Owner, float] | None:
+def _clock(folder: Place) -> float:
+    """What the server of a directory takes for now, Unix seconds."""
+    if isinstance(folder, StorePath):
+        probe = folder / f".{uuid.uuid4().hex[:12]}.tmp"
+        probe.write_bytes(b"now")
+        try:
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink(missing_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime
+
+
+def _content(owner: Owner) -> str:
+    return json.dumps(asdict(owner))
+
+
+def _read(path: Place) -> tuple[Owner, float] | None:
     """The owner and its last sign of life, Unix seconds by the file system's clock; None where
     there is no owner."""
     try:
-        with open(path, "rb") as file:  # opened anew, so that a network file system asks its server
-            content, beat = file.read(), os.fstat(file.fileno()).st_mtime
+        if isinstance(path, StorePath):
+            content, beat = path.read_bytes(), path.stat().st_mtime
+        else:
+            with open(path, "rb") as file:  # anew, so that a network file system asks its server
+                content, beat = file.read(), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return None
     try:
@@ -248,9 +287,14 @@ def _read(path: Path) -> tuple[Owner, float] | None:
         return Owner(), beat
 
 
-def _create(path: Path, owner: Owner) -> bool:
+def _create(path: Place, owner: Owner) -> bool:
     """Whether the file could be created with the owner in it; there was none before."""
-    content = json.dumps(asdict(owner))
+    content = _content(owner)
+    if isinstance(path, StorePath):
+        # Of two that write at once the last one counts: the heartbeat of the other ends it.
+        path.write_bytes(content.encode())
+        held = _read(path)
+        return held is not None and held[0].token == owner.token
     temporary = path.with_name(f".{path.name}.{owner.token}.tmp")
     try:
         temporary.write_text(content)
@@ -268,8 +312,13 @@ def _create(path: Path, owner: Owner) -> bool:
     return True
 
 
-def _remove(path: Path, dead: Owner) -> None:
+def _remove(path: Place, dead: Owner) -> None:
     """Remove the file of a dead owner, and of no other one that has just replaced it."""
+    if isinstance(path, StorePath):
+        held = _read(path)
+        if held is not None and held[0].token == dead.token:
+            path.unlink(missing_ok=True)
+        return
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
         os.rename(path, aside)

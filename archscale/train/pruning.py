@@ -6,11 +6,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from archscale.checkpoint.directory import discard, kept_steps, read_state
 from archscale.checkpoint.integrity import problems_of
 from archscale.checkpoint.listing import disk_size, folder_of
+from archscale.checkpoint.place import Place, StorePath
 from archscale.errors import (
     ArchscaleError,
     CheckpointError,
@@ -31,7 +31,7 @@ class Pruning:
         deleted: by step its size on disk in bytes.
     """
 
-    folder: Path
+    folder: Place
     kept: dict[int, str]
     deleted: dict[int, int]
 
@@ -51,7 +51,7 @@ class Pruning:
 
 
 def prune_checkpoints(
-    directory: Path,
+    directory: Place,
     keep: int,
     keep_every: int | None,
     dry_run: bool,
@@ -73,7 +73,7 @@ def prune_checkpoints(
     if dry_run:
         return _plan(folder.path, keep, keep_every)
     try:
-        with sole_owner(folder.run_dir):
+        with sole_owner(*dict.fromkeys((folder.run_dir, folder.path))):
             planned = _plan(folder.path, keep, keep_every)
             for step, size in planned.deleted.items():
                 path = step_directory(folder.path, step)
@@ -95,19 +95,21 @@ def _refused(error: ArchscaleError) -> CheckpointError:
     return CheckpointError(error.what, error.where, remedy)
 
 
-def _delete(path: Path) -> None:
+def _delete(path: Place) -> None:
     try:
         discard(path)
     except OSError as error:
         cause, remedy = explain_os_error(error, "delete it yourself")
         raise CheckpointError(f"cannot delete a checkpoint: {cause}", str(path), remedy) from error
-    if path.exists() or path.with_name(f".{path.name}.deleted").exists():
+    if path.exists() or (
+        not isinstance(path, StorePath) and path.with_name(f".{path.name}.deleted").exists()
+    ):
         raise CheckpointError(
             "a checkpoint could not be deleted to its end", str(path), "delete the rest yourself"
         )
 
 
-def _plan(folder: Path, keep: int, keep_every: int | None) -> Pruning:
+def _plan(folder: Place, keep: int, keep_every: int | None) -> Pruning:
     steps = [int(path.name[5:]) for path in folder_of(folder).checkpoints()]
     kept = kept_steps(steps, keep, keep_every, _not_finite_since(folder, steps))
     if not any(_is_whole(folder, step) for step in sorted(kept, reverse=True)):
@@ -118,7 +120,7 @@ def _plan(folder: Path, keep: int, keep_every: int | None) -> Pruning:
     return Pruning(folder, dict(sorted(kept.items())), deleted)
 
 
-def _not_finite_since(folder: Path, steps: Sequence[int]) -> int | None:
+def _not_finite_since(folder: Place, steps: Sequence[int]) -> int | None:
     """What the newest checkpoint that can be read says of it."""
     for step in reversed(steps):
         with contextlib.suppress(CheckpointError, AttributeError):
@@ -127,5 +129,5 @@ def _not_finite_since(folder: Path, steps: Sequence[int]) -> int | None:
     return None
 
 
-def _is_whole(folder: Path, step: int) -> bool:
+def _is_whole(folder: Place, step: int) -> bool:
     return not problems_of(step_directory(folder, step))[0]

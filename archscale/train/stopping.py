@@ -20,7 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from archscale.files import newest_step
+from archscale.checkpoint.place import Place, StorePath
+from archscale.files import checkpoint_steps
 
 RETRY = 75  # exit status of a run that the same command continues: EX_TEMPFAIL of sysexits.h
 STATUS = {signal.SIGTERM: RETRY, signal.SIGUSR1: RETRY, signal.SIGINT: 130}
@@ -51,14 +52,14 @@ class Signals:
         asked: number of the first signal; 0: none.
         from_agent: torchrun itself has sent one: it ends its processes because it was told to, one
             of them has failed, or a node joins, and need not be told.
-        run_dir: of the run, once it is known.
+        checkpoints: where those of the run lie, once it is known.
         releases: called before a process ends at once.
     """
 
     def __init__(self) -> None:
         self.asked = 0
         self.from_agent = self._over = False
-        self.run_dir: Path | None = None
+        self.checkpoints: Place | None = None
         self.releases: list[Callable[[], None]] = []
         self._lock = threading.Lock()
         self._since = 0.0  # when the first signal came
@@ -176,7 +177,10 @@ class Signals:
         """What the same command will start from."""
         step = 0
         with contextlib.suppress(OSError):
-            step = 0 if self.run_dir is None else newest_step(self.run_dir)
+            if isinstance(self.checkpoints, StorePath):  # which may not answer
+                return f"the same command goes on from the newest checkpoint in {self.checkpoints}"
+            if self.checkpoints is not None:
+                step = max(checkpoint_steps(self.checkpoints), default=0)
         if not step:
             return "there is no checkpoint yet; the same command starts again"
         return f"the newest checkpoint is that of step {step}; the same command goes on from it"

@@ -25,6 +25,7 @@ from archscale.checkpoint.changes import Origins
 from archscale.checkpoint.choosing import newest_verified, verified_start
 from archscale.checkpoint.directory import discard_after, read_state
 from archscale.checkpoint.history import Lineage, Start, identity
+from archscale.checkpoint.place import Place, checkpoints_of
 from archscale.checkpoint.saving import Saver, load_checkpoint
 from archscale.config import Config, dump_config
 from archscale.data.loader import Loader
@@ -41,7 +42,6 @@ from archscale.errors import (
     one_line,
 )
 from archscale.files import (
-    CHECKPOINTS,
     CONFIG,
     ENVIRONMENT,
     MANIFEST,
@@ -71,7 +71,7 @@ from archscale.train.build import (
 from archscale.train.continuing import AS_BEFORE, Wishes, check_start
 from archscale.train.decaying import decaying
 from archscale.train.evaluate import Evaluation
-from archscale.train.ownership import sole_owner
+from archscale.train.ownership import owned_with, sole_owner
 from archscale.train.rates import Rates
 from archscale.train.readings import FallBack, Judgement, Readings
 from archscale.train.record import Recorder
@@ -129,7 +129,8 @@ def train(
         ArchscaleError: user errors, before the first step wherever that can be known.
         Stopped: a signal has ended it, after a checkpoint.
     """
-    stopping.current().run_dir = run_dir
+    checkpoints = checkpoints_of(run_dir, config.checkpoint)
+    stopping.current().checkpoints = checkpoints
     wishes.check(resume)
     if wishes.decay_from is not None:
         config, resume = decaying(config, run_dir, wishes), str(wishes.decay_from)
@@ -166,8 +167,8 @@ def train(
     # No clean-up when something fails: a rank that failed alone would wait here for ranks that wait
     # for it elsewhere.
     refuse_other_data(data, validation)
-    with sole_owner(run_dir):
-        start = verified_start(run_dir, resume)
+    with sole_owner(run_dir, *owned_with(run_dir, checkpoints)):
+        start = verified_start(run_dir, checkpoints, resume)
         start = distributed.on_rank_zero(
             lambda: check_start(start, config, data, run_dir, resume, wishes)
         )
@@ -206,7 +207,8 @@ class Run:
         guard = config.telemetry.guard
         self.guard = None if guard.mode == "off" else Guard(**guard.model_dump())
         self.lineage = Lineage()
-        self.saver = Saver(run_dir / CHECKPOINTS, config.checkpoint)
+        self.checkpoints = checkpoints_of(run_dir, config.checkpoint)
+        self.saver = Saver(self.checkpoints, config.checkpoint)
         self._follow(self.lineage.origins)
         self._fell_back_to: int | None = None  # step that the last fall-back went to
         self._not_finite_since: int | None = None  # first step of the losses now that are not
@@ -243,7 +245,9 @@ class Run:
                     )
                 )
             return self._summary(step, started, already_done=True)
-        distributed.on_rank_zero(lambda: leave_one_history(self.run_dir, start, step))
+        distributed.on_rank_zero(
+            lambda: leave_one_history(self.run_dir, self.checkpoints, start, step)
+        )
         distributed.on_rank_zero(self._describe)
         watchdog = Watchdog(self.run_dir, self.config.telemetry.stuck_after)
         config = self.config
@@ -389,13 +393,13 @@ class Run:
         if distributed.rank() == 0:
             print(
                 f"archscale: stopped by {stopping.name(number)} at step {step}: checkpoint"
-                f" {step_directory(self.run_dir / CHECKPOINTS, step)}; the same command goes on",
+                f" {step_directory(self.checkpoints, step)}; the same command goes on",
                 file=sys.stderr,
                 flush=True,
             )
         return Stopped(number)
 
-    def _restore(self, source: Path, rewinds: bool = False) -> int:
+    def _restore(self, source: Place, rewinds: bool = False) -> int:
         """Load a checkpoint that has been verified; returns its step."""
         anew = self.lineage.resets_optimizer(read_state(source))
         optimizer = None if anew else self.optimizer
@@ -427,7 +431,7 @@ class Run:
         """To the newest checkpoint from before the bad steps, or from before the last fall-back if
         no good step has followed it; returns its step."""
         assert self.guard is not None
-        directory = self.run_dir / CHECKPOINTS
+        directory = self.checkpoints
         first = cause.step - self.guard.skipped + 1
         before = (
             self._fell_back_to
@@ -542,7 +546,7 @@ class Run:
             "rank": distributed.rank(),
             "not_finite_since": self._not_finite_since,
             "run_dir": str(self.run_dir),
-            "checkpoint": str(step_directory(self.run_dir / CHECKPOINTS, step)),
+            "checkpoint": str(step_directory(self.checkpoints, step)),
         }
         last = last_line(self.run_dir)
         # A crash may have cut the line of the last step short.

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from archscale import distributed
-from archscale.files import CHECKPOINTS
+from archscale.checkpoint.place import Place, StoreError, StorePath, checkpoints_of
+from archscale.checkpoint.writer import Sent
 
 NOTABLE = 0.05  # of a step
 GRACE = 10.0  # seconds after which the interpreter itself is taken for stuck
@@ -33,7 +34,7 @@ class Watchdog:
     """
 
     def __init__(self, folder: Path, seconds: float):
-        self.seconds, self._checkpoints = seconds, folder / CHECKPOINTS
+        self.seconds, self._checkpoints = seconds, checkpoints_of(folder)
         self._file: TextIO | None = None
         if seconds:
             self._path = folder / f"stacks_rank_{distributed.rank()}.txt"
@@ -119,8 +120,13 @@ def _stacks() -> str:
     return text
 
 
-def _bytes_below(folder: Path) -> int:
-    """Size of all files; those that vanish meanwhile count for nothing."""
+def _bytes_below(folder: Place) -> int:
+    """Size of all files, and of what this process has sent to a store; files that vanish meanwhile
+    count for nothing."""
+    if isinstance(folder, StorePath):
+        with contextlib.suppress(StoreError):
+            return Sent.bytes + sum(path.stat().st_size for path in folder.rglob("*"))
+        return Sent.bytes
     size = 0
     for parent, _, names in os.walk(folder):  # which passes over directories that vanish
         for name in names:

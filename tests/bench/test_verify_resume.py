@@ -165,12 +165,13 @@ def test_half_a_momentum_lost_is_seen_where_losses_are_bounded_widely():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_the_command(folder, tmp_path):
     """A dense model on two processes: real kills, every layout, nothing left behind."""
     done = launch(
         ["verify-resume", str(folder / "c.yaml"), "--steps", "8", "--kills", "3"],
         cwd=tmp_path,
-        timeout=900,
+        timeout=1400,
     )
     lines = done.stdout.splitlines()
     assert lines[-1].startswith("verdict: one trajectory in all ")

@@ -16,7 +16,7 @@ import pytest
 
 from archscale.checkpoint.directory import FORMAT
 from archscale.config import Config
-from archscale.files import checkpoint_steps, step_directory
+from archscale.files import OWNER, checkpoint_steps, step_directory
 from archscale.train import watchdog
 from archscale.train.watchdog import Watchdog
 from tests.faults import FAILURES, Act, Storage, fail, full, hang, kill, slow
@@ -33,7 +33,7 @@ from tests.train.faulty import (
 from tests.train.tiny import config, run, tiny_data
 
 KINDS = ("*.distcp", ".metadata", "rng_*", "state.json")  # of the files of a checkpoint
-ENDED = 60.0  # seconds within which a command has ended, however busy the machine is
+ENDED = 100.0  # seconds within which a command has ended, however busy the machine is
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def made(data: str, asynchronous: bool = False, keep: int = 1, **sections) -> Co
     return config(data, steps=4, checkpoint=checkpoint, telemetry=telemetry, **sections)
 
 
-@pytest.fixture(scope="module", params=SAVING, ids=lambda value: "async" if value else "sync")
+@pytest.fixture(scope="module", params=SAVING)
 def asynchronous(request) -> bool:
     return request.param
 
@@ -123,8 +123,11 @@ def points(data, asynchronous, half, tmp_path_factory) -> list[int]:
     return sorted(kept | set(within[:: max(1, len(within) // 4)]))
 
 
+ALL = [pytest.mark.slow, pytest.mark.timeout(7200)]  # two commands for each point
+
+
 @pytest.mark.parametrize(
-    "share", [pytest.param(6, id="some"), pytest.param(None, id="all", marks=pytest.mark.slow)]
+    "share", [pytest.param(6, id="some"), pytest.param(None, id="all", marks=ALL)]
 )
 def test_killed_at_every_point(data, asynchronous, half, straight, points, tmp_path, share):
     """SIGKILL in place of each change that starting, training, saving and pruning make."""
@@ -303,10 +306,14 @@ def test_a_file_of_the_run_directory_that_cannot_be_written(
     assert done.status == 2, done
     (line,) = done.err.splitlines()
     assert FAILED[FAILURES[failure]] in line
-    assert str(run_dir) in line
+    assert f"({run_dir if name == OWNER else run_dir / name})" in line
     if left is not None:
-        assert sorted(files(run_dir)) == left
+        there = sorted(files(run_dir))
+        if failure not in ("ENOSPC", "EDQUOT"):  # nothing can be deleted there
+            there = [path for path in there if not path.endswith(".tmp")]
+        assert there == left
     assert_goes_on_from_anywhere(made(data), run_dir)
+    assert remains(run_dir) == []
 
 
 def assert_goes_on_from_anywhere(config: Config, run_dir: Path) -> None:

@@ -122,6 +122,21 @@ def test_checkpoints_behind_links_belong_to_the_run_that_names_them(
     assert find_target(tmp_path / "best").run_dir == run_dir
 
 
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_checkpoints_in_another_place_are_found(scheme, run_dir, made, tmp_path):
+    if scheme:
+        pytest.importorskip("fsspec")
+    (run_dir / CHECKPOINTS).rename(tmp_path / "elsewhere")
+    path = run_dir / "config.yaml"
+    text = path.read_text()
+    assert text.count("directory: null") == 1
+    path.write_text(text.replace("directory: null", f"directory: {scheme}{tmp_path}/elsewhere"))
+    for target, name in ((run_dir, "a"), (made, "b")):
+        export(target, tmp_path / name, shard_size="5GB")
+    here, there = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert here == there
+
+
 def refusal(target: Path, out: Path, shard_size: str = "5GB") -> ArchscaleError:
     before = sorted(path.name for path in out.parent.iterdir())
     with pytest.raises(ArchscaleError) as caught:

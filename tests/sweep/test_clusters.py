@@ -167,7 +167,10 @@ def test_kubernetes_gets_an_indexed_job(tmp_path, data, capsys, monkeypatch):
         "parallelism": 2,
         "backoffLimitPerIndex": 5,
     }
-    assert spec["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]  # of every refusal
+    refused, stopped, disrupted = spec["podFailurePolicy"]["rules"]
+    assert refused["onExitCodes"]["values"] == [2]
+    assert (stopped["action"], stopped["onExitCodes"]["values"]) == ("Ignore", [75])
+    assert disrupted["action"] == "Ignore"
     pod = spec["template"]["spec"]
     assert pod["restartPolicy"] == "Never"  # backoffLimitPerIndex and podFailurePolicy demand it
     assert pod["nodeSelector"] == {"gpu": "h200"}

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from archscale.sweep.launchers.local import Job, run_local, why
+from archscale.sweep.launchers.choice import train_one
+from archscale.sweep.launchers.local import Job, next_attempt, run_local, why
+from archscale.sweep.run import _terminable
 
 ROOT = Path(__file__).parents[2]
 
@@ -116,12 +118,70 @@ def test_a_run_that_a_signal_has_stopped_goes_on_without_a_try_used_up(tmp_path)
         f"import pathlib, sys; p = pathlib.Path({str(count)!r});"
         " n = p.exists() and int(p.read_text());"
         " p.write_text(str(n + 1)); n < 3 and (print('archscale: stopped by SIGTERM at step 3:"
-        " the same command goes on', file=sys.stderr), sys.exit(75))"
+        " checkpoint x; the same command goes on', file=sys.stderr), sys.exit(75))"
     )
     job, events = Code("stopped", [code] * 9, tmp_path / "log"), []
     assert run_local([job], [{}], 0, events.append, lambda: None) == {}
     assert [event.what for event in events] == ["started", "failed"] * 3 + ["started", "finished"]
     assert {event.attempt for event in events} == {1}
+
+
+def test_a_run_that_a_signal_stops_before_it_saves_is_not_started_for_ever(tmp_path):
+    """As when torchrun stops the others because a rank crashes at start."""
+    code = (
+        "import sys; print('archscale: stopped by SIGTERM with nothing to save: there is no"
+        " checkpoint yet; the same command starts again', file=sys.stderr); sys.exit(1)"
+    )
+    failed, told, _ = run(tmp_path, {"stopped": code}, retries=1)
+    assert failed["stopped"].startswith("stopped by SIGTERM with nothing to save")
+    assert told == [(what, "stopped", i) for i in (1, 2) for what in ("started", "failed")]
+
+
+AT_A_STEP = (
+    "stopped by SIGTERM at step 3: checkpoint run/checkpoints/step_3; the same command goes on"
+)
+AT_START = "stopped by SIGTERM with nothing to save: there is no checkpoint yet"
+STUCK = "stopped by Ctrl-C without saving, 25 s (ARCHSCALE_GRACE) after it still in f (a.py:1)"
+REFUSED = "no key a (a): remove it"
+LOST = "rank 0 of 2 cannot reach another rank, which has ended or is cut off: reset"
+HANGS = "rank 0 made no progress for 9 s (telemetry.stuck_after): its stacks are in x"
+
+
+@pytest.mark.parametrize(
+    ("lines", "reason", "refused", "attempt"),
+    [
+        ([AT_A_STEP], AT_A_STEP, False, 1),
+        ([AT_START], AT_START, False, 2),
+        ([STUCK], STUCK, False, 2),
+        ([REFUSED, AT_START], REFUSED, True, 2),
+        ([AT_START, REFUSED], REFUSED, True, 2),
+        ([LOST, AT_START], LOST, False, 2),  # a rank that the kernel has killed, not a refusal
+        ([HANGS, AT_A_STEP], HANGS, False, 2),
+    ],
+)
+def test_what_a_run_that_was_stopped_counts_for(tmp_path, lines, reason, refused, attempt):
+    log = tmp_path / "log"
+    log.write_text("".join(f"archscale: {line}\n" for line in [*lines, "warning: late"]))
+    assert why(log, 0, 1) == (reason, refused)
+    assert next_attempt(1, reason) == attempt
+
+
+def test_what_a_run_says_while_it_is_ended_is_in_its_log(tmp_path, capfdbinary):
+    """Also more of it than a pipe holds."""
+    code = (
+        "import os, signal, sys, time\n"
+        "def end(*_):\n"
+        "    print('x' * 300_000, 'archscale: stopped by SIGTERM', flush=True)\n"
+        "    sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        "os.kill(os.getppid(), signal.SIGUSR1)\n"
+        "time.sleep(60)"
+    )
+    job = Code("a", [code], tmp_path / "log")
+    with pytest.raises(KeyboardInterrupt), _terminable():
+        train_one(job, cpu=True)
+    assert job.log.read_text().endswith("archscale: stopped by SIGTERM\n")
+    assert capfdbinary.readouterr().out == job.log.read_bytes()
 
 
 def test_the_reason_is_that_of_the_last_attempt(tmp_path):

@@ -20,7 +20,7 @@ from archscale.fit.groups import FitRequest, fit_table
 from archscale.plan.devices import Device
 from archscale.sweep.grid import read_grid
 from archscale.sweep.planning import plan_runs
-from archscale.sweep.run import How, _terminable, slots, sweep
+from archscale.sweep.run import How, _interrupted, _terminable, slots, sweep
 from archscale.sweep.table import read_table
 from archscale.sweep.view import last_line
 from tests.pool import launch, start
@@ -508,11 +508,15 @@ def test_a_diverging_run_is_started_once(tmp_path, data):
     assert "diverged: loss not finite since step " in log.splitlines()[-1]
 
 
-def test_sigterm_ends_as_ctrl_c_does():
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(KeyboardInterrupt), _terminable():
-        signal.raise_signal(signal.SIGTERM)
-    assert signal.getsignal(signal.SIGTERM) == before
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)]
+)
+def test_signals_end_as_ctrl_c_does(number, status):
+    before = signal.getsignal(number)
+    with pytest.raises(KeyboardInterrupt) as signalled, _terminable():
+        signal.raise_signal(number)
+    assert signal.getsignal(number) == before
+    assert _interrupted(signalled.value, "interrupted", Path("s"), "rerun").status == status
 
 
 @pytest.mark.timeout(300)  # five times the import of torch: a minute where cores are busy

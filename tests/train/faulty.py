@@ -14,18 +14,20 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
 from archscale.config import Config, dump_config
-from archscale.config.schema import NOT_YET
 from archscale.distributed import Fragment
 from archscale.files import CHECKPOINTS, METRICS, checkpoint_steps, step_directory
 from tests.faults import Act, Storage
 from tests.forks import Child, fork
 
-CAN_SAVE_ASYNCHRONOUSLY = all(entry.key != "checkpoint.async" for entry in NOT_YET)
-SAVING = [False, True] if CAN_SAVE_ASYNCHRONOUSLY else [False]  # values of checkpoint.async
+SAVING = [  # values of checkpoint.async
+    pytest.param(True, id="async"),
+    pytest.param(False, id="sync", marks=pytest.mark.slow),
+]
 
 
 def command(argv: list[str], storage: str, act: Callable[[], Act] | None, log: str = "") -> None:

@@ -106,11 +106,11 @@ def test_a_run_that_was_moved_and_whose_data_are_gone(data, trained, tmp_path):
     ("argv", "writes"),
     [
         (["plan", "c.yaml"], False),
-        (["data", "inspect", "DATA"], False),
+        pytest.param(["data", "inspect", "DATA"], False, marks=pytest.mark.slow),
         pytest.param(["data", "verify", "DATA"], False, marks=pytest.mark.slow),
-        (["doctor"], False),
+        pytest.param(["doctor"], False, marks=pytest.mark.slow),
         (["--version"], False),
-        (["report", "RUN", "--out", "page.html"], True),
+        pytest.param(["report", "RUN", "--out", "page.html"], True, marks=pytest.mark.slow),
         pytest.param(
             ["fit", "points.csv", "--x", "x", "--y", "y", "--form", "power"],
             False,

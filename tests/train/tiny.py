@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from archscale.checkpoint.place import checkpoints_of
 from archscale.config import Config
 from archscale.data.preparing.prepare import prepare
 from archscale.data.training_data import open_training_data
@@ -15,6 +16,7 @@ from archscale.plan.passes import source_tokens
 from archscale.plan.plan import make_plan
 from archscale.train import trainer
 from archscale.train.continuing import AS_BEFORE, Wishes
+from archscale.train.ownership import owned_with
 
 RULES = ["muon", "moonlight", "orscale", "orscale_lm", "muonh", "orscale_lm_sphere", "adamw"]
 LAYOUTS: dict[str, tuple[int, dict]] = {  # name → (processes, sections of the config)
@@ -93,8 +95,9 @@ def run(
         config.with_vocab(data.vocab_size), world_size=world_size(), sources=source_tokens(data)
     )
     run = trainer.Run(plan, Path(run_dir), data, validation, torch.device("cpu"))
-    with trainer.sole_owner(Path(run_dir)):
-        folder, found = Path(run_dir), trainer.verified_start(Path(run_dir), resume)
+    folder, checkpoints = Path(run_dir), checkpoints_of(Path(run_dir), config.checkpoint)
+    with trainer.sole_owner(folder, *owned_with(folder, checkpoints)):
+        found = trainer.verified_start(folder, checkpoints, resume)
         run.go(
             on_rank_zero(
                 lambda: trainer.check_start(found, run.config, data, folder, resume, wishes)

@@ -3,14 +3,16 @@ clusters that start them."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from archscale.errors import ConfigError, TrainingError
 from archscale.plan.devices import Device, find_device, this_device
@@ -18,16 +20,18 @@ from archscale.sweep.grid import Grid
 from archscale.sweep.launchers.config import needs_section
 from archscale.sweep.launchers.files import write_kubernetes, write_skypilot
 from archscale.sweep.launchers.local import (
-    STOPPED,
+    GRACE,
     Job,
     Launcher,
     end,
     environment,
     run_local,
+    saved,
     threads,
     why,
 )
 from archscale.sweep.launchers.slurm import SlurmLauncher
+from archscale.train.stopping import RETRY
 
 if TYPE_CHECKING:
     from archscale.sweep.planning import SweepRun
@@ -203,7 +207,8 @@ def train_one(job: Job, cpu: bool) -> None:
 
     Raises:
         TrainingError: it was refused, and would be again.
-        SystemExit: it crashed, with status 1, or was stopped by a signal, with status 75.
+        SystemExit: it crashed, with status 1, or a signal has stopped it at a checkpoint, with
+            status 75.
     """
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "ab") as log:
@@ -216,27 +221,41 @@ def train_one(job: Job, cpu: bool) -> None:
             env=environment({"OMP_NUM_THREADS": threads()} if cpu else {}),
             start_new_session=True,
         )
+        assert process.stdout is not None
+        output = process.stdout.fileno()
         try:
-            assert process.stdout is not None
-            for part in iter(functools.partial(os.read, process.stdout.fileno(), 1 << 16), b""):
-                log.write(part)
-                log.flush()
-                sys.stdout.buffer.write(part)
-                sys.stdout.buffer.flush()
+            _copy(output, log)
             status = process.wait()
         finally:
+            # What it says while it ends; it would wait for a reader of a full pipe.
+            rest = threading.Thread(target=_copy_if_possible, args=(output, log), daemon=True)
+            rest.start()
             end([process])
+            rest.join(GRACE)
     if status:
         reason, refused = why(job.log, offset, status)
         if refused:
             raise TrainingError(
                 f"run {job.name} failed: {reason}", str(job.log), "fix the cause and rerun"
             )
-        stopped = reason.startswith(STOPPED)
-        what = "was" if stopped else "crashed:"
+        what = "was" if saved(reason) else "crashed:"
         print(
             f"run {job.name} {what} {reason}: the same command resumes it",
             file=sys.stderr,
             flush=True,
         )
-        raise SystemExit(75 if stopped else 1)
+        raise SystemExit(RETRY if saved(reason) else 1)
+
+
+def _copy(output: int, log: IO[bytes]) -> None:
+    """Copies what comes through a pipe to a log and to standard output, to its end."""
+    for part in iter(functools.partial(os.read, output, 1 << 16), b""):
+        log.write(part)
+        log.flush()
+        sys.stdout.buffer.write(part)
+        sys.stdout.buffer.flush()
+
+
+def _copy_if_possible(output: int, log: IO[bytes]) -> None:
+    with contextlib.suppress(OSError):
+        _copy(output, log)

@@ -18,6 +18,7 @@ from archscale.config.layers import write_yaml
 from archscale.errors import ConfigError
 from archscale.files import write_atomically
 from archscale.sweep.launchers.config import KubernetesConfig, SkyPilotConfig
+from archscale.train.stopping import RETRY
 
 LONGEST_NAME = (
     50  # characters of a Kubernetes Job, whose pods add their index and more to at most 63
@@ -98,13 +99,15 @@ def kubernetes_job(
         "resources": {"requests": dict(need), "limits": dict(need)} if need else {},
         "volumeMounts": mounts,
     }
-    # the first rule that fits decides: a refusal would be refused again, a preemption is nobody's
-    # fault
+    # the first rule that fits decides: a refusal would be refused again, a signal and a preemption
+    # are nobody's fault
     failures = [
         {
-            "action": "FailIndex",
-            "onExitCodes": {"containerName": "train", "operator": "In", "values": [REFUSED]},
-        },
+            "action": action,
+            "onExitCodes": {"containerName": "train", "operator": "In", "values": [status]},
+        }
+        for action, status in (("FailIndex", REFUSED), ("Ignore", RETRY))
+    ] + [
         {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     ]
     metadata = {"name": kubernetes_name(name), "labels": {"app.kubernetes.io/name": "archscale"}}

@@ -3,6 +3,7 @@ crashes.
 
 A job that is refused (it ends with an `archscale:` line) would be refused again and is not
 repeated; one that crashes or is killed is, `retries` times, and resumes from its own checkpoints.
+One that a signal has stopped at a checkpoint goes on without a try used up.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +24,10 @@ from typing import Any, Literal, NamedTuple
 POLL = 0.1  # seconds
 GRACE = 30.0  # seconds between asking a job to end, which saves, and killing it
 STOPPED = "stopped by "  # how the line of a run begins that a signal has ended
+SAVED = re.compile(r"stopped by \S+ at step \d+: checkpoint ")  # and that has saved before
+# In lines of runs that would get further if they were started again: the watchdog's, and of a rank
+# that misses another one.
+CRASHES = ("made no progress", "cannot reach another rank")
 TAIL = 1 << 16  # bytes of a log in which the reason of a failure is looked for
 # What torchrun or Slurm may have set around the sweep, and what would make a run believe that it is
 # part of it.
@@ -145,12 +151,12 @@ def run_local(
                     tell(Event("finished", ended.job, ended.attempt, seconds))
                     continue
                 reason, refused = why(ended.job.log, ended.offset, ended.process.returncode)
-                stopped = reason.startswith(STOPPED)  # not a crash: not counted
-                again = stopped or (not refused and ended.attempt <= retries)
+                following = next_attempt(ended.attempt, reason)
+                again = not refused and following <= retries + 1
                 tell(Event("failed", ended.job, ended.attempt, seconds, reason, again))
                 if again:
                     # Behind the others, who need not wait for it.
-                    waiting.append((ended.job, ended.attempt + (not stopped)))
+                    waiting.append((ended.job, following))
                 else:
                     failed[ended.job.name] = reason
             tick()
@@ -204,6 +210,17 @@ def end(processes: Sequence[subprocess.Popen[bytes]]) -> None:
                 process.wait(max(0.0, limit - time.monotonic()))
 
 
+def saved(reason: str) -> bool:
+    """Whether this reason is that a signal has stopped the run at a checkpoint."""
+    return SAVED.match(reason) is not None
+
+
+def next_attempt(attempt: int, reason: str) -> int:
+    """Number of the attempt after one that has ended for this reason: a run that was stopped at a
+    checkpoint has used up none."""
+    return attempt if saved(reason) else attempt + 1
+
+
 def why(log: Path, offset: int, status: int) -> tuple[str, bool]:
     """The reason why a job ended with `status`, from what it wrote after `offset`, and whether it
     was refused."""
@@ -215,19 +232,20 @@ def why(log: Path, offset: int, status: int) -> tuple[str, bool]:
             if line.strip()
         ]
     messages = [
-        line
+        line.removeprefix("archscale: ")
         for line in lines
         if line.startswith("archscale: ") and not line.startswith("archscale: warning")
     ]
-    # The watchdog's: a hang, worth another try.
-    stuck = [line for line in messages if "made no progress" in line]
-    stopped = [line for line in messages if line.startswith(f"archscale: {STOPPED}")]
-    if stopped and not stuck:
-        return stopped[-1].removeprefix("archscale: "), False
-    if messages and not stuck:
-        return messages[-1].removeprefix("archscale: "), True
-    if stuck:
-        return stuck[-1].removeprefix("archscale: "), False
+    crashes = [line for line in messages if any(words in line for words in CRASHES)]
+    stops = [line for line in messages if line.startswith(STOPPED)]
+    refusals = [line for line in messages if line not in crashes and line not in stops]
+    stuck = [line for line in crashes if CRASHES[0] in line]
+    if refusals and not stuck:
+        return refusals[-1], True
+    # Ranks that torchrun stops because another has crashed have no agreed step to save.
+    for reasons in (stuck, [line for line in stops if saved(line)], crashes, stops):
+        if reasons:
+            return reasons[-1], False
     if status < 0:
         with contextlib.suppress(ValueError):
             return f"ended by {signal.Signals(-status).name}", False

@@ -21,7 +21,7 @@ from typing import Any
 from archscale.errors import ConfigError
 from archscale.files import write_atomically
 from archscale.sweep.launchers.config import SlurmConfig
-from archscale.sweep.launchers.local import Event, Job, events_of
+from archscale.sweep.launchers.local import Event, Job, events_of, next_attempt
 from archscale.sweep.launchers.slurm_task import Again, Task, words
 
 POLL = 0.5  # seconds between looks at what tasks have written
@@ -164,7 +164,7 @@ class SlurmLauncher:
                 running.remove(active)
                 tell(ending)
                 if ending.again:
-                    waiting.append((active.job, active.attempt + 1))
+                    waiting.append((active.job, next_attempt(active.attempt, ending.reason)))
                 elif ending.what == "failed":
                     failed[active.job.name] = ending.reason
             while waiting and (self.at_once is None or len(running) < self.at_once):
@@ -216,7 +216,7 @@ class SlurmLauncher:
             return None
         reason, refused = (end["reason"], end["refused"]) if end else _silence(state)
         seconds = end["seconds"] if end else 0.0
-        again = not refused and active.attempt <= self.retries
+        again = not refused and next_attempt(active.attempt, reason) <= self.retries + 1
         return Event("failed", active.job, active.attempt, seconds, reason, again, active.task)
 
     def _refresh(self, at_once: bool = False) -> bool:
@@ -398,7 +398,7 @@ def _history(directory: Path, jobs: Mapping[str, Job]) -> _History:
         elif event in ("finished", "failed"):
             history.running.pop(name, None)
             if event == "failed" and line["again"]:
-                history.attempts[name] = line["attempt"] + 1
+                history.attempts[name] = next_attempt(line["attempt"], line["reason"])
             elif event == "failed":
                 history.failed[name] = line["reason"]
     return history

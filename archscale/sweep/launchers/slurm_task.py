@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from archscale.files import newest_step
+from archscale.checkpoint.place import newest_step
 from archscale.sweep.launchers.local import Job, environment, threads, why
 
 PATIENCE = 600.0  # seconds that Slurm has to end a task which it has told to
