@@ -69,6 +69,7 @@ Form = StrEnum("Form", ["power", "power_irreducible", "quadratic_log", "chinchil
 Part = StrEnum("Part", ["optimizer", "data", "schedule"])
 Space = StrEnum("Space", ["log", "linear"])
 Loss = StrEnum("Loss", ["squares", "huber"])
+Dtype = StrEnum("Dtype", ["float32", "bfloat16"])
 Cluster = StrEnum("Cluster", ["local", "slurm", "kubernetes", "skypilot"])
 # Names of `archscale.bench.gpu.CHECKS`, compared likewise.
 Check = StrEnum("Check", ["attention", "kernel", "smoke", "mfu", "optimizer", "moe", "hf", "all"])
@@ -456,6 +457,41 @@ def generate(
     print(
         run(target, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
     )
+
+
+@app.command()
+def export(
+    target: Annotated[
+        Path, typer.Argument(help="Run directory, for its newest checkpoint; or a checkpoint.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory to write; new or empty.")],
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(help="Of the weights; default: that of the products in training."),
+    ] = None,
+    shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Largest file of weights, such as 500MB.")
+    ] = "5GB",
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="REPO_ID", help="Upload it to the Hugging Face hub as well."),
+    ] = None,
+) -> None:
+    """Write a checkpoint as a directory that transformers reads.
+
+    Example: archscale export runs/quickstart --out exports/quickstart
+    """
+    from archscale.export.export import export as run
+    from archscale.export.export import push as upload
+
+    written = run(target, out, dtype=dtype and dtype.value, shard_size=shard_size)
+    files = "1 file" if written.files == 1 else f"{written.files} files"
+    what = f"step {written.step:,} as {written.architecture.sentence}"
+    print(f"{out}: {what}; {written.dtype}, {files}")
+    if written.warning:
+        print(f"archscale: warning: {written.warning}", file=sys.stderr)
+    if push is not None:
+        print(upload(written.directory, push))
 
 
 @app.command()

@@ -20,7 +20,7 @@ FLOORS = [
     ["config"],
     ["data", "model", "optim", "parallel", "telemetry"],
     ["plan", "fit", "checkpoint"],
-    ["train", "report"],
+    ["train", "report", "export"],
     ["sweep"],
     ["study", "bench"],
     ["cli", "__main__"],

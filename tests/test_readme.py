@@ -43,6 +43,7 @@ SLOW_PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "archscale/checkpoint/README.md",
+    "archscale/export/README.md",
     "configs/studies/README.md",
     "launch/README.md",
 ]
@@ -73,7 +74,8 @@ SHORTER = {
     ),
 }
 
-# Pattern of a command → what the default suite runs in its place; None: only the slow tests run it.
+# Pattern of a command or of Python → what the default suite runs in its place; None: only the slow
+# tests run it.
 SLOW: dict[str, str | None] = {
     r"^archscale verify-resume ": None,
     r"bench data": "bench data --tokens 200000 --context 64 --rounds 1 --step 5 --no-peers",
@@ -86,6 +88,7 @@ SLOW: dict[str, str | None] = {
     r"parallel\.engine=deepspeed": None,
     r"launch/torchrun\.sh configs/quickstart\.yaml": None,
     r"def test_rank_sum": None,
+    r"import AutoModelForCausalLM": None,
 }
 
 # Pattern of a command that no test can run → why. Its syntax, its options and its files are
@@ -270,6 +273,9 @@ class Reader:
                 return
             (self.folder / "tests" / "test_example.py").write_text(text)
             self.process(where, [sys.executable, "-m", "pytest", "tests/test_example.py"])
+            return
+        if lookup(SLOW, text) and not self.everything:
+            compile(text, where, "exec")
             return
         exec(READERS_PROGRAM.get(self.page, ""), self.namespace)
         exec(compile(text, where, "exec"), self.namespace)

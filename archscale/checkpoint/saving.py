@@ -42,6 +42,7 @@ from archscale.checkpoint.directory import (
 from archscale.checkpoint.fragments import Stored
 from archscale.checkpoint.place import BrokenUpload, Place, StoreError, StorePath
 from archscale.checkpoint.reader import DirectReader
+from archscale.checkpoint.reasons import first_failure, reason, why_not_written
 from archscale.checkpoint.snapshot import Snapshot
 from archscale.checkpoint.writer import SummedWriter, reader_of, write_summed
 from archscale.config import CheckpointConfig
@@ -55,7 +56,7 @@ from archscale.distributed import (
     same_everywhere,
     world_size,
 )
-from archscale.errors import ArchscaleError, CheckpointError, explain_os_error
+from archscale.errors import CheckpointError, explain_os_error
 from archscale.files import step_directory, sync_names
 from archscale.optim import MatrixOptimizer
 
@@ -164,7 +165,7 @@ class Saver:
             return self._snapshot.take(content)
         except (RuntimeError, MemoryError) as error:
             raise CheckpointError(
-                f"no memory for the copy of the state that is written: {_reason(error)}",
+                f"no memory for the copy of the state that is written: {reason(error)}",
                 "checkpoint.async",
                 "set it to false, or start fewer processes on this machine",
             ) from error
@@ -205,8 +206,8 @@ class Saver:
                 return self._write_once(job, final)
             except (OSError, CheckpointException, StoreError) as error:
                 # The same failure on every rank.
-                if delay is None or not isinstance(_first_failure(error), BrokenUpload):
-                    cause, remedy = _why_not_written(error)
+                if delay is None or not isinstance(first_failure(error), BrokenUpload):
+                    cause, remedy = why_not_written(error)
                     raise CheckpointError(
                         f"cannot write a checkpoint: {cause}", str(final), remedy
                     ) from error
@@ -337,7 +338,7 @@ def load_checkpoint(
         if isinstance(error, OSError):
             cause, remedy = explain_os_error(error, "use an older checkpoint")
         else:
-            cause = _reason(error)
+            cause = reason(error)
         raise CheckpointError(f"cannot load: {cause}", str(path), remedy) from error
     return state
 
@@ -364,29 +365,3 @@ def _accept_a_single_process() -> None:
     For good, since a thread that took the warning's suppression back would do so under others.
     """
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-
-
-def _first_failure(error: BaseException) -> BaseException:
-    """What the first rank to fail in torch.distributed.checkpoint has raised."""
-    if isinstance(error, CheckpointException) and error.failures:
-        return next(iter(error.failures.values()))[0]
-    return error
-
-
-def _why_not_written(error: BaseException) -> tuple[str, str]:
-    """(cause, remedy) of a checkpoint that could not be written."""
-    elsewhere = "train in another directory with --run-dir"
-    first: BaseException | None = _first_failure(error)
-    if isinstance(first, ArchscaleError):
-        return first.what, first.remedy
-    # torch's serializer raises an error of its own over the one of the operating system.
-    while first is not None and not isinstance(first, OSError):
-        first = first.__cause__ or first.__context__
-    if first is None:
-        return _reason(error), f"check that the directory can be written, or {elsewhere}"
-    return explain_os_error(first, elsewhere, vanished=True)
-
-
-def _reason(error: BaseException) -> str:
-    error = _first_failure(error)
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

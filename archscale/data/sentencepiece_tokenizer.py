@@ -13,7 +13,8 @@ MODEL_FILE = "tokenizer.model"
 SPACE = "\u2581"
 
 # Field numbers of sentencepiece_model.proto, and a value of one of them.
-_TRAINER, _NORMALIZER = 2, 3
+_PIECE, _TRAINER, _NORMALIZER = 1, 2, 3
+_PIECE_TYPE, _USER_DEFINED = 3, 4
 _MODEL_TYPE, _SPACE_AFTER_WORD, _BPE = 3, 24, 2
 _CHARACTER_MAP, _ADD_DUMMY_PREFIX, _REMOVE_EXTRA_SPACES = 2, 3, 4
 # Appended to a model, this sets normalizer_spec.add_dummy_prefix to false: of a field that stands
@@ -29,6 +30,10 @@ class SentencePieceTokenizer(Tokenizer):
         where: its name, for messages.
         eos: the piece that ends a document, if not the model's own.
         eos_id: its id, where a data set has recorded it.
+
+    Attributes:
+        has_space: whether a space is a piece. has_bytes: whether every byte is one.
+        prefixed: whether the model puts a space before every text.
 
     Raises:
         DataError: not a model, or no such piece.
@@ -47,12 +52,12 @@ class SentencePieceTokenizer(Tokenizer):
         # else a text's spaces become the bytes of the mark
         self.has_space = not model.is_unknown(model.piece_to_id(SPACE))
         self._pieces_bytes = [self._bytes(token) for token in range(self.vocab_size)]
-        self._has_bytes = any(model.is_byte(token) for token in range(self.vocab_size))
+        self.has_bytes = any(model.is_byte(token) for token in range(self.vocab_size))
         # Models trained elsewhere may put a space before every text; it is not part of the text.
-        self._prefixed = model.id_to_piece(model.encode("a")[0]).startswith(SPACE)
+        self.prefixed = model.id_to_piece(model.encode("a")[0]).startswith(SPACE)
         self._mark_ids = (
             [self._pieces_bytes.index(bytes([byte])) for byte in SPACE.encode()]
-            if self._has_bytes and not self._prefixed
+            if self.has_bytes and not self.prefixed
             else []
         )
 
@@ -86,9 +91,25 @@ class SentencePieceTokenizer(Tokenizer):
     @functools.cached_property
     def _continuing(self):
         """The same model without a space before the text."""
-        if not self._prefixed:
+        if not self.prefixed:
             return self._model
         return _load(self.content + _NO_DUMMY_PREFIX, "the tokenizer")
+
+    @property
+    def only_joins(self) -> bool:
+        """Whether the model does nothing but join what stands in its vocabulary: a BPE that changes
+        no text before."""
+        return self._joined is not None
+
+    @functools.cached_property
+    def user_defined(self) -> frozenset[int]:
+        """The ids of pieces that are cut out of a text before the others are joined."""
+        pieces = (value for number, value in _fields(self.content) if number == _PIECE)
+        return frozenset(
+            token
+            for token, piece in enumerate(pieces)
+            if isinstance(piece, bytes) and dict(_fields(piece)).get(_PIECE_TYPE) == _USER_DEFINED
+        )
 
     @functools.cached_property
     def _joined(self) -> frozenset[str] | None:
@@ -127,13 +148,13 @@ class SentencePieceTokenizer(Tokenizer):
     def _knows_either(self, pair: str) -> bool:
         """Whether one of two characters is a piece: neighbours that are not become one <unk>."""
         model = self._model
-        return self._has_bytes or not all(
+        return self.has_bytes or not all(
             model.is_unknown(model.piece_to_id(character.replace(" ", SPACE))) for character in pair
         )
 
     def decode(self, ids: list[int]) -> str:
         text = b"".join(self._pieces_bytes[i] for i in ids).decode("utf-8", errors="replace")
-        return text[1:] if self._prefixed and text.startswith(" ") else text
+        return text[1:] if self.prefixed and text.startswith(" ") else text
 
     def token_bytes(self) -> np.ndarray:
         return np.array([len(piece) for piece in self._pieces_bytes], np.int32)

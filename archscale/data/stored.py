@@ -2,7 +2,7 @@
 here, or behind a URL."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -16,8 +16,9 @@ from archscale.data.places import Place, Tokens, locate
 from archscale.data.prepared import PreparedSplit
 from archscale.data.remote import is_remote
 from archscale.data.shards import MANIFEST, Manifest, read_manifest
-from archscale.data.tokenizer import Tokenizer, load_tokenizer
+from archscale.data.tokenizer import Tokenizer, load_kept_tokenizer, load_tokenizer
 from archscale.errors import ConfigError, DataError, explain_os_error
+from archscale.files import CONFIG, TOKENIZER
 
 
 class StoredSplit(Protocol):
@@ -173,6 +174,39 @@ def run_tokenizer(data: DataConfig) -> Tokenizer:
         data.training_paths[0],
         "give it as data.tokenizer",
     )
+
+
+def trained_tokenizer(run_dir: Path, data: DataConfig, trained_on: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that a run has kept, or, where it was started before runs kept theirs, that of
+    its data.
+
+    Args:
+        trained_on: what a checkpoint says of the data (`training_data.identity`).
+
+    Raises:
+        DataError: it is gone, damaged or another one.
+    """
+    sources = trained_on.get("sources", {"": trained_on}).values()
+    # A data set made elsewhere may not say which tokenizer it was made with.
+    trained_with = next((source["tokenizer"] for source in sources if source["tokenizer"]), "")
+    kept = load_kept_tokenizer(run_dir / TOKENIZER)
+    try:
+        tokenizer = kept or run_tokenizer(data)
+    except DataError as error:
+        if data.tokenizer is not None or trained_with:
+            raise
+        remedy = f"give the tokenizer as data.tokenizer in {run_dir / CONFIG}"
+        raise DataError(error.what, error.where, remedy) from error
+    if trained_with and tokenizer.fingerprint != trained_with:
+        raise DataError(
+            f"tokenizer {tokenizer.fingerprint[:12]} is there, but the run was trained with"
+            f" {trained_with[:12]}",
+            str(run_dir / TOKENIZER) if kept else data.training_paths[0],
+            "copy the run's own back to there"
+            if kept
+            else f"name a data directory that has it in {run_dir / CONFIG}",
+        )
+    return tokenizer
 
 
 def load_named_tokenizer(name: str) -> Tokenizer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -11,11 +10,11 @@ from archscale.checkpoint.directory import read_state
 from archscale.checkpoint.place import checkpoints_of
 from archscale.checkpoint.saving import load_checkpoint
 from archscale.config import Config, load_config
-from archscale.data.stored import run_tokenizer
-from archscale.data.tokenizer import Tokenizer, load_kept_tokenizer
+from archscale.data.stored import trained_tokenizer
+from archscale.data.tokenizer import Tokenizer
 from archscale.distributed import fragment
-from archscale.errors import CheckpointError, ConfigError, DataError
-from archscale.files import CONFIG, TOKENIZER, checkpoint_steps, step_directory
+from archscale.errors import CheckpointError, ConfigError
+from archscale.files import CONFIG, checkpoint_steps, step_directory
 from archscale.model import Transformer
 from archscale.plan.transfer import transfer_of
 from archscale.train.build import build_model
@@ -38,37 +37,11 @@ def load_run(run_dir: Path) -> tuple[Config, Transformer, Tokenizer]:
         )
     config = load_config(run_dir / CONFIG)
     checkpoint = step_directory(checkpoints, steps[-1])
-    tokenizer = tokenizer_of(run_dir, config, read_state(checkpoint)["data"])
+    tokenizer = trained_tokenizer(run_dir, config.data, read_state(checkpoint)["data"])
     model = build_model(config, tokenizer.eos_id, transfer_of(config))
     weights = {name: fragment(parameter) for name, parameter in model.named_parameters()}
     load_checkpoint(checkpoint, weights)
     return config, model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer
-
-
-def tokenizer_of(run_dir: Path, config: Config, data: dict[str, Any]) -> Tokenizer:
-    """The tokenizer that a run has kept, or, where it was started before runs kept theirs, that of
-    its data; `data` is what the checkpoint says of them."""
-    sources = data.get("sources", {"": data}).values()
-    # A data set made elsewhere may not say which tokenizer it was made with.
-    trained_with = next((source["tokenizer"] for source in sources if source["tokenizer"]), "")
-    kept = load_kept_tokenizer(run_dir / TOKENIZER)
-    try:
-        tokenizer = kept or run_tokenizer(config.data)
-    except DataError as error:
-        if config.data.tokenizer is not None or trained_with:
-            raise
-        remedy = f"give the tokenizer as data.tokenizer in {run_dir / CONFIG}"
-        raise DataError(error.what, error.where, remedy) from error
-    if trained_with and tokenizer.fingerprint != trained_with:
-        raise DataError(
-            f"tokenizer {tokenizer.fingerprint[:12]} is there, but the run was trained with"
-            f" {trained_with[:12]}",
-            str(run_dir / TOKENIZER) if kept else config.data.training_paths[0],
-            "copy the run's own back to there"
-            if kept
-            else f"name a data directory that has it in {run_dir / CONFIG}",
-        )
-    return tokenizer
 
 
 @torch.no_grad()

@@ -9,8 +9,9 @@ import pytest
 
 from archscale.checkpoint.history import other_trajectory
 from archscale.data.preparing.prepare import prepare
+from archscale.data.stored import trained_tokenizer
 from archscale.errors import ConfigError, DataError
-from archscale.train.generate import generate, tokenizer_of
+from archscale.train.generate import generate
 from tests.data.foreign_files import write_llmc
 from tests.train.tiny import config, run, tiny_data
 
@@ -72,9 +73,9 @@ def test_a_run_on_files_of_an_unknown_tokenizer_needs_one(folder: Path) -> None:
     write_llmc(folder / "a.bin", np.arange(100))
     made = config(str(folder / "a.bin"))
     with pytest.raises(DataError, match=r"do not say which .*as data\.tokenizer in .*config\.yaml"):
-        tokenizer_of(folder / "run", made, {"tokenizer": ""})
+        trained_tokenizer(folder / "run", made.data, {"tokenizer": ""})
     given = config(str(folder / "a.bin"), data={"tokenizer": str(folder / "tokens")})
-    assert tokenizer_of(folder / "run", given, {"tokenizer": ""}).vocab_size == 300
+    assert trained_tokenizer(folder / "run", given.data, {"tokenizer": ""}).vocab_size == 300
     for key in ("data_set.tokenizer", "data_set.sources.a.tokenizer"):
         assert list(other_trajectory({key: ""}, {key: "x"})) == []
         assert list(other_trajectory({key: "y"}, {key: "x"})) == [key]

@@ -1,0 +1,290 @@
+"""A checkpoint as a directory that transformers reads."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from archscale.checkpoint.directory import newest_valid, read_state, recorded_files, wrong_files
+from archscale.checkpoint.history import saved_config
+from archscale.checkpoint.place import STATE, Place, checkpoints_of
+from archscale.checkpoint.reading import StoredWeights
+from archscale.config import Config, load_config
+from archscale.data.stored import trained_tokenizer
+from archscale.data.tokenizer import Tokenizer
+from archscale.errors import CheckpointError, ConfigError, explain_os_error
+from archscale.export.architecture import Architecture, choose, config_json
+from archscale.export.card import CardFacts, model_card
+from archscale.export.fast_tokenizer import TokenizerFiles, tokenizer_files
+from archscale.export.safetensors_files import (
+    check_weights,
+    import_safetensors,
+    size_in_bytes,
+    write_weights,
+)
+from archscale.export.weights import factors, sources
+from archscale.files import CHECKPOINTS, CONFIG, TOKENIZER, checkpoint_steps, sync, sync_names
+from archscale.plan.transfer import transfer_of
+
+CODE = ("configuration_archscale.py", "modeling_archscale.py")
+LAST = "config.json"  # without it a directory is no model to anyone
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}  # precision of training → dtype of weights
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is exported.
+
+    Attributes:
+        config: that the checkpoint was written with.
+    """
+
+    run_dir: Path
+    checkpoint: Place
+    step: int
+    config: Config
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export has written.
+
+    Attributes:
+        directory: absolute.
+        dtype: of the weights, as torch names it.
+        files: of weights.
+        warning: what goes out in place of a fast tokenizer, and why; "": there is one.
+    """
+
+    directory: Path
+    step: int
+    architecture: Architecture
+    dtype: str
+    files: int
+    warning: str
+
+
+def export(target: Path, out: Path, *, dtype: str | None = None, shard_size: str) -> Exported:
+    """Write a run's newest checkpoint, or the checkpoint named, to the directory `out`: all of it
+    or nothing.
+
+    Args:
+        target: run directory, or a checkpoint `step_…` in one.
+        out: a directory that does not exist or is empty.
+        dtype: of the weights, as torch names it; None: that of the products in training. What is
+            rounded to bfloat16 then is what training rounded wherever it used a weight.
+        shard_size: of a file of weights, such as 5GB.
+
+    Raises:
+        CheckpointError: not a run or checkpoint; damaged, of another config, or diverged.
+        ConfigError: a package is missing, `out` is in use, or the size is none.
+        DataError: the run's tokenizer is gone, damaged or another one.
+    """
+    shard_bytes = size_in_bytes(shard_size)
+    import_safetensors()
+    out = _free_directory(out)
+    chosen = find_target(target)
+    config, where = chosen.config, chosen.checkpoint
+    transfer = transfer_of(config)
+    architecture = choose(config.model)
+    by = factors(config.model, transfer.logit_scale, transfer.router_logit_scale)
+    parts = list(sources(config.model, architecture.model_type, by))
+    stored = StoredWeights(where)
+    check_weights(stored, parts, where)
+    tokenizer = tokenizer_files(
+        chosen.tokenizer,
+        config.model.context,
+        not config.data.document_mask,
+        str(chosen.run_dir / TOKENIZER),
+    )
+    dtype = dtype or DTYPES[config.training.precision]
+    facts = CardFacts(chosen.run_dir, chosen.step, dtype, by.sentences(), tokenizer)
+    texts: dict[str, bytes] = dict(tokenizer.files)
+    content = config_json(config.model, architecture, dtype, tokenizer.bos_id, tokenizer.eos_id)
+    texts["config.json"] = _json(content)
+    texts["generation_config.json"] = _json(_generation(config, chosen.tokenizer, tokenizer))
+    texts["README.md"] = model_card(config, architecture, transfer, facts).encode()
+    if not architecture.stock:
+        texts |= {name: (Path(__file__).parent / name).read_bytes() for name in CODE}
+    with _appearing(out) as partial:
+        files = write_weights(stored, parts, getattr(torch, dtype), shard_bytes, partial, where)
+        for name, text in texts.items():
+            (partial / name).write_bytes(text)
+    return Exported(out, chosen.step, architecture, dtype, files, tokenizer.warning)
+
+
+def find_target(target: Path) -> Target:
+    """The checkpoint that a path names, with its config and its run's tokenizer.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or its run had diverged.
+        DataError: the run's tokenizer is gone, damaged or another one.
+    """
+    named = (target / "state.json").is_file()
+    run_dir = _run_of(target) if named else target
+    checkpoint: Place | None = target if named else None
+    if not named:
+        checkpoint = newest_valid(checkpoints_of(run_dir), _warn)
+    if checkpoint is None or not (run_dir / CONFIG).is_file():
+        raise CheckpointError(
+            "no run with a whole checkpoint",
+            str(target),
+            "name a run directory that train has filled, such as runs/<name>, or a checkpoint in"
+            f" it, such as runs/<name>/{CHECKPOINTS}/step_00001000",
+        )
+    state = _verified_state(checkpoint)
+    _refuse_diverged(state, checkpoint)
+    # What the weights belong to is what the checkpoint says: the run directory's config may have
+    # been edited since. Where the data lie now is what the run directory says.
+    config = saved_config(checkpoint, state)
+    places = load_config(run_dir / CONFIG).data
+    tokenizer = trained_tokenizer(run_dir, places, state["data"])
+    return Target(run_dir, checkpoint, state["step"], config, tokenizer)
+
+
+def _verified_state(checkpoint: Place) -> dict[str, Any]:
+    """What a checkpoint says of itself, after every byte of it has been compared with its checksum
+    (where it was written with them); CheckpointError where one differs."""
+    state = read_state(checkpoint)
+    missing = [
+        f"{STATE} has no {key}"
+        for key, kind in (("step", int), ("config", dict), ("data", dict))
+        if not isinstance(state.get(key), kind)
+    ]
+    if problems := missing or wrong_files(checkpoint, recorded_files(state)):
+        raise CheckpointError(
+            f"the checkpoint is damaged: {problems[0]}", str(checkpoint), "name another one"
+        )
+    return state
+
+
+def _run_of(checkpoint: Path) -> Path:
+    """The run directory that a checkpoint lies in, by its name or, where that has none, by where
+    links lead: the folder of checkpoints may be a link, and so may one checkpoint."""
+    run_dir = checkpoint.absolute().parent.parent
+    return run_dir if (run_dir / CONFIG).is_file() else checkpoint.resolve().parent.parent
+
+
+def _warn(text: str) -> None:
+    print(f"archscale: warning: {text}", file=sys.stderr)
+
+
+def _refuse_diverged(state: dict[str, Any], checkpoint: Place) -> None:
+    since = state.get("not_finite_since")
+    if since is None:
+        return
+    # The loss of a step is that of the weights of the step before.
+    before = [step for step in checkpoint_steps(checkpoint.parent) if step < since - 1]
+    remedy = f"name the checkpoint of step {before[-1]}" if before else "name a run that has not"
+    raise CheckpointError(
+        f"the run had diverged: its loss was not finite since step {since}",
+        str(checkpoint),
+        remedy,
+    )
+
+
+def _generation(config: Config, tokenizer: Tokenizer, files: TokenizerFiles) -> dict[str, Any]:
+    """The content of `generation_config.json`."""
+    content: dict[str, Any] = {"eos_token_id": files.eos_id, "pad_token_id": files.pad_id}
+    # An empty text is continued from the end of a document also where attention stays within one.
+    content["bos_token_id"] = tokenizer.eos_id
+    assert config.model.vocab_size is not None
+    if config.model.vocab_size > tokenizer.vocab_size:  # ids that stand for no text
+        content["suppress_tokens"] = list(range(tokenizer.vocab_size, config.model.vocab_size))
+    return content
+
+
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, indent=2) + "\n").encode()
+
+
+def _free_directory(out: Path) -> Path:
+    """Where links lead from `out`, absolute; ConfigError where something stands there."""
+    try:
+        real = Path(os.path.realpath(out))
+        in_use = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise _unwritable(error, out) from error
+    if in_use:
+        raise ConfigError(
+            "something stands there already", str(out), "give --out a new or an empty directory"
+        )
+    return real
+
+
+@contextlib.contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A directory to fill, whose files are those of `out` at the end; gone after an error.
+
+    A directory that is there stays the same one: it may be a mount point, the directory that the
+    user's shell is in, or one in a place where nothing can be renamed.
+    """
+    there = out.is_dir()
+    partial = (out if there else out.parent) / f".{out.name}.{uuid.uuid4().hex[:12]}.partial"
+    moved: list[Path] = []
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.iterdir():
+            sync(path)
+        sync_names(partial)
+        if there:
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == LAST):
+                moved.append(out / path.name)
+                os.replace(path, out / path.name)
+            sync_names(out)
+        else:
+            os.replace(partial, out)
+    except BaseException as error:
+        for path in moved:
+            path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _unwritable(error, out) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _unwritable(error: OSError, out: Path) -> ConfigError:
+    cause, remedy = explain_os_error(error, "give --out another directory")
+    return ConfigError(f"cannot write the export: {cause}", str(out), remedy)
+
+
+def push(directory: Path, repo_id: str) -> str:
+    """Upload an export to the Hugging Face hub, into a private repository if there is none of that
+    name yet; returns its address.
+
+    Raises:
+        ConfigError: huggingface_hub is missing, or refuses.
+    """
+    try:
+        from huggingface_hub import HfApi
+    except ImportError as error:
+        raise ConfigError(
+            "the package 'huggingface_hub' is not installed",
+            "--push",
+            "pip install archscale[export]",
+        ) from error
+    api = HfApi()
+    try:
+        address = api.create_repo(repo_id, private=True, exist_ok=True)
+        api.upload_folder(repo_id=repo_id, folder_path=directory)
+    except Exception as error:  # of the network, of the hub, of the name: all the same to the user
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ConfigError(
+            f"the export is in {directory}, but the hub did not take it: {first}",
+            f"--push {repo_id}",
+            "log in with `hf auth login`, check the name, and upload the directory",
+        ) from error
+    return str(address)
