@@ -19,6 +19,7 @@ import errno
 import io
 import os
 import signal
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ FAILURES = {
     "EIO": errno.EIO,  # the device is broken
     "ESTALE": errno.ESTALE,  # the server has forgotten the file
 }
+
+FILES = (stat.S_IFREG, stat.S_IFDIR)  # what storage holds
 
 
 @dataclass(frozen=True)
@@ -182,6 +185,8 @@ class Storage:
     def _covered(self, path: Any, base: int | None = None) -> Path | None:
         """The path, absolute, where it lies under the folder; of an open file, by its
         descriptor."""
+        if isinstance(path, int) and stat.S_IFMT(os.fstat(path).st_mode) not in FILES:
+            return None  # a pipe or a terminal
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}")
         text = os.fsdecode(path)

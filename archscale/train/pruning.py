@@ -100,7 +100,7 @@ def _delete(path: Place) -> None:
         discard(path)
     except OSError as error:
         cause, remedy = explain_os_error(error, "delete it yourself")
-        raise CheckpointError(f"cannot delete a checkpoint: {cause}", str(path), remedy) from error
+        raise CheckpointError(f"cannot prune: {cause}", str(path), remedy) from error
     if path.exists() or (
         not isinstance(path, StorePath) and path.with_name(f".{path.name}.deleted").exists()
     ):

@@ -192,7 +192,7 @@ def test_files_and_tables(full):
         assert float(row["leverage"]) == pytest.approx(1.06**20, rel=0.15)
     runs = rows(full / "report" / "runs.csv")
     assert len(runs) == 60
-    assert sum(row["status"] == "finished" for row in runs) == 59
+    assert sum(row["status"] in ("finished", "diverged") for row in runs) == 59
 
 
 def test_the_same_runs_give_the_same_bytes(full, tmp_path):

@@ -113,7 +113,7 @@ def test_killed_five_times(data, tmp_path, asynchronous):
     assert untouched.status == 0, untouched
     changes = log.read_text().count("[") - 1
     instants = iter(
-        [rng.randrange(50, changes) for _ in range(3)]
+        [rng.randrange(10, changes // 3) for _ in range(3)]
         + [rng.uniform(0.1, 0.9) * untouched.seconds for _ in range(2)]
     )
     run_dir, died = tmp_path / "r", 0
