@@ -38,7 +38,7 @@ class Piece:
         return part if self.factor == 1 else part * self.factor
 
     def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the piece, where our weight has the shape `stored`."""
+        """The shape of the piece, where our weight has the shape `stored`."""
         shape = stored if self.expert is None else stored[1:]
         return shape if self.rows is None else (self.rows[1] - self.rows[0], *shape[1:])
 
@@ -82,7 +82,7 @@ class Factors:
 
 
 def factors(model: ModelConfig, logit_scale: float, router_logit_scale: float) -> Factors:
-    """Of a model under a parameterization (`plan.transfer`)."""
+    """What a model under a parameterization (`plan.transfer`) multiplies."""
     moe = model.moe
     halved = moe is not None and moe.shared_expert and moe.sqrt_gate
     return Factors(

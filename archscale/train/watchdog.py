@@ -107,9 +107,9 @@ class Watchdog:
 
 
 def _stacks() -> str:
-    """Of all threads, innermost call last. Without their source, which may lie on storage that
-    hangs; faulthandler would write to a file, and hold the interpreter's lock until it is
-    written."""
+    """The stacks of all threads, innermost call last. Without their source, which may lie on
+    storage that hangs; faulthandler would write to a file, and hold the interpreter's lock until
+    it is written."""
     frames, names = sys._current_frames(), {t.ident: t.name for t in threading.enumerate()}
     text = ""
     for thread, frame in frames.items():

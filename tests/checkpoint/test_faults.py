@@ -184,8 +184,8 @@ def flip(path: Path) -> None:
 
 
 def assert_passes_over(data: str, folder: Path, capfd, harm) -> None:
-    """Of five checkpoints, the four newest each with another kind of file harmed, the oldest is
-    used."""
+    """There are five checkpoints, the four newest each with another kind of file harmed: the
+    oldest is used."""
     run_dir = folder / "r"
     config5 = config(data, steps=5, checkpoint={"every": 1, "keep": 9}, telemetry={"every": 1})
     run(config5, str(run_dir))
