@@ -12,10 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from archscale import terminal
-from archscale.errors import ArchscaleError, ConfigError, explain_os_error
-
-INTERRUPTED = 130  # exit status, as shells say of SIGINT
-RETRY = 75  # that of archscale.train.stopping
+from archscale.errors import INTERRUPTED, RETRY, ArchscaleError, ConfigError, explain_os_error
 
 app = typer.Typer(
     help="Pre-train language models and find their scaling laws.",

@@ -7,6 +7,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+# Exit statuses of a command that a signal has ended.
+RETRY = 75  # the same command goes on: EX_TEMPFAIL of sysexits.h
+INTERRUPTED = 130  # by Ctrl-C, as shells say of SIGINT
+
 
 class ArchscaleError(Exception):
     """One line: what went wrong, where, and the remedy.

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from archscale.checkpoint.place import Place, StorePath
+from archscale.errors import INTERRUPTED, RETRY
 from archscale.files import checkpoint_steps
 
-RETRY = 75  # exit status of a run that the same command continues: EX_TEMPFAIL of sysexits.h
-STATUS = {signal.SIGTERM: RETRY, signal.SIGUSR1: RETRY, signal.SIGINT: 130}
+STATUS = {signal.SIGTERM: RETRY, signal.SIGUSR1: RETRY, signal.SIGINT: INTERRUPTED}
 GRACE = "ARCHSCALE_GRACE"  # environment variable: seconds from a signal to the end of a step
 STATUS_FILE = "ARCHSCALE_STATUS_FILE"  # environment variable: file that gets the exit status
 USUAL_GRACE = 25.0  # schedulers kill 30 s after SIGTERM

@@ -129,7 +129,7 @@ def _record(run_dir: Path, rank: str) -> Path:
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """Of its values, bit for bit."""
+    """What its values are, bit for bit."""
     # A copy, because FSDP cannot free the memory of what NumPy has looked at.
     values = tensor.detach().clone().contiguous().view(-1).view(torch.uint8)
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()
@@ -142,7 +142,7 @@ def _free_port() -> str:
 
 
 def lines(run_dir: Path) -> list[dict]:
-    """Of metrics.jsonl, without what depends on the clock."""
+    """Those of metrics.jsonl, without what depends on the clock."""
     rows = [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()]
     timed = ("time", "tokens_per_second", "step_seconds", "mfu", "straggler/", "checkpoint/")
     return [{key: row[key] for key in row if not key.startswith(timed)} for row in rows]

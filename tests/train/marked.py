@@ -1,4 +1,4 @@
-"""`archscale` that leaves word of what it is doing, for tests that kill it: `start(…, module=
+"""`archscale` that writes down which phase it is in, for tests that kill it: `start(…, module=
 "tests.train.marked")` with the name of a file in `MARK`."""
 
 from __future__ import annotations

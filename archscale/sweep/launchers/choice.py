@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from archscale.errors import ConfigError, TrainingError
+from archscale.errors import RETRY, ConfigError, TrainingError
 from archscale.plan.devices import Device, find_device, this_device
 from archscale.sweep.grid import Grid
 from archscale.sweep.launchers.config import needs_section
@@ -31,7 +31,6 @@ from archscale.sweep.launchers.local import (
     why,
 )
 from archscale.sweep.launchers.slurm import SlurmLauncher
-from archscale.train.stopping import RETRY
 
 if TYPE_CHECKING:
     from archscale.sweep.planning import SweepRun

@@ -15,10 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from archscale.config.layers import write_yaml
-from archscale.errors import ConfigError
+from archscale.errors import RETRY, ConfigError
 from archscale.files import write_atomically
 from archscale.sweep.launchers.config import KubernetesConfig, SkyPilotConfig
-from archscale.train.stopping import RETRY
 
 LONGEST_NAME = (
     50  # characters of a Kubernetes Job, whose pods add their index and more to at most 63
