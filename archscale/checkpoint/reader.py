@@ -142,8 +142,11 @@ def find_record(file: BinaryIO, start: int, length: int) -> Record:
     Raises:
         ValueError: it is something else.
     """
-    with zipfile.ZipFile(_Slice(file, start, length)) as archive:
-        infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    try:
+        with zipfile.ZipFile(_Slice(file, start, length)) as archive:
+            infos = {info.filename.partition("/")[2]: info for info in archive.infolist()}
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"no tensor at byte {start}: {error}") from error
     # Not through the archive: the checksums in it, which nobody else reads, are not written.
     content = memoryview(bytearray(infos["data.pkl"].file_size))
     read_into(file, _begin(file, start, infos["data.pkl"]), content)

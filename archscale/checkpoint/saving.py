@@ -41,7 +41,6 @@ from archscale.checkpoint.directory import (
 )
 from archscale.checkpoint.fragments import Stored
 from archscale.checkpoint.place import BrokenUpload, Place, StoreError, StorePath
-from archscale.checkpoint.reader import DirectReader
 from archscale.checkpoint.reasons import first_failure, reason, why_not_written
 from archscale.checkpoint.snapshot import Snapshot
 from archscale.checkpoint.writer import SummedWriter, reader_of, write_summed
@@ -328,8 +327,7 @@ def load_checkpoint(
         ):
             raise ValueError(f"it holds {extra[0]}, which this run has not")
         _accept_a_single_process()
-        fast = None if isinstance(path, StorePath) else DirectReader(path)
-        dcp.load(content, storage_reader=fast or reader)
+        dcp.load(content, storage_reader=reader)
         if optimizer is not None and state["world_size"] == world_size():
             content_rng = (path / f"rng_{rank()}.bin").read_bytes()
             torch.set_rng_state(torch.frombuffer(bytearray(content_rng), dtype=torch.uint8))

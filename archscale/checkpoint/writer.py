@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 
 from archscale.checkpoint.directory import CHUNK, Recorded, hexadecimal
 from archscale.checkpoint.place import Place, StoreError, StorePath, place_of
+from archscale.checkpoint.reader import DirectReader
 
 AHEAD = 64 << 20  # bytes that are written before they are forced onto the disk
 _torch_checksums = threading.Lock()  # whoever holds it may change torch's setting
@@ -239,8 +240,8 @@ class _StoreReader(FileSystemReader):
 
 
 def reader_of(path: Place) -> FileSystemReader:
-    """torch's reader of a checkpoint."""
-    return _StoreReader(path) if isinstance(path, StorePath) else FileSystemReader(path)
+    """What DCP reads a checkpoint with."""
+    return _StoreReader(path) if isinstance(path, StorePath) else DirectReader(path)
 
 
 class SummedWriter(FileSystemWriter):
