@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 
 from archscale.checkpoint.directory import read_state, recorded_files, state_text
 from archscale.checkpoint.reading import StoredWeights
+from archscale.checkpoint.target import find_target
 from archscale.cli import app
 from archscale.errors import ArchscaleError, CheckpointError, ConfigError
 from archscale.export import export as command
 from archscale.export.architecture import choose
-from archscale.export.export import CODE, export, find_target, push
+from archscale.export.export import CODE, export, push
 from archscale.export.safetensors_files import size_in_bytes
 from archscale.files import CHECKPOINTS
 from archscale.train.generate import load_run

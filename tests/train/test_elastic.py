@@ -97,6 +97,8 @@ def test_whether_torchrun_takes_any_nodes(options, variable, any_number):
     command = ["sh", "-c", "read line", "torchrun", *options]
     env = {"PATH": os.defpath} | ({"PET_NNODES": variable} if variable else {})
     with subprocess.Popen(command, stdin=subprocess.PIPE, env=env) as agent:
+        while not Path(f"/proc/{agent.pid}/cmdline").read_bytes():  # for a moment after its exec
+            time.sleep(0.001)
         assert stopping.takes_any_nodes(agent.pid) == any_number
 
 
