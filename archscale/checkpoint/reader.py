@@ -191,7 +191,6 @@ class _SummedStream(_Stream):
         self._summing = ThreadPoolExecutor(1)
         self._last: concurrent.futures.Future[None] | None = None
         self._at = self._crc = 0
-        self._gap = bytearray()
 
     def __exit__(self, *_: object) -> None:
         self._summing.shutdown()
@@ -215,10 +214,8 @@ class _SummedStream(_Stream):
     def _skip(self, end: int) -> None:
         """Read to that byte and keep nothing."""
         while self._at < end:
-            self.settle()
-            if not self._gap:
-                self._gap = bytearray(BLOCK)
-            self._read_on(memoryview(self._gap)[: min(BLOCK, end - self._at)])
+            # New memory each time: what was read before may not be summed up yet.
+            self._read_on(memoryview(bytearray(min(BLOCK, end - self._at))))
 
     def _read_on(self, content: memoryview) -> None:
         for begin in range(0, len(content), BLOCK):
