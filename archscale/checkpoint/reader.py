@@ -11,6 +11,7 @@ from __future__ import annotations
 import concurrent.futures
 import io
 import math
+import os
 import pickle
 import struct
 import zipfile
@@ -29,7 +30,7 @@ from torch.futures import Future
 
 from archscale.checkpoint.directory import Recorded, hexadecimal, wrong_checksum
 
-BLOCK = 1 << 20  # bytes that are read at a time, while those before are summed up
+BLOCK = 2 << 20  # bytes that are read at a time, while those before are summed up
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip record: where the lengths of its names stand
 
 # The classes by which a pickle names the dtype of a storage.
@@ -241,12 +242,11 @@ def read_into(file: BinaryIO, start: int, content: memoryview) -> None:
     Raises:
         EOFError: the file ends before.
     """
-    file.seek(start)
     while len(content):
-        count = file.readinto(content)  # type: ignore[attr-defined]
+        count = os.preadv(file.fileno(), [content], start)
         if not count:
             raise EOFError(f"{getattr(file, 'name', 'the file')} ends too early")
-        content = content[count:]
+        content, start = content[count:], start + count
 
 
 def find_record(file: BinaryIO, start: int, length: int) -> Record:
