@@ -180,13 +180,26 @@ def _flops(run: RunRecord, tokens: float | None) -> Iterator[Comparison]:
 
 def _sizes(run: RunRecord) -> Iterator[Comparison]:
     if memory := run.planned("memory", "peak"):
-        note = "peak; the run does not record its own"
-        yield Comparison("memory a device", size(memory), "n/a", note)
+        yield _memory(run, memory)
     if planned := run.planned("checkpoint", "bytes"):
         step, written = run.checkpoint or (None, None)
         measured = "n/a" if written is None else size(written)
         note = "" if step is None else f"of step {step:,}"
         yield Comparison("a checkpoint", size(planned), measured, note)
+
+
+def _memory(run: RunRecord, planned: float) -> Comparison:
+    """The most that any rank has held; on a CPU with all else that the process holds."""
+    series, name = run.series.get("peak_memory_bytes"), "memory a device"
+    if series is None or series.last is None:
+        return Comparison(name, size(planned), "n/a", "peak; the run has not recorded its own")
+    measured = float(np.nanmax(series.values))
+    if "cpu" in str(lookup(run.environment, "device") or ""):
+        note = "peak; measured with the libraries that the process has loaded"
+        return Comparison(name, size(planned), size(measured), note)
+    return Comparison(
+        name, size(planned), size(measured), f"peak; {measured / planned:.3g} × planned"
+    )
 
 
 def _target(run: RunRecord) -> float | None:

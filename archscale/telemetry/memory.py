@@ -1,0 +1,18 @@
+"""The most memory that a process has held."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes; getrusage(2)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes since the process began: on a GPU what tensors took of it, on a CPU all that the
+    process has had in memory. Waits for nothing."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
