@@ -87,7 +87,26 @@ def _progress(run: RunRecord) -> Iterator[Tile]:
     notes = [f"of {target:,.0f}"] if target else []
     if run.flops_per_token:
         notes.append(f"{compact(tokens * run.flops_per_token)} training FLOPs")
-    yield Tile("tokens", number(tokens), "; ".join(notes))
+    yield Tile("tokens", number(tokens), "; ".join([*notes, *_repetition(run, tokens)]))
+
+
+def _repetition(run: RunRecord, tokens: float) -> Iterator[str]:
+    """How many of the tokens that are trained on come on a parameter, and how often a source has
+    been read so far, the most repeated one of a mixture."""
+    planned, real = _target(run), run.planned("data", "real_tokens")
+    if parameters := run.planned("model", "parameters", "total"):
+        share = real / planned if real and planned else 1.0  # the rest is padding
+        yield f"{number(share * tokens / parameters)} a parameter"
+    sources = lookup(run.plan, "data", "sources")
+    passes = [
+        (source["passes"], source.get("name"))
+        for source in (sources if isinstance(sources, list) else [])
+        if isinstance(source, dict) and is_number(source.get("passes"))
+    ]
+    if passes and planned:
+        most, name = max(passes, key=lambda each: float(each[0]))
+        what = f"source {name}" if name else "the data"
+        yield f"{what} read {number(most * tokens / planned)} times"
 
 
 def _losses(run: RunRecord) -> Iterator[Tile]:

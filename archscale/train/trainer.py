@@ -53,10 +53,10 @@ from archscale.files import (
 )
 from archscale.optim.roles import assign_roles
 from archscale.plan.devices import this_device
-from archscale.plan.passes import data_figures, much_padding, source_tokens
+from archscale.plan.passes import data_figures, many_passes, much_padding, source_tokens
 from archscale.plan.plan import Plan, make_plan
 from archscale.plan.preflight import refuse
-from archscale.plan.text import counting_pass_share, mixture_rows, packing_text
+from archscale.plan.text import counting_pass_share, mixture_rows, packing_text, reading_text
 from archscale.telemetry.guard import Guard, not_finite_since
 from archscale.telemetry.profiling import ProfiledSteps, Profiler
 from archscale.telemetry.sinks import last_line, read_lines
@@ -570,6 +570,7 @@ class Run:
             f" tokens on {layout}, run directory {self.run_dir}",
             flush=True,
         )
+        print(reading_text(self.plan.figures["data"], count))
         self._describe_data()
         if share := counting_pass_share(self.plan.figures["flops"]):
             print(
@@ -583,7 +584,7 @@ class Run:
             print(f"{name}: {row}")
         if not self.data.mixed and (packed := packing_text(figures["sources"][0])):
             print(f"documents are {packed}")
-        if advice := much_padding(figures):
+        for advice in filter(None, (many_passes(self.config, figures), much_padding(figures))):
             print(f"archscale: warning: {advice}", file=sys.stderr)
         evaluated = {held.name for held in self.evaluation.sets}
         without = [source.name for source in self.data.sources if source.name not in evaluated]
