@@ -50,14 +50,12 @@ class Average:
     """What `average_checkpoints` has written.
 
     Attributes:
-        directory: the run directory, absolute.
-        checkpoint: in it.
+        checkpoint: in the run directory that was written.
         sources: path of every checkpoint that was averaged.
         on_sphere: the rule that keeps the matrices on a sphere; None: there is none.
         shrinkage: by weight matrix ‖mean‖ over the mean of the norms, at most 1 but for rounding.
     """
 
-    directory: Path
     checkpoint: Path
     sources: list[str]
     on_sphere: str | None
@@ -119,7 +117,6 @@ def average_checkpoints(
     _refuse_other_shapes(stored, targets)
     rule = newest.config.optimizer.matrix.rule
     written = Average(
-        out,
         step_directory(out / CHECKPOINTS, newest.step),
         [str(target.checkpoint) for target in targets],
         rule if get_rule(rule).sphere else None,
