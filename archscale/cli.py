@@ -139,6 +139,13 @@ def train(
         list[Part] | None,
         typer.Option(help="With --resume PATH: what starts anew there. Repeatable."),
     ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Write a Chrome trace of three steps after the first ten."),
+    ] = False,
+    profile_steps: Annotated[
+        str | None, typer.Option(metavar="FIRST:LAST", help="Of these steps in place of those.")
+    ] = None,
 ) -> None:
     """Train one model; resumes by itself from the newest checkpoint of its run directory.
 
@@ -149,16 +156,23 @@ def train(
     with listening():  # also while the rest is imported, and during the report
         parts = tuple(dict.fromkeys(part.value for part in reset or []))
         wishes = {"extend": extend, "reset": parts, "decay_from": decay_from}
-        _train(config, set or [], run_dir, resume, wishes)
+        asked = profile if profile_steps is None else profile_steps
+        _train(config, set or [], run_dir, resume, wishes, asked)
 
 
 def _train(
-    config: Path, overrides: list[str], run_dir: Path | None, resume: str, wishes: dict[str, Any]
+    config: Path,
+    overrides: list[str],
+    run_dir: Path | None,
+    resume: str,
+    wishes: dict[str, Any],
+    profile: str | bool,
 ) -> None:
     from archscale.config import load_config
 
     resolved = load_config(config, overrides)
     from archscale.checkpoint.place import place_of
+    from archscale.telemetry.profiling import ProfiledSteps
     from archscale.train.continuing import Wishes
     from archscale.train.trainer import train as run
 
@@ -170,7 +184,10 @@ def _train(
     if wishes["decay_from"] is not None:
         wishes["decay_from"] = place_of(wishes["decay_from"])
     wanted = Wishes(**wishes, tokens_given=given)
-    summary = run(resolved, run_dir or Path("runs") / resolved.name, resume, wanted)
+    profiled = ProfiledSteps.parse(profile) if isinstance(profile, str) else None
+    if profile is True:
+        profiled = ProfiledSteps()
+    summary = run(resolved, run_dir or Path("runs") / resolved.name, resume, wanted, profiled)
     if summary["rank"] == 0:
         if not summary["already_done"]:
             from archscale.sweep.pages import report_if_possible
@@ -178,7 +195,7 @@ def _train(
             report_if_possible(Path(summary["run_dir"]))
         losses = "".join(
             f", {key} not finite" if summary[key] is None else f", {key} {summary[key]:.4f}"
-            for key in ("loss", "val_loss", "val_bits_per_byte")
+            for key in ("loss", "val_loss", "val_loss_ema", "val_bits_per_byte")
             if key in summary
         )
         done = (
@@ -473,6 +490,9 @@ def export(
         str | None,
         typer.Option(metavar="REPO_ID", help="Upload it to the Hugging Face hub as well."),
     ] = None,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="The running average of the weights (training.ema).")
+    ] = False,
 ) -> None:
     """Write a checkpoint as a directory that transformers reads.
 
@@ -481,7 +501,7 @@ def export(
     from archscale.export.export import export as run
     from archscale.export.export import push as upload
 
-    written = run(target, out, dtype=dtype and dtype.value, shard_size=shard_size)
+    written = run(target, out, dtype=dtype and dtype.value, shard_size=shard_size, ema=ema)
     files = "1 file" if written.files == 1 else f"{written.files} files"
     what = f"step {written.step:,} as {written.architecture.sentence}"
     print(f"{out}: {what}; {written.dtype}, {files}")
@@ -984,6 +1004,37 @@ def diff_checkpoints(
     print(encoder.dumps(difference.as_dict(), indent=1) if json else difference.render())
     if not difference.same:
         raise typer.Exit(1)
+
+
+@checkpoint_app.command("average")
+def average_checkpoints(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Checkpoints; or run directories, for the newest."),
+    ],
+    out: Annotated[Path, typer.Option(help="Run directory to write; new or empty.")],
+    last: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="The newest N of one run directory.")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Those of these steps of one.")
+    ] = None,
+    ema: Annotated[
+        bool,
+        typer.Option("--ema", help="The running averages of training.ema; also of one alone."),
+    ] = False,
+) -> None:
+    """The mean of several checkpoints' weights, as a run directory that export, eval and generate
+    take. Checkpoints of one model, and of one run or of several.
+
+    Example: archscale checkpoint average runs/quickstart --last 3 --out runs/averaged
+    """
+    from archscale.train.averaging import average_checkpoints as run
+    from archscale.train.averaging import parse_steps
+
+    chosen = None if steps is None else parse_steps(steps)
+    for sentence in run(paths, out, last=last, steps=chosen, ema=ema).sentences():
+        print(sentence)
 
 
 def _print_estimate(recipe: Path, overrides: list[str], workers: int | None, as_json: bool) -> None:

@@ -40,10 +40,11 @@ from archscale.checkpoint.directory import (
     state_text,
     wrong_files,
 )
-from archscale.checkpoint.fragments import Stored
+from archscale.checkpoint.fragments import Computed, Stored
 from archscale.checkpoint.place import BrokenUpload, Place, StoreError, StorePath
 from archscale.checkpoint.reader import DirectReader
-from archscale.checkpoint.reasons import first_failure, reason, why_not_written
+from archscale.checkpoint.reading import EMA, WEIGHTS
+from archscale.checkpoint.reasons import first_failure, os_error_of, reason, why_not_written
 from archscale.checkpoint.snapshot import Snapshot
 from archscale.checkpoint.writer import SummedWriter, reader_of, write_summed
 from archscale.config import CheckpointConfig
@@ -125,6 +126,7 @@ class Saver:
         optimizer: MatrixOptimizer,
         state: dict[str, Any],
         skipped_since: int | None = None,
+        ema: Mapping[str, Fragment] | None = None,
     ) -> None:
         """Begin the checkpoint of `state["step"]`, once the one before is finished; everything may
         be changed when this returns. Afterwards older ones are deleted, as the settings say.
@@ -135,6 +137,7 @@ class Saver:
                 `not_finite_since` is what `prune` goes by.
             skipped_since: first of the steps up to now whose updates the guard has skipped, if any:
                 checkpoints from before it stay, as from before a loss that is not finite.
+            ema: a running average of the weights, by the same names.
 
         Raises:
             CheckpointError: this one (where saves are not asynchronous) or the one before could not
@@ -144,7 +147,7 @@ class Saver:
         if is_distributed() and self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         _accept_a_single_process()
-        content = _content(weights, optimizer)
+        content = _content(weights, optimizer, ema)
         if self._settings.async_:
             content = agree(lambda: self._copy(content))
             if self._snapshot.from_gpu and self._hooked is not optimizer:
@@ -186,6 +189,11 @@ class Saver:
         failures = [failure for failure in gather_objects(portable(error)) if failure is not None]
         if failures:
             raise same_everywhere(failures[0])
+
+    def before_changes(self) -> None:
+        """Whoever changes what is being saved, other than by a step of the optimizer, calls this
+        before: the device waits until it is copied."""
+        self._snapshot.before_changes()
 
     @property
     def failed(self) -> bool:
@@ -311,7 +319,12 @@ def _first_problem(read: Callable[[], list[str]]) -> str | None:
 
 
 def load_checkpoint(
-    path: Place, weights: Mapping[str, Fragment], optimizer: MatrixOptimizer | None = None
+    path: Place,
+    weights: Mapping[str, Fragment],
+    optimizer: MatrixOptimizer | None = None,
+    *,
+    ema: Mapping[str, Fragment] | None = None,
+    verified: bool = False,
 ) -> dict[str, Any]:
     """Restore weights and optimizer in place, in whatever layout they have now; returns the saved
     `state`.
@@ -319,22 +332,40 @@ def load_checkpoint(
     Every file is compared with its checksum. Those of tensors are while they are read into their
     place, so that the disk is read once: weights and optimizer hold anything after an error.
 
+    Args:
+        ema: where a running average of the weights goes; left alone where the checkpoint has none.
+            One that it has and that is not asked for is left out.
+        verified: every file has just been compared.
+
     Raises:
         DamagedCheckpoint: it is not as it was written; on every rank.
         CheckpointError: missing, of another format, model or rule.
     """
     state = read_state(path)
-    files = recorded_files(state)
-    # What a store sends is compared before: each piece of a tensor is asked for by itself.
-    read_on_load = set() if isinstance(path, StorePath) else set(filter(TENSORS.match, files))
-    _refuse_damaged(path, verify_together(path, read_on_load))
-    owned = {name: files[name] for name in read_on_load if _reads_whole(name)}
+    if optimizer is not None and "averaged" in state:
+        raise same_everywhere(
+            CheckpointError(
+                "it holds averaged weights, and no optimizer state to go on with",
+                str(path),
+                "train on from it with --resume PATH --reset optimizer and another --run-dir",
+            )
+        )
+    owned: dict[str, Recorded] = {}
+    if not verified:
+        files = recorded_files(state)
+        # What a store sends is compared before: each piece of a tensor is asked for by itself.
+        by_the_reader = () if isinstance(path, StorePath) else set(filter(TENSORS.match, files))
+        _refuse_damaged(path, verify_together(path, by_the_reader))
+        owned = {name: files[name] for name in by_the_reader if _reads_whole(name)}
     reader = reader_of(path, owned)
-    content = _content(weights, optimizer)
     try:
         saved = set(reader.read_metadata().state_dict_metadata)
+        averaged = any(name.startswith(EMA) for name in saved)
+        content = _content(weights, optimizer, ema if averaged else None)
         if extra := sorted(
-            name for name in saved - content.keys() if optimizer or name.startswith("model.")
+            name
+            for name in saved - content.keys()
+            if name.startswith(WEIGHTS) or (optimizer and not name.startswith(EMA))
         ):
             raise ValueError(f"it holds {extra[0]}, which this run has not")
         _accept_a_single_process()
@@ -372,12 +403,42 @@ def _refuse_damaged(path: Place, problem: str | None) -> None:
         raise same_everywhere(DamagedCheckpoint(DAMAGED + problem, str(path), remedy))
 
 
+def write_weights(path: Path, weights: Mapping[str, Computed], state: dict[str, Any]) -> None:
+    """Write weights alone as a checkpoint into the directory `path`, by one process and in the
+    memory of one of them.
+
+    Args:
+        state: as for `Saver.save`; `config` has the seed that random states begin with.
+
+    Raises:
+        CheckpointError: from computing a weight.
+        OSError: the directory cannot be written.
+    """
+    writer = SummedWriter(path, file_per_tensor=True)
+    _accept_a_single_process()
+    content = {f"{WEIGHTS}{name}": weight for name, weight in weights.items()}
+    try:
+        dcp.save(content, storage_writer=writer, no_dist=True)
+    except CheckpointException as error:
+        if isinstance(first := first_failure(error), CheckpointError):
+            raise first from error
+        raise os_error_of(error) or first from error
+    generator = torch.Generator().manual_seed(state["config"]["seed"])
+    random_state = write_summed(path / "rng_0.bin", generator.get_state().numpy().tobytes())
+    files = {**writer.recorded, "rng_0.bin": random_state}
+    write_summed(path / STATE, state_text(state, files, world_size=1).encode())
+
+
 def _content(
-    weights: Mapping[str, Fragment], optimizer: MatrixOptimizer | None
+    weights: Mapping[str, Fragment],
+    optimizer: MatrixOptimizer | None,
+    ema: Mapping[str, Fragment] | None = None,
 ) -> dict[str, Tensor]:
-    """What DCP writes and fills, by `model.<name>` and `optimizer.<name>.<key>`."""
+    """What DCP writes and fills, by `model.<name>`, `ema.<name>` and `optimizer.<name>.<key>`."""
     content: dict[str, Fragment | Tensor] = {
-        f"model.{name}": value for name, value in weights.items()
+        f"{part}{name}": value
+        for part, values in ((WEIGHTS, weights), (EMA, ema or {}))
+        for name, value in values.items()
     }
     if optimizer is not None:
         for name, state in optimizer.fragments().items():

@@ -222,6 +222,9 @@ class TrainingConfig(Section):
     """Compile the model; needs a C++ compiler."""
     activation_checkpoint: Literal["none", "block"] = "none"
     """What the backward pass recomputes: nothing, or each block."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Decay of a running average of the weights, such as 0.999: after update t it is
+    min(ema, (1 + t) / (10 + t)). In checkpoints, and evaluated as `val_loss_ema`; null: none."""
 
 
 class ParallelConfig(Section):
@@ -360,6 +363,8 @@ class TelemetryConfig(Section):
     """What happens when a step is not finite or spikes."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
+    tensorboard: StrictBool = False
+    """Write event files for TensorBoard into `tensorboard/` of the run directory."""
 
 
 class EvalConfig(Section):

@@ -53,12 +53,14 @@ from archscale.files import (
 )
 from archscale.optim.roles import assign_roles
 from archscale.plan.devices import this_device
-from archscale.plan.passes import data_figures, much_padding, source_tokens
+from archscale.plan.passes import data_figures, many_passes, much_padding, source_tokens
 from archscale.plan.plan import Plan, make_plan
 from archscale.plan.preflight import refuse
-from archscale.plan.text import counting_pass_share, mixture_rows, packing_text
+from archscale.plan.text import counting_pass_share, mixture_rows, packing_text, reading_text
 from archscale.telemetry.guard import Guard, not_finite_since
+from archscale.telemetry.profiling import ProfiledSteps, Profiler
 from archscale.telemetry.sinks import last_line, read_lines
+from archscale.telemetry.tensorboard import check_tensorboard
 from archscale.telemetry.tracking import check_wandb
 from archscale.train import stopping
 from archscale.train.build import (
@@ -70,8 +72,10 @@ from archscale.train.build import (
 )
 from archscale.train.continuing import AS_BEFORE, Wishes, check_start
 from archscale.train.decaying import decaying
-from archscale.train.evaluate import Evaluation
+from archscale.train.ema import RunningAverage
+from archscale.train.evaluate import Evaluation, of_average
 from archscale.train.ownership import owned_with, sole_owner
+from archscale.train.profiled import out_of_memory, prepare
 from archscale.train.rates import Rates
 from archscale.train.readings import FallBack, Judgement, Readings
 from archscale.train.record import Recorder
@@ -115,7 +119,11 @@ def _ended_by_signals(train: Callable[P, dict[str, Any]]) -> Callable[P, dict[st
 
 @_ended_by_signals
 def train(
-    config: Config, run_dir: Path, resume: str = "auto", wishes: Wishes = AS_BEFORE
+    config: Config,
+    run_dir: Path,
+    resume: str = "auto",
+    wishes: Wishes = AS_BEFORE,
+    profiled: ProfiledSteps | None = None,
 ) -> dict[str, Any]:
     """Run `config` to its end in `run_dir`; returns a summary (steps, tokens, losses, seconds,
     whether it was done already).
@@ -124,6 +132,7 @@ def train(
         resume: `auto` (newest checkpoint of the run directory, if any), `never`, or the path of a
             checkpoint.
         wishes: what shall be otherwise from the checkpoint on.
+        profiled: steps of which rank 0 writes a trace.
 
     Raises:
         ArchscaleError: user errors, before the first step wherever that can be known.
@@ -157,6 +166,7 @@ def train(
     check_document_mask(config.data, data.eos_id)
     check_engine(config)
     check_wandb(config.telemetry.wandb.mode)
+    check_tensorboard(config.telemetry.tensorboard)
     stuck_after = config.telemetry.stuck_after
     # While training the watchdog comes first, with stacks.
     device = distributed.start(max(CHECKS, stuck_after + 60) if stuck_after else 3600.0)
@@ -181,7 +191,7 @@ def train(
                 for held in validation:
                     distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
                 checked = True
-            return Run(plan, run_dir, data, validation, device).go(start)
+            return Run(plan, run_dir, data, validation, device, profiled).go(start)
 
         summary = start_from_newest(run_dir, checkpoints, resume, run)
         stopping.current().finished()
@@ -199,6 +209,7 @@ class Run:
         data: TrainingData,
         validation: Sequence[ValidationSet],
         device: torch.device,
+        profiled: ProfiledSteps | None = None,
     ):
         assert plan.transfer is not None, "a plan without problems has a transfer"
         assert plan.shard is not None
@@ -209,6 +220,10 @@ class Run:
         # checkpoints hold it.
         torch.manual_seed(config.seed)
         self.engine = build_engine(config, data.eos_id, self.transfer, device, plan.shard)
+        self._profiled = profiled
+        self._profiler = Profiler()
+        decay = config.training.ema
+        self.ema = None if decay is None else RunningAverage(decay, self.engine)
         self.roles = assign_roles(self.engine.module)
         self.optimizer = build_optimizer(config, self.roles, self.transfer.roles, self.engine)
         guard = config.telemetry.guard
@@ -252,6 +267,9 @@ class Run:
                     )
                 )
             return self._summary(step, started, already_done=True)
+        if self._profiled is not None:
+            last = self.rates.steps
+            self._profiler = prepare(self._profiled, step, last, self.run_dir, self.device)
         distributed.on_rank_zero(
             lambda: leave_one_history(self.run_dir, self.checkpoints, start, step)
         )
@@ -259,14 +277,18 @@ class Run:
         watchdog = Watchdog(self.run_dir, self.config.telemetry.stuck_after)
         config = self.config
         recorder = Recorder(
-            config.resolved(), config.telemetry.wandb, self.rates.steps, self.run_dir, step
+            config.resolved(), config.telemetry, self.rates.steps, self.run_dir, step
         )
-        with contextlib.closing(watchdog), recorder, self.saver:
+        with contextlib.closing(watchdog), recorder, self.saver, self._profiler:
             if unfinished:
                 recorder.write([unfinished | (self._evaluate() or {})])
+            if self.ema:
+                self.ema.begin()
             while step < self.rates.steps:
                 try:
                     step = self._train(step, recorder, watchdog)
+                except torch.OutOfMemoryError as error:
+                    raise out_of_memory(error, self.run_dir) from error
                 except FallBack as cause:
                     with self._signals.unhurried():
                         step = self._fall_back(cause, recorder)
@@ -299,7 +321,7 @@ class Run:
         ballot = distributed.Ballot(lambda: self._signals.asked, lambda: self.saver.failed)
         interval = time.monotonic()
         try:
-            for micro_batches in loader:
+            for micro_batches in self._profiler.around(loader, step):
                 lr = self._set_lr(step)
                 step += 1
                 last = step == self.rates.steps
@@ -320,6 +342,7 @@ class Run:
                         judged.allow if guard and guard.acts else None, arrivals.all_reduce
                     ),
                 )
+                self._average(judged.applied)
                 readings.add(step, lr, measured)
                 asked, failed = ballot.end()
                 self._signals.trained()
@@ -371,9 +394,17 @@ class Run:
     def _evaluate(self, ballot: distributed.Ballot | None = None) -> dict[str, float] | None:
         """What evaluation adds to a step's metrics; None where a signal, which the `ballot` asks
         for, has ended it."""
-        if ballot is None:
-            return self.evaluation.metrics(self.engine)
-        return self.evaluation.metrics(self.engine, lambda: ballot.ask()[0] > 0)
+
+        def leave() -> bool:
+            return ballot is not None and ballot.ask()[0] > 0
+
+        found = self.evaluation.metrics(self.engine, leave)
+        if found is None or self.ema is None:
+            return found
+        self.saver.before_changes()
+        with self.ema.in_place_of_weights():
+            averaged = self.evaluation.metrics(self.engine, leave)
+        return averaged and found | of_average(averaged)
 
     def _save_if_due(self, step: int, saving: bool, asked: int, ballot: distributed.Ballot) -> int:
         """Save where `step` is due to be saved, where a signal was `asked` for, and where its
@@ -414,7 +445,8 @@ class Run:
         """
         anew = self.lineage.resets_optimizer(read_state(source))
         optimizer = None if anew else self.optimizer
-        state = load_checkpoint(source, self.engine.weights(), optimizer)
+        ema = None if self.ema is None else self.ema.fragments()
+        state = load_checkpoint(source, self.engine.weights(), optimizer, ema=ema)
         self.lineage.restore(state, rewinds)
         self._follow(self.lineage.origins)
         self.engine.weights_changed()
@@ -422,6 +454,7 @@ class Run:
             self.optimizer.state.clear()
             roles = self.transfer.roles
             self.optimizer = build_optimizer(self.config, self.roles, roles, self.engine)
+        self._restore_average(state)
         if self.guard and state.get("guard"):
             self.guard.load(state["guard"])
         self._not_finite_since = state.get("not_finite_since")
@@ -430,13 +463,34 @@ class Run:
         self._unfinished = state.get("unfinished") if self._own else None
         return int(state["step"])
 
+    def _average(self, applied: bool) -> None:
+        """Take the weights after a step into their running average, if there is one."""
+        if self.ema and applied:
+            self.ema.update()
+
+    def _restore_average(self, state: dict[str, Any]) -> None:
+        """Go on with the running average that is loaded, or say why there is none."""
+        said = None
+        if self.ema:
+            said = self.ema.restore(state)
+        elif state.get("ema"):
+            said = (
+                "training.ema is null: the running average of the checkpoint of step"
+                f" {state['step']} is not continued"
+            )
+        if said and distributed.rank() == 0:
+            print(said, flush=True)
+
     def _save(self, step: int, skipped_since: int | None = None) -> None:
         """Save; with `spare` the older checkpoints that there may be to fall back to stay."""
         state = {"step": step, "config": self.config.resolved(), "data": identity(self.data)}
         state |= {"guard": self.guard and self.guard.state(), **self.lineage.next(step)}
         state["not_finite_since"] = self._not_finite_since
         state |= {"fell_back_to": self._fell_back_to, "unfinished": self._unfinished}
-        self.saver.save(self.engine.weights(), self.optimizer, state, skipped_since)
+        ema = None
+        if self.ema:
+            state["ema"], ema = self.ema.state(), self.ema.fragments()
+        self.saver.save(self.engine.weights(), self.optimizer, state, skipped_since, ema)
 
     def _fall_back(self, cause: FallBack, recorder: Recorder) -> int:
         """To the newest checkpoint from before the bad steps, or from before the last fall-back if
@@ -526,6 +580,7 @@ class Run:
             f" tokens on {layout}, run directory {self.run_dir}",
             flush=True,
         )
+        print(reading_text(self.plan.figures["data"], count))
         self._describe_data()
         if share := counting_pass_share(self.plan.figures["flops"]):
             print(
@@ -539,7 +594,7 @@ class Run:
             print(f"{name}: {row}")
         if not self.data.mixed and (packed := packing_text(figures["sources"][0])):
             print(f"documents are {packed}")
-        if advice := much_padding(figures):
+        for advice in filter(None, (many_passes(self.config, figures), much_padding(figures))):
             print(f"archscale: warning: {advice}", file=sys.stderr)
         evaluated = {held.name for held in self.evaluation.sets}
         without = [source.name for source in self.data.sources if source.name not in evaluated]
@@ -561,7 +616,7 @@ class Run:
         last = last_line(self.run_dir)
         # A crash may have cut the line of the last step short.
         if last.get("step") == step:
-            names = ("loss", "val_loss", "val_bits_per_byte")
+            names = ("loss", "val_loss", "val_loss_ema", "val_bits_per_byte")
             summary |= {name: last[name] for name in names if name in last}
         return summary
 

@@ -15,6 +15,7 @@ from archscale.data.validation import validation_sets
 from archscale.distributed import on_rank_zero, rank, world_size
 from archscale.plan.passes import source_tokens
 from archscale.plan.plan import make_plan
+from archscale.telemetry.profiling import ProfiledSteps
 from archscale.train import trainer
 from archscale.train.continuing import AS_BEFORE, Wishes
 from archscale.train.ownership import owned_with
@@ -86,7 +87,11 @@ def config(data: str, /, rule: str = "muonh", steps: int = 10, **sections) -> Co
 
 
 def run(
-    config: Config, run_dir: str, resume: str = "auto", wishes: Wishes = AS_BEFORE
+    config: Config,
+    run_dir: str,
+    resume: str = "auto",
+    wishes: Wishes = AS_BEFORE,
+    profiled: ProfiledSteps | None = None,
 ) -> list[dict]:
     """Train in this process, in the process group it is in; returns the metrics lines (on every
     rank)."""
@@ -98,7 +103,7 @@ def run(
     folder, checkpoints = Path(run_dir), checkpoints_of(Path(run_dir), config.checkpoint)
 
     def go(start: Start) -> None:
-        run = trainer.Run(plan, folder, data, validation, torch.device("cpu"))
+        run = trainer.Run(plan, folder, data, validation, torch.device("cpu"), profiled)
         run.go(
             on_rank_zero(
                 lambda: trainer.check_start(start, run.config, data, folder, resume, wishes)
