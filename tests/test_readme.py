@@ -432,7 +432,11 @@ def test_readme_names_the_commands_that_there_are():
         spans = re.findall(r"`(archscale [^`…]+)`", (ROOT / page).read_text())
         for span in spans:
             words = shlex.split(span.replace(" N", " 0"))[1:]
-            full = " ".join(words[:2]) if words[0] in ("data", "bench", "checkpoint") else words[0]
+            full = (
+                " ".join(words[:2])
+                if words[0] in ("data", "bench", "checkpoint", "config")
+                else words[0]
+            )
             assert full in commands, f"{page}: {span}"
             given = [word for word in words if word.startswith("-")]
             shown = CliRunner().invoke(app, [*full.split(), "--help"], env={"COLUMNS": "300"})

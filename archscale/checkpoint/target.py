@@ -52,7 +52,7 @@ def find_target(target: Path) -> Target:
             f" it, such as runs/<name>/{CHECKPOINTS}/step_00001000",
         )
     state = _verified_state(checkpoint)
-    _refuse_diverged(state, checkpoint)
+    refuse_diverged(state, checkpoint)
     # What the weights belong to is what the checkpoint says: the run directory's config may have
     # been edited since. Where the data lie now is what the run directory says.
     config = saved_config(checkpoint, state)
@@ -88,7 +88,8 @@ def _warn(text: str) -> None:
     print(f"archscale: warning: {text}", file=sys.stderr)
 
 
-def _refuse_diverged(state: dict[str, Any], checkpoint: Place) -> None:
+def refuse_diverged(state: dict[str, Any], checkpoint: Place) -> None:
+    """CheckpointError where the loss of the checkpoint's run was no longer finite."""
     since = state.get("not_finite_since")
     if since is None:
         return

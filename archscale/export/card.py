@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from archscale.config import Config
-from archscale.export.architecture import Architecture
 from archscale.export.fast_tokenizer import TokenizerFiles
 from archscale.files import ENVIRONMENT, METRICS
+from archscale.huggingface.architecture import Architecture
 from archscale.plan.counting import parameters
 from archscale.plan.transfer import Transfer
 from archscale.telemetry.sinks import read_lines

@@ -71,6 +71,7 @@ from archscale.train.build import (
 from archscale.train.continuing import AS_BEFORE, Wishes, check_start
 from archscale.train.decaying import decaying
 from archscale.train.evaluate import Evaluation
+from archscale.train.initial_weights import InitialWeights, initial_weights
 from archscale.train.ownership import owned_with, sole_owner
 from archscale.train.rates import Rates
 from archscale.train.readings import FallBack, Judgement, Readings
@@ -172,11 +173,12 @@ def train(
         start = distributed.on_rank_zero(
             lambda: check_start(start, config, data, run_dir, resume, wishes)
         )
+        initial = initial_weights(start, config, data)
         distributed.on_rank_zero(data.check)
         for held in validation:
             distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
         run = Run(plan, run_dir, data, validation, device)
-        summary = run.go(start)
+        summary = run.go(start, initial)
         stopping.current().finished()
         distributed.stop()
     return summary
@@ -214,6 +216,7 @@ class Run:
         self._not_finite_since: int | None = None  # first step of the losses now that are not
         # Metrics of the last step before a signal, whose evaluation is still to come.
         self._own = True  # the checkpoint that it starts from is its own
+        self._initialized_from: dict[str, Any] | None = None
         self._unfinished: dict[str, Any] | None = None
         self._signals = stopping.current()
         # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
@@ -223,8 +226,11 @@ class Run:
 
     # --- the loop
 
-    def go(self, start: Start) -> dict[str, Any]:
+    def go(self, start: Start, initial: InitialWeights | None = None) -> dict[str, Any]:
         """Train to the end.
+
+        Args:
+            initial: weights to begin with, where no checkpoint is to be continued.
 
         Raises:
             TrainingError: the guard has no older checkpoint to fall back to, or has fallen back
@@ -233,6 +239,9 @@ class Run:
         """
         started = time.monotonic()
         self.lineage, self._own = Lineage(start), start.own
+        if initial is not None:
+            assert start.checkpoint is None
+            self._begin_with(initial)
         step = 0 if start.checkpoint is None else self._restore(start.checkpoint, start.rewinds)
         unfinished = distributed.on_rank_zero(lambda: self._not_written(self._unfinished))
         if step >= self.rates.steps and not unfinished:
@@ -407,17 +416,60 @@ class Run:
         self.lineage.restore(state, rewinds)
         self._follow(self.lineage.origins)
         self.engine.weights_changed()
-        if anew:  # as at a start, with the norms that the weights have now
-            self.optimizer.state.clear()
-            roles = self.transfer.roles
-            self.optimizer = build_optimizer(self.config, self.roles, roles, self.engine)
+        if anew:
+            self._start_optimizer_anew()
         if self.guard and state.get("guard"):
             self.guard.load(state["guard"])
         self._not_finite_since = state.get("not_finite_since")
         self._fell_back_to = state.get("fell_back_to")
+        self._initialized_from = state.get("initialized_from")
         # A branch begins with the step after.
         self._unfinished = state.get("unfinished") if self._own else None
         return int(state["step"])
+
+    def _start_optimizer_anew(self) -> None:
+        """As at a start, with the norms that the weights have now."""
+        self.optimizer.state.clear()
+        roles = self.transfer.roles
+        self.optimizer = build_optimizer(self.config, self.roles, roles, self.engine)
+
+    def _begin_with(self, initial: InitialWeights) -> None:
+        """Load weights before the first step.
+
+        Raises:
+            CheckpointError: they cannot be read, or are not finite.
+            ConfigError: the rule cannot train them.
+        """
+        lines = initial.load(self.engine.weights(), self.config)
+        not_finite = [
+            name for name, held in self.engine.weights().items() if not held.data.isfinite().all()
+        ]
+        if worst := [name for names in distributed.gather_objects(not_finite) for name in names]:
+            raise distributed.same_everywhere(
+                CheckpointError(
+                    f"weight {worst[0]} is not finite", initial.name, "start from other weights"
+                )
+            )
+        self.engine.weights_changed()
+        try:
+            self._start_optimizer_anew()
+        except ValueError as error:  # of a matrix that is zero, by norms that all ranks know
+            raise distributed.same_everywhere(
+                ConfigError(
+                    one_line(str(error)),
+                    "training.init_from",
+                    "set optimizer.matrix.rule to one without a sphere, such as orscale_lm",
+                )
+            ) from error
+        self._initialized_from = initial.record()
+        radii = self.optimizer.radii()
+        if len(radii):
+            lines.append(
+                f"R of {len(radii)} matrices on the sphere is the norm of the loaded weights:"
+                f" {radii.min():.4g} to {radii.max():.4g}"
+            )
+        if distributed.rank() == 0:
+            print("\n".join([f"starts with the weights of {initial.name}", *lines]), flush=True)
 
     def _save(self, step: int, skipped_since: int | None = None) -> None:
         """Save; with `spare` the older checkpoints that there may be to fall back to stay."""
@@ -425,6 +477,7 @@ class Run:
         state |= {"guard": self.guard and self.guard.state(), **self.lineage.next(step)}
         state["not_finite_since"] = self._not_finite_since
         state |= {"fell_back_to": self._fell_back_to, "unfinished": self._unfinished}
+        state["initialized_from"] = self._initialized_from
         self.saver.save(self.engine.weights(), self.optimizer, state, skipped_since)
 
     def _fall_back(self, cause: FallBack, recorder: Recorder) -> int:

@@ -20,10 +20,10 @@ from archscale.checkpoint.target import find_target
 from archscale.cli import app
 from archscale.errors import ArchscaleError, CheckpointError, ConfigError
 from archscale.export import export as command
-from archscale.export.architecture import choose
 from archscale.export.export import CODE, export, push
 from archscale.export.safetensors_files import size_in_bytes
 from archscale.files import CHECKPOINTS
+from archscale.huggingface.architecture import choose
 from archscale.train.generate import load_run
 from tests.export.runs import STEP, make_run
 from tests.pool import pool

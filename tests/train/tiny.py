@@ -98,11 +98,10 @@ def run(
     folder, checkpoints = Path(run_dir), checkpoints_of(Path(run_dir), config.checkpoint)
     with trainer.sole_owner(folder, *owned_with(folder, checkpoints)):
         found = trainer.verified_start(folder, checkpoints, resume)
-        run.go(
-            on_rank_zero(
-                lambda: trainer.check_start(found, run.config, data, folder, resume, wishes)
-            )
+        start = on_rank_zero(
+            lambda: trainer.check_start(found, run.config, data, folder, resume, wishes)
         )
+        run.go(start, trainer.initial_weights(start, run.config, data))
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
