@@ -1,5 +1,5 @@
-"""Stock models made with transformers, imported: the same model, and the same files when they go out
-again."""
+"""Stock models made with transformers, imported: the same model, and the same files when they go
+out again."""
 
 from __future__ import annotations
 
