@@ -311,12 +311,14 @@ def _memory(plan: Plan, transfer: Transfer, shard: int, accumulation: int, on_ho
         wire_bytes=4 if config.wire_dtype == "float32" else 2,
     )
     need = memory(model, step)
+    checkpoint = config.checkpoint
     held = memory(model, replace(step, offload=False)).terms
-    copy = (held["parameters"] + held["optimizer_state"]) * config.checkpoint.async_
+    copy = (held["parameters"] + held["optimizer_state"]) * checkpoint.async_
     if on_host:
         terms = {**need.terms, "checkpoint_copy": copy}
         need = Memory(terms, {phase: size + copy for phase, size in need.phases.items()})
-    each, kept = checkpoint_bytes(model, state), _kept_checkpoints(config)
+    kept = kept_checkpoints(checkpoint.every, checkpoint.keep, checkpoint.keep_every, config.steps)
+    each = checkpoint_bytes(model, state)
     plan.figures["memory"] = {"peak": need.peak, "phases": need.phases, "terms": need.terms}
     plan.figures["communication"] = communication(model, step)
     plan.figures["checkpoint"] = {
@@ -328,12 +330,17 @@ def _memory(plan: Plan, transfer: Transfer, shard: int, accumulation: int, on_ho
     return need
 
 
-def _kept_checkpoints(config: Config) -> int:
-    """Checkpoints that are there at the end of a run."""
-    every, keep, steps = config.checkpoint.every, config.checkpoint.keep, config.steps
-    saved = sorted({*range(every, steps + 1, every), steps})
-    spared = config.checkpoint.keep_every
-    return len({*saved[-keep:], *(step for step in saved if spared and step % spared == 0)})
+def kept_checkpoints(every: int, keep: int, keep_every: int | None, steps: int) -> int:
+    """How many are there at the end of a run of `steps` steps, by the keys of `checkpoint`.
+
+    Not counted one by one: a run of which only the plan is wanted may have billions of steps.
+    """
+    newest = min(keep, -(-steps // every))
+    if keep_every is None:
+        return newest
+    # The last step is saved too, so it may be no multiple; all those before are.
+    oldest = steps if newest == 1 else (steps - 1) // every * every - (newest - 2) * every
+    return newest + (oldest - 1) // math.lcm(every, keep_every)
 
 
 def _on_device(

@@ -4,6 +4,7 @@ repository."""
 import json
 import re
 from fractions import Fraction
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from archscale.data.packing_index import PackedSize
 from archscale.errors import ConfigError
 from archscale.plan.devices import DEVICES, RESERVED, Device, find_device
 from archscale.plan.passes import SourceTokens, data_figures
-from archscale.plan.plan import INITIALIZATION, make_plan
+from archscale.plan.plan import INITIALIZATION, kept_checkpoints, make_plan
 from archscale.plan.preflight import plan_config, refuse
 from archscale.plan.text import render
 
@@ -202,6 +203,16 @@ def test_figures_worked_by_hand():
     assert f["memory"]["terms"]["parameters"] == 592
     assert f["memory"]["terms"]["optimizer_state"] == 608
     assert f["communication"] == {"parameters": 0, "gradients": 0, "optimizer": 0, "experts": 0}
+
+
+def test_checkpoints_that_are_kept():
+    """Counted one by one; and of billions of steps, which nobody could count."""
+    for every, keep, spared, steps in product((1, 3, 4), (1, 2, 9), (None, 1, 2, 6), range(1, 27)):
+        saved = sorted({*range(every, steps + 1, every), steps})
+        kept = {*saved[-keep:], *(step for step in saved if spared and step % spared == 0)}
+        assert kept_checkpoints(every, keep, spared, steps) == len(kept), (every, keep, spared)
+    assert kept_checkpoints(1, 10**9, None, 10**12) == 10**9
+    assert kept_checkpoints(1, 3, 10**6, 10**12 + 1) == 10**6 + 2
 
 
 def test_communication_sets_a_bandwidth():
