@@ -1007,6 +1007,37 @@ def diff_checkpoints(
         raise typer.Exit(1)
 
 
+@checkpoint_app.command("average")
+def average_checkpoints(
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="PATH...", help="Checkpoints; or run directories, for the newest."),
+    ],
+    out: Annotated[Path, typer.Option(help="Run directory to write; new or empty.")],
+    last: Annotated[
+        int | None, typer.Option(min=2, metavar="N", help="The newest N of one run directory.")
+    ] = None,
+    steps: Annotated[
+        str | None, typer.Option(metavar="A,B,...", help="Those of these steps of one.")
+    ] = None,
+    ema: Annotated[
+        bool,
+        typer.Option("--ema", help="The running averages of training.ema; also of one alone."),
+    ] = False,
+) -> None:
+    """The mean of several checkpoints' weights, as a run directory that export, eval and generate
+    take. Checkpoints of one model, and of one run or of several.
+
+    Example: archscale checkpoint average runs/quickstart --last 3 --out runs/averaged
+    """
+    from archscale.train.averaging import average_checkpoints as run
+    from archscale.train.averaging import parse_steps
+
+    chosen = None if steps is None else parse_steps(steps)
+    for sentence in run(paths, out, last=last, steps=chosen, ema=ema).sentences():
+        print(sentence)
+
+
 def _print_estimate(recipe: Path, overrides: list[str], workers: int | None, as_json: bool) -> None:
     import json
 

@@ -6,10 +6,13 @@ Also the names of what lies in a run directory.
 import contextlib
 import errno
 import os
+import shutil
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
+
+from archscale.errors import ConfigError, explain_os_error
 
 # In a run directory:
 CONFIG = "config.yaml"  # resolved
@@ -62,6 +65,76 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise
     with contextlib.suppress(OSError):  # the file is there; some file systems sync no directory
         sync(path.parent)
+
+
+def free_directory(out: Path, what: str) -> Path:
+    """Where links lead from `out`, absolute.
+
+    Args:
+        what: is to be written there, such as "export".
+
+    Raises:
+        ConfigError: something stands there already.
+    """
+    try:
+        real = Path(os.path.realpath(out))
+        in_use = out.exists() and (not out.is_dir() or any(out.iterdir()))
+    except OSError as error:
+        raise _unwritable(error, out, what) from error
+    if in_use:
+        raise ConfigError(
+            "something stands there already", str(out), "give --out a new or an empty directory"
+        )
+    return real
+
+
+@contextlib.contextmanager
+def new_directory(out: Path, what: str, last: str) -> Iterator[Path]:
+    """A directory to fill, whose content is that of `out` at the end; gone after an error.
+
+    A directory that is there stays the same one: it may be a mount point, the directory that the
+    user's shell is in, or one in a place where nothing can be renamed.
+
+    Args:
+        out: from `free_directory`.
+        what: is written there, such as "export".
+        last: name of the file without which the directory counts for nothing.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    there = out.is_dir()
+    partial = (out if there else out.parent) / f".{out.name}.{uuid.uuid4().hex[:12]}.partial"
+    moved: list[Path] = []
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in partial.rglob("*"):
+            sync(path)
+        sync_names(partial)
+        if there:
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == last):
+                moved.append(out / path.name)
+                os.replace(path, out / path.name)
+            sync_names(out)
+        else:
+            os.replace(partial, out)
+    except BaseException as error:
+        for path in moved:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _unwritable(error, out, what) from error
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _unwritable(error: OSError, out: Path, what: str) -> ConfigError:
+    cause, remedy = explain_os_error(error, "give --out another directory")
+    return ConfigError(f"cannot write the {what}: {cause}", str(out), remedy)
 
 
 def sync_names(directory: Path) -> None:

@@ -109,3 +109,23 @@ class Stored(Tensor):
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         assert index.offset is not None
         return self._pieces[tuple(index.offset)]
+
+
+class Computed(Stored):
+    """A whole float32 tensor that does not exist yet: DCP plans with its shape, and it is computed
+    when it is written."""
+
+    _compute: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(cls, shape: Sequence[int], compute: Callable[[], Tensor]) -> Computed:  # type: ignore[override]
+        self = cls._of(shape, torch.float32, torch.device("cpu"), {})
+        assert isinstance(self, Computed)
+        self._compute = compute
+        return self
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(torch.Size([0] * len(self.shape)), self.shape)]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        return self._compute()

@@ -140,7 +140,7 @@ class Saver:
         self.wait()
         if is_distributed() and self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        _accept_a_single_process()
+        accept_a_single_process()
         content = _content(weights, optimizer)
         if self._settings.async_:
             content = agree(lambda: self._copy(content))
@@ -318,6 +318,14 @@ def load_checkpoint(
         raise same_everywhere(
             CheckpointError(f"it is damaged: {problem}", str(path), "use an older checkpoint")
         )
+    if optimizer is not None and "averaged" in state:
+        raise same_everywhere(
+            CheckpointError(
+                "it holds averaged weights, and no optimizer state to go on with",
+                str(path),
+                "train on from it with --resume PATH --reset optimizer and another --run-dir",
+            )
+        )
     content = _content(weights, optimizer)
     try:
         reader = reader_of(path)
@@ -326,7 +334,7 @@ def load_checkpoint(
             name for name in saved - content.keys() if optimizer or name.startswith("model.")
         ):
             raise ValueError(f"it holds {extra[0]}, which this run has not")
-        _accept_a_single_process()
+        accept_a_single_process()
         dcp.load(content, storage_reader=reader)
         if optimizer is not None and state["world_size"] == world_size():
             content_rng = (path / f"rng_{rank()}.bin").read_bytes()
@@ -357,7 +365,7 @@ def _content(
     }
 
 
-def _accept_a_single_process() -> None:
+def accept_a_single_process() -> None:
     """DCP warns that one process has no process group, which is what a single process is.
 
     For good, since a thread that took the warning's suppression back would do so under others.

@@ -51,6 +51,16 @@ def find_target(target: Path) -> Target:
             "name a run directory that train has filled, such as runs/<name>, or a checkpoint in"
             f" it, such as runs/<name>/{CHECKPOINTS}/step_00001000",
         )
+    return target_of(run_dir, checkpoint)
+
+
+def target_of(run_dir: Path, checkpoint: Place) -> Target:
+    """A checkpoint of a run, wherever the run has it, with its config and its run's tokenizer.
+
+    Raises:
+        CheckpointError: it is damaged, or its run had diverged.
+        DataError: the run's tokenizer is gone, damaged or another one.
+    """
     state = _verified_state(checkpoint)
     refuse_diverged(state, checkpoint)
     # What the weights belong to is what the checkpoint says: the run directory's config may have

@@ -249,12 +249,21 @@ class SummedWriter(FileSystemWriter):
 
     Copies nothing: tensors must have memory of their own, and be on the CPU to be written as they
     are.
+
+    Args:
+        file_per_tensor: otherwise there is one file for each process, during whose writing torch
+            keeps all tensors that are in it.
     """
 
-    def __init__(self, path: Place):
+    def __init__(self, path: Place, *, file_per_tensor: bool = False):
         # Each file forces itself onto the disk. Nothing is copied ahead from a GPU: that would use
         # the streams of whichever device this thread has.
-        super().__init__(".", sync_files=False, per_thread_copy_ahead=0)
+        super().__init__(
+            ".",
+            single_file_per_rank=not file_per_tensor,
+            sync_files=False,
+            per_thread_copy_ahead=0,
+        )
         self.path: Any = path
         self.fs = _StoredObjects() if isinstance(path, StorePath) else _SummedFiles()
 

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +13,7 @@ from archscale.checkpoint.reading import StoredWeights
 from archscale.checkpoint.target import find_target
 from archscale.config import Config
 from archscale.data.tokenizer import Tokenizer
-from archscale.errors import ConfigError, explain_os_error
+from archscale.errors import ConfigError
 from archscale.export.card import CardFacts, model_card
 from archscale.export.fast_tokenizer import TokenizerFiles, tokenizer_files
 from archscale.export.safetensors_files import (
@@ -27,7 +22,7 @@ from archscale.export.safetensors_files import (
     size_in_bytes,
     write_weights,
 )
-from archscale.files import TOKENIZER, sync, sync_names
+from archscale.files import TOKENIZER, free_directory, new_directory
 from archscale.huggingface.architecture import Architecture, choose, config_json
 from archscale.huggingface.safetensors_reader import PACKAGES, import_safetensors
 from archscale.huggingface.weights import factors, sources
@@ -75,7 +70,7 @@ def export(target: Path, out: Path, *, dtype: str | None = None, shard_size: str
     """
     shard_bytes = size_in_bytes(shard_size)
     import_safetensors(NEEDED_BY)
-    out = _free_directory(out)
+    out = free_directory(out, "export")
     chosen = find_target(target)
     config, where = chosen.config, chosen.checkpoint
     transfer = transfer_of(config)
@@ -99,7 +94,7 @@ def export(target: Path, out: Path, *, dtype: str | None = None, shard_size: str
     texts["README.md"] = model_card(config, architecture, transfer, facts).encode()
     if not architecture.stock:
         texts |= {name: (Path(__file__).parent / name).read_bytes() for name in CODE}
-    with _appearing(out) as partial:
+    with new_directory(out, "export", LAST) as partial:
         files = write_weights(stored, parts, getattr(torch, dtype), shard_bytes, partial, where)
         for name, text in texts.items():
             (partial / name).write_bytes(text)
@@ -119,58 +114,6 @@ def _generation(config: Config, tokenizer: Tokenizer, files: TokenizerFiles) -> 
 
 def _json(content: dict[str, Any]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
-
-
-def _free_directory(out: Path) -> Path:
-    """Where links lead from `out`, absolute; ConfigError where something stands there."""
-    try:
-        real = Path(os.path.realpath(out))
-        in_use = out.exists() and (not out.is_dir() or any(out.iterdir()))
-    except OSError as error:
-        raise _unwritable(error, out) from error
-    if in_use:
-        raise ConfigError(
-            "something stands there already", str(out), "give --out a new or an empty directory"
-        )
-    return real
-
-
-@contextlib.contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A directory to fill, whose files are those of `out` at the end; gone after an error.
-
-    A directory that is there stays the same one: it may be a mount point, the directory that the
-    user's shell is in, or one in a place where nothing can be renamed.
-    """
-    there = out.is_dir()
-    partial = (out if there else out.parent) / f".{out.name}.{uuid.uuid4().hex[:12]}.partial"
-    moved: list[Path] = []
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.iterdir():
-            sync(path)
-        sync_names(partial)
-        if there:
-            for path in sorted(partial.iterdir(), key=lambda path: path.name == LAST):
-                moved.append(out / path.name)
-                os.replace(path, out / path.name)
-            sync_names(out)
-        else:
-            os.replace(partial, out)
-    except BaseException as error:
-        for path in moved:
-            path.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise _unwritable(error, out) from error
-        raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _unwritable(error: OSError, out: Path) -> ConfigError:
-    cause, remedy = explain_os_error(error, "give --out another directory")
-    return ConfigError(f"cannot write the export: {cause}", str(out), remedy)
 
 
 def push(directory: Path, repo_id: str) -> str:

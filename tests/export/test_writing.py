@@ -246,7 +246,7 @@ def test_an_empty_directory_stays_the_one_it_is(
         assert Path(target).name != "config.json" or len(list(there.iterdir())) == 9
         replace(source, target)
 
-    monkeypatch.setattr("archscale.export.export.os.replace", refuse_directories)
+    monkeypatch.setattr("os.replace", refuse_directories)
     monkeypatch.chdir(there)
     pushed: list[Path] = []
     monkeypatch.setattr(
@@ -278,7 +278,7 @@ def test_a_failure_leaves_an_empty_directory_empty(
             raise OSError(errno.EIO, "Input/output error")
         replace(source, target)
 
-    monkeypatch.setattr("archscale.export.export.os.replace", fail_at_last)
+    monkeypatch.setattr("os.replace", fail_at_last)
     (tmp_path / "out").mkdir()
     assert "cannot write the export: Input/output" in str(refusal(made, tmp_path / "out"))
     assert not list((tmp_path / "out").iterdir())
