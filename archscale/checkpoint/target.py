@@ -14,7 +14,7 @@ from archscale.config import Config, load_config
 from archscale.data.stored import trained_tokenizer
 from archscale.data.tokenizer import Tokenizer
 from archscale.errors import CheckpointError
-from archscale.files import CHECKPOINTS, CONFIG, checkpoint_steps
+from archscale.files import ABANDONED, CHECKPOINTS, CONFIG, checkpoint_steps
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,16 @@ def _verified_state(checkpoint: Place) -> dict[str, Any]:
 
 
 def _run_of(checkpoint: Path) -> Path:
-    """The run directory that a checkpoint lies in, by its name or, where that has none, by where
-    links lead: the folder of checkpoints may be a link, and so may one checkpoint."""
-    run_dir = checkpoint.absolute().parent.parent
-    return run_dir if (run_dir / CONFIG).is_file() else checkpoint.resolve().parent.parent
+    """The run directory that a checkpoint lies in, or has been moved aside in: by its name or, where
+    that has none, by where links lead. The folder of checkpoints may be a link, and so may one
+    checkpoint."""
+    for path in (checkpoint.absolute(), checkpoint.resolve()):
+        run_dir = path.parent.parent
+        if run_dir.name == ABANDONED:
+            run_dir = run_dir.parent
+        if (run_dir / CONFIG).is_file():
+            break
+    return run_dir
 
 
 def _warn(text: str) -> None:
