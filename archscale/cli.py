@@ -181,7 +181,7 @@ def _train(
             report_if_possible(Path(summary["run_dir"]))
         losses = "".join(
             f", {key} not finite" if summary[key] is None else f", {key} {summary[key]:.4f}"
-            for key in ("loss", "val_loss", "val_bits_per_byte")
+            for key in ("loss", "val_loss", "val_loss_ema", "val_bits_per_byte")
             if key in summary
         )
         done = (
@@ -494,6 +494,9 @@ def export(
         str | None,
         typer.Option(metavar="REPO_ID", help="Upload it to the Hugging Face hub as well."),
     ] = None,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="The running average of the weights (training.ema).")
+    ] = False,
 ) -> None:
     """Write a checkpoint as a directory that transformers reads.
 
@@ -502,7 +505,7 @@ def export(
     from archscale.export.export import export as run
     from archscale.export.export import push as upload
 
-    written = run(target, out, dtype=dtype and dtype.value, shard_size=shard_size)
+    written = run(target, out, dtype=dtype and dtype.value, shard_size=shard_size, ema=ema)
     files = "1 file" if written.files == 1 else f"{written.files} files"
     what = f"step {written.step:,} as {written.architecture.sentence}"
     print(f"{out}: {what}; {written.dtype}, {files}")

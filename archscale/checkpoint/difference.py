@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from archscale.checkpoint.directory import read_state
 from archscale.checkpoint.history import other_trajectory
 from archscale.checkpoint.place import Place
+from archscale.checkpoint.reading import EMA, WEIGHTS
 from archscale.checkpoint.writer import reader_of
 from archscale.config.layers import flatten
 from archscale.errors import CheckpointError, explain_os_error, show
@@ -219,7 +220,9 @@ def compare_checkpoints(first: Place, second: Place) -> Difference:
 def _parts(compared: Sequence[TensorDifference]) -> dict[str, float]:
     squares: dict[str, tuple[float, float]] = {}
     for tensor in compared:
-        part = "weights" if tensor.name.startswith("model.") else tensor.name.rpartition(".")[2]
+        part = tensor.name.rpartition(".")[2]
+        for start, name in ((WEIGHTS, "weights"), (EMA, "running average")):
+            part = name if tensor.name.startswith(start) else part
         gap, whole = squares.get(part, (0.0, 0.0))
         squares[part] = gap + tensor.distance**2, whole + tensor.magnitude**2
     return {part: _share(gap**0.5, whole**0.5) for part, (gap, whole) in squares.items()}

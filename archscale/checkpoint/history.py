@@ -44,6 +44,7 @@ FREE_KEYS = (
     "training.compile",
     "training.activation_checkpoint",
     "training.init_from",
+    "training.ema",
     "data.train",
     "data.val",
     "data.tokenizer",

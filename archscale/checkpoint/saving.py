@@ -41,6 +41,7 @@ from archscale.checkpoint.directory import (
 )
 from archscale.checkpoint.fragments import Stored
 from archscale.checkpoint.place import BrokenUpload, Place, StoreError, StorePath
+from archscale.checkpoint.reading import EMA, WEIGHTS
 from archscale.checkpoint.reasons import first_failure, reason, why_not_written
 from archscale.checkpoint.snapshot import Snapshot
 from archscale.checkpoint.writer import SummedWriter, reader_of, write_summed
@@ -122,6 +123,7 @@ class Saver:
         optimizer: MatrixOptimizer,
         state: dict[str, Any],
         skipped_since: int | None = None,
+        ema: Mapping[str, Fragment] | None = None,
     ) -> None:
         """Begin the checkpoint of `state["step"]`, once the one before is finished; everything may
         be changed when this returns. Afterwards older ones are deleted, as the settings say.
@@ -132,6 +134,7 @@ class Saver:
                 `not_finite_since` is what `prune` goes by.
             skipped_since: first of the steps up to now whose updates the guard has skipped, if any:
                 checkpoints from before it stay, as from before a loss that is not finite.
+            ema: a running average of the weights, by the same names.
 
         Raises:
             CheckpointError: this one (where saves are not asynchronous) or the one before could not
@@ -141,7 +144,7 @@ class Saver:
         if is_distributed() and self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         accept_a_single_process()
-        content = _content(weights, optimizer)
+        content = _content(weights, optimizer, ema)
         if self._settings.async_:
             content = agree(lambda: self._copy(content))
             if self._snapshot.from_gpu and self._hooked is not optimizer:
@@ -183,6 +186,11 @@ class Saver:
         failures = [failure for failure in gather_objects(portable(error)) if failure is not None]
         if failures:
             raise same_everywhere(failures[0])
+
+    def before_changes(self) -> None:
+        """Whoever changes what is being saved, other than by a step of the optimizer, calls this
+        before: the device waits until it is copied."""
+        self._snapshot.before_changes()
 
     @property
     def failed(self) -> bool:
@@ -302,12 +310,15 @@ def load_checkpoint(
     weights: Mapping[str, Fragment],
     optimizer: MatrixOptimizer | None = None,
     *,
+    ema: Mapping[str, Fragment] | None = None,
     verified: bool = False,
 ) -> dict[str, Any]:
     """Restore weights and optimizer in place, in whatever layout they have now; returns the saved
     `state`. Every file is compared with its checksum before anything is loaded.
 
     Args:
+        ema: where a running average of the weights goes; left alone where the checkpoint has none.
+            One that it has and that is not asked for is left out.
         verified: `verify_together` has just done that.
 
     Raises:
@@ -326,12 +337,15 @@ def load_checkpoint(
                 "train on from it with --resume PATH --reset optimizer and another --run-dir",
             )
         )
-    content = _content(weights, optimizer)
     try:
         reader = reader_of(path)
         saved = set(reader.read_metadata().state_dict_metadata)
+        averaged = any(name.startswith(EMA) for name in saved)
+        content = _content(weights, optimizer, ema if averaged else None)
         if extra := sorted(
-            name for name in saved - content.keys() if optimizer or name.startswith("model.")
+            name
+            for name in saved - content.keys()
+            if name.startswith(WEIGHTS) or (optimizer and not name.startswith(EMA))
         ):
             raise ValueError(f"it holds {extra[0]}, which this run has not")
         accept_a_single_process()
@@ -350,11 +364,15 @@ def load_checkpoint(
 
 
 def _content(
-    weights: Mapping[str, Fragment], optimizer: MatrixOptimizer | None
+    weights: Mapping[str, Fragment],
+    optimizer: MatrixOptimizer | None,
+    ema: Mapping[str, Fragment] | None = None,
 ) -> dict[str, Tensor]:
-    """What DCP writes and fills, by `model.<name>` and `optimizer.<name>.<key>`."""
+    """What DCP writes and fills, by `model.<name>`, `ema.<name>` and `optimizer.<name>.<key>`."""
     content: dict[str, Fragment | Tensor] = {
-        f"model.{name}": value for name, value in weights.items()
+        f"{part}{name}": value
+        for part, values in ((WEIGHTS, weights), (EMA, ema or {}))
+        for name, value in values.items()
     }
     if optimizer is not None:
         for name, state in optimizer.fragments().items():

@@ -88,7 +88,7 @@ def _verified_state(checkpoint: Place) -> dict[str, Any]:
 
 
 def _run_of(checkpoint: Path) -> Path:
-    """The run directory that a checkpoint lies in, or has been moved aside in: by its name or, where
+    """The run directory that a checkpoint lies in, or has been moved aside in: by its name or, if
     that has none, by where links lead. The folder of checkpoints may be a link, and so may one
     checkpoint."""
     for path in (checkpoint.absolute(), checkpoint.resolve()):

@@ -52,7 +52,9 @@ class Exported:
     warning: str
 
 
-def export(target: Path, out: Path, *, dtype: str | None = None, shard_size: str) -> Exported:
+def export(
+    target: Path, out: Path, *, dtype: str | None = None, shard_size: str, ema: bool = False
+) -> Exported:
     """Write a run's newest checkpoint, or the checkpoint named, to the directory `out`: all of it
     or nothing.
 
@@ -62,6 +64,7 @@ def export(target: Path, out: Path, *, dtype: str | None = None, shard_size: str
         dtype: of the weights, as torch names it; None: that of the products in training. What is
             rounded to bfloat16 then is what training rounded wherever it used a weight.
         shard_size: of a file of weights, such as 5GB.
+        ema: the running average that `training.ema` has kept, in place of the weights.
 
     Raises:
         CheckpointError: not a run or checkpoint; damaged, of another config, or diverged.
@@ -77,7 +80,7 @@ def export(target: Path, out: Path, *, dtype: str | None = None, shard_size: str
     architecture = choose(config.model)
     by = factors(config.model, transfer.logit_scale, transfer.router_logit_scale)
     parts = list(sources(config.model, architecture.model_type, by))
-    stored = StoredWeights(where)
+    stored = StoredWeights(where, ema=ema)
     check_weights(stored, parts, where)
     tokenizer = tokenizer_files(
         chosen.tokenizer,

@@ -74,6 +74,7 @@ class Execution:
         orthogonal: roles whose rule orthogonalizes whole matrices.
         compute_bytes, wire_bytes: per element, of the orthogonalization and of its exchange; None:
             by precision.
+        ema: a running average of the weights lies beside them.
         watched: as on steps that telemetry reads: whole matrices are kept beside their directions.
     """
 
@@ -94,6 +95,7 @@ class Execution:
     compute_bytes: int | None = None
     wire_bytes: int | None = None
     watched: bool = True
+    ema: bool = False
 
     def __post_init__(self) -> None:
         if self.shard % self.expert:
@@ -186,6 +188,7 @@ def memory(model: ModelConfig, step: Execution) -> Memory:
     terms = {
         "parameters": FP32 * local,  # with DeepSpeed the float32 masters
         "model_copy": zero * c * (local if zero_stage == 3 else sum(whole.values())),
+        "weight_average": step.ema * FP32 * local,
         "optimizer_state": sum(state_bytes[w.role] * part[w.name] for w in stored),
         "gradients": FP32 * (local if sharded_gradients or not zero else sum(whole.values())),
         "cast_weights": cast * (1 if recompute else L),
@@ -214,9 +217,11 @@ def memory(model: ModelConfig, step: Execution) -> Memory:
         "optimizer_buffers": _optimizer_buffers(stored, step, max(part[w.name] for w in stored)),
     }
     if step.offload:
-        terms |= dict.fromkeys(("parameters", "optimizer_state", "optimizer_buffers"), 0)
+        on_host = ("parameters", "weight_average", "optimizer_state", "optimizer_buffers")
+        terms |= dict.fromkeys(on_host, 0)
     gradients, gathered = terms["gradients"], terms["gathered"]
-    fixed = terms["parameters"] + terms["model_copy"] + terms["optimizer_state"]
+    kept_always = ("parameters", "weight_average", "model_copy", "optimizer_state")
+    fixed = sum(terms[name] for name in kept_always)
     resident = step.is_ddp or fused or (zero and zero_stage == 3)
     if resident:  # gradients, or the buckets that they are views of, are there all the time
         fixed, gradients = fixed + gradients, 0
@@ -440,7 +445,10 @@ def communication(model: ModelConfig, step: Execution) -> dict[str, int]:
     return {purpose: round(size) for purpose, size in sent.items()}
 
 
-def checkpoint_bytes(model: ModelConfig, state_bytes: Mapping[str, int] = STATE_BYTES) -> int:
-    """Float32 weights and optimizer state on disk, over all ranks; two scalars per matrix and file
-    headers left out."""
-    return sum((FP32 + state_bytes[w.role]) * w.elements for w in weights(model))
+def checkpoint_bytes(
+    model: ModelConfig, state_bytes: Mapping[str, int] = STATE_BYTES, ema: bool = False
+) -> int:
+    """Float32 weights, with `ema` their running average too, and optimizer state on disk, over all
+    ranks; two scalars per matrix and file headers left out."""
+    each = FP32 * (2 if ema else 1)
+    return sum((each + state_bytes[w.role]) * w.elements for w in weights(model))

@@ -309,16 +309,18 @@ def _memory(plan: Plan, transfer: Transfer, shard: int, accumulation: int, on_ho
         orthogonal=() if RULES[matrix.rule].elementwise else ("matrix",),
         compute_bytes=4 if config.compute_dtype == "float32" else 2,
         wire_bytes=4 if config.wire_dtype == "float32" else 2,
+        ema=config.training.ema is not None,
     )
     need = memory(model, step)
     checkpoint = config.checkpoint
     held = memory(model, replace(step, offload=False)).terms
-    copy = (held["parameters"] + held["optimizer_state"]) * checkpoint.async_
+    saved = sum(held[name] for name in ("parameters", "weight_average", "optimizer_state"))
+    copy = saved * checkpoint.async_
     if on_host:
         terms = {**need.terms, "checkpoint_copy": copy}
         need = Memory(terms, {phase: size + copy for phase, size in need.phases.items()})
     kept = kept_checkpoints(checkpoint.every, checkpoint.keep, checkpoint.keep_every, config.steps)
-    each = checkpoint_bytes(model, state)
+    each = checkpoint_bytes(model, state, step.ema)
     plan.figures["memory"] = {"peak": need.peak, "phases": need.phases, "terms": need.terms}
     plan.figures["communication"] = communication(model, step)
     plan.figures["checkpoint"] = {

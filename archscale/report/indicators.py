@@ -28,6 +28,8 @@ loss | loss | Training loss | nats per token
     mean cross-entropy of the step's target tokens, without the balance loss
 val_loss | loss | Validation loss | nats per token
     mean cross-entropy on held-out text
+val_loss_ema | loss | Validation loss of the averaged weights | nats per token
+    mean cross-entropy on held-out text of the running average that training.ema keeps
 val_bits_per_byte | loss | Validation bits per byte | bits
     held-out cross-entropy per UTF-8 byte, the same for every tokenizer
 aux_loss | moe | Balance loss

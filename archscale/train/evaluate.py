@@ -4,7 +4,7 @@ any number of ranks."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -90,6 +90,13 @@ class Evaluation:
             if each.bits_per_byte is not None:
                 metrics[f"val_bits_per_byte{suffix}"] = each.bits_per_byte
         return metrics
+
+
+def of_average(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The losses among an evaluation's metrics, by the names that those of the running average of
+    the weights have: `val_loss_ema`, `val_loss_ema/web`."""
+    losses = {key: value for key, value in metrics.items() if key.startswith("val_loss")}
+    return {key.replace("val_loss", "val_loss_ema", 1): value for key, value in losses.items()}
 
 
 @torch.no_grad()

@@ -23,7 +23,13 @@ from archscale.checkpoint.target import refuse_diverged
 from archscale.config import Config, ModelConfig
 from archscale.data.stored import run_tokenizer
 from archscale.data.training_data import TrainingData
-from archscale.distributed import Fragment, agree, on_rank_zero, same_everywhere
+from archscale.distributed import (
+    Fragment,
+    agree,
+    gather_objects,
+    on_rank_zero,
+    same_everywhere,
+)
 from archscale.errors import CheckpointError, ConfigError, show
 from archscale.files import CONFIG
 from archscale.huggingface.architecture import CLASSES, CUSTOM, square_root_gates
@@ -31,6 +37,7 @@ from archscale.huggingface.model_section import CONFIG_JSON, HuggingFaceModel, r
 from archscale.huggingface.safetensors_reader import StoredTensors
 from archscale.huggingface.same_tokenizer import Unknown, other_tokenizer
 from archscale.huggingface.weights import Factors, change_factors, factors, sources, take_back
+from archscale.parallel.engine import Engine
 from archscale.plan.transfer import transfer_of
 from archscale.train.continuing import fingerprints
 
@@ -223,6 +230,28 @@ def _short(tokenizers: set[str]) -> str:
 
 def _warn_of_unknown(reason: str) -> None:
     warn(f"{KEY}: it is not known whether weights and data share a tokenizer: {reason}")
+
+
+# --- loading
+
+
+def load(found: InitialWeights, engine: Engine, config: Config) -> list[str]:
+    """Fill the weights of an engine; all ranks together. Returns what was scaled, in sentences.
+
+    Raises:
+        CheckpointError: they cannot be read, or are not finite.
+    """
+    weights = engine.weights()
+    scaled = found.load(weights, config)
+    not_finite = [name for name, held in weights.items() if not held.data.isfinite().all()]
+    if names := [name for of_rank in gather_objects(not_finite) for name in of_rank]:
+        raise same_everywhere(
+            CheckpointError(
+                f"weight {names[0]} is not finite", found.name, "start with other weights"
+            )
+        )
+    engine.weights_changed()
+    return scaled
 
 
 # --- the model

@@ -30,9 +30,9 @@ class Progress:
             self.bar.start()
 
     def update(self, line: dict[str, Any]) -> None:
-        text = f"loss {line['loss']:.4f}" + (
-            f"  val {line['val_loss']:.4f}" if "val_loss" in line else ""
-        )
+        text = f"loss {line['loss']:.4f}"
+        for name, key in (("val", "val_loss"), ("of the average", "val_loss_ema")):
+            text += f"  {name} {line[key]:.4f}" if key in line else ""
         text += f"  {line['tokens_per_second']:,.0f} tokens/s"
         if self.bar:
             self.bar.update(self.task, completed=line["step"], description=text)

@@ -70,8 +70,9 @@ from archscale.train.build import (
 )
 from archscale.train.continuing import AS_BEFORE, Wishes, check_start
 from archscale.train.decaying import decaying
-from archscale.train.evaluate import Evaluation
-from archscale.train.initial_weights import InitialWeights, initial_weights
+from archscale.train.ema import RunningAverage
+from archscale.train.evaluate import Evaluation, of_average
+from archscale.train.initial_weights import InitialWeights, initial_weights, load
 from archscale.train.ownership import owned_with, sole_owner
 from archscale.train.rates import Rates
 from archscale.train.readings import FallBack, Judgement, Readings
@@ -204,6 +205,8 @@ class Run:
         # checkpoints hold it.
         torch.manual_seed(config.seed)
         self.engine = build_engine(config, data.eos_id, self.transfer, device, plan.shard)
+        decay = config.training.ema
+        self.ema = None if decay is None else RunningAverage(decay, self.engine)
         self.roles = assign_roles(self.engine.module)
         self.optimizer = build_optimizer(config, self.roles, self.transfer.roles, self.engine)
         guard = config.telemetry.guard
@@ -299,6 +302,8 @@ class Run:
         )
         arrivals, judged = Arrivals(self.device), Judgement(guard)
         ballot = distributed.Ballot(lambda: self._signals.asked, lambda: self.saver.failed)
+        if self.ema:
+            self.ema.begin()
         interval = time.monotonic()
         try:
             for micro_batches in loader:
@@ -322,6 +327,8 @@ class Run:
                         judged.allow if guard and guard.acts else None, arrivals.all_reduce
                     ),
                 )
+                if self.ema and judged.applied:
+                    self.ema.update()
                 readings.add(step, lr, measured)
                 asked, failed = ballot.end()
                 self._signals.trained()
@@ -373,9 +380,17 @@ class Run:
     def _evaluate(self, ballot: distributed.Ballot | None = None) -> dict[str, float] | None:
         """What evaluation adds to a step's metrics; None where a signal, which the `ballot` asks
         for, has ended it."""
-        if ballot is None:
-            return self.evaluation.metrics(self.engine)
-        return self.evaluation.metrics(self.engine, lambda: ballot.ask()[0] > 0)
+
+        def leave() -> bool:
+            return ballot is not None and ballot.ask()[0] > 0
+
+        found = self.evaluation.metrics(self.engine, leave)
+        if found is None or self.ema is None:
+            return found
+        self.saver.before_changes()
+        with self.ema.in_place_of_weights():
+            averaged = self.evaluation.metrics(self.engine, leave)
+        return averaged and found | of_average(averaged)
 
     def _save_if_due(self, step: int, saving: bool, asked: int, ballot: distributed.Ballot) -> int:
         """Save where `step` is due to be saved, where a signal was `asked` for, and where its
@@ -412,12 +427,14 @@ class Run:
         """Load a checkpoint that has been verified; returns its step."""
         anew = self.lineage.resets_optimizer(read_state(source))
         optimizer = None if anew else self.optimizer
-        state = load_checkpoint(source, self.engine.weights(), optimizer, verified=True)
+        ema = None if self.ema is None else self.ema.fragments()
+        state = load_checkpoint(source, self.engine.weights(), optimizer, ema=ema, verified=True)
         self.lineage.restore(state, rewinds)
         self._follow(self.lineage.origins)
         self.engine.weights_changed()
         if anew:
             self._start_optimizer_anew()
+        self._restore_average(state)
         if self.guard and state.get("guard"):
             self.guard.load(state["guard"])
         self._not_finite_since = state.get("not_finite_since")
@@ -440,17 +457,7 @@ class Run:
             CheckpointError: they cannot be read, or are not finite.
             ConfigError: the rule cannot train them.
         """
-        lines = initial.load(self.engine.weights(), self.config)
-        not_finite = [
-            name for name, held in self.engine.weights().items() if not held.data.isfinite().all()
-        ]
-        if worst := [name for names in distributed.gather_objects(not_finite) for name in names]:
-            raise distributed.same_everywhere(
-                CheckpointError(
-                    f"weight {worst[0]} is not finite", initial.name, "start from other weights"
-                )
-            )
-        self.engine.weights_changed()
+        lines = load(initial, self.engine, self.config)
         try:
             self._start_optimizer_anew()
         except ValueError as error:  # of a matrix that is zero, by norms that all ranks know
@@ -471,6 +478,19 @@ class Run:
         if distributed.rank() == 0:
             print("\n".join([f"starts with the weights of {initial.name}", *lines]), flush=True)
 
+    def _restore_average(self, state: dict[str, Any]) -> None:
+        """Go on with the running average that is loaded, or say why there is none."""
+        said = None
+        if self.ema:
+            said = self.ema.restore(state)
+        elif state.get("ema"):
+            said = (
+                "training.ema is null: the running average of the checkpoint of step"
+                f" {state['step']} is not continued"
+            )
+        if said and distributed.rank() == 0:
+            print(said, flush=True)
+
     def _save(self, step: int, skipped_since: int | None = None) -> None:
         """Save; with `spare` the older checkpoints that there may be to fall back to stay."""
         state = {"step": step, "config": self.config.resolved(), "data": identity(self.data)}
@@ -478,7 +498,10 @@ class Run:
         state["not_finite_since"] = self._not_finite_since
         state |= {"fell_back_to": self._fell_back_to, "unfinished": self._unfinished}
         state["initialized_from"] = self._initialized_from
-        self.saver.save(self.engine.weights(), self.optimizer, state, skipped_since)
+        ema = None
+        if self.ema:
+            state["ema"], ema = self.ema.state(), self.ema.fragments()
+        self.saver.save(self.engine.weights(), self.optimizer, state, skipped_since, ema)
 
     def _fall_back(self, cause: FallBack, recorder: Recorder) -> int:
         """To the newest checkpoint from before the bad steps, or from before the last fall-back if
@@ -604,7 +627,7 @@ class Run:
         last = last_line(self.run_dir)
         # A crash may have cut the line of the last step short.
         if last.get("step") == step:
-            names = ("loss", "val_loss", "val_bits_per_byte")
+            names = ("loss", "val_loss", "val_loss_ema", "val_bits_per_byte")
             summary |= {name: last[name] for name in names if name in last}
         return summary
 

@@ -122,6 +122,8 @@ def annotated(base: Any, metadata: tuple[Any, ...]) -> str:
                     text += f" above {plain(float(least))}"
                 case annotated_types.Le(le=greatest):
                     text += f" and at most {plain(float(greatest))}"
+                case annotated_types.Lt(lt=greatest):
+                    text += f" and below {plain(float(greatest))}"
                 case annotated_types.MinLen() | annotated_types.MaxLen():
                     pass  # an empty text or list is refused
                 case _:
