@@ -1,4 +1,4 @@
-"""Stock models of transformers with random weights, as directories."""
+"""Directories as transformers writes them, with random weights: of its own models, and of ours."""
 
 from __future__ import annotations
 
@@ -6,7 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+
+from archscale.config import ModelConfig
+from archscale.huggingface.architecture import choose, config_json
+from archscale.huggingface.weights import factors, sources
 
 COMMON: dict[str, Any] = {
     "vocab_size": 304,
@@ -55,8 +60,19 @@ def make_stock(name: str, directory: Path, dtype: torch.dtype, shard_size: str =
     return model
 
 
-def change_config(directory: Path, **values: Any) -> None:
-    """Other values in config.json; what is None goes."""
-    path = directory / "config.json"
-    content = json.loads(path.read_text()) | values
-    path.write_text(json.dumps({k: v for k, v in content.items() if v is not None}))
+def write_directory(model: ModelConfig, directory: Path, **change: torch.Tensor | None) -> Path:
+    """Random weights for a model of ours, `change` among them (None: not there); without
+    transformers."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    kind = choose(model)
+    directory.mkdir()
+    content = config_json(model, kind, "float32", None, 1)
+    (directory / "config.json").write_text(json.dumps(content))
+    generator = torch.Generator().manual_seed(3)
+    stored = {
+        piece.name: torch.randn(piece.shape(part.shape), generator=generator) / 5
+        for part in sources(model, kind.model_type, factors(model, 1.0, 1.0))
+        for piece in part.pieces
+    } | change
+    save_file({k: v for k, v in stored.items() if v is not None}, directory / "model.safetensors")
+    return directory
