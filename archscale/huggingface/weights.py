@@ -219,7 +219,9 @@ def divide_out(stored: Tensor, factor: float) -> Tensor:
     if factor == 1:
         return wanted
     x = wanted / factor
-    for direction in (math.inf, -math.inf):  # the quotient is rounded: a neighbour may be the one
+    # The nearest number to the quotient is the one, but at powers of two, such as the 1 of a norm,
+    # where the spacing of numbers changes: there a neighbour may be.
+    for direction in (math.inf, -math.inf):
         neighbour = torch.nextafter(x, torch.tensor(direction))
         wrong = (x * factor).to(stored.dtype) != stored
         right = (neighbour * factor).to(stored.dtype) == stored
