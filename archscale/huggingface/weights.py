@@ -18,6 +18,7 @@ from archscale.config import ModelConfig
 from archscale.distributed import Fragment
 from archscale.model.layers import BASE_HEAD_DIM
 
+CHUNK = 1 << 24  # numbers that are read and divided at a time
 Read = Callable[[str, int, int], Tensor]
 """(name, lo, hi) → elements [lo, hi) of the row-major flattened weight of that name, as it is
 stored, on the CPU."""
@@ -232,7 +233,7 @@ def divide_out(stored: Tensor, factor: float) -> Tensor:
 @torch.no_grad()
 def take_back(weights: Mapping[str, Fragment], parts: Sequence[Source], read: Read) -> None:
     """Fill what this rank holds of our parameters from the weights of an export, reading no more
-    than that, a piece at a time."""
+    than that, `CHUNK` numbers at a time."""
     for source in parts:
         for piece, held, lo, hi in _held_pieces(weights, source):
             held.copy_(divide_out(read(piece.name, lo, hi), piece.factor))
@@ -254,14 +255,15 @@ def change_factors(
 def _held_pieces(
     weights: Mapping[str, Fragment], source: Source
 ) -> Iterator[tuple[Piece, Tensor, int, int]]:
-    """The pieces of which this rank holds something: the memory of that, 1-D, and where it lies in
-    the row-major flattened piece."""
+    """The pieces of which this rank holds something, in parts of at most `CHUNK` numbers: the
+    memory of each part, 1-D, and where it lies in the row-major flattened piece."""
     fragment, start = weights[source.name], 0
     end = fragment.lo + fragment.data.numel()
     for piece in source.pieces:
         size = math.prod(piece.shape(source.shape))
         lo, hi = max(fragment.lo, start), min(end, start + size)
-        if lo < hi:
-            held = fragment.data[lo - fragment.lo : hi - fragment.lo]
-            yield piece, held, lo - start, hi - start
+        for first in range(lo, hi, CHUNK):
+            last = min(first + CHUNK, hi)
+            held = fragment.data[first - fragment.lo : last - fragment.lo]
+            yield piece, held, first - start, last - start
         start += size
