@@ -243,6 +243,7 @@ def test_a_config_is_made_from_weights(sets, source, tmp_path):
         assert done.exit_code == 0, done.exception
         planned = CliRunner().invoke(app, ["plan", str(tmp_path / "c.yaml"), *options[:-2]])
         assert planned.exit_code == 0, planned.output
+        assert f"starts at the weights of {path}" in planned.output
 
 
 def test_another_tokenizer_is_refused(sets, source, tmp_path):
