@@ -142,6 +142,13 @@ def train(
         list[Part] | None,
         typer.Option(help="With --resume PATH: what starts anew there. Repeatable."),
     ] = None,
+    profile: Annotated[
+        bool,
+        typer.Option("--profile", help="Write a Chrome trace of three steps after the first ten."),
+    ] = False,
+    profile_steps: Annotated[
+        str | None, typer.Option(metavar="FIRST:LAST", help="Of these steps in place of those.")
+    ] = None,
 ) -> None:
     """Train one model; resumes by itself from the newest checkpoint of its run directory.
 
@@ -152,16 +159,23 @@ def train(
     with listening():  # also while the rest is imported, and during the report
         parts = tuple(dict.fromkeys(part.value for part in reset or []))
         wishes = {"extend": extend, "reset": parts, "decay_from": decay_from}
-        _train(config, set or [], run_dir, resume, wishes)
+        asked = profile if profile_steps is None else profile_steps
+        _train(config, set or [], run_dir, resume, wishes, asked)
 
 
 def _train(
-    config: Path, overrides: list[str], run_dir: Path | None, resume: str, wishes: dict[str, Any]
+    config: Path,
+    overrides: list[str],
+    run_dir: Path | None,
+    resume: str,
+    wishes: dict[str, Any],
+    profile: str | bool,
 ) -> None:
     from archscale.config import load_config
 
     resolved = load_config(config, overrides)
     from archscale.checkpoint.place import place_of
+    from archscale.telemetry.profiling import ProfiledSteps
     from archscale.train.continuing import Wishes
     from archscale.train.trainer import train as run
 
@@ -173,7 +187,10 @@ def _train(
     if wishes["decay_from"] is not None:
         wishes["decay_from"] = place_of(wishes["decay_from"])
     wanted = Wishes(**wishes, tokens_given=given)
-    summary = run(resolved, run_dir or Path("runs") / resolved.name, resume, wanted)
+    profiled = ProfiledSteps.parse(profile) if isinstance(profile, str) else None
+    if profile is True:
+        profiled = ProfiledSteps()
+    summary = run(resolved, run_dir or Path("runs") / resolved.name, resume, wanted, profiled)
     if summary["rank"] == 0:
         if not summary["already_done"]:
             from archscale.sweep.pages import report_if_possible

@@ -137,6 +137,7 @@ def test_the_table_of_metrics_has_what_a_run_writes(tmp_path):
         "data": {"packing": "best_fit"},
         "model": {"moe": moe},
         "telemetry": {"every": 2, "spectrum_every": 2, "per_layer": False},
+        "training": {"ema": 0.9},
     }
     lines = run(config(tiny_data(tmp_path), "orscale_lm", 2, **sections), str(tmp_path / "run"))
     written = {key for line in lines for key in line}

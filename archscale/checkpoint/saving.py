@@ -39,10 +39,10 @@ from archscale.checkpoint.directory import (
     state_text,
     wrong_files,
 )
-from archscale.checkpoint.fragments import Stored
+from archscale.checkpoint.fragments import Computed, Stored
 from archscale.checkpoint.place import BrokenUpload, Place, StoreError, StorePath
 from archscale.checkpoint.reading import EMA, WEIGHTS
-from archscale.checkpoint.reasons import first_failure, reason, why_not_written
+from archscale.checkpoint.reasons import first_failure, os_error_of, reason, why_not_written
 from archscale.checkpoint.snapshot import Snapshot
 from archscale.checkpoint.writer import SummedWriter, reader_of, write_summed
 from archscale.config import CheckpointConfig
@@ -143,7 +143,7 @@ class Saver:
         self.wait()
         if is_distributed() and self._group is None:
             self._group = dist.new_group(backend="gloo", timeout=TIMEOUT)
-        accept_a_single_process()
+        _accept_a_single_process()
         content = _content(weights, optimizer, ema)
         if self._settings.async_:
             content = agree(lambda: self._copy(content))
@@ -348,7 +348,7 @@ def load_checkpoint(
             if name.startswith(WEIGHTS) or (optimizer and not name.startswith(EMA))
         ):
             raise ValueError(f"it holds {extra[0]}, which this run has not")
-        accept_a_single_process()
+        _accept_a_single_process()
         dcp.load(content, storage_reader=reader)
         if optimizer is not None and state["world_size"] == world_size():
             content_rng = (path / f"rng_{rank()}.bin").read_bytes()
@@ -361,6 +361,32 @@ def load_checkpoint(
             cause = reason(error)
         raise CheckpointError(f"cannot load: {cause}", str(path), remedy) from error
     return state
+
+
+def write_weights(path: Path, weights: Mapping[str, Computed], state: dict[str, Any]) -> None:
+    """Write weights alone as a checkpoint into the directory `path`, by one process and in the
+    memory of one of them.
+
+    Args:
+        state: as for `Saver.save`; `config` has the seed that random states begin with.
+
+    Raises:
+        CheckpointError: from computing a weight.
+        OSError: the directory cannot be written.
+    """
+    writer = SummedWriter(path, file_per_tensor=True)
+    _accept_a_single_process()
+    content = {f"{WEIGHTS}{name}": weight for name, weight in weights.items()}
+    try:
+        dcp.save(content, storage_writer=writer, no_dist=True)
+    except CheckpointException as error:
+        if isinstance(first := first_failure(error), CheckpointError):
+            raise first from error
+        raise os_error_of(error) or first from error
+    generator = torch.Generator().manual_seed(state["config"]["seed"])
+    random_state = write_summed(path / "rng_0.bin", generator.get_state().numpy().tobytes())
+    files = {**writer.recorded, "rng_0.bin": random_state}
+    write_summed(path / STATE, state_text(state, files, world_size=1).encode())
 
 
 def _content(
@@ -383,7 +409,7 @@ def _content(
     }
 
 
-def accept_a_single_process() -> None:
+def _accept_a_single_process() -> None:
     """DCP warns that one process has no process group, which is what a single process is.
 
     For good, since a thread that took the warning's suppression back would do so under others.

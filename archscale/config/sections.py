@@ -366,6 +366,8 @@ class TelemetryConfig(Section):
     """What happens when a step is not finite or spikes."""
     wandb: WandbConfig = WandbConfig()
     """Weights & Biases."""
+    tensorboard: StrictBool = False
+    """Write event files for TensorBoard into `tensorboard/` of the run directory."""
 
 
 class EvalConfig(Section):

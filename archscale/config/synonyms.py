@@ -116,6 +116,7 @@ _NAMES: dict[Synonym, str] = {
     Synonym("eval.batches"): "eval_iters eval_batches val_batches",
     Synonym("telemetry.every", "in steps"): "log_every log_interval logging_steps",
     Synonym("telemetry.wandb.mode"): "use_wandb report_to",
+    Synonym("telemetry.tensorboard"): "use_tensorboard log_to_tensorboard",
     Synonym("telemetry.wandb.project"): "wandb_project",
     Synonym("", "the option --run-dir of archscale train"): "output_dir out_dir save_dir run_dir",
     Synonym(

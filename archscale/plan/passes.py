@@ -62,8 +62,9 @@ def source_tokens(data: TrainingData) -> list[SourceTokens]:
 
 
 def data_figures(sources: Sequence[SourceTokens], trained: int, context: int) -> dict[str, Any]:
-    """Tokens and passes in all and of every source. A data set that several sources read counts
-    once, and its passes are those of all of them.
+    """Tokens and passes in all and of every source, and the real tokens that are trained on,
+    without padding. A data set that several sources read counts once, and its passes are those of
+    all of them.
 
     Args:
         trained: tokens of the run, padding among them.
@@ -84,6 +85,7 @@ def data_figures(sources: Sequence[SourceTokens], trained: int, context: int) ->
 
     return {
         "tokens": None if not tokens or None in tokens else sum(count or 0 for count in tokens),
+        "real_tokens": round(trained * (1 - sum(each.share * each.padding for each in sources))),
         "passes": trained / total if total else None,
         "sources": [
             {
@@ -145,8 +147,8 @@ def many_passes(config: Config, figures: Mapping[str, Any]) -> ConfigError | Non
     )
     mixed = figures["sources"][0]["name"] is not None
     return ConfigError(
-        f"the run passes {over}: repeated text teaches less than new text, and the validation loss"
-        " may rise",
+        f"the run passes {over}: repeated text teaches less than new text from the fifth pass on"
+        " (arXiv 2305.16264), and the validation loss may rise",
         "data.mixture" if mixed else "training.tokens",
         ("lower the weight, prepare more text" if mixed else "prepare more text") + less,
     )

@@ -173,6 +173,15 @@ def _ratio(value: float) -> str:
     return f"{value:,.1f}" if value >= 1 else f"{value:.2g}"
 
 
+def reading_text(data: Mapping[str, Any], parameters: int) -> str:
+    """How much text a run reads, and how often: in a sentence for its start."""
+    real = data["real_tokens"]
+    text = f"reads {real:,} tokens, {_ratio(real / parameters)} for each parameter"
+    if len(data["sources"]) == 1 and data["passes"] is not None:
+        text += f", and the data {data['passes']:,.3g} times"
+    return text
+
+
 def _data_row(data: Mapping[str, Any]) -> str:
     mixed = mixture_rows(data)
     if data["passes"] is None:

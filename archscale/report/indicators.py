@@ -44,6 +44,8 @@ step_seconds | training | Step time | seconds
     mean of a reading group
 mfu | training | MFU
     model FLOPs utilization: useful training FLOP/s over the devices' peak
+peak_memory_bytes | training | Peak memory | bytes
+    the most that any rank has held: on a GPU in tensors, on a CPU all of the process
 stability/attention_z | stability | Attention Z-value
     mean of LSE², LSE = log-sum-exp of the scaled attention logits
 stability/router_z | stability | Router Z-value

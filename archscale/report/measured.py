@@ -87,7 +87,26 @@ def _progress(run: RunRecord) -> Iterator[Tile]:
     notes = [f"of {target:,.0f}"] if target else []
     if run.flops_per_token:
         notes.append(f"{compact(tokens * run.flops_per_token)} training FLOPs")
-    yield Tile("tokens", number(tokens), "; ".join(notes))
+    yield Tile("tokens", number(tokens), "; ".join([*notes, *_repetition(run, tokens)]))
+
+
+def _repetition(run: RunRecord, tokens: float) -> Iterator[str]:
+    """How many of the tokens that are trained on come on a parameter, and how often a source has
+    been read so far, the most repeated one of a mixture."""
+    planned, real = _target(run), run.planned("data", "real_tokens")
+    if parameters := run.planned("model", "parameters", "total"):
+        share = real / planned if real and planned else 1.0  # the rest is padding
+        yield f"{number(share * tokens / parameters)} a parameter"
+    sources = lookup(run.plan, "data", "sources")
+    passes = [
+        (source["passes"], source.get("name"))
+        for source in (sources if isinstance(sources, list) else [])
+        if isinstance(source, dict) and is_number(source.get("passes"))
+    ]
+    if passes and planned:
+        most, name = max(passes, key=lambda each: float(each[0]))
+        what = f"source {name}" if name else "the data"
+        yield f"{what} read {number(most * tokens / planned)} times"
 
 
 def _losses(run: RunRecord) -> Iterator[Tile]:
@@ -180,13 +199,26 @@ def _flops(run: RunRecord, tokens: float | None) -> Iterator[Comparison]:
 
 def _sizes(run: RunRecord) -> Iterator[Comparison]:
     if memory := run.planned("memory", "peak"):
-        note = "peak; the run does not record its own"
-        yield Comparison("memory a device", size(memory), "n/a", note)
+        yield _memory(run, memory)
     if planned := run.planned("checkpoint", "bytes"):
         step, written = run.checkpoint or (None, None)
         measured = "n/a" if written is None else size(written)
         note = "" if step is None else f"of step {step:,}"
         yield Comparison("a checkpoint", size(planned), measured, note)
+
+
+def _memory(run: RunRecord, planned: float) -> Comparison:
+    """The most that any rank has held; on a CPU with all else that the process holds."""
+    series, name = run.series.get("peak_memory_bytes"), "memory a device"
+    if series is None or series.last is None:
+        return Comparison(name, size(planned), "n/a", "peak; the run has not recorded its own")
+    measured = float(np.nanmax(series.values))
+    if "cpu" in str(lookup(run.environment, "device") or ""):
+        note = "peak; measured with the libraries that the process has loaded"
+        return Comparison(name, size(planned), size(measured), note)
+    return Comparison(
+        name, size(planned), size(measured), f"peak; {measured / planned:.3g} × planned"
+    )
 
 
 def _target(run: RunRecord) -> float | None:

@@ -31,6 +31,9 @@ class Tracker(Protocol):
 
     def log(self, line: dict[str, Any]) -> None: ...
 
+    def rewind(self, step: int) -> None:
+        """What was logged of later steps counts no longer: the run has gone back."""
+
     def close(self) -> None: ...
 
 
@@ -52,14 +55,19 @@ class BestEffort:
         patience: float = PATIENCE,
     ):
         self.name, self._patience = name, patience
-        self._lines: queue.Queue[dict[str, Any] | None] = queue.Queue(waiting)
+        self._calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(waiting)
         self._dropped = 0
         self._thread = threading.Thread(target=self._run, args=(connect,), daemon=True, name=name)
         self._thread.start()
 
     def log(self, line: dict[str, Any]) -> None:
         """Returns at once."""
-        self._put(dict(line))
+        line = dict(line)
+        self._put(lambda tracker: tracker.log(line))
+
+    def rewind(self, step: int) -> None:
+        """Returns at once."""
+        self._put(lambda tracker: tracker.rewind(step))
 
     def close(self) -> None:
         """Give the service a while for what is left."""
@@ -70,22 +78,22 @@ class BestEffort:
                 f"did not take everything within {self._patience:g} s; metrics.jsonl has it all"
             )
 
-    def _put(self, line: dict[str, Any] | None) -> None:
+    def _put(self, call: Callable[[Tracker], None] | None) -> None:
         while True:
             try:
-                return self._lines.put_nowait(line)
+                return self._calls.put_nowait(call)
             except queue.Full:
                 if not self._dropped:
                     self._warn("is too slow: old lines are dropped, metrics.jsonl has them all")
                 self._dropped += 1
                 with contextlib.suppress(queue.Empty):
-                    self._lines.get_nowait()
+                    self._calls.get_nowait()
 
     def _run(self, connect: Callable[[], Tracker]) -> None:
         try:
             tracker = connect()
-            while (line := self._lines.get()) is not None:
-                tracker.log(line)
+            while (call := self._calls.get()) is not None:
+                call(tracker)
             tracker.close()
         except Exception as error:  # an outage of a service must not become one of training
             text = " ".join(str(error).split())[:200]
@@ -93,7 +101,7 @@ class BestEffort:
                 f"is not used any more ({type(error).__name__}: {text}); metrics.jsonl has"
                 " everything"
             )
-            while self._lines.get() is not None:  # so that nothing piles up
+            while self._calls.get() is not None:  # so that nothing piles up
                 pass
 
     def _warn(self, text: str) -> None:
@@ -152,6 +160,9 @@ def wandb_tracker(
 
         def log(self, line: dict[str, Any]) -> None:
             self._run.log({key: value for key, value in line.items() if value is not None})
+
+        def rewind(self, step: int) -> None:
+            """Lines of a step that comes again stand beside the first ones: W&B deletes none."""
 
         def close(self) -> None:
             self._run.finish()

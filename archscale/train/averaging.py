@@ -17,19 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
 
-from archscale.checkpoint.directory import checkpoint_id, read_state, state_text
+from archscale.checkpoint.directory import checkpoint_id, read_state
 from archscale.checkpoint.fragments import Computed
 from archscale.checkpoint.history import absolute
 from archscale.checkpoint.place import STATE, checkpoints_of
-from archscale.checkpoint.reading import WEIGHTS, StoredWeights
-from archscale.checkpoint.reasons import first_failure, os_error_of
-from archscale.checkpoint.saving import accept_a_single_process
+from archscale.checkpoint.reading import StoredWeights
+from archscale.checkpoint.saving import write_weights
 from archscale.checkpoint.target import Target, find_target, target_of
-from archscale.checkpoint.writer import SummedWriter, write_summed
 from archscale.config import Config, dump_config, load_config
 from archscale.config.layers import flatten
 from archscale.data.tokenizer import keep_tokenizer
@@ -54,14 +50,12 @@ class Average:
     """What `average_checkpoints` has written.
 
     Attributes:
-        directory: the run directory, absolute.
-        checkpoint: in it.
+        checkpoint: in the run directory that was written.
         sources: path of every checkpoint that was averaged.
         on_sphere: the rule that keeps the matrices on a sphere; None: there is none.
         shrinkage: by weight matrix ‖mean‖ over the mean of the norms, at most 1 but for rounding.
     """
 
-    directory: Path
     checkpoint: Path
     sources: list[str]
     on_sphere: str | None
@@ -123,7 +117,6 @@ def average_checkpoints(
     _refuse_other_shapes(stored, targets)
     rule = newest.config.optimizer.matrix.rule
     written = Average(
-        out,
         step_directory(out / CHECKPOINTS, newest.step),
         [str(target.checkpoint) for target in targets],
         rule if get_rule(rule).sphere else None,
@@ -131,7 +124,7 @@ def average_checkpoints(
     with new_directory(out, WHAT, CONFIG) as partial:
         checkpoint = step_directory(partial / CHECKPOINTS, newest.step)
         checkpoint.mkdir(parents=True)
-        _write_checkpoint(checkpoint, _means(stored, targets, written), targets, newest)
+        write_weights(checkpoint, _means(stored, targets, written), _state(targets, newest))
         keep_tokenizer(newest.tokenizer, partial / TOKENIZER)
         dump_config(_config(newest), partial / CONFIG)
     return written
@@ -269,7 +262,7 @@ def _means(
         return average
 
     return {
-        f"{WEIGHTS}{name}": Computed(shape, lambda name=name: compute(name))  # type: ignore[misc]
+        name: Computed(shape, lambda name=name: compute(name))  # type: ignore[misc]
         for name, shape in stored[0].shapes.items()
     }
 
@@ -282,26 +275,6 @@ def _finite(weight: Tensor, name: str, target: Target) -> Tensor:
             "name a checkpoint from before that",
         )
     return weight
-
-
-def _write_checkpoint(
-    path: Path, content: dict[str, Computed], targets: Sequence[Target], newest: Target
-) -> None:
-    writer = SummedWriter(path, file_per_tensor=True)
-    accept_a_single_process()
-    try:
-        dcp.save(content, storage_writer=writer, no_dist=True)
-    except CheckpointException as error:
-        # A weight that cannot be read or is not finite; or the disk, which is not the weights'.
-        if isinstance(first := first_failure(error), CheckpointError):
-            raise first from error
-        raise os_error_of(error) or first from error
-    # As a run's begins, from the seed: nothing of a model draws from it.
-    generator = torch.Generator().manual_seed(newest.config.seed)
-    random_state = write_summed(path / "rng_0.bin", generator.get_state().numpy().tobytes())
-    files = {**writer.recorded, "rng_0.bin": random_state}
-    text = state_text(_state(targets, newest), files, world_size=1)
-    write_summed(path / STATE, text.encode())
 
 
 def _state(targets: Sequence[Target], newest: Target) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import sys
 import time
 from typing import Any
 
+from archscale.plan.text import size
+
 
 class Progress:
     """Shows `loss`, speed and time left of `total` steps, `done` of which were finished before."""
@@ -34,6 +36,10 @@ class Progress:
         for name, key in (("val", "val_loss"), ("of the average", "val_loss_ema")):
             text += f"  {name} {line[key]:.4f}" if key in line else ""
         text += f"  {line['tokens_per_second']:,.0f} tokens/s"
+        if line.get("mfu"):
+            text += f"  {line['mfu']:.1%} MFU"
+        if "peak_memory_bytes" in line:
+            text += f"  {size(line['peak_memory_bytes'])} at most"
         if self.bar:
             self.bar.update(self.task, completed=line["step"], description=text)
         elif time.monotonic() - self.shown > 10 or line["step"] == self.total or "val_loss" in line:

@@ -1,5 +1,5 @@
-"""Where a run's lines go: metrics.jsonl always and first, then the terminal, then a tracking
-service if there is one."""
+"""Where a run's lines go: metrics.jsonl always and first, then the terminal, then trackers if there
+are any."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from types import TracebackType
 from typing import Any
 
 from archscale import distributed
-from archscale.config import WandbConfig
+from archscale.config import TelemetryConfig
 from archscale.files import METRICS
 from archscale.telemetry.sinks import MetricsFile
+from archscale.telemetry.tensorboard import tensorboard_tracker
 from archscale.telemetry.tracking import wandb_tracker
 from archscale.train.progress import Progress
 
@@ -22,13 +23,18 @@ class Recorder:
 
     Args:
         resolved: the run's config as plain data.
-        wandb: the tracking service.
+        telemetry: with the trackers.
         steps: of the whole run.
         step: lines of later steps belong to a lost part of the run.
     """
 
     def __init__(
-        self, resolved: Mapping[str, Any], wandb: WandbConfig, steps: int, run_dir: Path, step: int
+        self,
+        resolved: Mapping[str, Any],
+        telemetry: TelemetryConfig,
+        steps: int,
+        run_dir: Path,
+        step: int,
     ):
         self._here = distributed.rank() == 0
         self._event = ""
@@ -37,7 +43,11 @@ class Recorder:
             self._path = run_dir / METRICS
             self._metrics = MetricsFile(self._path, step)
             self._progress = Progress(steps, step, name)
-            self._tracker = wandb_tracker(wandb.mode, wandb.project, name, dict(resolved), run_dir)
+            wandb = telemetry.wandb
+            service = wandb_tracker(wandb.mode, wandb.project, name, dict(resolved), run_dir)
+            self._trackers = [] if service is None else [service]
+            if telemetry.tensorboard:
+                self._trackers.append(tensorboard_tracker(resolved, run_dir, step))
 
     def __enter__(self) -> Recorder:
         return self
@@ -51,8 +61,8 @@ class Recorder:
         if self._here:
             self._progress.close()
             self._metrics.close()
-            if self._tracker:
-                self._tracker.close()
+            for tracker in self._trackers:
+                tracker.close()
 
     def event(self, text: str) -> None:
         """To the terminal now, and to the next line."""
@@ -68,8 +78,8 @@ class Recorder:
                 line["event"] = "; ".join(filter(None, [self._event, line.get("event")]))
                 self._event = ""
             written = self._metrics.write(**line)
-            if self._tracker:
-                self._tracker.log(written)
+            for tracker in self._trackers:
+                tracker.log(written)
         self._metrics.flush()
         if lines:
             self._progress.update(lines[-1])
@@ -79,3 +89,5 @@ class Recorder:
         if self._here:
             self._metrics.close()
             self._metrics = MetricsFile(self._path, step)
+            for tracker in self._trackers:
+                tracker.rewind(step)

@@ -19,6 +19,7 @@ from archscale.model.layers import Probe
 from archscale.model.loss import IGNORE
 from archscale.optim import MatrixOptimizer
 from archscale.parallel.engine import Engine
+from archscale.telemetry.profiling import phase
 from archscale.telemetry.stability import LayerSums
 from archscale.train.balance import StepBalance
 
@@ -90,11 +91,13 @@ def train_step(
     probed: list[tuple[LayerSums, ...]] = []  # by micro-batch, by layer
     for i, batch in enumerate(moved):
         with engine.micro_batch(last=i == len(moved) - 1):
-            output = engine.forward(*batch, probe=probe)
-            objective = output.loss * scale
-            if balance is not None:
-                objective = objective + balance.loss(output.routing) * engine.gradient_scale
-            engine.backward(objective)
+            with phase("forward"):
+                output = engine.forward(*batch, probe=probe)
+                objective = output.loss * scale
+                if balance is not None:
+                    objective = objective + balance.loss(output.routing) * engine.gradient_scale
+            with phase("backward"):
+                engine.backward(objective)
         if output.probed is not None:
             probed.append(output.probed)
         total += output.loss.detach()
@@ -106,7 +109,8 @@ def train_step(
     measured[PADDING] = 1 - sizes[0] / sizes[1]
     allow = supervision.allow
     judged = None if allow is None else lambda norm: allow(measured["loss"], norm)
-    measured["grad_norm"] = engine.update(optimizer, grad_clip, judged)
+    with phase("update"):
+        measured["grad_norm"] = engine.update(optimizer, grad_clip, judged)
     sums = _add_up(probed) if probed else None
     return measured, Seen(sums, None if balance is None else balance.load)
 

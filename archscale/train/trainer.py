@@ -53,12 +53,14 @@ from archscale.files import (
 )
 from archscale.optim.roles import assign_roles
 from archscale.plan.devices import this_device
-from archscale.plan.passes import data_figures, much_padding, source_tokens
+from archscale.plan.passes import data_figures, many_passes, much_padding, source_tokens
 from archscale.plan.plan import Plan, make_plan
 from archscale.plan.preflight import refuse
-from archscale.plan.text import counting_pass_share, mixture_rows, packing_text
+from archscale.plan.text import counting_pass_share, mixture_rows, packing_text, reading_text
 from archscale.telemetry.guard import Guard, not_finite_since
+from archscale.telemetry.profiling import ProfiledSteps, Profiler
 from archscale.telemetry.sinks import last_line, read_lines
+from archscale.telemetry.tensorboard import check_tensorboard
 from archscale.telemetry.tracking import check_wandb
 from archscale.train import stopping
 from archscale.train.build import (
@@ -74,6 +76,7 @@ from archscale.train.ema import RunningAverage
 from archscale.train.evaluate import Evaluation, of_average
 from archscale.train.initial_weights import InitialWeights, initial_weights, load
 from archscale.train.ownership import owned_with, sole_owner
+from archscale.train.profiled import out_of_memory, prepare
 from archscale.train.rates import Rates
 from archscale.train.readings import FallBack, Judgement, Readings
 from archscale.train.record import Recorder
@@ -117,7 +120,11 @@ def _ended_by_signals(train: Callable[P, dict[str, Any]]) -> Callable[P, dict[st
 
 @_ended_by_signals
 def train(
-    config: Config, run_dir: Path, resume: str = "auto", wishes: Wishes = AS_BEFORE
+    config: Config,
+    run_dir: Path,
+    resume: str = "auto",
+    wishes: Wishes = AS_BEFORE,
+    profiled: ProfiledSteps | None = None,
 ) -> dict[str, Any]:
     """Run `config` to its end in `run_dir`; returns a summary (steps, tokens, losses, seconds,
     whether it was done already).
@@ -126,6 +133,7 @@ def train(
         resume: `auto` (newest checkpoint of the run directory, if any), `never`, or the path of a
             checkpoint.
         wishes: what shall be otherwise from the checkpoint on.
+        profiled: steps of which rank 0 writes a trace.
 
     Raises:
         ArchscaleError: user errors, before the first step wherever that can be known.
@@ -159,6 +167,7 @@ def train(
     check_document_mask(config.data, data.eos_id)
     check_engine(config)
     check_wandb(config.telemetry.wandb.mode)
+    check_tensorboard(config.telemetry.tensorboard)
     stuck_after = config.telemetry.stuck_after
     # While training the watchdog comes first, with stacks.
     device = distributed.start(max(CHECKS, stuck_after + 60) if stuck_after else 3600.0)
@@ -178,7 +187,7 @@ def train(
         distributed.on_rank_zero(data.check)
         for held in validation:
             distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
-        run = Run(plan, run_dir, data, validation, device)
+        run = Run(plan, run_dir, data, validation, device, profiled)
         summary = run.go(start, initial)
         stopping.current().finished()
         distributed.stop()
@@ -195,6 +204,7 @@ class Run:
         data: TrainingData,
         validation: Sequence[ValidationSet],
         device: torch.device,
+        profiled: ProfiledSteps | None = None,
     ):
         assert plan.transfer is not None, "a plan without problems has a transfer"
         assert plan.shard is not None
@@ -205,6 +215,8 @@ class Run:
         # checkpoints hold it.
         torch.manual_seed(config.seed)
         self.engine = build_engine(config, data.eos_id, self.transfer, device, plan.shard)
+        self._profiled = profiled
+        self._profiler = Profiler()
         decay = config.training.ema
         self.ema = None if decay is None else RunningAverage(decay, self.engine)
         self.roles = assign_roles(self.engine.module)
@@ -257,6 +269,9 @@ class Run:
                     )
                 )
             return self._summary(step, started, already_done=True)
+        if self._profiled is not None:
+            last = self.rates.steps
+            self._profiler = prepare(self._profiled, step, last, self.run_dir, self.device)
         distributed.on_rank_zero(
             lambda: leave_one_history(self.run_dir, self.checkpoints, start, step)
         )
@@ -264,14 +279,18 @@ class Run:
         watchdog = Watchdog(self.run_dir, self.config.telemetry.stuck_after)
         config = self.config
         recorder = Recorder(
-            config.resolved(), config.telemetry.wandb, self.rates.steps, self.run_dir, step
+            config.resolved(), config.telemetry, self.rates.steps, self.run_dir, step
         )
-        with contextlib.closing(watchdog), recorder, self.saver:
+        with contextlib.closing(watchdog), recorder, self.saver, self._profiler:
             if unfinished:
                 recorder.write([unfinished | (self._evaluate() or {})])
+            if self.ema:
+                self.ema.begin()
             while step < self.rates.steps:
                 try:
                     step = self._train(step, recorder, watchdog)
+                except torch.OutOfMemoryError as error:
+                    raise out_of_memory(error, self.run_dir) from error
                 except FallBack as cause:
                     with self._signals.unhurried():
                         step = self._fall_back(cause, recorder)
@@ -302,11 +321,9 @@ class Run:
         )
         arrivals, judged = Arrivals(self.device), Judgement(guard)
         ballot = distributed.Ballot(lambda: self._signals.asked, lambda: self.saver.failed)
-        if self.ema:
-            self.ema.begin()
         interval = time.monotonic()
         try:
-            for micro_batches in loader:
+            for micro_batches in self._profiler.around(loader, step):
                 lr = self._set_lr(step)
                 step += 1
                 last = step == self.rates.steps
@@ -327,8 +344,7 @@ class Run:
                         judged.allow if guard and guard.acts else None, arrivals.all_reduce
                     ),
                 )
-                if self.ema and judged.applied:
-                    self.ema.update()
+                self._average(judged.applied)
                 readings.add(step, lr, measured)
                 asked, failed = ballot.end()
                 self._signals.trained()
@@ -478,6 +494,11 @@ class Run:
         if distributed.rank() == 0:
             print("\n".join([f"starts with the weights of {initial.name}", *lines]), flush=True)
 
+    def _average(self, applied: bool) -> None:
+        """Take the weights after a step into their running average, if there is one."""
+        if self.ema and applied:
+            self.ema.update()
+
     def _restore_average(self, state: dict[str, Any]) -> None:
         """Go on with the running average that is loaded, or say why there is none."""
         said = None
@@ -592,6 +613,7 @@ class Run:
             f" tokens on {layout}, run directory {self.run_dir}",
             flush=True,
         )
+        print(reading_text(self.plan.figures["data"], count))
         self._describe_data()
         if share := counting_pass_share(self.plan.figures["flops"]):
             print(
@@ -605,7 +627,7 @@ class Run:
             print(f"{name}: {row}")
         if not self.data.mixed and (packed := packing_text(figures["sources"][0])):
             print(f"documents are {packed}")
-        if advice := much_padding(figures):
+        for advice in filter(None, (many_passes(self.config, figures), much_padding(figures))):
             print(f"archscale: warning: {advice}", file=sys.stderr)
         evaluated = {held.name for held in self.evaluation.sets}
         without = [source.name for source in self.data.sources if source.name not in evaluated]

@@ -19,6 +19,7 @@ from torch import Tensor
 from archscale import distributed
 from archscale.checkpoint.place import Place, StoreError, StorePath, checkpoints_of
 from archscale.checkpoint.writer import Sent
+from archscale.telemetry.memory import peak_memory
 
 NOTABLE = 0.05  # of a step
 GRACE = 10.0  # seconds after which the interpreter itself is taken for stuck
@@ -136,8 +137,8 @@ def _bytes_below(folder: Place) -> int:
 
 
 class Arrivals:
-    """How long this rank waits for the others in the first collective of each step: the last one to
-    arrive waits least."""
+    """How long this rank waits for the others in the first collective of each step, where the last
+    one to arrive waits least; and what each holds of memory."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -159,15 +160,19 @@ class Arrivals:
         return tensor
 
     def read(self, step_seconds: float) -> dict[str, Any]:
-        """Since the last reading: `straggler/wait_seconds`, the mean wait a step of the rank that
-        waited most over that of the one that waited least, and `straggler/rank`, who that is; empty
-        on one process, and where it is less than `NOTABLE` of `step_seconds`. A collective."""
+        """`peak_memory_bytes`, that of the rank that has held most. And since the last reading
+        `straggler/wait_seconds`, the mean wait a step of the rank that waited most over that of the
+        one that waited least, and `straggler/rank`, who that is; left out on one process, and where
+        it is less than `NOTABLE` of `step_seconds`. A collective."""
         waits = self._waits + [start.elapsed_time(end) / 1e3 for start, end in self._events]
         self._waits, self._events = [], []
-        everyone = distributed.gather_objects(sum(waits) / max(len(waits), 1))
+        mean = sum(waits) / max(len(waits), 1)
+        gathered = distributed.gather_objects((mean, peak_memory(self._device)))
+        everyone = [wait for wait, _ in gathered]
+        memory = {"peak_memory_bytes": max(held for _, held in gathered)}
         if max(everyone) - min(everyone) < NOTABLE * step_seconds or len(everyone) == 1:
-            return {}
-        return {
+            return memory
+        return memory | {
             "straggler/wait_seconds": max(everyone) - min(everyone),
             "straggler/rank": everyone.index(min(everyone)),
         }

@@ -16,7 +16,7 @@ from archscale.plan.devices import DEVICES, RESERVED, Device, find_device
 from archscale.plan.passes import SourceTokens, data_figures
 from archscale.plan.plan import INITIALIZATION, kept_checkpoints, make_plan
 from archscale.plan.preflight import plan_config, refuse
-from archscale.plan.text import render
+from archscale.plan.text import reading_text, render
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
@@ -376,5 +376,8 @@ def test_passes_are_over_windows_and_a_data_set_counts_once():
     assert [row["passes"] for row in figures["sources"]] == [33, 33, 1.1]
     assert [row["drawn"] for row in figures["sources"]] == [2200, 1100, 1100]
     packed = PackedSize(windows=11, context=10, pieces=20, targets=100)
-    assert data_figures([SourceTokens("", Fraction(1), 101, packed)], 220, 10)["passes"] == 2
+    full = data_figures([SourceTokens("", Fraction(1), 101, packed)], 220, 10)
+    assert (full["passes"], full["real_tokens"]) == (2, 200)  # of 220 positions 20 are padding
+    said = "reads 200 tokens, 4.0 for each parameter, and the data 2 times"
+    assert reading_text(full, 50) == said
     assert data_figures([SourceTokens("", Fraction(1), 10)], 220, 10)["passes"] is None

@@ -354,6 +354,24 @@ def test_the_plan_beside_what_was_measured(tmp_path):
     assert "finished" in text
 
 
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [((None,), "the data read 4.8 times"), (("web", "code"), "source code read 8 times")],
+)
+def test_memory_tokens_a_parameter_and_passes(tmp_path, names, words):
+    """Of a run that is half done, whose windows hold an eighth of padding."""
+    lines = metrics(5_000, layers=1, every=1000)
+    for step, held in ((1000, 2.25e9), (2000, 2.4e9)):
+        lines[step - 1]["peak_memory_bytes"] = held
+    trained = PLAN["training"]["trained_tokens"]
+    sources = [{"name": name, "passes": 9.6 + 6.4 * n} for n, name in enumerate(names)]
+    plan = PLAN | {"data": {"real_tokens": trained * 7 // 8, "sources": sources}}
+    _, html = report(tmp_path, lines, plan)
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", html))
+    assert f"8.96 a parameter; {words}" in text
+    assert "memory a device 3 GB 2.4 GB peak; 0.8 × planned" in text
+
+
 def test_on_a_device_without_a_known_peak_there_is_no_mfu(tmp_path):
     plan = copy.deepcopy(PLAN)
     plan["devices"] = [

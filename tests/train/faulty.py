@@ -144,7 +144,15 @@ def _free_port() -> str:
 def lines(run_dir: Path) -> list[dict]:
     """Those of metrics.jsonl, without what depends on the clock."""
     rows = [json.loads(line) for line in (run_dir / METRICS).read_text().splitlines()]
-    timed = ("time", "tokens_per_second", "step_seconds", "mfu", "straggler/", "checkpoint/")
+    timed = (
+        "time",
+        "tokens_per_second",
+        "step_seconds",
+        "mfu",
+        "peak_",
+        "straggler/",
+        "checkpoint/",
+    )
     return [{key: row[key] for key in row if not key.startswith(timed)} for row in rows]
 
 

@@ -101,22 +101,32 @@ def test_the_newest_of_a_run_and_checkpoints_by_name_are_the_same(made, tmp_path
 
 
 def test_memory_is_that_of_a_few_tensors(made, tmp_path, monkeypatch):
-    """No weight is read before the mean of the one before has been written."""
-    read, alive = StoredWeights.read, []
+    """A mean is gone before the one after the next is computed, and so are the weights."""
+    means: list[weakref.ref] = []
+    read: list[weakref.ref] = []
+    most = [0, 0]
 
-    most = 0
+    def alive(refs: list[weakref.ref]) -> int:
+        return sum(each() is not None for each in refs)
 
-    def counting(self, name):
-        nonlocal most
-        weight = read(self, name)
-        alive.append(weakref.ref(weight))
-        most = max(most, sum(each() is not None for each in alive))
+    def watched(weights):
+        average, norms = mean(weights)
+        memory = average.numpy().copy()  # lives as long as a tensor that is a view of it
+        most[0] = max(most[0], alive(means))
+        means.append(weakref.ref(memory))
+        return torch.from_numpy(memory), norms
+
+    def reading(self, name, original=StoredWeights.read):
+        weight = original(self, name)
+        most[1] = max(most[1], alive(read))
+        read.append(weakref.ref(weight))
         return weight
 
-    monkeypatch.setattr(StoredWeights, "read", counting)
+    monkeypatch.setattr("archscale.train.averaging.mean", watched)
+    monkeypatch.setattr(StoredWeights, "read", reading)
     command(made, "--last", "4", "--out", tmp_path / "out")
-    assert len(alive) > 40
-    assert most <= 2
+    assert len(read) == 4 * len(means) > 40
+    assert max(most) <= 1
 
 
 def test_training_goes_on_from_it_with_a_new_optimizer(made, data, tmp_path):

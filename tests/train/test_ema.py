@@ -121,9 +121,20 @@ def straight_and_resumed(data: str, folder: str, sections: dict) -> tuple[list[d
     return straight, run(made, folder + "/crashed")
 
 
-@pytest.mark.parametrize("layout", ["fsdp3", pytest.param("ddp2", marks=pytest.mark.slow)])
+ZERO = {
+    f"zero{stage}": (2, {"parallel": {"engine": "deepspeed", "zero_stage": stage}})
+    for stage in (1, 2, 3)
+}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["fsdp3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp2", *ZERO))],
+)
 def test_a_crash_changes_nothing_and_neither_do_layouts(pool, made, data, tmp_path, layout):
-    world, sections = LAYOUTS[layout]
+    if layout in ZERO:
+        pytest.importorskip("deepspeed")
+    world, sections = (LAYOUTS | ZERO)[layout]
     for straight, resumed in pool(world).run(straight_and_resumed, data, str(tmp_path), sections):
         assert [line.get("val_loss_ema") for line in straight] == [
             line.get("val_loss_ema") for line in resumed
@@ -135,6 +146,27 @@ def test_a_crash_changes_nothing_and_neither_do_layouts(pool, made, data, tmp_pa
     (step(tmp_path / "crashed", 8) / "state.json").unlink()
     lines = run(config(data, "orscale_lm", 8, **SECTIONS), str(tmp_path / "crashed"))
     assert lines[-1]["val_loss_ema"] == pytest.approx(made[1][-1]["val_loss_ema"], rel=1e-5)
+
+
+def with_and_without(data: str, folder: str, sections: dict) -> list[list[tuple]]:
+    made = []
+    for name, training in (("with", SECTIONS["training"]), ("without", {})):
+        merged = SECTIONS | {"checkpoint": {"every": 100}} | sections
+        merged["training"] = {"precision": "bf16", **training}
+        made.append(numbers(run(config(data, "orscale_lm", 8, **merged), f"{folder}/{name}")))
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["fsdp2", *ZERO])
+def test_weights_come_back_where_the_model_has_copies_of_them(pool, data, tmp_path, layout):
+    """In bf16 engines hold a second copy of the weights, which has to follow them there and back:
+    steps 5 to 8 come after an evaluation."""
+    if layout in ZERO:
+        pytest.importorskip("deepspeed")
+    world, sections = (LAYOUTS | ZERO)[layout]
+    for averaged, plain in pool(world).run(with_and_without, data, str(tmp_path), sections):
+        assert averaged == plain
 
 
 def test_switched_on_and_off_between_starts(data, tmp_path, capfd):

@@ -28,7 +28,7 @@ SECTIONS = {
     "checkpoint": {"every": 4, "keep": 1},
     "telemetry": {"every": 1},
 }
-CLOCKS = ("time", "step_seconds", "tokens_per_second")
+CLOCKS = ("time", "step_seconds", "tokens_per_second", "peak_memory_bytes")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from archscale.data.validation import validation_sets
 from archscale.distributed import on_rank_zero, rank, world_size
 from archscale.plan.passes import source_tokens
 from archscale.plan.plan import make_plan
+from archscale.telemetry.profiling import ProfiledSteps
 from archscale.train import trainer
 from archscale.train.continuing import AS_BEFORE, Wishes
 from archscale.train.ownership import owned_with
@@ -85,7 +86,11 @@ def config(data: str, /, rule: str = "muonh", steps: int = 10, **sections) -> Co
 
 
 def run(
-    config: Config, run_dir: str, resume: str = "auto", wishes: Wishes = AS_BEFORE
+    config: Config,
+    run_dir: str,
+    resume: str = "auto",
+    wishes: Wishes = AS_BEFORE,
+    profiled: ProfiledSteps | None = None,
 ) -> list[dict]:
     """Train in this process, in the process group it is in; returns the metrics lines (on every
     rank)."""
@@ -94,7 +99,7 @@ def run(
     plan = make_plan(
         config.with_vocab(data.vocab_size), world_size=world_size(), sources=source_tokens(data)
     )
-    run = trainer.Run(plan, Path(run_dir), data, validation, torch.device("cpu"))
+    run = trainer.Run(plan, Path(run_dir), data, validation, torch.device("cpu"), profiled)
     folder, checkpoints = Path(run_dir), checkpoints_of(Path(run_dir), config.checkpoint)
     with trainer.sole_owner(folder, *owned_with(folder, checkpoints)):
         found = trainer.verified_start(folder, checkpoints, resume)
