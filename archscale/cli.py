@@ -49,6 +49,8 @@ checkpoint_app = typer.Typer(
     invoke_without_command=True,
 )
 app.add_typer(checkpoint_app, name="checkpoint")
+config_app = typer.Typer(help="Make configs.", invoke_without_command=True)
+app.add_typer(config_app, name="config")
 
 Overrides = Annotated[
     list[str] | None,
@@ -110,6 +112,7 @@ def common(
 data_app.callback()(_help_unless_command)
 bench_app.callback()(_help_unless_command)
 checkpoint_app.callback()(_help_unless_command)
+config_app.callback()(_help_unless_command)
 
 
 @app.command()
@@ -281,6 +284,24 @@ def plan(
         print(f"archscale: {problem}", file=sys.stderr)
     if problems:
         raise typer.Exit(2)
+
+
+@config_app.command("from")
+def config_from(
+    source: Annotated[
+        str,
+        typer.Argument(help="Run directory, checkpoint, or Hugging Face directory."),
+    ],
+) -> None:
+    """Print a config that starts with these weights (training.init_from): their model, to which you
+    add data, rates and length.
+
+    Example: archscale config from runs/quickstart > configs/again.yaml
+    """
+    from archscale.train.initial_weights import starting_config
+    from archscale.yaml_reader import yaml_text
+
+    print(yaml_text(starting_config(source)), end="")
 
 
 @app.command()

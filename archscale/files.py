@@ -7,6 +7,8 @@ import contextlib
 import errno
 import os
 import shutil
+import signal
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -90,7 +92,8 @@ def free_directory(out: Path, what: str) -> Path:
 
 @contextlib.contextmanager
 def new_directory(out: Path, what: str, last: str) -> Iterator[Path]:
-    """A directory to fill, whose content is that of `out` at the end; gone after an error.
+    """A directory to fill, whose content is that of `out` at the end; after an error, and after
+    SIGTERM, it is gone with the folders that were made on the way to it.
 
     A directory that is there stays the same one: it may be a mount point, the directory that the
     user's shell is in, or one in a place where nothing can be renamed.
@@ -104,21 +107,23 @@ def new_directory(out: Path, what: str, last: str) -> Iterator[Path]:
         ConfigError: it cannot be written.
     """
     there = out.is_dir()
+    folders = [folder for folder in out.parents if not folder.exists()]  # innermost first
     partial = (out if there else out.parent) / f".{out.name}.{uuid.uuid4().hex[:12]}.partial"
     moved: list[Path] = []
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        for path in partial.rglob("*"):
-            sync(path)
-        sync_names(partial)
-        if there:
-            for path in sorted(partial.iterdir(), key=lambda path: path.name == last):
-                moved.append(out / path.name)
-                os.replace(path, out / path.name)
-            sync_names(out)
-        else:
-            os.replace(partial, out)
+        with _sigterm_unwinds():
+            partial.mkdir(parents=True)
+            yield partial
+            for path in partial.rglob("*"):
+                sync(path)
+            sync_names(partial)
+            if there:
+                for path in sorted(partial.iterdir(), key=lambda path: path.name == last):
+                    moved.append(out / path.name)
+                    os.replace(path, out / path.name)
+                sync_names(out)
+            else:
+                os.replace(partial, out)
     except BaseException as error:
         for path in moved:
             if path.is_dir():
@@ -130,6 +135,28 @@ def new_directory(out: Path, what: str, last: str) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the first that is not empty
+            for folder in folders:
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """SIGTERM ends the block as an exception does, and then the process with the status that shells
+    give it; where somebody else handles it, or outside of the main thread, nothing changes."""
+    handled = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    if handled or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _unwritable(error: OSError, out: Path, what: str) -> ConfigError:

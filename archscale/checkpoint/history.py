@@ -43,6 +43,7 @@ FREE_KEYS = (
     "training.micro_batch",
     "training.compile",
     "training.activation_checkpoint",
+    "training.init_from",
     "training.ema",
     "data.train",
     "data.val",

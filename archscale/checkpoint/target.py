@@ -14,7 +14,7 @@ from archscale.config import Config, load_config
 from archscale.data.stored import trained_tokenizer
 from archscale.data.tokenizer import Tokenizer
 from archscale.errors import CheckpointError
-from archscale.files import CHECKPOINTS, CONFIG, checkpoint_steps
+from archscale.files import ABANDONED, CHECKPOINTS, CONFIG, checkpoint_steps
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def target_of(run_dir: Path, checkpoint: Place) -> Target:
         DataError: the run's tokenizer is gone, damaged or another one.
     """
     state = _verified_state(checkpoint)
-    _refuse_diverged(state, checkpoint)
+    refuse_diverged(state, checkpoint)
     # What the weights belong to is what the checkpoint says: the run directory's config may have
     # been edited since. Where the data lie now is what the run directory says.
     config = saved_config(checkpoint, state)
@@ -88,17 +88,24 @@ def _verified_state(checkpoint: Place) -> dict[str, Any]:
 
 
 def _run_of(checkpoint: Path) -> Path:
-    """The run directory that a checkpoint lies in, by its name or, where that has none, by where
-    links lead: the folder of checkpoints may be a link, and so may one checkpoint."""
-    run_dir = checkpoint.absolute().parent.parent
-    return run_dir if (run_dir / CONFIG).is_file() else checkpoint.resolve().parent.parent
+    """The run directory that a checkpoint lies in, or has been moved aside in: by its name or, if
+    that has none, by where links lead. The folder of checkpoints may be a link, and so may one
+    checkpoint."""
+    for path in (checkpoint.absolute(), checkpoint.resolve()):
+        run_dir = path.parent.parent
+        if run_dir.name == ABANDONED:
+            run_dir = run_dir.parent
+        if (run_dir / CONFIG).is_file():
+            break
+    return run_dir
 
 
 def _warn(text: str) -> None:
     print(f"archscale: warning: {text}", file=sys.stderr)
 
 
-def _refuse_diverged(state: dict[str, Any], checkpoint: Place) -> None:
+def refuse_diverged(state: dict[str, Any], checkpoint: Place) -> None:
+    """CheckpointError where the loss of the checkpoint's run was no longer finite."""
     since = state.get("not_finite_since")
     if since is None:
         return

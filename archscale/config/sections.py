@@ -222,6 +222,9 @@ class TrainingConfig(Section):
     """Compile the model; needs a C++ compiler."""
     activation_checkpoint: Literal["none", "block"] = "none"
     """What the backward pass recomputes: nothing, or each block."""
+    init_from: Text | None = None
+    """Weights to start with: a run directory, a checkpoint or a Hugging Face directory; null: drawn
+    by `seed`. Optimizer, schedule and data start anew; read at a run's first start only."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Decay of a running average of the weights, such as 0.999: after update t it is
     min(ema, (1 + t) / (10 + t)). In checkpoints, and evaluated as `val_loss_ema`; null: none."""

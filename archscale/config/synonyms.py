@@ -121,7 +121,7 @@ _NAMES: dict[Synonym, str] = {
     Synonym("", "the option --run-dir of archscale train"): "output_dir out_dir save_dir run_dir",
     Synonym(
         "", "the option --resume of archscale train"
-    ): "resume resume_from resume_from_checkpoint init_from",
+    ): "resume resume_from resume_from_checkpoint",
 }
 SYNONYMS = {name: meant for meant, names in _NAMES.items() for name in names.split()}
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from archscale.config import Config
-from archscale.export.architecture import Architecture
 from archscale.export.fast_tokenizer import TokenizerFiles
 from archscale.files import ENVIRONMENT, METRICS
+from archscale.huggingface.architecture import Architecture
 from archscale.plan.counting import parameters
 from archscale.plan.transfer import Transfer
 from archscale.telemetry.sinks import read_lines
@@ -129,8 +131,9 @@ def _training(config: Config, transfer: Transfer, facts: CardFacts) -> Iterator[
         "val_loss": "validation loss, nats per token",
         "val_bits_per_byte": "validation bits per byte",
     }.items():
-        if at.get(key) is not None:
-            yield f"{meaning}: {at[key]:.4f}"
+        if key in at:  # what was not finite is null there
+            finite = at[key] is not None and math.isfinite(at[key])
+            yield f"{meaning}: {at[key]:.4f}" if finite else f"{meaning}: not finite"
     kind = config.parameterization.kind
     for role, settings in transfer.roles.items():
         yield (
@@ -141,7 +144,7 @@ def _training(config: Config, transfer: Transfer, facts: CardFacts) -> Iterator[
     environment = _environment(facts.run_dir)
     versions = [f"{key} {environment[key]}" for key in ("archscale", "torch") if key in environment]
     if versions:
-        yield f"trained with {', '.join(versions)}"
+        yield f"last started with {', '.join(versions)}"
 
 
 def _data(config: Config) -> str:
@@ -149,8 +152,9 @@ def _data(config: Config) -> str:
         total = sum(entry.weight for entry in config.data.mixture)
         shares = (f"{entry.name} {entry.weight / total:.3g}" for entry in config.data.mixture)
         return f"a mixture of {', '.join(shares)}"
-    # Its own name alone: where it lies on the machine that trained is nobody's business.
-    return Path(config.data.train or "").name
+    # Its own name alone: where it lies on the machine that trained is nobody's business, nor with
+    # which key it was fetched.
+    return PurePosixPath(re.split(r"[?#]", config.data.train or "")[0]).name
 
 
 def _metrics(facts: CardFacts) -> dict[str, Any]:
@@ -187,3 +191,8 @@ def _differences(config: Config, architecture: Architecture, facts: CardFacts) -
         yield (
             "training kept the residual stream in float32; loaded in bfloat16, this class rounds it"
         )
+        if config.model.moe is not None:
+            yield (
+                "training computed the router's logits in float32; loaded in bfloat16, this class"
+                " rounds them, and close ones may choose other experts"
+            )

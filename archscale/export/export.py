@@ -14,17 +14,18 @@ from archscale.checkpoint.target import find_target
 from archscale.config import Config
 from archscale.data.tokenizer import Tokenizer
 from archscale.errors import ConfigError
-from archscale.export.architecture import Architecture, choose, config_json
 from archscale.export.card import CardFacts, model_card
 from archscale.export.fast_tokenizer import TokenizerFiles, tokenizer_files
 from archscale.export.safetensors_files import (
+    NEEDED_BY,
     check_weights,
-    import_safetensors,
     size_in_bytes,
     write_weights,
 )
-from archscale.export.weights import factors, sources
 from archscale.files import TOKENIZER, free_directory, new_directory
+from archscale.huggingface.architecture import Architecture, choose, config_json
+from archscale.huggingface.safetensors_reader import PACKAGES, import_safetensors
+from archscale.huggingface.weights import factors, sources
 from archscale.plan.transfer import transfer_of
 
 CODE = ("configuration_archscale.py", "modeling_archscale.py")
@@ -71,7 +72,7 @@ def export(
         DataError: the run's tokenizer is gone, damaged or another one.
     """
     shard_bytes = size_in_bytes(shard_size)
-    import_safetensors()
+    import_safetensors(NEEDED_BY)
     out = free_directory(out, "export")
     chosen = find_target(target)
     config, where = chosen.config, chosen.checkpoint
@@ -131,7 +132,7 @@ def push(directory: Path, repo_id: str) -> str:
         raise ConfigError(
             "the package 'huggingface_hub' is not installed",
             "--push",
-            "pip install archscale[export]",
+            PACKAGES,
         ) from error
     api = HfApi()
     try:

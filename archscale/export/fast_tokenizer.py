@@ -12,8 +12,7 @@ from typing import Any
 from archscale.data.sentencepiece_tokenizer import SPACE, SentencePieceTokenizer
 from archscale.data.tokenizer_base import Tokenizer
 from archscale.errors import DataError
-
-REMEDY = "pip install archscale[export]"
+from archscale.huggingface.safetensors_reader import PACKAGES
 
 # What tokenizers disagree about: normalization, white space, bytes, and names of special tokens.
 HARD_TEXTS = (
@@ -138,7 +137,7 @@ def _tokenizers(where: str) -> Any:
     try:
         return importlib.import_module("tokenizers")
     except ImportError as error:
-        raise DataError("the package 'tokenizers' is not installed", where, REMEDY) from error
+        raise DataError("the package 'tokenizers' is not installed", where, PACKAGES) from error
 
 
 def _loaded(package: Any, structure: dict[str, Any]) -> Any:

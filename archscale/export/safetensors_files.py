@@ -14,10 +14,10 @@ from torch import Tensor
 from archscale.checkpoint.place import Place
 from archscale.checkpoint.reading import StoredWeights
 from archscale.errors import CheckpointError, ConfigError
-from archscale.export.fast_tokenizer import REMEDY
-from archscale.export.weights import Source
+from archscale.huggingface.safetensors_reader import INDEX, SINGLE, import_safetensors
+from archscale.huggingface.weights import Source
 
-INDEX = "model.safetensors.index.json"
+NEEDED_BY = "archscale export"
 _UNITS = {"kB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -77,12 +77,12 @@ def write_weights(
         CheckpointError: a weight is not finite, or cannot be read.
         OSError: a file cannot be written.
     """
-    safetensors = import_safetensors()
+    safetensors = import_safetensors(NEEDED_BY)
     save_file = importlib.import_module("safetensors.torch").save_file
     shards = _shards(sources, dtype.itemsize, shard_bytes)
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     if len(shards) == 1:
-        names = ["model.safetensors"]
+        names = [SINGLE]
     number = 0
     held: dict[str, Tensor] = {}
     for source in sources:
@@ -112,15 +112,6 @@ def write_weights(
         content: dict[str, Any] = {"metadata": {"total_size": total}, "weight_map": files}
         (directory / INDEX).write_text(json.dumps(content, indent=2))
     return len(shards)
-
-
-def import_safetensors() -> Any:
-    """The package; ConfigError if it is not installed."""
-    try:
-        return importlib.import_module("safetensors")
-    except ImportError as error:
-        problem = "the package 'safetensors' is not installed"
-        raise ConfigError(problem, "archscale export", REMEDY) from error
 
 
 def _shards(sources: list[Source], itemsize: int, limit: int) -> list[dict[str, int]]:

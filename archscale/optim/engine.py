@@ -478,6 +478,14 @@ class MatrixOptimizer(LaidOutOptimizer):
         int64."""
         return describe.orthogonal(self._synchronize())
 
+    def radii(self) -> Tensor:
+        """R, the norm that it keeps, of every matrix under a rule on a sphere; in the order of
+        `diagnostics()`."""
+        layout = self._synchronize()
+        groups = [group for group in layout.groups if group.rule.sphere]
+        numbers = [v for g in groups for v in range(g.views.start, g.views.stop)]
+        return self._scalars.radius[layout.indices(numbers)]
+
     def bytes_sent(self) -> int:
         """Bytes that this rank sends to others in the exchanges of one step (the all-reduced
         scalars apart)."""

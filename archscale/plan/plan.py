@@ -198,6 +198,7 @@ def _attempt(plan: Plan, compute: Callable[[], Any]) -> Any:
 
 def _parameterization(config: Config, transfer: Transfer | None) -> dict[str, Any]:
     model, kind = config.model, config.parameterization.kind
+    source = config.training.init_from
     figures: dict[str, Any] = {
         "kind": kind,
         "base": config.parameterization.base.model_dump(),
@@ -211,7 +212,9 @@ def _parameterization(config: Config, transfer: Transfer | None) -> dict[str, An
         figures["roles"] = {
             role: {
                 **asdict(settings),
-                "initialization": INITIALIZATION[
+                "initialization": f"the weights of {source}"
+                if source
+                else INITIALIZATION[
                     "tied" if role == "embedding" and model.tied_embeddings else role
                 ],
             }

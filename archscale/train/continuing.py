@@ -200,9 +200,17 @@ class Continuation:
                 f"decays from step {self.step} ({tokens:,} tokens) to step"
                 f" {self.origins.schedule.step + self.config.steps} ({self.config.tokens:,} tokens)"
             )
+        self._describe_initial_weights()
         for line in self._lines:
             print(line, flush=True)
         return changes
+
+    def _describe_initial_weights(self) -> None:
+        wanted = self.config.training.init_from
+        if wanted is not None and wanted != self.before.training.init_from:
+            self._lines.append(
+                f"training.init_from {wanted} is not read: the run goes on from step {self.step}"
+            )
 
     def _change(self, kind: Any, **details: Any) -> Change:
         return Change(kind, self.step, checkpoint_id(self.state), details)
@@ -232,7 +240,7 @@ class Continuation:
                     "keep a parameterization and rule of the same scale, or start another run",
                 )
         if DATA in self.wishes.reset:
-            known, new = (_tokenizers(d) for d in (self.state["data"], identity(self.data)))
+            known, new = (fingerprints(d) for d in (self.state["data"], identity(self.data)))
             if known and new and known != new:
                 raise ConfigError(
                     "the new data set was made with another tokenizer than the checkpoint's",
@@ -378,7 +386,7 @@ def _listing(keys: Mapping[str, tuple[Any, Any]]) -> str:
     return ", ".join(f"{key} {was} → {now}" for key, (was, now) in keys.items())
 
 
-def _tokenizers(data: Mapping[str, Any]) -> set[str]:
+def fingerprints(data: Mapping[str, Any]) -> set[str]:
     """The known fingerprints in what `identity` gives."""
     sources = data["sources"].values() if "sources" in data else [data]
     return {source["tokenizer"] for source in sources if source["tokenizer"]}

@@ -74,6 +74,7 @@ from archscale.train.continuing import AS_BEFORE, Wishes, check_start
 from archscale.train.decaying import decaying
 from archscale.train.ema import RunningAverage
 from archscale.train.evaluate import Evaluation, of_average
+from archscale.train.initial_weights import InitialWeights, initial_weights, load
 from archscale.train.ownership import owned_with, sole_owner
 from archscale.train.profiled import out_of_memory, prepare
 from archscale.train.rates import Rates
@@ -178,25 +179,28 @@ def train(
     # for it elsewhere.
     refuse_other_data(data, validation)
     with sole_owner(run_dir, *owned_with(run_dir, checkpoints)):
-        checked = False
+        check_data_once = functools.cache(functools.partial(_check_data, data, validation))
 
         def run(start: Start) -> dict[str, Any]:
             """Anew after a damaged checkpoint, of which parts may have been loaded."""
-            nonlocal checked
             start = distributed.on_rank_zero(
                 lambda: check_start(start, config, data, run_dir, resume, wishes)
             )
-            if not checked:
-                distributed.on_rank_zero(data.check)
-                for held in validation:
-                    distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
-                checked = True
-            return Run(plan, run_dir, data, validation, device, profiled).go(start)
+            initial = initial_weights(start, config, data)
+            check_data_once()
+            return Run(plan, run_dir, data, validation, device, profiled).go(start, initial)
 
         summary = start_from_newest(run_dir, checkpoints, resume, run)
         stopping.current().finished()
         distributed.stop()
     return summary
+
+
+def _check_data(data: TrainingData, validation: Sequence[ValidationSet]) -> None:
+    """Read what rank 0 alone has to; DataError on every rank."""
+    distributed.on_rank_zero(data.check)
+    for held in validation:
+        distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
 
 
 class Run:
@@ -236,6 +240,7 @@ class Run:
         self._not_finite_since: int | None = None  # first step of the losses now that are not
         # Metrics of the last step before a signal, whose evaluation is still to come.
         self._own = True  # the checkpoint that it starts from is its own
+        self._initialized_from: dict[str, Any] | None = None
         self._unfinished: dict[str, Any] | None = None
         self._signals = stopping.current()
         # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
@@ -245,8 +250,11 @@ class Run:
 
     # --- the loop
 
-    def go(self, start: Start) -> dict[str, Any]:
+    def go(self, start: Start, initial: InitialWeights | None = None) -> dict[str, Any]:
         """Train to the end.
+
+        Args:
+            initial: weights to begin with, where no checkpoint is to be continued.
 
         Raises:
             TrainingError: the guard has no older checkpoint to fall back to, or has fallen back
@@ -255,6 +263,9 @@ class Run:
         """
         started = time.monotonic()
         self.lineage, self._own = Lineage(start), start.own
+        if initial is not None:
+            assert start.checkpoint is None
+            self._begin_with(initial)
         step = 0 if start.checkpoint is None else self._restore(start.checkpoint, start.rewinds)
         unfinished = distributed.on_rank_zero(lambda: self._not_written(self._unfinished))
         if step >= self.rates.steps and not unfinished:
@@ -450,18 +461,51 @@ class Run:
         self.lineage.restore(state, rewinds)
         self._follow(self.lineage.origins)
         self.engine.weights_changed()
-        if anew:  # as at a start, with the norms that the weights have now
-            self.optimizer.state.clear()
-            roles = self.transfer.roles
-            self.optimizer = build_optimizer(self.config, self.roles, roles, self.engine)
+        if anew:
+            self._start_optimizer_anew()
         self._restore_average(state)
         if self.guard and state.get("guard"):
             self.guard.load(state["guard"])
         self._not_finite_since = state.get("not_finite_since")
         self._fell_back_to = state.get("fell_back_to")
+        self._initialized_from = state.get("initialized_from")
         # A branch begins with the step after.
         self._unfinished = state.get("unfinished") if self._own else None
         return int(state["step"])
+
+    def _start_optimizer_anew(self) -> None:
+        """As at a start, with the norms that the weights have now."""
+        self.optimizer.state.clear()
+        roles = self.transfer.roles
+        self.optimizer = build_optimizer(self.config, self.roles, roles, self.engine)
+
+    def _begin_with(self, initial: InitialWeights) -> None:
+        """Load weights before the first step.
+
+        Raises:
+            CheckpointError: they cannot be read, or are not finite.
+            ConfigError: the rule cannot train them.
+        """
+        lines = load(initial, self.engine, self.config)
+        try:
+            self._start_optimizer_anew()
+        except ValueError as error:  # of a matrix that is zero, by norms that all ranks know
+            raise distributed.same_everywhere(
+                ConfigError(
+                    one_line(str(error)),
+                    "training.init_from",
+                    "set optimizer.matrix.rule to one without a sphere, such as orscale_lm",
+                )
+            ) from error
+        self._initialized_from = initial.record()
+        radii = self.optimizer.radii()
+        if len(radii):
+            lines.append(
+                f"R of {len(radii)} matrices on the sphere is the norm of the loaded weights:"
+                f" {radii.min():.4g} to {radii.max():.4g}"
+            )
+        if distributed.rank() == 0:
+            print("\n".join([f"starts with the weights of {initial.name}", *lines]), flush=True)
 
     def _average(self, applied: bool) -> None:
         """Take the weights after a step into their running average, if there is one."""
@@ -487,6 +531,7 @@ class Run:
         state |= {"guard": self.guard and self.guard.state(), **self.lineage.next(step)}
         state["not_finite_since"] = self._not_finite_since
         state |= {"fell_back_to": self._fell_back_to, "unfinished": self._unfinished}
+        state["initialized_from"] = self._initialized_from
         ema = None
         if self.ema:
             state["ema"], ema = self.ema.state(), self.ema.fragments()

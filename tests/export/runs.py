@@ -4,12 +4,14 @@ would move them too little to tell one norm from another."""
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from archscale.checkpoint.saving import Saver
+from archscale.config import Config
 from archscale.config.schema import dump_config
 from archscale.data.tokenizer import keep_tokenizer, load_tokenizer
 from archscale.distributed import fragment
@@ -49,14 +51,28 @@ def perturb(model: Transformer, seed: int = 0) -> None:
             parameter.add_(noise if name == "embedding.weight" else noise / fan_in**0.5)
 
 
-def make_run(data: str, run_dir: Path, rule: str = "muonh", /, **sections: Any) -> Path:
-    """A run directory with one checkpoint; returns it."""
+def make_run(
+    data: str,
+    run_dir: Path,
+    rule: str = "muonh",
+    /,
+    fill: Callable[[Transformer, Config], None] | None = None,
+    **sections: Any,
+) -> Path:
+    """A run directory with one checkpoint; returns it.
+
+    Args:
+        fill: gives the model its weights; None: `perturb` does.
+    """
     resolved = make_plan(config(data, rule, **sections).with_vocab(300)).config
     tokenizer = load_tokenizer(data)
     transfer = transfer_of(resolved)
     model = build_model(resolved, tokenizer.eos_id, transfer)
     initialize(model, 0)
-    perturb(model)
+    if fill is None:
+        perturb(model)
+    else:
+        fill(model, resolved)
     run_dir.mkdir(parents=True)
     dump_config(resolved, run_dir / CONFIG)
     keep_tokenizer(tokenizer, run_dir / TOKENIZER)

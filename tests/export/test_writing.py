@@ -5,9 +5,11 @@ from __future__ import annotations
 import ast
 import errno
 import json
+import math
 import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -20,10 +22,10 @@ from archscale.checkpoint.target import find_target
 from archscale.cli import app
 from archscale.errors import ArchscaleError, CheckpointError, ConfigError
 from archscale.export import export as command
-from archscale.export.architecture import choose
 from archscale.export.export import CODE, export, push
 from archscale.export.safetensors_files import size_in_bytes
 from archscale.files import CHECKPOINTS
+from archscale.huggingface.architecture import choose
 from archscale.train.loading import load_model
 from tests.export.runs import STEP, make_run
 from tests.pool import pool
@@ -266,6 +268,49 @@ def test_an_empty_directory_stays_the_one_it_is(
         for path in there.iterdir():
             path.unlink()
     assert (tmp_path / "link").is_symlink()
+
+
+def test_nothing_is_left_of_an_export_that_sigterm_ends(made, tmp_path, monkeypatch):
+    """Nor of the folders that were made on the way to it; status 143, as without a handler."""
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def ended(*_: object) -> None:
+        assert [path.name for path in (tmp_path / "new" / "deeper").iterdir()]
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("archscale.export.export.write_weights", ended)
+    done = CliRunner().invoke(app, ["export", str(made), "--out", f"{tmp_path}/new/deeper/out"])
+    assert done.exit_code == 143
+    assert not list(tmp_path.iterdir())
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+def test_what_was_moved_aside_can_be_exported(run_dir, tmp_path):
+    aside = run_dir / "abandoned" / "after_step_00000003" / STEP_NAME
+    aside.parent.mkdir(parents=True)
+    (run_dir / CHECKPOINTS / STEP_NAME).rename(aside)
+    assert find_target(aside).run_dir == run_dir
+
+
+@pytest.mark.parametrize(
+    ("line", "train", "said"),
+    [
+        ({"loss": None, "val_loss": math.nan}, "https://me:key@host/web?token=secret", "data: web"),
+        ({"loss": None}, "s3://bucket/folder/web#secret", "data: web"),
+    ],
+)
+def test_the_card_says_no_secrets_and_what_was_not_finite(line, train, said, run_dir, tmp_path):
+    path = run_dir / "metrics.jsonl"
+    path.write_text(json.dumps(json.loads(path.read_text()) | line) + "\n")
+    checkpoint = run_dir / CHECKPOINTS / STEP_NAME
+    there = read_state(checkpoint)["config"]
+    change_state(run_dir, config=there | {"data": there["data"] | {"train": train}})
+    export(run_dir, tmp_path / "out", shard_size="5GB")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"- {said}\n" in card
+    assert "training loss of that step, nats per token: not finite" in card
+    assert not re.search("secret|key@", card)
+    assert "nan" not in card
 
 
 def test_a_failure_leaves_an_empty_directory_empty(

@@ -104,11 +104,10 @@ def run(
 
     def go(start: Start) -> None:
         run = trainer.Run(plan, folder, data, validation, torch.device("cpu"), profiled)
-        run.go(
-            on_rank_zero(
-                lambda: trainer.check_start(start, run.config, data, folder, resume, wishes)
-            )
+        start = on_rank_zero(
+            lambda: trainer.check_start(start, run.config, data, folder, resume, wishes)
         )
+        run.go(start, trainer.initial_weights(start, run.config, data))
 
     with trainer.sole_owner(folder, *owned_with(folder, checkpoints)):
         trainer.start_from_newest(folder, checkpoints, resume, go)

@@ -49,7 +49,7 @@ class Architecture:
 
 
 def choose(model: ModelConfig) -> Architecture:
-    """The stock class that computes what `model` does, or the code of this folder."""
+    """The stock class that computes what `model` does, or the code that an export brings along."""
     if obstacles := tuple(_obstacles(model)):
         return Architecture(CUSTOM, obstacles)
     if model.mlp == "relu2":

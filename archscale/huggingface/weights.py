@@ -1,5 +1,5 @@
-"""Our parameters as those of transformers: names, parts of fused matrices, and the constant factors
-of training, which become part of the weights.
+"""Our parameters as those of transformers, and back: names, parts of fused matrices, and constant
+factors of training, which become part of the weights of an export and are divided out again.
 
 Shapes: D width, V vocabulary, H query heads, G key-value heads, C channels of a head, F hidden
 features of a feed-forward or of one expert, E routed experts.
@@ -8,13 +8,20 @@ features of a feed-forward or of one expert, E routed experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from archscale.config import ModelConfig
+from archscale.distributed import Fragment
 from archscale.model.layers import BASE_HEAD_DIM
+
+CHUNK = 1 << 24  # numbers that are read and divided at a time
+Read = Callable[[str, int, int], Tensor]
+"""(name, lo, hi) → elements [lo, hi) of the row-major flattened weight of that name, as it is
+stored, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +52,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class Source:
-    """One of our parameters and what becomes of it."""
+    """One of our parameters and what becomes of it: one after another the pieces are the whole of
+    its row-major flattening."""
 
     name: str
     shape: tuple[int, ...]
@@ -199,3 +207,63 @@ def _experts(
     if model.moe.shared_expert:
         name = f"{theirs}.shared_expert"
         yield from _feed_forward(model, hidden, f"{ours}.shared", name, _FEED_FORWARD, factor)
+
+
+# --- the way back
+
+
+def divide_out(stored: Tensor, factor: float) -> Tensor:
+    """The float32 weights x of which an export makes `stored`: x · factor, rounded to its dtype, is
+    the stored number wherever there is such an x (for all bfloat16 numbers), and otherwise within
+    one unit in its last place."""
+    wanted = stored.float()
+    if factor == 1:
+        return wanted
+    x = wanted / factor
+    # The nearest number to the quotient is the one, but at powers of two, such as the 1 of a norm,
+    # where the spacing of numbers changes: there a neighbour may be.
+    for direction in (math.inf, -math.inf):
+        neighbour = torch.nextafter(x, torch.tensor(direction))
+        wrong = (x * factor).to(stored.dtype) != stored
+        right = (neighbour * factor).to(stored.dtype) == stored
+        x = torch.where(wrong & right, neighbour, x)
+    return x
+
+
+@torch.no_grad()
+def take_back(weights: Mapping[str, Fragment], parts: Sequence[Source], read: Read) -> None:
+    """Fill what this rank holds of our parameters from the weights of an export, reading no more
+    than that, `CHUNK` numbers at a time."""
+    for source in parts:
+        for piece, held, lo, hi in _held_pieces(weights, source):
+            held.copy_(divide_out(read(piece.name, lo, hi), piece.factor))
+
+
+@torch.no_grad()
+def change_factors(
+    weights: Mapping[str, Fragment], before: Sequence[Source], now: Sequence[Source]
+) -> None:
+    """Scale weights that were trained under the factors of `before` so that under those of `now`
+    the model computes the same; where a factor stays, its weights do."""
+    for old, new in zip(before, now, strict=True):
+        factors_before = {piece.name: piece.factor for piece in old.pieces}
+        for piece, held, _, _ in _held_pieces(weights, new):
+            if (factor := factors_before[piece.name]) != piece.factor:
+                held.copy_(divide_out(held.cpu() * factor, piece.factor))
+
+
+def _held_pieces(
+    weights: Mapping[str, Fragment], source: Source
+) -> Iterator[tuple[Piece, Tensor, int, int]]:
+    """The pieces of which this rank holds something, in parts of at most `CHUNK` numbers: the
+    memory of each part, 1-D, and where it lies in the row-major flattened piece."""
+    fragment, start = weights[source.name], 0
+    end = fragment.lo + fragment.data.numel()
+    for piece in source.pieces:
+        size = math.prod(piece.shape(source.shape))
+        lo, hi = max(fragment.lo, start), min(end, start + size)
+        for first in range(lo, hi, CHUNK):
+            last = min(first + CHUNK, hi)
+            held = fragment.data[first - fragment.lo : last - fragment.lo]
+            yield piece, held, first - start, last - start
+        start += size
