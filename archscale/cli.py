@@ -434,6 +434,58 @@ def fit(
         raise refusal
 
 
+@app.command("eval")
+def evaluate(
+    target: Annotated[
+        Path, typer.Argument(help="Run directory, a checkpoint in one, or an exported model.")
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Score the validation text of this data set. Repeatable."),
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Score this file of UTF-8 text. Repeatable.")
+    ] = None,
+    context: Annotated[
+        str, typer.Option(metavar="N,…", help="Tokens that are read at once; default the model's.")
+    ] = "",
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens between windows; less than the context: they overlap."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Score so many of each data set; default all.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences of a forward pass; default as in training.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Repeat the validation of a run, or score other texts: nats per token, perplexity, bits per
+    byte. Results of a run also go to its evaluations.jsonl, which its report shows.
+
+    Example: archscale eval runs/quickstart --text README.md --context 64,256
+    """
+    import json as encoder
+
+    from archscale.evaluation.evaluate import Wanted
+    from archscale.evaluation.evaluate import evaluate as run
+
+    wanted = Wanted(data or [], text or [], _lengths(context), stride, tokens, batch)
+    if (evaluated := run(target, wanted)) is not None:
+        print(encoder.dumps(evaluated.as_dict(), indent=1) if json else evaluated.table())
+        evaluated.keep()
+
+
+def _lengths(text: str) -> list[int]:
+    """Numbers from 1 on, separated by commas."""
+    numbers = [part.strip() for part in text.split(",")] if text.strip() else []
+    for part in numbers:
+        if not part.isdecimal() or int(part) < 1:
+            raise ConfigError(f"{part!r} is no length", "--context", "write such as 128,512")
+    return [int(part) for part in numbers]
+
+
 @app.command()
 def generate(
     target: Annotated[Path, typer.Argument(help="Run directory.")],

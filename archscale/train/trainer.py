@@ -216,10 +216,7 @@ class Run:
         self._own = True  # the checkpoint that it starts from is its own
         self._unfinished: dict[str, Any] | None = None
         self._signals = stopping.current()
-        # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
-        # the training size.
-        count = config.eval.batches * config.batch_size // config.training.micro_batch
-        self.evaluation = Evaluation(validation, count, config.training.micro_batch, device)
+        self.evaluation = Evaluation.of_run(config, validation, device)
 
     # --- the loop
 

@@ -1,0 +1,99 @@
+"""What is evaluated: the model of a run, a checkpoint or an export, with its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from archscale.checkpoint.target import Target, find_target
+from archscale.config import load_config
+from archscale.config.sections import DataConfig
+from archscale.data.split import TokenSplit
+from archscale.data.tokenizer import Tokenizer, load_tokenizer
+from archscale.errors import CheckpointError, ConfigError
+from archscale.evaluation.exported import is_export, load_export
+from archscale.evaluation.perplexity import LossModel
+from archscale.export.fast_tokenizer import HARD_TEXTS
+from archscale.files import CONFIG, TOKENIZER
+from archscale.inference.scoring import TransformerScores
+from archscale.model import Transformer
+from archscale.train.loading import load_model
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is evaluated.
+
+    Attributes:
+        prefix: ids in front of every text, as in training.
+        batch_size: sequences of a forward pass, unless another is asked for.
+        native: the model itself, and the checkpoint that it comes from; None for an export.
+    """
+
+    path: Path
+    model: LossModel
+    tokenizer: Tokenizer
+    prefix: list[int]
+    batch_size: int
+    native: tuple[Transformer, Target] | None = None
+
+    @property
+    def start_id(self) -> int:
+        """The token that the first one of a text is predicted from."""
+        return self.prefix[-1] if self.prefix else self.tokenizer.eos_id
+
+    @property
+    def data(self) -> DataConfig | None:
+        """What the run says of its data now; None for an export."""
+        if self.native is None:
+            return None
+        return load_config(self.native[1].run_dir / CONFIG).data
+
+    def check_data(self, split: TokenSplit, path: str) -> None:
+        """Raises ConfigError where ids of the data may mean other texts than the model's."""
+        other = split.fingerprint and split.fingerprint != self.tokenizer.fingerprint
+        if other and self.native is None:
+            other = any(
+                load_tokenizer(path).encode(text) != self.tokenizer.encode(text)
+                for text in HARD_TEXTS
+            )
+        if not other and split.vocab_size <= self.model.vocab_size:
+            return
+        own = self.path if self.native is None else self.native[1].run_dir / TOKENIZER
+        raise ConfigError(
+            f"the data were made with another tokenizer, of {split.vocab_size} ids, than the"
+            f" model's, of {self.tokenizer.vocab_size}",
+            path,
+            f"prepare them with the one in {own}, or give their text with --text",
+        )
+
+
+def load_subject(path: Path, device: torch.device) -> Subject:
+    """The model that a path names, on the device.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or its run had diverged.
+        ConfigError: a package is missing.
+        DataError: its tokenizer is gone, damaged or another one.
+    """
+    if not path.is_dir():
+        problem = "not a directory" if path.exists() else "no such directory"
+        raise CheckpointError(
+            problem, str(path), "name a run directory, a checkpoint in one, or an exported model"
+        )
+    if is_export(path):
+        exported = load_export(path, device)
+        return Subject(path, exported, exported.tokenizer, exported.prefix, 8)
+    target = find_target(path)
+    config = target.config
+    model = load_model(target, device)
+    assert config.model.vocab_size is not None, "a resolved config"
+    scores = TransformerScores(
+        model, str(path), config.model.context, config.model.vocab_size, device
+    )
+    # Attention that stays within a document sees nothing of the end of the one before.
+    prefix = [] if config.data.document_mask else [target.tokenizer.eos_id]
+    batch = config.training.micro_batch
+    return Subject(path, scores, target.tokenizer, prefix, batch, (model, target))
