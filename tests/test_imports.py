@@ -19,7 +19,7 @@ FLOORS = [
     ["errors", "files", "rules", "terminal", "yaml_reader", "distributed"],
     ["config"],
     ["data", "model", "optim", "parallel", "telemetry"],
-    ["plan", "fit", "checkpoint"],
+    ["plan", "fit", "checkpoint", "inference"],
     ["train", "report", "export"],
     ["sweep"],
     ["study", "bench"],

@@ -144,6 +144,30 @@ class Probe(Protocol):
         """
 
 
+class BlockCache(Protocol):
+    """What one block's attention has made of earlier tokens."""
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep the keys and values (B, G, T, C) of new tokens; returns those of all tokens so far,
+        (B, G, S, C) each."""
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens that a model has read before
+    (`inference.cache.KeyValueCache`)."""
+
+    def start(self, tokens: Tensor) -> Tensor:
+        """Take in new tokens (B, T), each row's after its own earlier ones; returns their
+        positions, (B, T)."""
+
+    def mask(self, window: int | None, eos_id: int | None, dtype: torch.dtype) -> Tensor | None:
+        """What is added to the attention logits of the new tokens, (B or 1, 1, T, S), as of
+        `attention_mask`."""
+
+    def block(self, number: int) -> BlockCache:
+        """The part of one block."""
+
+
 class AttentionOutput(NamedTuple):
     """What `Attention` returns."""
 
@@ -198,12 +222,13 @@ class Attention(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None,
         probe: Probe | None = None,
+        cache: BlockCache | None = None,
     ) -> AttentionOutput:
-        """Attend within a micro-batch.
+        """Attend within a micro-batch, and to what the cache holds.
 
         Args:
             x: (B, T, D). rope: cos and sin as of `rope_table`.
-            mask: as of `attention_mask`; None: plain causal.
+            mask: as of `attention_mask`; None: plain causal, and with earlier tokens everything.
         """
         B, T, _ = x.shape
         q, k, v, *gate = self.qkv(x).split(self.sizes, dim=-1)
@@ -211,12 +236,14 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(k.view(B, T, self.kv_heads, self.head_dim)), rope)
         v = v.view(B, T, self.kv_heads, self.head_dim)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T, C)
+        if cache is not None:
+            k, v = cache.extend(k, v)
         o = F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=mask is None and k.shape[2] == T,
             scale=self.scale,
             enable_gqa=self.heads != self.kv_heads,
         ).transpose(1, 2)  # (B, T, H, C)
@@ -231,20 +258,18 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """x (B, T, H, C) with the pairs of channels (i, i + C/2) turned by the angles of `rope_table`
     (arXiv 2104.09864, eq. 34, which pairs neighbours instead: the same up to the order of
     channels)."""
-    cos, sin = (table[None, :, None, :].to(x.dtype) for table in rope)
+    cos, sin = (table.unsqueeze(-2).to(x.dtype) for table in rope)
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
-def rope_table(
-    time: int, head_dim: int, theta: float, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """cos and sin of position · θ^(−2i/C), each (T, C/2) float32 (arXiv 2104.09864, eq. 15)."""
+def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin of position · θ^(−2i/C), each (…, C/2) float32, for positions (…), which are (T,)
+    or each row's own, (B, T) (arXiv 2104.09864, eq. 15)."""
     # Not in bf16, whose 8 bits do not tell position 256 from 257.
-    frequency = theta ** (
-        -torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
-    )
-    angle = torch.outer(torch.arange(time, device=device, dtype=torch.float32), frequency)
+    exponent = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency = theta ** (-exponent / head_dim)
+    angle = positions.float().unsqueeze(-1) * frequency
     return angle.cos(), angle.sin()
 
 
@@ -254,9 +279,10 @@ def attention_mask(
     eos_id: int | None,
     dtype: torch.dtype,
     documents: Tensor | None = None,
+    queries: Tensor | None = None,
 ) -> Tensor | None:
     """What is added to the attention logits, (B or 1, 1, T, T) in `dtype`: 0 where a position may
-    look, −∞ elsewhere. None where it may look at everything before it.
+    look, −∞ elsewhere. None where every position may look at everything before it.
 
     Args:
         tokens: (B, T).
@@ -264,21 +290,23 @@ def attention_mask(
         eos_id: token that ends a document, and belongs to it: positions see their own document
             only. None: documents are not separated, unless they are given.
         documents: number of each position's document, (B, T), where the tokens do not say it.
+        queries: the positions that look, (B, Q); the mask is (B, 1, Q, T) then. None: all.
     """
     if documents is None and eos_id is not None:
         ended = (tokens == eos_id).cumsum(1)
         documents = ended - (tokens == eos_id).to(ended.dtype)
-    if window is None and documents is None:
+    if window is None and documents is None and queries is None:
         return None
-    T = tokens.shape[1]
-    position = torch.arange(T, device=tokens.device)
-    distance = position[:, None] - position[None, :]
-    allowed = (distance >= 0)[None]
+    position = torch.arange(tokens.shape[1], device=tokens.device)
+    looking = position[None] if queries is None else queries
+    distance = looking[:, :, None] - position
+    allowed = distance >= 0
     if window is not None:
-        allowed = allowed & (distance < window)[None]
+        allowed = allowed & (distance < window)
     if documents is not None:
         # Nothing else tells documents apart: rotary positions count by their differences alone.
-        allowed = allowed & (documents[:, :, None] == documents[:, None, :])
+        own = documents if queries is None else documents.gather(1, queries)
+        allowed = allowed & (own[:, :, None] == documents[:, None, :])
     # Not bool: attention would convert it in every block, and every block would save its own copy
     # for the backward pass.
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)

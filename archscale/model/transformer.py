@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from archscale.model.layers import (
     Attention,
+    BlockCache,
+    Cache,
     Embedding,
     FeedForward,
     Probe,
@@ -91,6 +93,8 @@ class Transformer(nn.Module):
         *,
         probe: Probe | None = None,
         head: bool = True,
+        cache: Cache | None = None,
+        at: Tensor | None = None,
     ) -> ModelOutput:
         """Loss where targets are given, logits where they are not.
 
@@ -101,18 +105,27 @@ class Transformer(nn.Module):
             probe: looks into the blocks.
             head: False: run the blocks alone, to see what they route; then there are neither logits
                 nor a loss.
+            cache: what the model has read before; the tokens go on from there, and are added to it.
+                Without gradient, and without `documents`.
+            at: (B,), the one position of each row whose logits are needed: they are (B, 1, V).
         """
         # Once for all blocks.
-        rope = rope_table(
-            tokens.shape[1], self.config.head_dim, self.config.rope_theta, tokens.device
-        )
-        mask = attention_mask(tokens, self.config.window, self.eos_id, self.dtype, documents)
+        config = self.config
+        if cache is None:
+            positions = torch.arange(tokens.shape[1], device=tokens.device)
+            mask = attention_mask(tokens, config.window, self.eos_id, self.dtype, documents)
+        else:
+            positions = cache.start(tokens)
+            mask = cache.mask(config.window, self.eos_id, self.dtype)
+        rope = rope_table(positions, config.head_dim, config.rope_theta)
         x = self.embedding(tokens)
         # Not a list of `BlockOutput`: it would keep every layer's residual stream.
         routed: list[Routing] = []
         probed: list[Any] = []
-        for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
+        for number, block in enumerate(self.blocks):
+            if cache is not None:
+                layer = block(x, rope, mask, probe, cache.block(number))
+            elif self.recompute and torch.is_grad_enabled():
                 layer = checkpoint(block, x, rope, mask, probe, use_reentrant=False)
             else:
                 layer = block(x, rope, mask, probe)
@@ -121,6 +134,8 @@ class Transformer(nn.Module):
             if layer.routing is not None:
                 routed.append(layer.routing)
         logits = loss = None
+        if at is not None:
+            x = x[torch.arange(len(x), device=x.device), at].unsqueeze(1)
         if head:
             tied = self.embedding.weight if self.config.tied_embeddings else None
             if targets is None:
@@ -189,9 +204,10 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None,
         probe: Probe | None = None,
+        cache: BlockCache | None = None,
     ) -> BlockOutput:
-        """Both branches on the residual stream x (B, T, D); rope and mask as of `Attention`."""
-        attended = self.attention(self.attention_norm(x), rope, mask, probe)
+        """Both branches on the residual stream x (B, T, D); the rest as of `Attention`."""
+        attended = self.attention(self.attention_norm(x), rope, mask, probe, cache)
         x = torch.add(x, attended.hidden, alpha=self.multiplier)
         routing = router_probed = None
         if isinstance(self.mlp, MoE):
