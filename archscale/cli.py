@@ -459,22 +459,51 @@ def evaluate(
     batch: Annotated[
         int | None, typer.Option(min=1, help="Sequences of a forward pass; default as in training.")
     ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(metavar="TASK,…", help="Score tasks of lm-eval: names, or YAML files."),
+    ] = "",
+    task_path: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="With YAML files of further tasks. Repeatable."),
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in prompts; default what each task says.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Score so many documents of each task; default all.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
-    """Repeat the validation of a run, or score other texts: nats per token, perplexity, bits per
-    byte. Results of a run also go to its evaluations.jsonl, which its report shows.
+    """Repeat the validation of a run, or score other texts (nats per token, perplexity, bits per
+    byte) and tasks of lm-eval. Results of a run also go to its evaluations.jsonl, which its report
+    shows. Under torchrun or accelerate launch processes share the work.
 
     Example: archscale eval runs/quickstart --text README.md --context 64,256
     """
     import json as encoder
 
+    from archscale import distributed
     from archscale.evaluation.evaluate import Wanted
     from archscale.evaluation.evaluate import evaluate as run
 
-    wanted = Wanted(data or [], text or [], _lengths(context), stride, tokens, batch)
-    if (evaluated := run(target, wanted)) is not None:
+    wanted = Wanted(
+        data=data or [],
+        texts=text or [],
+        contexts=_lengths(context),
+        stride=stride,
+        most_tokens=tokens,
+        batch_size=batch,
+        tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+        task_folders=task_path or [],
+        fewshot=fewshot,
+        limit=limit,
+    )
+    evaluated = run(target, wanted)
+    if distributed.rank() == 0:
         print(encoder.dumps(evaluated.as_dict(), indent=1) if json else evaluated.table())
         evaluated.keep()
+    distributed.stop()
 
 
 def _lengths(text: str) -> list[int]:

@@ -21,7 +21,7 @@ FLOORS = [
     ["data", "model", "optim", "parallel", "telemetry"],
     ["plan", "fit", "checkpoint", "inference"],
     ["train", "report", "export"],
-    ["sweep"],
+    ["sweep", "evaluation"],
     ["study", "bench"],
     ["cli", "__main__"],
 ]

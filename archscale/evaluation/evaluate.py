@@ -19,6 +19,7 @@ from archscale.evaluation.perplexity import Measured, TokenText, measure, read_d
 from archscale.evaluation.results import Evaluated, Result
 from archscale.evaluation.subject import Subject, load_subject
 from archscale.files import METRICS
+from archscale.inference.tasks import Tasks, TaskScores
 from archscale.telemetry.sinks import read_lines
 from archscale.train.evaluate import Evaluation
 
@@ -34,6 +35,10 @@ class Wanted:
         stride: of the windows; None: the context.
         most_tokens: of each data set; None: all.
         batch_size: sequences of one forward pass; None: as in training.
+        tasks: of lm-eval, as of `inference.tasks.Tasks`.
+        task_folders: with YAML files of further tasks.
+        fewshot: examples that prompts show; None: what each task says.
+        limit: documents of each task; None: all.
     """
 
     data: Sequence[str] = ()
@@ -42,14 +47,18 @@ class Wanted:
     stride: int | None = None
     most_tokens: int | None = None
     batch_size: int | None = None
+    tasks: Sequence[str] = ()
+    task_folders: Sequence[Path] = ()
+    fewshot: int | None = None
+    limit: int | None = None
 
     @property
     def nothing(self) -> bool:
-        return not (self.data or self.texts)
+        return not (self.data or self.texts or self.tasks)
 
 
-def evaluate(path: Path, wanted: Wanted) -> Evaluated | None:
-    """Evaluate the model that `path` names; all ranks together. None on all but the first.
+def evaluate(path: Path, wanted: Wanted) -> Evaluated:
+    """Evaluate the model that `path` names; all ranks together, and each has the results.
 
     Raises:
         ArchscaleError: on all ranks alike.
@@ -58,21 +67,16 @@ def evaluate(path: Path, wanted: Wanted) -> Evaluated | None:
     subject = distributed.agree(lambda: load_subject(path, device))
     contexts = distributed.agree(lambda: _contexts(subject, wanted))
     texts = distributed.agree(lambda: list(_texts(subject, wanted)))
+    tasks = distributed.agree(lambda: _tasks(wanted))
+    batch = wanted.batch_size or subject.batch_size
     results = [_validation(subject, device)] if wanted.nothing else []
     for text in texts:
         for context in contexts:
-            measured = measure(
-                subject.model,
-                text,
-                context,
-                wanted.stride or context,
-                wanted.batch_size or subject.batch_size,
-            )
-            results.append(_result(measured, subject.model.context))
-    first = distributed.rank() == 0
-    distributed.stop()
-    if not first:
-        return None
+            stride = wanted.stride or context
+            measured = measure(subject.model, text, context, stride, batch)
+            results.append(_measured(measured, subject.model.context))
+    if tasks is not None:
+        results += map(_scored, tasks.score(subject.task_model, batch, wanted.limit))
     if subject.native is None:
         return Evaluated(str(path), results)
     target = subject.native[1]
@@ -115,8 +119,9 @@ def _texts(subject: Subject, wanted: Wanted) -> Iterator[TokenText]:
         text, split = read_data(path, names[path], tokenizer, vocabulary, wanted.most_tokens)
         subject.check_data(split, path)
         yield text
+    start = subject.text.empty[-1]
     for file in wanted.texts:
-        yield read_text(file, names[str(file)], subject.tokenizer, subject.start_id)
+        yield read_text(file, names[str(file)], subject.tokenizer, start)
 
 
 def _names(paths: Sequence[str]) -> dict[str, str]:
@@ -126,7 +131,32 @@ def _names(paths: Sequence[str]) -> dict[str, str]:
     return {path: end if ends.count(end) == 1 else path for path, end in short.items()}
 
 
-def _result(measured: Measured, context: int) -> Result:
+def _tasks(wanted: Wanted) -> Tasks | None:
+    if wanted.tasks:
+        return Tasks(wanted.tasks, wanted.task_folders, wanted.fewshot)
+    for option, value in (
+        ("--task-path", wanted.task_folders),
+        ("--fewshot", wanted.fewshot is not None),
+        ("--limit", wanted.limit),
+    ):
+        if value:
+            raise ConfigError("no task is named", option, "name some with --tasks, or leave it out")
+    return None
+
+
+def _scored(task: TaskScores) -> Result:
+    settings = {"examples": task.fewshot, "documents": task.samples}
+    errors = {f"{key}_stderr": value for key, value in task.errors.items()}
+    return Result(
+        "task",
+        task.name,
+        {key: value for key, value in settings.items() if value is not None},
+        {**task.figures, **errors},
+        {f"eval/{task.name}/{key}": value for key, value in task.figures.items()},
+    )
+
+
+def _measured(measured: Measured, context: int) -> Result:
     figures = measured.figures()
     settings: dict[str, Any] = {
         "context": measured.context,

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from archscale.errors import DataError, explain_os_error
 from archscale.inference.scoring import LogitsModel, Window, not_finite, windows
 
 
-class LossModel(LogitsModel):
+class LossModel(LogitsModel, Protocol):
     """What also gives losses."""
 
     def nats(self, tokens: Tensor, targets: Tensor) -> Tensor:

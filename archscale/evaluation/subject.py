@@ -13,13 +13,18 @@ from archscale.config.sections import DataConfig
 from archscale.data.split import TokenSplit
 from archscale.data.tokenizer import Tokenizer, load_tokenizer
 from archscale.errors import CheckpointError, ConfigError
-from archscale.evaluation.exported import is_export, load_export
+from archscale.evaluation.exported import TransformersScores
 from archscale.evaluation.perplexity import LossModel
 from archscale.export.fast_tokenizer import HARD_TEXTS
 from archscale.files import CONFIG, TOKENIZER
+from archscale.inference.exported import TransformersModel, is_exported, load_exported
 from archscale.inference.scoring import TransformerScores
+from archscale.inference.task_model import TaskModel
+from archscale.inference.text_model import TextModel
 from archscale.model import Transformer
-from archscale.train.loading import load_model
+from archscale.train.loading import load_model, text_model
+
+EXPORT_BATCH = 8  # sequences of a forward pass, where no config says how many
 
 
 @dataclass(frozen=True)
@@ -27,22 +32,26 @@ class Subject:
     """A model that is evaluated.
 
     Attributes:
-        prefix: ids in front of every text, as in training.
-        batch_size: sequences of a forward pass, unless another is asked for.
+        model: its losses and logits.
+        text: as it continues texts.
+        batch_size: sequences of a forward pass, unless another number is asked for.
         native: the model itself, and the checkpoint that it comes from; None for an export.
     """
 
     path: Path
     model: LossModel
-    tokenizer: Tokenizer
-    prefix: list[int]
+    text: TextModel
     batch_size: int
     native: tuple[Transformer, Target] | None = None
 
     @property
-    def start_id(self) -> int:
-        """The token that the first one of a text is predicted from."""
-        return self.prefix[-1] if self.prefix else self.tokenizer.eos_id
+    def tokenizer(self) -> Tokenizer:
+        return self.text.tokenizer
+
+    @property
+    def task_model(self) -> TaskModel:
+        """The model as tasks use it."""
+        return TaskModel(self.text, self.model)
 
     @property
     def data(self) -> DataConfig | None:
@@ -53,12 +62,10 @@ class Subject:
 
     def check_data(self, split: TokenSplit, path: str) -> None:
         """Raises ConfigError where ids of the data may mean other texts than the model's."""
-        other = split.fingerprint and split.fingerprint != self.tokenizer.fingerprint
-        if other and self.native is None:
-            other = any(
-                load_tokenizer(path).encode(text) != self.tokenizer.encode(text)
-                for text in HARD_TEXTS
-            )
+        other = bool(split.fingerprint) and split.fingerprint != self.tokenizer.fingerprint
+        if other and self.native is None:  # the tokenizer of an export is a copy in another format
+            theirs = load_tokenizer(path)
+            other = any(theirs.encode(text) != self.tokenizer.encode(text) for text in HARD_TEXTS)
         if not other and split.vocab_size <= self.model.vocab_size:
             return
         own = self.path if self.native is None else self.native[1].run_dir / TOKENIZER
@@ -75,7 +82,6 @@ def load_subject(path: Path, device: torch.device) -> Subject:
 
     Raises:
         CheckpointError: there is none, it is damaged, or its run had diverged.
-        ConfigError: a package is missing.
         DataError: its tokenizer is gone, damaged or another one.
     """
     if not path.is_dir():
@@ -83,9 +89,10 @@ def load_subject(path: Path, device: torch.device) -> Subject:
         raise CheckpointError(
             problem, str(path), "name a run directory, a checkpoint in one, or an exported model"
         )
-    if is_export(path):
-        exported = load_export(path, device)
-        return Subject(path, exported, exported.tokenizer, exported.prefix, 8)
+    if is_exported(path):
+        text = load_exported(path, device)
+        assert isinstance(text.model, TransformersModel)
+        return Subject(path, TransformersScores(text.model, str(path), device), text, EXPORT_BATCH)
     target = find_target(path)
     config = target.config
     model = load_model(target, device)
@@ -93,7 +100,5 @@ def load_subject(path: Path, device: torch.device) -> Subject:
     scores = TransformerScores(
         model, str(path), config.model.context, config.model.vocab_size, device
     )
-    # Attention that stays within a document sees nothing of the end of the one before.
-    prefix = [] if config.data.document_mask else [target.tokenizer.eos_id]
     batch = config.training.micro_batch
-    return Subject(path, scores, target.tokenizer, prefix, batch, (model, target))
+    return Subject(path, scores, text_model(target, model), batch, (model, target))

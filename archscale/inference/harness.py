@@ -11,31 +11,32 @@ from typing import Any
 
 from lm_eval.api.model import LM
 
-from archscale.errors import ConfigError
-from archscale.inference.scoring import log_likelihoods, windows
-from archscale.inference.text_model import Continuation, TextModel
+from archscale.inference.generate import Request
+from archscale.inference.sampling import Sampling
+from archscale.inference.scoring import Likelihood, log_likelihoods, windows
+from archscale.inference.task_model import TaskModel
 
 MAX_NEW_TOKENS = 256  # where a task does not say, as everywhere in lm-eval
 
 
 class HarnessModel(LM):
-    """A `TextModel` for lm-eval.
+    """A `TaskModel` for lm-eval.
 
-    A text starts with the model's own prefix; one without any words before it is predicted from
-    the end of a document.
+    A text starts as the model's texts do. One without any words before it is predicted from what
+    stands for an empty text.
 
     Args:
         batch_size: sequences of one forward pass.
     """
 
-    def __init__(self, model: TextModel, batch_size: int):
+    def __init__(self, model: TaskModel, batch_size: int):
         super().__init__()
         self._model, self._batch_size = model, batch_size
-        self._encode = model.tokenizer.encode
+        self._text, self._encode = model.text, model.text.tokenizer.encode
 
     @property
     def tokenizer_name(self) -> str:
-        return self._model.tokenizer.fingerprint
+        return self._text.tokenizer.fingerprint
 
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -43,7 +44,7 @@ class HarnessModel(LM):
         """(ln of the probability, whether it is the likeliest) of each request's (context,
         continuation)."""
         pairs = [self._pair(*request.args) for request in requests]
-        return [tuple(each) for each in self._score(pairs)]
+        return [(each.log_probability, each.greedy) for each in self._score(pairs)]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -53,7 +54,7 @@ class HarnessModel(LM):
         owners: list[int] = []
         context = self._model.scores.context
         for number, request in enumerate(requests):
-            ids = [self._model.start_id, *self._encode(request.args[0])]
+            ids = [self._text.empty[-1], *self._encode(request.args[0])]
             for first, stop, counted in windows(len(ids), context, context):
                 start = stop - counted + 1
                 pairs.append((ids[first:start], ids[start : stop + 1]))
@@ -66,28 +67,18 @@ class HarnessModel(LM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """The texts that follow, each up to its first stop string."""
         answers = [""] * len(requests)
-        alike: dict[Continuation, list[int]] = {}
+        alike: dict[Sampling, list[tuple[int, Request]]] = {}
         for number, request in enumerate(requests):
-            alike.setdefault(_continuation(request.args[1]), []).append(number)
-        for how, numbers in alike.items():
-            room = self._model.scores.context - how.max_tokens
-            if room < 1:
-                raise ConfigError(
-                    f"a task asks for {how.max_tokens} new tokens, and the model's context is"
-                    f" {self._model.scores.context}",
-                    self._model.scores.where,
-                    "set max_gen_toks in the task's generation_kwargs, or leave the task out",
-                )
-            prompts = [
-                [*self._model.prefix, *self._encode(requests[number].args[0])][-room:]
-                or [self._model.start_id]
-                for number in numbers
-            ]
-            for number, text in zip(numbers, self._model.write(prompts, how, self._batch_size)):
+            prompt, told = request.args
+            limits = Request(self._text.tokens(prompt), _max_tokens(told), _stop(told), number)
+            alike.setdefault(_sampling(told), []).append((number, limits))
+        for sampling, asked in alike.items():
+            texts = self._model.write([each for _, each in asked], sampling, self._batch_size)
+            for (number, _), text in zip(asked, texts):
                 answers[number] = text
         return answers
 
-    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Any]:
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
         return log_likelihoods(self._model.scores, pairs, self._batch_size)
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
@@ -98,22 +89,26 @@ class HarnessModel(LM):
         given, both = self._encode(kept), self._encode(kept + continuation)
         # Nothing is left where a token reaches across.
         following = both[len(given) :] or self._encode(continuation)
-        start = self._model.prefix if kept else [self._model.start_id]
-        return [*start, *given] or [self._model.start_id], following
+        return [*(self._text.before if given else self._text.empty), *given], following
 
 
-def _continuation(told: Mapping[str, Any]) -> Continuation:
-    """How a task wants its texts: its `generation_kwargs`."""
-    until = told.get("until") or []
-    until = [until] if isinstance(until, str) else until
+# --- what a task says of its answers: its `generation_kwargs`
+
+
+def _max_tokens(told: Mapping[str, Any]) -> int:
     names = ("max_gen_toks", "max_new_tokens", "max_tokens")
-    most = next((told[name] for name in names if told.get(name)), MAX_NEW_TOKENS)
-    temperature = float(told.get("temperature") or 0.0) if told.get("do_sample") else 0.0
-    top_k, top_p = told.get("top_k"), told.get("top_p")
-    return Continuation(
-        max_tokens=int(most),
-        stop=tuple(text for text in until if text),
-        temperature=temperature,
-        top_k=int(top_k) if top_k else None,
-        top_p=float(top_p) if top_p else None,
-    )
+    return int(next((told[name] for name in names if told.get(name)), MAX_NEW_TOKENS))
+
+
+def _stop(told: Mapping[str, Any]) -> tuple[str, ...]:
+    until = told.get("until") or ()
+    return tuple(filter(None, (until,) if isinstance(until, str) else until))
+
+
+def _sampling(told: Mapping[str, Any]) -> Sampling:
+    """The likeliest tokens, unless the task says that they are drawn."""
+    if not told.get("do_sample") or not told.get("temperature", 1.0):
+        return Sampling(temperature=0.0, top_k=None)
+    top_k = int(told.get("top_k") or 0)
+    top_p = float(told.get("top_p") or 1.0)
+    return Sampling(float(told.get("temperature", 1.0)), top_k or None, top_p)

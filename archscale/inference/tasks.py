@@ -17,7 +17,7 @@ import torch
 
 from archscale.distributed import rank
 from archscale.errors import ConfigError, nearest, one_line
-from archscale.inference.text_model import TextModel
+from archscale.inference.task_model import TaskModel
 
 SEED = 1234  # of the examples that few-shot prompts show: lm-eval's own default
 
@@ -95,7 +95,7 @@ class Tasks:
 
     def score(
         self,
-        model: TextModel,
+        model: TaskModel,
         batch_size: int,
         limit: int | None = None,
         errors: bool = True,
@@ -131,7 +131,7 @@ class Tasks:
             except (ValueError, NotImplementedError, KeyError) as error:
                 names = ", ".join(self._loaded["tasks"])
                 problem = f"cannot score {names}: {one_line(str(error))[:200]}"
-                raise ConfigError(problem, model.scores.where, "leave the task out") from error
+                raise ConfigError(problem, model.text.name, "leave the task out") from error
         return list(_scores(results))
 
 

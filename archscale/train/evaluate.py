@@ -82,6 +82,8 @@ class Evaluation:
             leave: asked before every batch, with the same answer on all ranks; then there is no
                 result.
         """
+        if not self.sets:
+            return {}
         count, size = self._batches, self._batch_size
         results = []
         for held, token_bytes in zip(self.sets, self._token_bytes):

@@ -3,15 +3,16 @@ service if there is one."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from archscale import distributed
 from archscale.config import WandbConfig
-from archscale.files import METRICS
+from archscale.files import METRICS, SAMPLES
 from archscale.telemetry.sinks import MetricsFile
 from archscale.telemetry.tracking import wandb_tracker
 from archscale.train.progress import Progress
@@ -36,6 +37,8 @@ class Recorder:
             name = resolved["name"]
             self._path = run_dir / METRICS
             self._metrics = MetricsFile(self._path, step)
+            self._samples = run_dir / SAMPLES
+            self._drop_samples(step)
             self._progress = Progress(steps, step, name)
             self._tracker = wandb_tracker(wandb.mode, wandb.project, name, dict(resolved), run_dir)
 
@@ -74,8 +77,20 @@ class Recorder:
         if lines:
             self._progress.update(lines[-1])
 
+    def write_samples(self, line: Mapping[str, Any], samples: Sequence[Mapping[str, str]]) -> None:
+        """Append texts that the model of a line of metrics has written."""
+        if self._here and samples:
+            with contextlib.closing(MetricsFile(self._samples, line["step"] - 1)) as file:
+                for sample in samples:
+                    file.write(line["step"], line["tokens"], **sample)
+
     def rewind(self, step: int) -> None:
         """Drop the lines of later steps."""
         if self._here:
             self._metrics.close()
             self._metrics = MetricsFile(self._path, step)
+            self._drop_samples(step)
+
+    def _drop_samples(self, step: int) -> None:
+        if self._samples.exists():
+            MetricsFile(self._samples, step).close()
