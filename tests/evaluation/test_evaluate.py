@@ -40,9 +40,7 @@ def test_the_runs_own_validation_again(trained: Path, name: str, step: int) -> N
     evaluated = evaluate(trained / "run" / name, Wanted())
     written = lines(trained / "run")[step]
     assert evaluated.step == step
-    assert figures(evaluated) == [
-        {key: written[key] for key in ("val_loss", "val_bits_per_byte")}
-    ]
+    assert figures(evaluated) == [{key: written[key] for key in ("val_loss", "val_bits_per_byte")}]
     assert evaluated.results[0].recorded == evaluated.results[0].figures
 
 
