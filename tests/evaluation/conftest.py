@@ -6,6 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from archscale.inference.generate import Request, generate
+from archscale.inference.sampling import Sampling
+from archscale.train.loading import load_text_model
 from tests.train.tiny import config, run, tiny_data
 
 CHOICES = 3
@@ -15,7 +18,7 @@ TASKS = {
         "doc_to_text": "{{question}}",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{answer}}",
-        "metric_list": [{"metric": "acc"}],
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     },
     "spelling": {
         "output_type": "generate_until",
@@ -44,10 +47,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="package")
-def task_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tasks and their documents, of which `documents` are the content."""
+def task_folder(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tasks and their documents, of which `documents` are the content. What the run writes itself
+    is the right answer to those where it is UTF-8: other bytes are shown in many ways."""
     folder = tmp_path_factory.mktemp("tasks")
-    (folder / "documents.jsonl").write_text("".join(json.dumps(d) + "\n" for d in documents()))
+    model, content = load_text_model(trained / "run"), documents()
+    asked = [Request(model.tokens(document["question"]), 3, ("z",)) for document in content]
+    answers = generate(model.model, model.tokenizer, asked, Sampling(temperature=0.0))
+    for document, answer in zip(content, answers):
+        if "\ufffd" not in answer.text:
+            document["written"] = answer.text
+    (folder / "documents.jsonl").write_text("".join(json.dumps(d) + "\n" for d in content))
     for name, task in TASKS.items():
         files = {"test": str(folder / "documents.jsonl")}
         source = {"dataset_path": "json", "test_split": "test"}
@@ -67,7 +77,7 @@ def documents() -> list[dict]:
             "question": " ".join(word() for _ in range(1 + number % 3)),
             "choices": [word() for _ in range(CHOICES)],
             "answer": int(generator.integers(CHOICES)),
-            "written": "aaaa",
+            "written": "another",
         }
         for number in range(9)
     ]

@@ -2,24 +2,16 @@
 
 import json
 import math
-import os
-import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from archscale import cli
 from archscale.checkpoint.target import find_target
-from archscale.data.preparing.prepare import prepare
 from archscale.data.split import TokenSplit
 from archscale.evaluation.evaluate import Wanted, evaluate
 from archscale.evaluation.results import Evaluated
 from archscale.export.export import export
-from archscale.report.read import read_run
-from archscale.report.run import write_run_page
-from archscale.sweep.table import read_table
 from archscale.train.loading import load_model
 from tests.pool import pool
 
