@@ -89,6 +89,13 @@ def _contexts(subject: Subject, wanted: Wanted) -> Sequence[int]:
     the stride leaves gaps in."""
     most = subject.model.context
     contexts = wanted.contexts or [most]
+    for option, given in (
+        ("--context", wanted.contexts),
+        ("--stride", wanted.stride),
+        ("--tokens", wanted.most_tokens),
+    ):
+        if given and not (wanted.texts or wanted.data):
+            raise ConfigError("there is no text to read", option, "give --data or --text")
     if max(contexts) > most:
         raise ConfigError(
             f"a context of {max(contexts)} tokens is longer than the model's {most}",
