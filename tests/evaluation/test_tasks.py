@@ -1,19 +1,24 @@
 """Tasks of lm-eval from local files: one number by the command, through the export, by hand, and
 while training."""
 
+import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from archscale.checkpoint.target import find_target
+from archscale.errors import ConfigError
 from archscale.evaluation.evaluate import Wanted, evaluate
 from archscale.export.export import export
 from archscale.inference.generate import Request, generate
 from archscale.inference.sampling import Sampling
+from archscale.train.live import LiveEvaluation
 from archscale.train.loading import load_model, load_text_model
+from tests.commands import launch
 from tests.evaluation.conftest import TASKS, documents
 from tests.pool import pool
 from tests.train.tiny import config, run
@@ -89,10 +94,13 @@ def test_one_number_everywhere(trained: Path, task_folder: Path, tmp_path: Path)
     assert results["results"]["words"]["acc,none"] == own["eval/words/acc"]
 
 
-def trained_on_tasks(data: str, folder: str, run_dir: str, tasks: bool) -> list[dict]:
+def trained_on_tasks(
+    data: str, folder: str, run_dir: str, tasks: bool, micro_batch: int = 6
+) -> list[dict]:
     names = [str(Path(folder, f"{name}.yaml")) for name in TASKS]
     told = {"tasks": names, "samples": ["abcd", ""]} if tasks else {}
-    return run(config(data, steps=4, eval={"every": 2, **told}), run_dir)
+    training = {"micro_batch": micro_batch}
+    return run(config(data, steps=4, training=training, eval={"every": 2, **told}), run_dir)
 
 
 def check_trained(trained: Path, task_folder: Path, run_dir: Path, lines: list[dict]) -> None:
@@ -126,15 +134,34 @@ def test_training_scores_them_and_does_not_change(
     assert lines[-1]["val_loss"] == plain[-1]["val_loss"]
 
 
+def test_an_evaluation_that_is_left(trained: Path, task_folder: Path) -> None:
+    """Asked before every pass; no random number is drawn."""
+    told = {"tasks": [str(task_folder / "words.yaml")], "samples": ["abcd"]}
+    made = config(str(trained / "tokens"), eval=told).with_vocab(300)
+    live = LiveEvaluation(made, torch.device("cpu"))
+    engine = SimpleNamespace(forward=load_model(find_target(trained / "run")))
+    asked, before = itertools.count(), torch.get_rng_state()
+    metrics, samples = live.metrics(engine, lambda: next(asked) < 0)
+    assert list(metrics) == ["eval/words/acc"]
+    passes = next(asked)
+    for number in (0, 1, passes - 1):  # in the tasks, and in the samples
+        asked = itertools.count()
+        assert live.metrics(engine, lambda: next(asked) == number) is None  # noqa: B023
+    assert torch.equal(torch.get_rng_state(), before)
+    with pytest.raises(ConfigError, match=r"lm-eval knows no task 'no\.yaml' \(eval\.tasks\)"):
+        LiveEvaluation(config("no", eval={"tasks": ["no.yaml"]}), torch.device("cpu"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [2, 3])
 def test_sharded_training_scores_them(
     trained: Path, task_folder: Path, tmp_path: Path, world: int
 ) -> None:
     told = [str(trained / "tokens"), str(task_folder)]
-    lines = pool(world).run(trained_on_tasks, *told, str(tmp_path / "with"), True)[0]
+    micro = 24 // world
+    lines = pool(world).run(trained_on_tasks, *told, str(tmp_path / "with"), True, micro)[0]
     check_trained(trained, task_folder, tmp_path / "with", lines)
-    plain = pool(world).run(trained_on_tasks, *told, str(tmp_path / "without"), False)[0]
+    plain = pool(world).run(trained_on_tasks, *told, str(tmp_path / "without"), False, micro)[0]
     assert [line["loss"] for line in lines] == [line["loss"] for line in plain]
 
 
@@ -142,3 +169,26 @@ def test_sharded_training_scores_them(
 def test_two_processes_score_as_one(trained: Path, task_folder: Path) -> None:
     alone = scores(trained / "run", task_folder)
     assert pool(2).run(scores, trained / "run", task_folder) == [alone, alone]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_launched_processes_score_as_one(trained: Path, task_folder: Path, launcher: str) -> None:
+    """The command under both launchers; accelerate's `--multi_gpu` is what starts several."""
+    alone = scores(trained / "run", task_folder)
+    argv = ["eval", trained / "run", "--tasks", ",".join(TASKS), "--task-path", task_folder]
+    if launcher == "torchrun":
+        done = launch([*argv, "--json"], processes=2)
+    else:
+        told = ["--multi_gpu", "--num_processes=2", "--main_process_port=0", "-m", "archscale"]
+        done = launch(
+            ["launch", *told, *argv, "--json"], module="accelerate.commands.accelerate_cli"
+        )
+    results = json.loads(done.stdout)["results"]
+    found = {
+        f"eval/{result['name']}/{key}": value
+        for result in results
+        for key, value in result["figures"].items()
+        if not key.endswith("_stderr")
+    }
+    assert found == alone
