@@ -19,6 +19,7 @@ from archscale.distributed import rank
 from archscale.errors import ConfigError, nearest, one_line
 from archscale.inference.task_model import TaskModel
 
+YAML = (".yaml", ".yml")
 SEED = 1234  # of the examples that few-shot prompts show: lm-eval's own default
 
 
@@ -63,6 +64,9 @@ class Tasks:
         for folder in folders:
             if not folder.is_dir():
                 raise ConfigError("no such directory", str(folder), "give one with task files")
+        for name in names:
+            if name.endswith(YAML) and not Path(name).is_file():
+                raise ConfigError("no such task file", name, f"correct the path in {where}")
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
@@ -137,11 +141,7 @@ class Tasks:
 
 def _unknown(names: Sequence[str], known: Sequence[str]) -> list[str]:
     there = set(known)
-    return [
-        name
-        for name in names
-        if name not in there and not (name.endswith((".yaml", ".yml")) and Path(name).is_file())
-    ]
+    return [name for name in names if name not in there and not name.endswith(YAML)]
 
 
 def _scores(results: Mapping[str, Any]) -> Iterator[TaskScores]:
