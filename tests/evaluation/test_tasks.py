@@ -94,13 +94,10 @@ def test_one_number_everywhere(trained: Path, task_folder: Path, tmp_path: Path)
     assert results["results"]["words"]["acc,none"] == own["eval/words/acc"]
 
 
-def trained_on_tasks(
-    data: str, folder: str, run_dir: str, tasks: bool, micro_batch: int = 6
-) -> list[dict]:
+def trained_on_tasks(data: str, folder: str, run_dir: str, tasks: bool, **sections) -> list[dict]:
     names = [str(Path(folder, f"{name}.yaml")) for name in TASKS]
     told = {"tasks": names, "samples": ["abcd", ""]} if tasks else {}
-    training = {"micro_batch": micro_batch}
-    return run(config(data, steps=4, training=training, eval={"every": 2, **told}), run_dir)
+    return run(config(data, steps=4, eval={"every": 2, **told}, **sections), run_dir)
 
 
 def check_trained(trained: Path, task_folder: Path, run_dir: Path, lines: list[dict]) -> None:
@@ -152,16 +149,30 @@ def test_an_evaluation_that_is_left(trained: Path, task_folder: Path) -> None:
         LiveEvaluation(config("no", eval={"tasks": ["no.yaml"]}), torch.device("cpu"))
 
 
+EXPERTS = {"moe": {"sparsity": 3, "top_k": 3}}
+LAYOUTS = {  # name → (processes, sections of the config)
+    "ddp2": (2, {"parallel": {"replicate": 2, "shard": 1}}),
+    "fsdp3": (3, {"training": {"micro_batch": 8}}),
+    "expert2": (2, {"parallel": {"expert": 2}, "model": EXPERTS}),
+    "zero3": (2, {"parallel": {"engine": "deepspeed", "zero_stage": 3}}),
+}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("world", [2, 3])
-def test_sharded_training_scores_them(
-    trained: Path, task_folder: Path, tmp_path: Path, world: int
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_on_many_processes_scores_them(
+    trained: Path, task_folder: Path, tmp_path: Path, layout: str
 ) -> None:
+    world, sections = LAYOUTS[layout]
+    if layout == "zero3":
+        pytest.importorskip("deepspeed")
     told = [str(trained / "tokens"), str(task_folder)]
-    micro = 24 // world
-    lines = pool(world).run(trained_on_tasks, *told, str(tmp_path / "with"), True, micro)[0]
-    check_trained(trained, task_folder, tmp_path / "with", lines)
-    plain = pool(world).run(trained_on_tasks, *told, str(tmp_path / "without"), False, micro)[0]
+    run_dirs = tmp_path / "with", tmp_path / "without"
+    lines, plain = (
+        pool(world).run(trained_on_tasks, *told, str(run_dir), tasks, **sections)[0]
+        for run_dir, tasks in zip(run_dirs, (True, False))
+    )
+    check_trained(trained, task_folder, run_dirs[0], lines)
     assert [line["loss"] for line in lines] == [line["loss"] for line in plain]
 
 
