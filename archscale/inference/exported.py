@@ -119,22 +119,18 @@ def _has_our_code(directory: Path, config: dict[str, Any]) -> bool:
     Raises:
         CheckpointError: it does, and that is not the code of an export.
     """
-    if "auto_map" not in config:
-        return False
-    code = sorted(directory.glob("*.py"))
-    for path in code:
-        ours = OUR_CODE / path.name
-        if not ours.is_file() or ours.read_bytes() != path.read_bytes():
+    mapped = config.get("auto_map") or {}
+    # A name may lead to another repository, and code that is not there to a copy of earlier days.
+    named = {f"{str(name).rpartition('.')[0]}.py" for name in mapped.values()}
+    for name in sorted(named | {path.name for path in directory.glob("*.py")} if named else ()):
+        path, ours = directory / name, OUR_CODE / Path(name).name
+        if not (path.is_file() and ours.is_file() and path.read_bytes() == ours.read_bytes()):
             raise CheckpointError(
-                "the model has code of its own, which is not that of an export of this version",
+                "the model needs code of its own, and that is not what this version exports",
                 str(path),
-                "export the run anew, or run it with transformers if you trust that code",
+                "export the run anew, or use it with transformers if you trust that code",
             )
-    if not code:
-        raise CheckpointError(
-            "the code that the model needs is not there", str(directory), "export the run anew"
-        )
-    return True
+    return bool(named)
 
 
 def _load(directory: Path, trusted: bool) -> Any:
