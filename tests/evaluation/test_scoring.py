@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from archscale.distributed import shared_out
 from archscale.errors import CheckpointError, ConfigError
 from archscale.inference.scoring import TransformerScores, log_likelihoods, windows
+from tests.pool import pool
 
 CONTEXT, VOCABULARY = 8, 17
 
@@ -69,3 +71,21 @@ def test_what_cannot_be_scored() -> None:
     forward.table[:] = float("nan")
     with pytest.raises(CheckpointError, match="not finite"):
         log_likelihoods(scores(forward), [([1], [2])], 2)
+
+
+def squares(count: int) -> tuple[list[int], int]:
+    done: list[int] = []
+
+    def work(item: int) -> int:
+        done.append(item)
+        return item * item
+
+    return shared_out(list(range(count)), work), len(done)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_work_is_shared_out_in_order(count: int) -> None:
+    """All ranks work equally often."""
+    expected = [item * item for item in range(count)]
+    assert squares(count) == (expected, count)
+    assert pool(2).run(squares, count) == [(expected, -(-count // 2))] * 2
