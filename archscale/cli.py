@@ -579,6 +579,87 @@ def export(
         print(upload(written.directory, push))
 
 
+@app.command("eval")
+def evaluate(
+    target: Annotated[
+        Path, typer.Argument(help="Run directory, a checkpoint in one, or an exported model.")
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Score the validation text of this data set. Repeatable."),
+    ] = None,
+    text: Annotated[
+        list[Path] | None, typer.Option(help="Score this file of UTF-8 text. Repeatable.")
+    ] = None,
+    context: Annotated[
+        str, typer.Option(metavar="N,…", help="Tokens that are read at once; default the model's.")
+    ] = "",
+    stride: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens between windows; less than the context: they overlap."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Score so many of each data set; default all.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences of a forward pass; default as in training.")
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(metavar="TASK,…", help="Score tasks of lm-eval: names, or YAML files."),
+    ] = "",
+    task_path: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="DIR", help="With YAML files of further tasks. Repeatable."),
+    ] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples in prompts; default what each task says.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Score so many documents of each task; default all.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Repeat the validation of a run, or score other texts (nats per token, perplexity, bits per
+    byte) and tasks of lm-eval. Results of a run also go to its evaluations.jsonl, which its report
+    shows. Under torchrun or accelerate launch processes share the work.
+
+    Example: archscale eval runs/quickstart --text README.md --context 64,256
+    """
+    import json as encoder
+
+    from archscale import distributed
+    from archscale.evaluation.evaluate import Wanted
+    from archscale.evaluation.evaluate import evaluate as run
+
+    wanted = Wanted(
+        data=data or [],
+        texts=text or [],
+        contexts=_lengths(context),
+        stride=stride,
+        most_tokens=tokens,
+        batch_size=batch,
+        tasks=[name.strip() for name in tasks.split(",") if name.strip()],
+        task_folders=task_path or [],
+        fewshot=fewshot,
+        limit=limit,
+    )
+    evaluated = run(target, wanted)
+    if distributed.rank() == 0:
+        print(encoder.dumps(evaluated.as_dict(), indent=1) if json else evaluated.table())
+        evaluated.keep()
+    distributed.stop()
+
+
+def _lengths(text: str) -> list[int]:
+    """Numbers from 1 on, separated by commas."""
+    numbers = [part.strip() for part in text.split(",")] if text.strip() else []
+    for part in numbers:
+        if not part.isdecimal() or int(part) < 1:
+            raise ConfigError(f"{part!r} is no length", "--context", "write such as 128,512")
+    return [int(part) for part in numbers]
+
+
 @app.command()
 def report(
     run: Annotated[

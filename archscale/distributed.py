@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,8 @@ LOST = re.compile(
     r"|Connection closed|recvValue|socket timed out|client socket has timed out",
     re.DOTALL,
 )
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 _timeout: datetime.timedelta | None = None  # of collectives; None: torch's own
 
 
@@ -373,6 +375,22 @@ def agree(fn: Callable[[], Any]) -> Any:
         if failure is not None:
             raise same_everywhere(failure)
     return result
+
+
+def shared_out(items: Sequence[Item], work: Callable[[Item], Result]) -> list[Result]:
+    """`work` of every item, on every rank, in order; each rank does every n-th item of n ranks.
+
+    All ranks work equally often, so that collectives in `work` line up: where nothing is left for a
+    rank, it does the first item again. A failure on any rank is raised on all.
+    """
+    mine = range(rank(), len(items), world_size())
+    rounds = -(-len(items) // world_size())
+
+    def done() -> list[Result]:
+        return [work(items[mine[n] if n < len(mine) else 0]) for n in range(rounds)]
+
+    parts = gather_objects(agree(done))
+    return [parts[number % len(parts)][number // len(parts)] for number in range(len(items))]
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ from archscale.errors import ConfigError, explain_os_error
 CONFIG = "config.yaml"  # resolved
 PLAN = "plan.json"
 METRICS = "metrics.jsonl"  # a JSON object for each step
+EVALUATIONS = "evaluations.jsonl"  # a JSON object for each result of `archscale eval`
+SAMPLES = "samples.jsonl"  # a JSON object for each text that training has generated
 ENVIRONMENT = "environment.json"  # versions, git revision, host
 MANIFEST = "manifest.json"  # parameter → role → rule
 CHECKPOINTS = "checkpoints"

@@ -21,7 +21,7 @@ FLOORS = [
     ["data", "model", "optim", "parallel", "telemetry"],
     ["plan", "fit", "checkpoint", "huggingface", "inference"],
     ["train", "report", "export"],
-    ["sweep"],
+    ["sweep", "evaluation"],
     ["study", "bench"],
     ["cli", "__main__"],
 ]

@@ -371,9 +371,16 @@ class TelemetryConfig(Section):
 
 
 class EvalConfig(Section):
-    """Validation during training; without data.val and without a mixture there is none."""
+    """Evaluations during training; without data.val and without a mixture there is no
+    `val_loss`."""
 
     every: Count = 1000
     """Optimizer steps between evaluations; one follows the last step too."""
     batches: Count = 50
     """Batches of the training size per evaluation, from the start of the validation split."""
+    tasks: list[Text] = []
+    """Tasks of lm-eval that evaluations score, by name or as YAML files; in `metrics.jsonl` as
+    `eval/<task>/acc` and the like."""
+    samples: list[str] = []
+    """Prompts that evaluations continue, each by the likeliest tokens, 64 at most; the texts go to
+    `samples.jsonl`."""

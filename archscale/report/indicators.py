@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 SECTIONS = {
     "loss": "Loss",
+    "eval": "Tasks",
     "training": "Learning rate, gradient, speed",
     "stability": "Stability indicators",
     "optimizer": "Optimizer",
@@ -188,6 +189,8 @@ def parse_key(key: str) -> Key:
     *above, metric = key.split("/")
     if len(above) == 1 and above[0] in BY_NAME and BY_NAME[above[0]].section == "loss":
         return Key("loss", key, None, above[0], metric)
+    if above[:1] == ["eval"]:  # of a task: eval/<task>/<metric>
+        return Key("eval", key, None, key.partition("/")[2])
     section = above[0] if above else BY_NAME[key].section if key in BY_NAME else "other"
     section = section if section in SECTIONS else "other"
     if len(above) > 1 and above[-1] not in _QUALIFIERS:

@@ -12,7 +12,7 @@ import numpy as np
 
 from archscale.checkpoint.place import Place, StoreError, checkpoints_of
 from archscale.errors import ArchscaleError, ConfigError, DataError, explain_os_error
-from archscale.files import CONFIG, ENVIRONMENT, MANIFEST, METRICS, PLAN
+from archscale.files import CONFIG, ENVIRONMENT, EVALUATIONS, MANIFEST, METRICS, PLAN, SAMPLES
 
 _REMEDY = "name a directory, such as runs/<name>, that train or sweep has filled"
 _AXES = ("step", "tokens", "time")
@@ -54,6 +54,8 @@ class RunRecord:
     plan: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     manifest: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)  # as `archscale eval` wrote
+    samples: list[dict[str, Any]] = field(default_factory=list)  # texts generated in training
     checkpoint: tuple[int, int] | None = None  # step of the newest checkpoint and its bytes on disk
 
     def planned(self, *path: str) -> float | None:
@@ -111,6 +113,8 @@ def read_run(directory: Path) -> RunRecord:
     _parse(run, lines)
     if any(line.strip() for line in lines) and not len(run.steps):
         raise DataError("no line is a JSON object with step and tokens", str(metrics), _REMEDY)
+    run.evaluations = _read_lines(run, EVALUATIONS, {"kind": str, "name": str, "figures": dict})
+    run.samples = _read_lines(run, SAMPLES, {"prompt": str, "text": str})
     try:
         run.checkpoint = _newest_checkpoint(checkpoints_of(directory))
     except (StoreError, ConfigError) as error:
@@ -130,6 +134,30 @@ def _read_json(run: RunRecord, name: str, kind: type) -> Any:
         return content
     run.warnings.append(f"{name} is not readable: left out")
     return kind()
+
+
+def _read_lines(run: RunRecord, name: str, kinds: dict[str, type]) -> list[dict[str, Any]]:
+    """The lines of a file beside the metrics that are JSON objects with a step and these keys; of
+    others there is a warning."""
+    path = run.directory / name
+    if not path.is_file():
+        return []
+    rows, bad = [], 0
+    for raw in path.read_bytes().splitlines():
+        try:
+            row = json.loads(raw)
+            whole = isinstance(row["step"], int)
+            whole = whole and all(isinstance(row[key], kind) for key, kind in kinds.items())
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if whole:
+            rows.append(row)
+        else:
+            bad += 1
+    if bad:
+        lines = "1 line" if bad == 1 else f"{bad} lines"
+        run.warnings.append(f"{name}: {lines} cut short, damaged or foreign: skipped")
+    return rows
 
 
 def _parse(run: RunRecord, lines: list[bytes]) -> None:

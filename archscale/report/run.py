@@ -17,10 +17,11 @@ from archscale.report.maps import palette
 from archscale.report.measured import plan_rows, state, tiles, trained
 from archscale.report.page import render as render_page
 from archscale.report.page import writing
-from archscale.report.read import RunRecord
-from archscale.report.scale import knots
+from archscale.report.read import RunRecord, is_number
+from archscale.report.scale import knots, number
 from archscale.yaml_reader import parse_yaml
 
+MOST_EVALUATIONS = 100  # results of `archscale eval` that are listed: the newest
 MOST_KINDS = 40  # kinds of events that are listed
 READ_OUT_EVENTS = 200  # events that the read-out under the pointer knows
 COLORS = 8  # of runs; more begin again with the first
@@ -58,6 +59,8 @@ def render(runs: Sequence[RunRecord], sections: Sequence[Section]) -> str:
             if kind != "flops" or flops
         ],
         steps=(first, max(last, first + 1)),
+        evaluations=[_evaluations(run) for run in runs],
+        samples=[_samples(run) for run in runs],
         events=[_events(run) for run in runs],
         differences=_differences(runs),
         data=_data(runs, sections),
@@ -70,6 +73,29 @@ def _by_run(values: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
     """Each key's value of every run; None where a run has none."""
     keys = dict.fromkeys(key for own in values for key in own)
     return {key: [own.get(key) for own in values] for key in keys}
+
+
+def _evaluations(run: RunRecord) -> list[tuple[int, str, str, str]]:
+    """(step, what, with what settings, figures) of each result, for people."""
+    rows = []
+    for row in run.evaluations[-MOST_EVALUATIONS:]:
+        settings = row.get("settings")
+        told = settings.items() if isinstance(settings, dict) else ()
+        figures = [
+            f"{key} {number(value, 6) if is_number(value) else 'not finite'}"
+            for key, value in row["figures"].items()
+        ]
+        with_what = ", ".join(f"{key} {value}" for key, value in told)
+        rows.append((row["step"], f"{row['kind']} {row['name']}", with_what, ", ".join(figures)))
+    return rows
+
+
+def _samples(run: RunRecord) -> tuple[int, list[tuple[str, str]]] | None:
+    """(step, prompts and their continuations) of the last step that has any."""
+    if not run.samples:
+        return None
+    last = run.samples[-1]["step"]
+    return last, [(row["prompt"], row["text"]) for row in run.samples if row["step"] == last]
 
 
 def _events(run: RunRecord) -> tuple[list[tuple[str, list[int]]], int]:

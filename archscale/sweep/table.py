@@ -5,6 +5,7 @@ A run directory has config.yaml and metrics.jsonl. Its row has the columns
     run                      its path
     model.width, seed, …     the keys of the config, dotted
     val_loss, tokens, …      the last value of each metric
+    eval/wiki/bits_per_byte, …  what `archscale eval` has measured after the last step
     diverged                 where the loss is not finite at the end: since when
     parameters, active_parameters, published_parameters, flops_per_token, flops, published_flops
                              from the model's structure (`archscale.plan.counting`); flops of all
@@ -25,7 +26,7 @@ from archscale.checkpoint.place import checkpoints_of, newest_step
 from archscale.config import Config, load_config
 from archscale.config.layers import flatten
 from archscale.errors import CheckpointError, ConfigError, DataError
-from archscale.files import CONFIG, METRICS, step_directory
+from archscale.files import CONFIG, EVALUATIONS, METRICS, step_directory
 from archscale.fit.table import Cell, Table, plain, read_csv
 from archscale.plan import counting
 from archscale.plan.transfer import resolve
@@ -79,6 +80,7 @@ def _runs(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, 
         if diverged is not None:
             row["diverged"] = f"loss not finite since step {diverged}"
         step = metrics.get("step")
+        row |= _evaluated(run / EVALUATIONS, step)
         try:
             steps = _schedule_start(run) + resolve(config).steps
         except ConfigError:  # a budget that follows a vocabulary which only the data knows
@@ -123,6 +125,23 @@ def _last_values(path: Path) -> tuple[dict[str, Cell], int | None]:
                     "correct the line, or name the other runs only",
                 ) from None
     return last, since
+
+
+def _evaluated(path: Path, step: Cell) -> dict[str, Cell]:
+    """The metrics in a run's list of evaluations that are of this step; of several results of one
+    kind the last counts. Lines that a crash or a full disk has cut short are lost."""
+    cells: dict[str, Cell] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            values = json.loads(line)
+            if values["step"] == step:
+                cells |= {
+                    key: math.nan if value is None else plain(value)
+                    for key, value in values["metrics"].items()
+                }
+        except (ValueError, TypeError, KeyError, AttributeError):
+            continue
+    return cells
 
 
 def config_cells(config: Config) -> dict[str, Cell]:

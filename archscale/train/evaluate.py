@@ -5,16 +5,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from archscale.config import Config
 from archscale.data.loader import Batch
 from archscale.data.validation import ValidationSet, validation_batches
 from archscale.distributed import all_reduce, rank, world_size
 from archscale.model.loss import IGNORE
-from archscale.parallel.engine import Engine
+
+
+class Forwards(Protocol):
+    """An engine, or what has as much of one.
+
+    Attributes:
+        forward: gives what the model does, from inputs and targets.
+    """
+
+    forward: Callable[..., Any]
 
 
 class HeldOut(NamedTuple):
@@ -52,8 +62,15 @@ class Evaluation:
             None if table is None else torch.from_numpy(table.astype("int64")) for table in tables
         ]
 
+    @classmethod
+    def of_run(cls, config: Config, sets: Sequence[ValidationSet], device: torch.device) -> Self:
+        """As a run of this resolved config is validated: on `eval.batches` batches of the training
+        size, which are the same windows on any number of ranks and at any micro-batch."""
+        size = config.training.micro_batch
+        return cls(sets, config.eval.batches * config.batch_size // size, size, device)
+
     def metrics(
-        self, engine: Engine, leave: Callable[[], bool] = lambda: False
+        self, engine: Forwards, leave: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
         """`val_loss` and `val_bits_per_byte` of the run, and with `/<name>` of a mixture's sources.
 
@@ -65,6 +82,8 @@ class Evaluation:
             leave: asked before every batch, with the same answer on all ranks; then there is no
                 result.
         """
+        if not self.sets:
+            return {}
         count, size = self._batches, self._batch_size
         results = []
         for held, token_bytes in zip(self.sets, self._token_bytes):
@@ -101,7 +120,7 @@ def of_average(metrics: Mapping[str, float]) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine,
+    engine: Forwards,
     batches: Iterable[Batch],
     token_bytes: Tensor | None,
     device: torch.device,

@@ -30,11 +30,14 @@ def load_text_model(path: Path, device: torch.device | None = None) -> TextModel
     if is_exported(path):
         return load_exported(path, device)
     target = find_target(path)
-    model = load_model(target, device)
-    where = next(model.parameters()).device
+    return text_model(target, load_model(target, device))
+
+
+def text_model(target: Target, model: Transformer) -> TextModel:
+    """The model of a checkpoint with its tokenizer."""
     end = target.tokenizer.eos_id
     return TextModel(
-        NativeModel(model, target.config.model.context, where),
+        NativeModel(model, target.config.model.context, next(model.parameters()).device),
         target.tokenizer,
         before=(end,),  # a document starts after the end of the one before
         empty=(end,),

@@ -3,15 +3,16 @@ are any."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from archscale import distributed
 from archscale.config import TelemetryConfig
-from archscale.files import METRICS
+from archscale.files import METRICS, SAMPLES
 from archscale.telemetry.sinks import MetricsFile
 from archscale.telemetry.tensorboard import tensorboard_tracker
 from archscale.telemetry.tracking import wandb_tracker
@@ -42,6 +43,8 @@ class Recorder:
             name = resolved["name"]
             self._path = run_dir / METRICS
             self._metrics = MetricsFile(self._path, step)
+            self._samples = run_dir / SAMPLES
+            self._drop_samples(step)
             self._progress = Progress(steps, step, name)
             wandb = telemetry.wandb
             service = wandb_tracker(wandb.mode, wandb.project, name, dict(resolved), run_dir)
@@ -84,6 +87,13 @@ class Recorder:
         if lines:
             self._progress.update(lines[-1])
 
+    def write_samples(self, line: Mapping[str, Any], samples: Sequence[Mapping[str, str]]) -> None:
+        """Append texts that the model of a line of metrics has written."""
+        if self._here and samples:
+            with contextlib.closing(MetricsFile(self._samples, line["step"] - 1)) as file:
+                for sample in samples:
+                    file.write(line["step"], line["tokens"], **sample)
+
     def rewind(self, step: int) -> None:
         """Drop the lines of later steps."""
         if self._here:
@@ -91,3 +101,8 @@ class Recorder:
             self._metrics = MetricsFile(self._path, step)
             for tracker in self._trackers:
                 tracker.rewind(step)
+            self._drop_samples(step)
+
+    def _drop_samples(self, step: int) -> None:
+        if self._samples.exists():
+            MetricsFile(self._samples, step).close()

@@ -75,6 +75,7 @@ from archscale.train.decaying import decaying
 from archscale.train.ema import RunningAverage
 from archscale.train.evaluate import Evaluation, of_average
 from archscale.train.initial_weights import InitialWeights, initial_weights, load
+from archscale.train.live import LiveEvaluation
 from archscale.train.ownership import owned_with, sole_owner
 from archscale.train.profiled import out_of_memory, prepare
 from archscale.train.rates import Rates
@@ -243,10 +244,8 @@ class Run:
         self._initialized_from: dict[str, Any] | None = None
         self._unfinished: dict[str, Any] | None = None
         self._signals = stopping.current()
-        # The same windows on any number of ranks and at any micro-batch: eval.batches batches of
-        # the training size.
-        count = config.eval.batches * config.batch_size // config.training.micro_batch
-        self.evaluation = Evaluation(validation, count, config.training.micro_batch, device)
+        self.evaluation = Evaluation.of_run(config, validation, device)
+        self.live = distributed.agree(lambda: LiveEvaluation(config, device))
 
     # --- the loop
 
@@ -292,7 +291,8 @@ class Run:
         )
         with contextlib.closing(watchdog), recorder, self.saver, self._profiler:
             if unfinished:
-                recorder.write([unfinished | (self._evaluate() or {})])
+                found = self._evaluate(unfinished, recorder, watchdog)
+                recorder.write([unfinished | (found or {})])
             if self.ema:
                 self.ema.begin()
             while step < self.rates.steps:
@@ -336,7 +336,7 @@ class Run:
                 lr = self._set_lr(step)
                 step += 1
                 last = step == self.rates.steps
-                evaluating = bool(self.evaluation.sets) and (step % config.eval.every == 0 or last)
+                evaluating = self._evaluates and (step % config.eval.every == 0 or last)
                 saving = step % config.checkpoint.every == 0 or last
                 reading = readings.due(step) or evaluating or saving
                 probe = readings.look(step, reading)
@@ -381,7 +381,10 @@ class Run:
                 for line in lines:
                     self._not_finite_since = not_finite_since(self._not_finite_since, line)
                 self._unfinished = lines.pop() if evaluating else None
-                if self._unfinished and not asked and (found := self._evaluate(ballot)):
+                found = None
+                if self._unfinished and not asked:
+                    found = self._evaluate(self._unfinished, recorder, watchdog, ballot)
+                if self._unfinished and found is not None:
                     lines.append(self._unfinished | found)
                     self._unfinished = None
                     self._not_finite_since = not_finite_since(self._not_finite_since, lines[-1])
@@ -402,20 +405,39 @@ class Run:
         written = read_lines(self.run_dir / METRICS) if line else []
         return None if line and any(each["step"] == line["step"] for each in written) else line
 
-    def _evaluate(self, ballot: distributed.Ballot | None = None) -> dict[str, float] | None:
-        """What evaluation adds to a step's metrics; None where a signal, which the `ballot` asks
-        for, has ended it."""
+    @property
+    def _evaluates(self) -> bool:
+        """Whether there is anything to evaluate."""
+        return bool(self.evaluation.sets or self.live)
+
+    def _evaluate(
+        self,
+        line: dict[str, Any],
+        recorder: Recorder,
+        watchdog: Watchdog,
+        ballot: distributed.Ballot | None = None,
+    ) -> dict[str, float] | None:
+        """What evaluation adds to the metrics in `line`; None where a signal, which the `ballot`
+        asks for, has ended it. Samples are written here."""
 
         def leave() -> bool:
+            watchdog.pat()
             return ballot is not None and ballot.ask()[0] > 0
 
-        found = self.evaluation.metrics(self.engine, leave)
-        if found is None or self.ema is None:
-            return found
-        self.saver.before_changes()
-        with self.ema.in_place_of_weights():
-            averaged = self.evaluation.metrics(self.engine, leave)
-        return averaged and found | of_average(averaged)
+        metrics = self.evaluation.metrics(self.engine, leave)
+        if metrics is not None and self.ema:
+            self.saver.before_changes()
+            with self.ema.in_place_of_weights():
+                averaged = self.evaluation.metrics(self.engine, leave)
+            metrics = averaged and metrics | of_average(averaged)
+        if metrics is None or not self.live:
+            return metrics
+        live = self.live.metrics(self.engine, leave)
+        if live is None:
+            return None
+        figures, samples = live
+        recorder.write_samples(line, samples)
+        return metrics | figures
 
     def _save_if_due(self, step: int, saving: bool, asked: int, ballot: distributed.Ballot) -> int:
         """Save where `step` is due to be saved, where a signal was `asked` for, and where its

@@ -1,0 +1,107 @@
+"""Tasks and samples of a run while it trains, by the engine's own forward pass on any layout.
+
+All ranks take part in every pass, in step. Nothing of training changes: no gradient is kept, and
+random states are as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from archscale.config import Config
+from archscale.data.stored import run_tokenizer
+from archscale.distributed import from_rank_zero
+from archscale.inference.generate import Request
+from archscale.inference.native import NativeModel
+from archscale.inference.sampling import Sampling
+from archscale.inference.scoring import TransformerScores
+from archscale.inference.task_model import TaskModel
+from archscale.inference.tasks import Tasks
+from archscale.inference.text_model import TextModel
+from archscale.model.transformer import ModelOutput
+from archscale.train.evaluate import Forwards
+
+SAMPLE_TOKENS = 64  # most that a prompt is continued by
+
+
+class Left(Exception):
+    """Something has ended an evaluation."""
+
+
+class LiveEvaluation:
+    """The tasks and samples that a run's config names.
+
+    Args:
+        config: of the run, resolved.
+
+    Raises:
+        ConfigError: a task is unknown or cannot be loaded, or lm-eval is not installed.
+        DataError: the tokenizer of the training data is not known.
+    """
+
+    def __init__(self, config: Config, device: torch.device):
+        self._config, self._device = config, device
+        self._samples = list(config.eval.samples)
+        self._tasks = None
+        if config.eval.tasks:
+            self._tasks = Tasks(config.eval.tasks, where="eval.tasks")
+        if self:
+            self._tokenizer = run_tokenizer(config.data)
+
+    def __bool__(self) -> bool:
+        """Whether there is anything to do."""
+        return self._tasks is not None or bool(self._samples)
+
+    def metrics(
+        self, engine: Forwards, before: Callable[[], bool]
+    ) -> tuple[dict[str, float], list[dict[str, str]]] | None:
+        """`eval/<task>/<metric>` of every task, and the prompts with the texts that continue them.
+        None where `before` said so, which is asked before every forward pass, with the same answer
+        on all ranks.
+
+        Raises:
+            CheckpointError: logits are not finite.
+        """
+        model = self._model(engine, before)
+        batch = self._config.training.micro_batch
+        metrics: dict[str, float] = {}
+        try:
+            if self._tasks is not None:
+                for task in self._tasks.score(model, batch, errors=False):
+                    metrics |= {f"eval/{task.name}/{key}": v for key, v in task.figures.items()}
+            requests = [Request(model.text.tokens(text), SAMPLE_TOKENS) for text in self._samples]
+            texts = model.write(requests, Sampling(temperature=0.0, top_k=None), batch)
+        except Left:
+            return None
+        pairs = zip(self._samples, texts)
+        return metrics, [{"prompt": prompt, "text": text} for prompt, text in pairs]
+
+    def _model(self, engine: Forwards, before: Callable[[], bool]) -> TaskModel:
+        config, device = self._config.model, self._device
+
+        def forward(*args: Any, **kwargs: Any) -> ModelOutput:
+            if before():
+                raise Left
+            return engine.forward(*args, **kwargs)
+
+        def same_forward(*args: Any, **kwargs: Any) -> ModelOutput:
+            # A tie that falls otherwise on one rank would end a text there alone.
+            output = forward(*args, **kwargs)
+            assert output.logits is not None
+            return output._replace(logits=from_rank_zero(output.logits.contiguous()))
+
+        assert config.vocab_size is not None, "a resolved config"
+        name, end = self._config.name, self._tokenizer.eos_id
+        text = TextModel(
+            NativeModel(same_forward, config.context, device),
+            self._tokenizer,
+            before=(end,),
+            empty=(end,),
+            ends=frozenset({end}),
+            name=name,
+        )
+        scores = TransformerScores(forward, name, config.context, config.vocab_size, device)
+        return TaskModel(text, scores, together=True)

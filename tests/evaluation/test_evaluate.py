@@ -1,0 +1,107 @@
+"""`archscale eval`: the run's own validation, and any text, by definition and by the command."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from archscale.checkpoint.target import find_target
+from archscale.data.split import TokenSplit
+from archscale.evaluation.evaluate import Wanted, evaluate
+from archscale.evaluation.results import Evaluated
+from archscale.export.export import export
+from archscale.train.loading import load_model
+from tests.pool import pool
+
+CONTEXT = 16  # of the tiny model
+
+
+def lines(run: Path) -> dict[int, dict]:
+    return {row["step"]: row for row in map(json.loads, (run / "metrics.jsonl").open())}
+
+
+def figures(evaluated: Evaluated) -> list[dict]:
+    return [dict(result.figures) for result in evaluated.results]
+
+
+@pytest.mark.parametrize(("name", "step"), [("", 4), ("checkpoints/step_00000002", 2)])
+def test_the_runs_own_validation_again(trained: Path, name: str, step: int) -> None:
+    """Bitwise: one process, nothing compiled, the same windows in the same batches."""
+    evaluated = evaluate(trained / "run" / name, Wanted())
+    written = lines(trained / "run")[step]
+    assert evaluated.step == step
+    assert figures(evaluated) == [{key: written[key] for key in ("val_loss", "val_bits_per_byte")}]
+    assert evaluated.results[0].recorded == evaluated.results[0].figures
+
+
+@pytest.mark.parametrize("stride", [16, 5])
+def test_a_text_by_definition(trained: Path, stride: int) -> None:
+    path = trained / "text/000.txt"
+    (result,) = evaluate(trained / "run", Wanted(texts=[path], stride=stride)).results
+    target = find_target(trained / "run")
+    model = load_model(target)
+    ids = [target.tokenizer.eos_id, *target.tokenizer.encode(path.read_text())]
+    nats = 0.0
+    with torch.no_grad():
+        for place in range(1, len(ids)):
+            window = (place - 1) // stride
+            first = max(0, (window + 1) * stride - CONTEXT)
+            logits = model(torch.tensor([ids[first:place]])).logits[0, -1]
+            nats -= float(logits.log_softmax(0)[ids[place]])
+    assert result.settings["tokens"] == len(ids) - 1
+    # Batched products in float32 beside those of one row: some 1e-6 of each loss.
+    assert result.figures["nats_per_token"] == pytest.approx(nats / (len(ids) - 1), rel=1e-5)
+    bits = nats / math.log(2) / path.stat().st_size
+    assert result.figures["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    mean = result.figures["nats_per_token"]
+    assert result.figures["perplexity"] == math.exp(mean)
+
+
+def test_data_are_read_to_their_last_token(trained: Path) -> None:
+    data = str(trained / "tokens")
+    wanted = Wanted(data=[data], contexts=[CONTEXT, 8])
+    first, second = evaluate(trained / "run", wanted).results
+    split = TokenSplit(data, "validation", CONTEXT)
+    assert first.settings["tokens"] == second.settings["tokens"] == split.num_tokens - 1
+    ids = split.tokens(1, split.num_tokens)
+    assert first.settings["bytes"] == int(split.token_bytes[ids].sum())
+    assert list(second.metrics) == [f"eval/tokens@8/{key}" for key in second.figures]
+    (cut,) = evaluate(trained / "run", Wanted(data=[data], most_tokens=48)).results
+    assert cut.settings["tokens"] == 48
+    # Whole windows alone, as validation in training counts them.
+    model = load_model(find_target(trained / "run"))
+    block = torch.from_numpy(split.samples([0, 1, 2]))
+    with torch.no_grad():
+        nats = model(block[:, :-1], block[:, 1:]).loss / 48
+    assert cut.figures["nats_per_token"] == pytest.approx(float(nats), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("exports") / "model"
+    export(trained / "run", out, dtype="float32", shard_size="5GB")
+    return out
+
+
+def test_an_export_has_the_same_figures(trained: Path, exported: Path) -> None:
+    wanted = Wanted([str(trained / "tokens")], [trained / "text/000.txt"], most_tokens=200)
+    native, theirs = evaluate(trained / "run", wanted), evaluate(exported, wanted)
+    assert theirs.run_dir is None
+    for mine, other in zip(figures(native), figures(theirs), strict=True):
+        assert mine == pytest.approx(other, rel=1e-5)  # logits are equal to 2e-5
+
+
+def evaluated_in_pool(run: str, data: str, text: str) -> tuple[list[dict], list[dict]]:
+    wanted = Wanted([data], [Path(text)], contexts=[CONTEXT, 8])
+    return figures(evaluate(Path(run), Wanted())), figures(evaluate(Path(run), wanted))
+
+
+def test_two_processes_equal_one(trained: Path) -> None:
+    where = [str(trained / part) for part in ("run", "tokens", "text/001.txt")]
+    own, texts = evaluated_in_pool(*where)
+    for mine, theirs in pool(2).run(evaluated_in_pool, *where):
+        assert theirs == texts  # the same batches, whose sums are added exactly
+        assert theirs is not texts
+        assert mine[0] == pytest.approx(own[0], rel=1e-6)
