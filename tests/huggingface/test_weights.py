@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from archscale.train.generate import load_run
 
+from archscale.checkpoint.target import find_target
 from archscale.config import Config
 from archscale.distributed import Fragment, fragment
 from archscale.export.export import export
@@ -20,6 +20,7 @@ from archscale.huggingface.safetensors_reader import StoredTensors
 from archscale.huggingface.weights import divide_out, factors, sources, take_back
 from archscale.model import Transformer
 from archscale.plan.transfer import transfer_of
+from archscale.train.loading import load_model
 from tests.export.runs import MUP, make_run
 from tests.huggingface.stock import STOCK, make_stock
 from tests.train.tiny import tiny_data
@@ -71,7 +72,7 @@ def test_an_imported_model_is_the_same_and_goes_out_as_it_came(name, data, tmp_p
     """Several files in float32; bitwise in bfloat16."""
     theirs = make_stock(name, tmp_path / "in", torch.float32, "20kB")
     run_dir = imported_run(data, tmp_path / "in", tmp_path / "run")
-    _, native, _ = load_run(run_dir)
+    native = load_model(find_target(run_dir))
     tokens = torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(1))
     logits = theirs(tokens).logits
     assert logits.std() > 0.2

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from archscale.train.generate import load_run
 from typer.testing import CliRunner
 
 from archscale.checkpoint.directory import read_state
 from archscale.checkpoint.reading import StoredWeights
+from archscale.checkpoint.target import find_target
 from archscale.cli import app
 from archscale.config import Config, dump_config
 from archscale.data.training_data import open_training_data
@@ -27,6 +27,7 @@ from archscale.plan.plan import make_plan
 from archscale.plan.transfer import transfer_of
 from archscale.train.build import build_model
 from archscale.train.initial_weights import initial_weights
+from archscale.train.loading import load_model
 from tests.checkpoint.test_commands import change_state
 from tests.data.conftest import FINGERPRINT, VOCAB, write_dataset
 from tests.export.runs import MUP, make_run
@@ -142,7 +143,7 @@ def test_other_constants_of_training_leave_the_model_as_it_is(sets, tmp_path):
     model = build_model(resolved, None, transfer_of(resolved))
     weights = {name: fragment(parameter) for name, parameter in model.named_parameters()}
     assert found.load(weights, resolved)
-    _, native, _ = load_run(tmp_path / "run")
+    native = load_model(find_target(tmp_path / "run"))
     tokens = torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = native(tokens).logits
