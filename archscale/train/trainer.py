@@ -429,7 +429,7 @@ class Run:
             self.saver.before_changes()
             with self.ema.in_place_of_weights():
                 averaged = self.evaluation.metrics(self.engine, leave)
-            metrics = averaged and metrics | of_average(averaged)
+            metrics = None if averaged is None else metrics | of_average(averaged)
         if metrics is None or not self.live:
             return metrics
         live = self.live.metrics(self.engine, leave)
