@@ -12,6 +12,9 @@ RETRY = 75  # the same command goes on: EX_TEMPFAIL of sysexits.h
 INTERRUPTED = 130  # by Ctrl-C, as shells say of SIGINT
 
 
+DAMAGED = "it is damaged: "
+
+
 class ArchscaleError(Exception):
     """One line: what went wrong, where, and the remedy.
 
@@ -66,6 +69,15 @@ class DataError(ArchscaleError):
 
 class CheckpointError(ArchscaleError):
     """A checkpoint is missing, incomplete, corrupt or of another model."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint is not as it was written; `what` is `DAMAGED` and how."""
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with which file."""
+        return self.what.removeprefix(DAMAGED)
 
 
 class TrainingError(ArchscaleError):

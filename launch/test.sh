@@ -8,4 +8,5 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
 mypy archscale
-exec pytest --durations=10 "$@"
+# Half of the tests keep one core busy alone; others are several processes themselves, hence few at a time.
+exec pytest -n logical --maxprocesses 4 --dist worksteal --durations=10 "$@"

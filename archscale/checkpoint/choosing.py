@@ -1,54 +1,64 @@
-"""The newest checkpoint that verifies: one rank chooses, and all of them read what it chose."""
+"""The newest checkpoint that loads: one rank chooses, all of them load, and where it is damaged an
+older one is tried."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from archscale.checkpoint.directory import newest_valid, passed_over
 from archscale.checkpoint.history import Start, find_start, warn
 from archscale.checkpoint.place import Place
-from archscale.checkpoint.saving import verify_together
-from archscale.distributed import on_rank_zero, rank, same_everywhere
-from archscale.errors import CheckpointError
+from archscale.distributed import on_rank_zero, rank
+from archscale.errors import DamagedCheckpoint
+
+Loaded = TypeVar("Loaded")
 
 
-def verified_start(run_dir: Path, checkpoints: Place, resume: str) -> Start:
-    """As `find_start`, on all ranks together: the checkpoint is as it was written. Damaged ones are
-    passed over with a warning that names the file.
+def start_from_newest(
+    run_dir: Path, checkpoints: Place, resume: str, load: Callable[[Start], Loaded]
+) -> Loaded:
+    """What `load` returns of the start that `find_start` chooses, on all ranks together. Damaged
+    checkpoints are passed over with a warning that names the file.
 
     Raises:
-        CheckpointError: as `find_start`; or the very checkpoint that `resume` names is damaged.
+        CheckpointError: as `find_start` and `load`.
+        DamagedCheckpoint: the very checkpoint that `resume` names is.
     """
     damaged: dict[Place, str] = {}
     while True:
         start = on_rank_zero(lambda: find_start(run_dir, checkpoints, resume, damaged))
-        problem = start.checkpoint and verify_together(start.checkpoint)
-        if not problem:
-            return start
-        if start.rewinds:
-            remedy = "name an older checkpoint"
-            raise same_everywhere(
-                CheckpointError(f"it is damaged: {problem}", str(start.checkpoint), remedy)
-            )
-        _pass_over(start.checkpoint, problem, damaged, warn)
+        try:
+            return load(start)
+        except DamagedCheckpoint as error:
+            if start.checkpoint is None or start.rewinds:
+                raise
+            _pass_over(start.checkpoint, error, damaged, warn)
 
 
-def newest_verified(directory: Place, warn: Callable[[str], None], before: int) -> Place | None:
-    """The newest checkpoint of a step below `before` that is as it was written, on all ranks
-    together; `warn` hears of the ones passed over, on rank 0."""
+def load_newest(
+    directory: Place, before: int, warn: Callable[[str], None], load: Callable[[Place], Loaded]
+) -> Loaded | None:
+    """What `load` returns of the newest checkpoint of a step below `before` that is not damaged, on
+    all ranks together; None where there is none. On rank 0 `warn` hears of the damaged ones."""
     damaged: dict[Place, str] = {}
     while True:
         path = on_rank_zero(lambda: newest_valid(directory, warn, before, damaged=damaged))
-        problem = path and verify_together(path)
-        if not problem:
-            return path
-        _pass_over(path, problem, damaged, warn)
+        if path is None:
+            return None
+        try:
+            return load(path)
+        except DamagedCheckpoint as error:
+            _pass_over(path, error, damaged, warn)
 
 
 def _pass_over(
-    path: Place, problem: str, damaged: dict[Place, str], warn: Callable[[str], None]
+    path: Place,
+    error: DamagedCheckpoint,
+    damaged: dict[Place, str],
+    warn: Callable[[str], None],
 ) -> None:
-    damaged[path] = problem
+    damaged[path] = error.problem
     if rank() == 0:
-        warn(passed_over(path, problem))
+        warn(passed_over(path, error.problem))

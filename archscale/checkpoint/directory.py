@@ -162,9 +162,12 @@ def wrong_content(file: Place, recorded: Recorded) -> str | None:
         crc = _checksum(file)
     except OSError as error:
         return f"{file.name} cannot be read: {explain_os_error(error, '')[0]}"
-    if crc != recorded.crc32:
-        return f"{file.name} has the checksum {crc} instead of {recorded.crc32}"
-    return None
+    return None if crc == recorded.crc32 else wrong_checksum(file.name, crc, recorded)
+
+
+def wrong_checksum(name: str, crc: str, recorded: Recorded) -> str:
+    """What is wrong with a file of that checksum."""
+    return f"{name} has the checksum {crc} instead of {recorded.crc32}"
 
 
 def _checksum(file: Place) -> str:

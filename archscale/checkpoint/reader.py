@@ -1,19 +1,26 @@
-"""Tensors of a checkpoint's files, read from the disk into the memory where they belong.
+"""Tensors of a checkpoint's files, read from the disk into the memory where they belong, and summed
+up on the way.
 
 torch's own reader allocates each tensor anew, reads it there and copies it, and the first touch of
-fresh memory takes longer than the disk does.
+fresh memory takes longer than the disk does. A file whose checksum is to be compared is read from
+its beginning to its end, so that each byte comes from the disk once.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import io
 import math
+import os
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -21,6 +28,9 @@ from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 
+from archscale.checkpoint.directory import Recorded, hexadecimal, wrong_checksum
+
+BLOCK = 2 << 20  # bytes that are read at a time, while those before are summed up
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip record: where the lengths of its names stand
 
 # The classes by which a pickle names the dtype of a storage.
@@ -63,55 +73,160 @@ class Record(NamedTuple):
 
 class DirectReader(FileSystemReader):
     """`FileSystemReader` of a local directory that reads whole tensors straight into contiguous
-    memory of the host, and all others by way of one buffer."""
+    memory of the host, and all others by way of one buffer.
 
-    def __init__(self, path: Path):
+    Args:
+        compared: what files are to be, by name: those of them that hold tensors of a plan are read
+            whole and compared.
+
+    Attributes:
+        unread: the rest of them.
+        problems: what is wrong with those read.
+    """
+
+    def __init__(self, path: Path, compared: Mapping[str, Recorded] | None = None):
         super().__init__(path)
         self._buffer = bytearray()
+        self.unread: dict[str, Recorded] = dict(compared or {})
+        self.problems: list[str] = []
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        by_file: dict[str, list[ReadItem]] = defaultdict(list)
+        by_file: dict[str, dict[int, list[ReadItem]]] = defaultdict(lambda: defaultdict(list))
         for item in plan.items:
-            by_file[self.storage_data[item.storage_index].relative_path].append(item)
+            place = self.storage_data[item.storage_index]
+            by_file[place.relative_path][place.offset].append(item)
         for name, items in by_file.items():
-            items.sort(key=lambda item: self.storage_data[item.storage_index].offset)
             with open(Path(self.path) / name, "rb", buffering=0) as file:
-                for item in items:
-                    self._read(file, item, planner)
+                recorded = self.unread.pop(name, None)
+                summed = recorded is not None and recorded.crc32 is not None
+                with _SummedStream(file) if summed else _Stream(file) as stream:
+                    for offset in sorted(items):
+                        self._read(stream, offset, items[offset], planner)
+                    if recorded and (problem := stream.difference(name, recorded)):
+                        self.problems.append(problem)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _read(self, file: BinaryIO, item: ReadItem, planner: LoadPlanner) -> None:
-        place = self.storage_data[item.storage_index]
-        if item.type == LoadItemType.BYTE_IO:
-            content = memoryview(bytearray(place.length))
-            read_into(file, place.offset, content)
-            planner.load_bytes(item, io.BytesIO(content))
+    def _read(
+        self, stream: _Stream, offset: int, items: Sequence[ReadItem], planner: LoadPlanner
+    ) -> None:
+        """Read what is stored at an offset, for all items that want it or a part of it."""
+        length = self.storage_data[items[0].storage_index].length
+        if items[0].type == LoadItemType.BYTE_IO:
+            content = memoryview(bytearray(length))
+            stream.read(offset, content)
+            for item in items:
+                planner.load_bytes(item, io.BytesIO(content))
             return
-        record = find_record(file, place.offset, place.length)
-        target = planner.resolve_tensor(item).detach()
-        whole = tuple(item.lengths) == record.shape and not any(item.storage_offsets)
-        direct = target.device.type == "cpu" and target.is_contiguous()
-        if whole and record.plain and direct and target.dtype == record.dtype:
-            read_into(file, record.start, _bytes_of(target))
+        record = find_record(stream.file, offset, length)
+        targets = [planner.resolve_tensor(item).detach() for item in items]
+        if len(items) == 1 and record.plain and _is_whole(items[0], targets[0], record):
+            stream.read(record.start, _bytes_of(targets[0]))
         else:
-            stored = self._buffered(file, record)
-            for dim, (start, length) in enumerate(zip(item.storage_offsets, item.lengths)):
-                stored = stored.narrow(dim, start, length)
-            target.copy_(stored)
-        planner.commit_tensor(item, target)
+            stored = self._buffered(stream, record)
+            for item, target in zip(items, targets):
+                part = stored
+                for dim, (start, size) in enumerate(zip(item.storage_offsets, item.lengths)):
+                    part = part.narrow(dim, start, size)
+                target.copy_(part)
+        for item, target in zip(items, targets):
+            planner.commit_tensor(item, target)
 
-    def _buffered(self, file: BinaryIO, record: Record) -> Tensor:
+    def _buffered(self, stream: _Stream, record: Record) -> Tensor:
         """The tensor in the buffer, which the next one overwrites."""
         if not record.bytes:
             return torch.empty(record.shape, dtype=record.dtype)
         if len(self._buffer) < record.bytes:
             self._buffer = bytearray(record.bytes)
         content = memoryview(self._buffer)[: record.bytes]
-        read_into(file, record.start, content)
+        stream.read(record.start, content)
+        stream.settle()
         flat = torch.frombuffer(content, dtype=record.dtype)
         return flat.as_strided(record.shape, record.stride, record.offset)
+
+
+def _is_whole(item: ReadItem, target: Tensor, record: Record) -> bool:
+    """Whether the target's memory takes the bytes of the record as they are."""
+    whole = tuple(item.lengths) == record.shape and not any(item.storage_offsets)
+    direct = target.device.type == "cpu" and target.is_contiguous()
+    return whole and direct and target.dtype == record.dtype
+
+
+class _Stream:
+    """Parts of an unbuffered file, read in the order of the file."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def read(self, start: int, content: memoryview) -> None:
+        """Fill `content`, whose memory may be used by others once the stream has settled.
+
+        Raises:
+            EOFError: the file ends before.
+        """
+        read_into(self.file, start, content)
+
+    def settle(self) -> None:
+        """Wait until what was read is not needed any more."""
+
+    def difference(self, name: str, recorded: Recorded) -> str | None:
+        """What the file is not that it was recorded to be, as far as the stream knows."""
+        return None
+
+
+class _SummedStream(_Stream):
+    """Reads what lies between the parts too, and sums up all of it.
+
+    A thread computes the checksum of one block while the next comes from the disk.
+    """
+
+    def __init__(self, file: BinaryIO):
+        super().__init__(file)
+        self._summing = ThreadPoolExecutor(1)
+        self._last: concurrent.futures.Future[None] | None = None
+        self._at = self._crc = 0
+
+    def __exit__(self, *_: object) -> None:
+        self._summing.shutdown()
+
+    def read(self, start: int, content: memoryview) -> None:
+        if start < self._at:
+            raise ValueError(f"records overlap at byte {start}")
+        self._skip(start)
+        self._read_on(content)
+
+    def settle(self) -> None:
+        if self._last is not None:
+            self._last.result()
+
+    def difference(self, name: str, recorded: Recorded) -> str | None:
+        self._skip(recorded.bytes)
+        self.settle()
+        crc = hexadecimal(self._crc)
+        return None if crc == recorded.crc32 else wrong_checksum(name, crc, recorded)
+
+    def _skip(self, end: int) -> None:
+        """Read to that byte and keep nothing."""
+        while self._at < end:
+            # New memory each time: what was read before may not be summed up yet.
+            self._read_on(memoryview(bytearray(min(BLOCK, end - self._at))))
+
+    def _read_on(self, content: memoryview) -> None:
+        for begin in range(0, len(content), BLOCK):
+            block = content[begin : begin + BLOCK]
+            read_into(self.file, self._at, block)
+            self._at += len(block)
+            self._last = self._summing.submit(self._sum, block)
+
+    def _sum(self, block: memoryview) -> None:
+        self._crc = zlib.crc32(block, self._crc)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
@@ -127,12 +242,11 @@ def read_into(file: BinaryIO, start: int, content: memoryview) -> None:
     Raises:
         EOFError: the file ends before.
     """
-    file.seek(start)
     while len(content):
-        count = file.readinto(content)  # type: ignore[attr-defined]
+        count = os.preadv(file.fileno(), [content], start)
         if not count:
             raise EOFError(f"{getattr(file, 'name', 'the file')} ends too early")
-        content = content[count:]
+        content, start = content[count:], start + count
 
 
 def find_record(file: BinaryIO, start: int, length: int) -> Record:

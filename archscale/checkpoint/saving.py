@@ -13,11 +13,12 @@ from __future__ import annotations
 import copy
 import datetime
 import os
+import re
 import shutil
 import threading
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -41,6 +42,7 @@ from archscale.checkpoint.directory import (
 )
 from archscale.checkpoint.fragments import Computed, Stored
 from archscale.checkpoint.place import BrokenUpload, Place, StoreError, StorePath
+from archscale.checkpoint.reader import DirectReader
 from archscale.checkpoint.reading import EMA, WEIGHTS
 from archscale.checkpoint.reasons import first_failure, os_error_of, reason, why_not_written
 from archscale.checkpoint.snapshot import Snapshot
@@ -56,7 +58,7 @@ from archscale.distributed import (
     same_everywhere,
     world_size,
 )
-from archscale.errors import CheckpointError, explain_os_error
+from archscale.errors import DAMAGED, CheckpointError, DamagedCheckpoint, explain_os_error
 from archscale.files import step_directory, sync_names
 from archscale.optim import MatrixOptimizer
 
@@ -64,6 +66,7 @@ from archscale.optim import MatrixOptimizer
 # all that it has.
 TIMEOUT = datetime.timedelta(hours=1)
 GRACE = 20.0  # seconds that a save is given when training has failed
+TENSORS = re.compile(r"__(\d+)_\d+\.distcp$")  # torch's names: of the rank that wrote, and a number
 # Seconds before a save is begun again that a store has broken off for a reason that may pass.
 AGAIN = (5.0, 20.0, 60.0)
 
@@ -291,18 +294,28 @@ class Saver:
         return [answer for answer, _ in answers]
 
 
-def verify_together(path: Place) -> str | None:
+def verify_together(path: Place, but: Collection[str] = ()) -> str | None:
     """What is wrong with a checkpoint, the same on every rank, after reading every file, each on
-    one rank; None when it is as it was written."""
+    one rank; None when it is as it was written.
 
-    def read() -> str | None:
-        files = shares(recorded_files(read_state(path)), world_size())[rank()]
-        return next(iter(wrong_files(path, files)), None)
+    Args:
+        but: names of files that are not read.
+    """
+
+    def read() -> list[str]:
+        files = recorded_files(read_state(path))
+        left = {name: recorded for name, recorded in files.items() if name not in but}
+        return wrong_files(path, shares(left, world_size())[rank()])
 
     try:
-        return next(filter(None, gather_objects(agree(read))), None)
+        return _first_problem(read)
     except CheckpointError as error:
         return error.what
+
+
+def _first_problem(read: Callable[[], list[str]]) -> str | None:
+    """The first that any rank has read, the same on all."""
+    return next((problem for part in gather_objects(agree(read)) for problem in part), None)
 
 
 def load_checkpoint(
@@ -311,24 +324,22 @@ def load_checkpoint(
     optimizer: MatrixOptimizer | None = None,
     *,
     ema: Mapping[str, Fragment] | None = None,
-    verified: bool = False,
 ) -> dict[str, Any]:
     """Restore weights and optimizer in place, in whatever layout they have now; returns the saved
-    `state`. Every file is compared with its checksum before anything is loaded.
+    `state`.
+
+    Every file is compared with its checksum. Those of tensors are while they are read into their
+    place, so that the disk is read once: weights and optimizer hold anything after an error.
 
     Args:
         ema: where a running average of the weights goes; left alone where the checkpoint has none.
             One that it has and that is not asked for is left out.
-        verified: `verify_together` has just done that.
 
     Raises:
-        CheckpointError: missing, of another format, model or rule, or damaged.
+        DamagedCheckpoint: it is not as it was written; on every rank.
+        CheckpointError: missing, of another format, model or rule.
     """
     state = read_state(path)
-    if not verified and (problem := verify_together(path)):
-        raise same_everywhere(
-            CheckpointError(f"it is damaged: {problem}", str(path), "use an older checkpoint")
-        )
     if optimizer is not None and "averaged" in state:
         raise same_everywhere(
             CheckpointError(
@@ -337,8 +348,13 @@ def load_checkpoint(
                 "train on from it with --resume PATH --reset optimizer and another --run-dir",
             )
         )
+    files = recorded_files(state)
+    # What a store sends is compared before: each piece of a tensor is asked for by itself.
+    read_on_load = set() if isinstance(path, StorePath) else set(filter(TENSORS.match, files))
+    _refuse_damaged(path, verify_together(path, read_on_load))
+    owned = {name: files[name] for name in read_on_load if _reads_whole(name)}
+    reader = reader_of(path, owned)
     try:
-        reader = reader_of(path)
         saved = set(reader.read_metadata().state_dict_metadata)
         averaged = any(name.startswith(EMA) for name in saved)
         content = _content(weights, optimizer, ema if averaged else None)
@@ -354,12 +370,18 @@ def load_checkpoint(
             content_rng = (path / f"rng_{rank()}.bin").read_bytes()
             torch.set_rng_state(torch.frombuffer(bytearray(content_rng), dtype=torch.uint8))
     except (CheckpointException, RuntimeError, ValueError, OSError, EOFError, KeyError) as error:
+        # What is damaged need not look like a tensor.
+        _refuse_damaged(path, verify_together(path))
         remedy = "use the checkpoint's own config, or an older checkpoint"
         if isinstance(error, OSError):
             cause, remedy = explain_os_error(error, "use an older checkpoint")
         else:
             cause = reason(error)
         raise CheckpointError(f"cannot load: {cause}", str(path), remedy) from error
+    if isinstance(reader, DirectReader):
+        _refuse_damaged(
+            path, _first_problem(lambda: reader.problems + wrong_files(path, reader.unread))
+        )
     return state
 
 
@@ -387,6 +409,20 @@ def write_weights(path: Path, weights: Mapping[str, Computed], state: dict[str, 
     random_state = write_summed(path / "rng_0.bin", generator.get_state().numpy().tobytes())
     files = {**writer.recorded, "rng_0.bin": random_state}
     write_summed(path / STATE, state_text(state, files, world_size=1).encode())
+
+
+def _reads_whole(name: str) -> bool:
+    """Whether this rank sums up that file of tensors: the one that has written it, where there is
+    one of that number."""
+    match = TENSORS.match(name)
+    assert match is not None
+    return int(match[1]) % world_size() == rank()
+
+
+def _refuse_damaged(path: Place, problem: str | None) -> None:
+    if problem is not None:
+        remedy = "use an older checkpoint"
+        raise same_everywhere(DamagedCheckpoint(DAMAGED + problem, str(path), remedy))
 
 
 def _content(

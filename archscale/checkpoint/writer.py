@@ -14,7 +14,7 @@ import io
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
@@ -239,9 +239,16 @@ class _StoreReader(FileSystemReader):
         return io.BytesIO(file.read(sinfo.length))
 
 
-def reader_of(path: Place) -> FileSystemReader:
-    """What DCP reads a checkpoint with."""
-    return _StoreReader(path) if isinstance(path, StorePath) else DirectReader(path)
+def reader_of(path: Place, compared: Mapping[str, Recorded] | None = None) -> FileSystemReader:
+    """What DCP reads a checkpoint with.
+
+    Args:
+        compared: as of `DirectReader`; none in a store.
+    """
+    if isinstance(path, StorePath):
+        assert not compared
+        return _StoreReader(path)
+    return DirectReader(path, compared)
 
 
 class SummedWriter(FileSystemWriter):

@@ -22,7 +22,7 @@ import archscale
 from archscale import distributed
 from archscale.checkpoint.abandoned import leave_one_history
 from archscale.checkpoint.changes import Origins
-from archscale.checkpoint.choosing import newest_verified, verified_start
+from archscale.checkpoint.choosing import load_newest, start_from_newest
 from archscale.checkpoint.directory import discard_after, read_state
 from archscale.checkpoint.history import Lineage, Start, identity
 from archscale.checkpoint.place import Place, checkpoints_of
@@ -179,16 +179,23 @@ def train(
     # for it elsewhere.
     refuse_other_data(data, validation)
     with sole_owner(run_dir, *owned_with(run_dir, checkpoints)):
-        start = verified_start(run_dir, checkpoints, resume)
-        start = distributed.on_rank_zero(
-            lambda: check_start(start, config, data, run_dir, resume, wishes)
-        )
-        initial = initial_weights(start, config, data)
-        distributed.on_rank_zero(data.check)
-        for held in validation:
-            distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
-        run = Run(plan, run_dir, data, validation, device, profiled)
-        summary = run.go(start, initial)
+        checked = False
+
+        def run(start: Start) -> dict[str, Any]:
+            """Anew after a damaged checkpoint, of which parts may have been loaded."""
+            nonlocal checked
+            start = distributed.on_rank_zero(
+                lambda: check_start(start, config, data, run_dir, resume, wishes)
+            )
+            initial = initial_weights(start, config, data)
+            if not checked:
+                distributed.on_rank_zero(data.check)
+                for held in validation:
+                    distributed.on_rank_zero(lambda: held.split.check(data.vocab_size))  # noqa: B023
+                checked = True
+            return Run(plan, run_dir, data, validation, device, profiled).go(start, initial)
+
+        summary = start_from_newest(run_dir, checkpoints, resume, run)
         stopping.current().finished()
         distributed.stop()
     return summary
@@ -440,11 +447,15 @@ class Run:
         return Stopped(number)
 
     def _restore(self, source: Place, rewinds: bool = False) -> int:
-        """Load a checkpoint that has been verified; returns its step."""
+        """Load a checkpoint; returns its step.
+
+        Raises:
+            DamagedCheckpoint: parts of it may have been loaded.
+        """
         anew = self.lineage.resets_optimizer(read_state(source))
         optimizer = None if anew else self.optimizer
         ema = None if self.ema is None else self.ema.fragments()
-        state = load_checkpoint(source, self.engine.weights(), optimizer, ema=ema, verified=True)
+        state = load_checkpoint(source, self.engine.weights(), optimizer, ema=ema)
         self.lineage.restore(state, rewinds)
         self._follow(self.lineage.origins)
         self.engine.weights_changed()
@@ -473,7 +484,7 @@ class Run:
             CheckpointError: they cannot be read, or are not finite.
             ConfigError: the rule cannot train them.
         """
-        lines = load(initial, self.engine, self.config)
+        loaded = load(initial, self.engine, self.config)
         try:
             self._start_optimizer_anew()
         except ValueError as error:  # of a matrix that is zero, by norms that all ranks know
@@ -484,7 +495,8 @@ class Run:
                     "set optimizer.matrix.rule to one without a sphere, such as orscale_lm",
                 )
             ) from error
-        self._initialized_from = initial.record()
+        self._initialized_from = loaded.record
+        lines = [f"starts with the weights of {loaded.name}", *loaded.scaled]
         radii = self.optimizer.radii()
         if len(radii):
             lines.append(
@@ -492,7 +504,7 @@ class Run:
                 f" {radii.min():.4g} to {radii.max():.4g}"
             )
         if distributed.rank() == 0:
-            print("\n".join([f"starts with the weights of {initial.name}", *lines]), flush=True)
+            print("\n".join(lines), flush=True)
 
     def _average(self, applied: bool) -> None:
         """Take the weights after a step into their running average, if there is one."""
@@ -536,10 +548,10 @@ class Run:
             else first
         )
         self.saver.wait()
-        source = newest_verified(directory, recorder.event, before)
         self.guard.fallbacks += 1
-        if source is None or self.guard.fallbacks > self.guard.max_fallbacks:
-            spent = self.guard.fallbacks > self.guard.max_fallbacks
+        spent = self.guard.fallbacks > self.guard.max_fallbacks
+        step = None if spent else load_newest(directory, before, recorder.event, self._restore)
+        if step is None:
             reason = (
                 f"{self.guard.max_fallbacks} fall-backs did not help"
                 if spent
@@ -554,7 +566,6 @@ class Run:
                     " are kept",
                 )
             )
-        step = self._restore(source)
         # What lies after it was saved on the way that is given up: a crash must not resume from
         # there.
         distributed.on_rank_zero(lambda: discard_after(directory, step))

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-from archscale.checkpoint.directory import FORMAT
 from archscale.config import Config
 from archscale.files import OWNER, checkpoint_steps, step_directory
 from archscale.train import watchdog
@@ -205,9 +204,20 @@ def test_files_cut_short_are_named_and_an_older_checkpoint_used(data, tmp_path, 
     assert_passes_over(data, tmp_path, capfd, truncate)
 
 
-@pytest.mark.skipif(FORMAT < 3, reason="before format 3 checkpoints have no checksums")
 def test_flipped_bits_are_found_and_an_older_checkpoint_used(data, tmp_path, capfd):
     assert_passes_over(data, tmp_path, capfd, flip)
+
+
+def test_nothing_of_a_damaged_checkpoint_is_left_in_a_run_that_starts_anew(data, tmp_path, capfd):
+    """Tensors are in their place by the time that the checksum of their file is known."""
+    config2 = config(data, steps=2, checkpoint={"every": 1}, telemetry={"every": 1})
+    run(config2, str(tmp_path))
+    expected = lines(tmp_path), last_contents(tmp_path)
+    for step in (1, 2):
+        flip(next(step_directory(tmp_path / "checkpoints", step).glob("*.distcp")))
+    run(config2, str(tmp_path))
+    assert capfd.readouterr().err.count("has the checksum") == 2
+    assert (lines(tmp_path), last_contents(tmp_path)) == expected
 
 
 # --- storage that fails

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from archscale.checkpoint.history import Start
 from archscale.checkpoint.place import checkpoints_of
 from archscale.config import Config
 from archscale.data.preparing.prepare import prepare
@@ -99,14 +100,17 @@ def run(
     plan = make_plan(
         config.with_vocab(data.vocab_size), world_size=world_size(), sources=source_tokens(data)
     )
-    run = trainer.Run(plan, Path(run_dir), data, validation, torch.device("cpu"), profiled)
     folder, checkpoints = Path(run_dir), checkpoints_of(Path(run_dir), config.checkpoint)
-    with trainer.sole_owner(folder, *owned_with(folder, checkpoints)):
-        found = trainer.verified_start(folder, checkpoints, resume)
+
+    def go(start: Start) -> None:
+        run = trainer.Run(plan, folder, data, validation, torch.device("cpu"), profiled)
         start = on_rank_zero(
-            lambda: trainer.check_start(found, run.config, data, folder, resume, wishes)
+            lambda: trainer.check_start(start, run.config, data, folder, resume, wishes)
         )
         run.go(start, trainer.initial_weights(start, run.config, data))
+
+    with trainer.sole_owner(folder, *owned_with(folder, checkpoints)):
+        trainer.start_from_newest(folder, checkpoints, resume, go)
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
