@@ -28,7 +28,10 @@ from archscale.terminal import table
 
 BLOCK = 1 << 20  # elements that are compared at once, in float64
 # Entries of state.json that differ between checkpoints of equal content.
-OWN = ("format", "crc32", "files", "world_size", "id", "parent", "resumed", "changes", "config")
+OWN = (
+    *("format", "crc32", "files", "world_size", "config"),
+    *("id", "parent", "resumed", "changes", "averaged"),
+)
 MISSING = "not there"
 
 

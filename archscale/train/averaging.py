@@ -70,8 +70,8 @@ class Average:
             least = min(self.shrinkage, key=self.shrinkage.__getitem__)
             typical = sum(self.shrinkage.values()) / len(self.shrinkage)
             lines.append(
-                f"norms of its matrices over those of the checkpoints: {typical:.4f} on average,"
-                f" {self.shrinkage[least]:.4f} in {least}"
+                f"norms of its matrices over those of the checkpoints: {typical:.5g} on average,"
+                f" {self.shrinkage[least]:.5g} in {least}"
             )
             if self.on_sphere:
                 lines.append(

@@ -413,7 +413,7 @@ class Run:
         self.saver.before_changes()
         with self.ema.in_place_of_weights():
             averaged = self.evaluation.metrics(self.engine, leave)
-        return averaged and found | of_average(averaged)
+        return None if averaged is None else found | of_average(averaged)
 
     def _save_if_due(self, step: int, saving: bool, asked: int, ballot: distributed.Ballot) -> int:
         """Save where `step` is due to be saved, where a signal was `asked` for, and where its

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import weakref
 from pathlib import Path
@@ -191,10 +190,3 @@ def test_a_mean_of_equal_tensors_is_the_tensor():
     average, norms = mean([weight] * 7)
     assert torch.equal(average, weight)
     assert norms == pytest.approx([float(weight.norm())] * 7)
-
-
-def test_json_of_the_state_is_whole(made, tmp_path):
-    command(made, "--last", "2", "--out", tmp_path / "out")
-    listed = CliRunner().invoke(app, ["checkpoint", "list", str(tmp_path / "out"), "--json"])
-    row = json.loads(listed.stdout)["checkpoints"][0]
-    assert (row["step"], row["problem"]) == (8, None)

@@ -243,7 +243,7 @@ def test_lines_wait_in_bounded_memory(capfd):
     for i in range(1000):
         sink.log({"step": i})
     sink.close()
-    assert sink._lines.qsize() <= 5
+    assert sink._calls.qsize() <= 5
     assert capfd.readouterr().err.count("too slow") == 1
 
 
