@@ -313,16 +313,6 @@ def verify_together(path: Place, but: Collection[str] = ()) -> str | None:
         return error.what
 
 
-def verified(path: Place) -> Place:
-    """The path of a checkpoint every byte of which has been compared.
-
-    Raises:
-        DamagedCheckpoint: it is not as it was written; on every rank.
-    """
-    _refuse_damaged(path, verify_together(path))
-    return path
-
-
 def _first_problem(read: Callable[[], list[str]]) -> str | None:
     """The first that any rank has read, the same on all."""
     return next((problem for part in gather_objects(agree(read)) for problem in part), None)

@@ -8,17 +8,16 @@ otherwise are multiplied into the weights.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from archscale.checkpoint.choosing import load_newest
-from archscale.checkpoint.directory import checkpoint_id, read_state
+from archscale.checkpoint.directory import checkpoint_id, newest_valid, read_state
 from archscale.checkpoint.history import Start, absolute, identity, saved_config, warn
 from archscale.checkpoint.place import STATE, Place, checkpoints_of, place_of
-from archscale.checkpoint.saving import load_checkpoint, verified, verify_together
+from archscale.checkpoint.saving import load_checkpoint
 from archscale.checkpoint.target import refuse_diverged
 from archscale.config import Config, ModelConfig
 from archscale.data.stored import run_tokenizer
@@ -44,29 +43,41 @@ from archscale.train.continuing import fingerprints
 KEY = "training.init_from"
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What has been loaded.
+
+    Attributes:
+        name: what it is, for people.
+        record: what the run's checkpoints say of it.
+        scaled: what was multiplied into the weights, in sentences.
+    """
+
+    name: str
+    record: dict[str, Any]
+    scaled: list[str]
+
+
 class InitialWeights(Protocol):
     """Weights to start with.
 
     Attributes:
         model: the architecture that they belong to.
+        name: what they are, for people.
     """
 
     @property
     def model(self) -> ModelConfig: ...
 
     @property
-    def name(self) -> str:
-        """What they are, for people."""
+    def name(self) -> str: ...
 
     def check_tokenizer(self, config: Config, data: TrainingData) -> None:
         """ConfigError where the data have other ids; a warning where that cannot be known."""
 
-    def load(self, weights: Mapping[str, Fragment], config: Config) -> list[str]:
+    def load(self, weights: Mapping[str, Fragment], config: Config) -> Loaded:
         """Fill what this rank holds of the weights of a run of `config`; all ranks together.
-        Returns what was scaled, in sentences."""
-
-    def record(self) -> dict[str, Any]:
-        """What the run's checkpoints say of where it started."""
+        CheckpointError where they cannot be read; parts of them may have been."""
 
 
 def initial_weights(start: Start, config: Config, data: TrainingData) -> InitialWeights | None:
@@ -78,33 +89,37 @@ def initial_weights(start: Start, config: Config, data: TrainingData) -> Initial
 
     Raises:
         ConfigError: they belong to another model or vocabulary, or `init_from` names nothing.
-        CheckpointError: damaged or diverged.
+        CheckpointError: there are none, or they have diverged.
     """
     path = config.training.init_from
     if path is None or start.checkpoint is not None:
         return None
-    found = _open(path)
-    on_rank_zero(lambda: _check(found, config, data))
-    return found
+
+    def checked() -> InitialWeights:
+        found = _find(path)
+        _check(found, config, data)
+        return found
+
+    weights: InitialWeights = on_rank_zero(checked)
+    return weights
 
 
-def _open(path: str) -> InitialWeights:
-    """All ranks together: every byte of a checkpoint is compared with its checksum, on one rank."""
+def _find(path: str) -> InitialWeights:
     place = place_of(path)
-    kind = on_rank_zero(lambda: _kind(place))
+    kind = _kind(place)
     if kind == "directory":
-        return HuggingFaceDirectory(Path(path), on_rank_zero(lambda: read_model(Path(path))))
-    checkpoint: Place | None = place
-    if kind == "run":
-        # What is damaged is passed over with a warning, as where a run resumes.
-        checkpoint = load_newest(checkpoints_of(Path(path)), sys.maxsize, warn, verified)
-        problem = None if checkpoint else "the run has no whole checkpoint"
-    else:
-        damage = verify_together(place)
-        problem = damage and f"the checkpoint is damaged: {damage}"
-    if problem or checkpoint is None:
-        raise same_everywhere(CheckpointError(str(problem), path, f"name another one as {KEY}"))
-    return on_rank_zero(lambda: _read_checkpoint(checkpoint))
+        return HuggingFaceDirectory(Path(path), read_model(Path(path)))
+    if kind == "checkpoint":
+        return _checkpoint(place)
+    folder = checkpoints_of(Path(path))
+    newest = newest_valid(folder, warn)
+    if newest is None:
+        raise _nothing_whole(path)
+    return _checkpoint(newest, folder)
+
+
+def _nothing_whole(path: str) -> CheckpointError:
+    return CheckpointError("the run has no whole checkpoint", path, f"name another one as {KEY}")
 
 
 def _kind(place: Place) -> str:
@@ -118,10 +133,10 @@ def _kind(place: Place) -> str:
     )
 
 
-def _read_checkpoint(checkpoint: Place) -> Checkpoint:
-    state = read_state(checkpoint)
-    refuse_diverged(state, checkpoint)
-    return Checkpoint(checkpoint, state, saved_config(checkpoint, state))
+def _checkpoint(place: Place, folder: Place | None = None) -> Checkpoint:
+    state = read_state(place)
+    refuse_diverged(state, place)
+    return Checkpoint(place, state, saved_config(place, state), folder)
 
 
 @dataclass(frozen=True)
@@ -130,11 +145,14 @@ class Checkpoint:
 
     Attributes:
         config: that it was written with.
+        folder: with the older checkpoints that are taken where it is damaged; None: that one or
+            none.
     """
 
     place: Place
     state: dict[str, Any]
     config: Config
+    folder: Place | None
 
     @property
     def model(self) -> ModelConfig:
@@ -156,23 +174,33 @@ class Checkpoint:
                 f"prepare the data with the tokenizer of {self.config.name}",
             )
 
-    def load(self, weights: Mapping[str, Fragment], config: Config) -> list[str]:
-        load_checkpoint(self.place, weights, verified=True)
-        before, now = _factors(self.config), _factors(config)
-        if before == now:
-            return []
-        model = config.model
-        change_factors(weights, [*sources(model, CUSTOM, before)], [*sources(model, CUSTOM, now)])
-        return ["other constants of training: the weights are scaled to compute the same"]
+    def load(self, weights: Mapping[str, Fragment], config: Config) -> Loaded:
+        def load(place: Place) -> Checkpoint:
+            state = load_checkpoint(place, weights)
+            return Checkpoint(place, state, saved_config(place, state), self.folder)
 
-    def record(self) -> dict[str, Any]:
-        step, identifier = self.state["step"], checkpoint_id(self.state)
-        return {
+        if self.folder is None:
+            return load(self.place)._scaled(weights, config)
+        # What is damaged is passed over with a warning, as where a run resumes.
+        loaded = load_newest(self.folder, self.state["step"] + 1, warn, load)
+        if loaded is None:
+            raise same_everywhere(_nothing_whole(str(self.folder)))
+        return loaded._scaled(weights, config)
+
+    def _scaled(self, weights: Mapping[str, Fragment], config: Config) -> Loaded:
+        before, now = _factors(self.config), _factors(config)
+        record = {
             "path": absolute(self.place),
             "run": self.config.name,
-            "step": step,
-            "id": identifier,
+            "step": self.state["step"],
+            "id": checkpoint_id(self.state),
         }
+        if before == now:
+            return Loaded(self.name, record, [])
+        model = config.model
+        change_factors(weights, [*sources(model, CUSTOM, before)], [*sources(model, CUSTOM, now)])
+        said = "other constants of training: the weights are scaled to compute the same"
+        return Loaded(self.name, record, [said])
 
 
 @dataclass(frozen=True)
@@ -203,7 +231,7 @@ class HuggingFaceDirectory:
                 f"prepare the data with `tokenizer: {{kind: huggingface, path: {self.path}}}`",
             )
 
-    def load(self, weights: Mapping[str, Fragment], config: Config) -> list[str]:
+    def load(self, weights: Mapping[str, Fragment], config: Config) -> Loaded:
         by = _factors(config)
         parts = [*sources(config.model, self.theirs.model_type, by)]
 
@@ -213,10 +241,8 @@ class HuggingFaceDirectory:
             take_back(weights, parts, stored.read)
 
         agree(fill)
-        return [f"divided out: {sentence}" for sentence in by.sentences()]
-
-    def record(self) -> dict[str, Any]:
-        return {"path": absolute(self.path), "model_type": self.theirs.model_type}
+        record = {"path": absolute(self.path), "model_type": self.theirs.model_type}
+        return Loaded(self.name, record, [f"divided out: {said}" for said in by.sentences()])
 
 
 def _factors(config: Config) -> Factors:
@@ -235,23 +261,23 @@ def _warn_of_unknown(reason: str) -> None:
 # --- loading
 
 
-def load(found: InitialWeights, engine: Engine, config: Config) -> list[str]:
-    """Fill the weights of an engine; all ranks together. Returns what was scaled, in sentences.
+def load(found: InitialWeights, engine: Engine, config: Config) -> Loaded:
+    """Fill the weights of an engine; all ranks together.
 
     Raises:
         CheckpointError: they cannot be read, or are not finite.
     """
     weights = engine.weights()
-    scaled = found.load(weights, config)
+    loaded = found.load(weights, config)
     not_finite = [name for name, held in weights.items() if not held.data.isfinite().all()]
     if names := [name for of_rank in gather_objects(not_finite) for name in of_rank]:
         raise same_everywhere(
             CheckpointError(
-                f"weight {names[0]} is not finite", found.name, "start with other weights"
+                f"weight {names[0]} is not finite", loaded.name, "start with other weights"
             )
         )
     engine.weights_changed()
-    return scaled
+    return loaded
 
 
 # --- the model
@@ -321,7 +347,7 @@ def starting_config(path: str) -> dict[str, Any]:
     Raises:
         ConfigError, CheckpointError: as `initial_weights`.
     """
-    found = _open(path)
+    found = _find(path)
     section = found.model.model_dump(mode="json")
     if isinstance(found, HuggingFaceDirectory):
         section = found.theirs.section

@@ -508,7 +508,7 @@ class Run:
             CheckpointError: they cannot be read, or are not finite.
             ConfigError: the rule cannot train them.
         """
-        lines = load(initial, self.engine, self.config)
+        loaded = load(initial, self.engine, self.config)
         try:
             self._start_optimizer_anew()
         except ValueError as error:  # of a matrix that is zero, by norms that all ranks know
@@ -519,7 +519,8 @@ class Run:
                     "set optimizer.matrix.rule to one without a sphere, such as orscale_lm",
                 )
             ) from error
-        self._initialized_from = initial.record()
+        self._initialized_from = loaded.record
+        lines = [f"starts with the weights of {loaded.name}", *loaded.scaled]
         radii = self.optimizer.radii()
         if len(radii):
             lines.append(
@@ -527,7 +528,7 @@ class Run:
                 f" {radii.min():.4g} to {radii.max():.4g}"
             )
         if distributed.rank() == 0:
-            print("\n".join([f"starts with the weights of {initial.name}", *lines]), flush=True)
+            print("\n".join(lines), flush=True)
 
     def _average(self, applied: bool) -> None:
         """Take the weights after a step into their running average, if there is one."""

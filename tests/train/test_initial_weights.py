@@ -55,7 +55,12 @@ def source(sets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("source") / "run"
     schedule, parameterization = {"kind": "constant"}, {"base": {"lr": 0.01}}
     made = config(
-        str(sets / "web"), "adamw", STEPS, schedule=schedule, parameterization=parameterization
+        str(sets / "web"),
+        "adamw",
+        STEPS,
+        schedule=schedule,
+        parameterization=parameterization,
+        checkpoint={"every": 3},
     )
     run(made, str(run_dir))
     return run_dir
@@ -142,7 +147,7 @@ def test_other_constants_of_training_leave_the_model_as_it_is(sets, tmp_path):
     found = initial_weights(no_checkpoint(), resolved, read)
     model = build_model(resolved, None, transfer_of(resolved))
     weights = {name: fragment(parameter) for name, parameter in model.named_parameters()}
-    assert found.load(weights, resolved)
+    assert found.load(weights, resolved).scaled
     native = load_model(find_target(tmp_path / "run"))
     tokens = torch.randint(2, 300, (2, 16), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -261,6 +266,21 @@ def test_another_tokenizer_is_refused(sets, source, tmp_path):
     )
 
 
+def test_a_damaged_checkpoint_of_a_run_is_passed_over(sets, source, tmp_path, capfd):
+    run_dir = shutil.copytree(source, tmp_path / "run")
+    bad = next(step_directory(run_dir / "checkpoints", STEPS).glob("*.distcp"))
+    bad.write_bytes(bytes(len(bad.read_bytes())))
+    older = annealed(sets, step_directory(source / "checkpoints", 3))
+    newest = annealed(sets, run_dir)
+    expected = losses(run(older, str(tmp_path / "older")))
+    assert losses(run(newest, str(tmp_path / "newest"))) == expected
+    printed = capfd.readouterr()
+    assert f"{bad.name} has the checksum" in printed.err
+    assert "starts with the weights of step 3 of tiny" in printed.out
+    state = read_state(step_directory(tmp_path / "newest" / "checkpoints", STEPS))
+    assert state["initialized_from"]["step"] == 3
+
+
 def test_what_is_no_source_is_a_line(sets, source, tmp_path):
     made = annealed(sets, None).with_vocab(GOLDEN_VOCAB)
 
@@ -272,11 +292,15 @@ def test_what_is_no_source_is_a_line(sets, source, tmp_path):
     checkpoint = step_directory(run_dir / "checkpoints", STEPS)
     change_state(checkpoint, not_finite_since=5)
     assert "the run had diverged" in refused(run_dir)
+    change_state(checkpoint, not_finite_since=None)
     bad = next(checkpoint.glob("*.distcp"))
     content = bytearray(bad.read_bytes())
     content[len(content) // 2] ^= 1
     bad.write_bytes(content)
-    assert "the checkpoint is damaged" in refused(checkpoint)
+    assert f"it is damaged: {bad.name}" in refused(checkpoint)
+    shutil.rmtree(step_directory(run_dir / "checkpoints", 3))
+    assert "no whole checkpoint" in refused(run_dir)
+    shutil.rmtree(checkpoint)
     assert "no whole checkpoint" in refused(run_dir)
 
     norm = "model.layers.0.post_attention_layernorm.weight"
