@@ -247,7 +247,7 @@ def test_bad_overrides(small, override):
         ("checkpoint.async_=true", "did you mean async?"),
         ("optimizer.lr=0.1", "did you mean parameterization.base.lr?"),
         ("optimizer.matrix.rulee=muon", "did you mean rule?"),
-        ("eval.zzz=1", "the keys here are every, batches"),
+        ("eval.zzz=1", "the keys here are every, batches, tasks, samples"),
         ("model.moe.topk=4", "did you mean top_k?"),
         ("data.mixture=[{name: a, path: a, weight: 1, wieght: 2}]", "did you mean weight?"),
     ],
