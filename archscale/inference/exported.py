@@ -44,7 +44,7 @@ class TransformersModel:
     """`inference.generate.LanguageModel` of a causal language model of transformers; rows are read
     one after another.
 
-    Args:
+    Attributes:
         model: on its device, in evaluation mode.
         context: tokens that it reads at most.
     """
