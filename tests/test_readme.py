@@ -43,7 +43,6 @@ SLOW_PAGES = [
     "README.md",
     "CONTRIBUTING.md",
     "archscale/checkpoint/README.md",
-    "archscale/evaluation/README.md",
     "archscale/export/README.md",
     "configs/studies/README.md",
     "launch/README.md",

@@ -15,12 +15,16 @@ from archscale.checkpoint.place import AnyPlace, Place, StorePath, unfinished_in
 from archscale.errors import CheckpointError, explain_os_error
 from archscale.files import (
     ABANDONED,
+    EVALUATIONS,
     METRICS,
+    SAMPLES,
     checkpoint_steps,
     step_directory,
     write_atomically,
 )
 from archscale.telemetry.sinks import lines_until
+
+RECORDS = (METRICS, EVALUATIONS, SAMPLES)  # lines that each belong to a step
 
 # What saving and discarding checkpoints, a watchdog without anything to write, and
 # `write_atomically` leave behind when they are killed.
@@ -67,34 +71,35 @@ def _delete_unfinished(run_dir: Path, checkpoints: Place) -> None:
 
 
 def _move_abandoned(run_dir: Path, checkpoints: Place, start: Start, step: int) -> None:
-    """Move the checkpoints and, unless a crash lost their checkpoint, the metrics of later steps
-    than `step`."""
-    metrics = run_dir / METRICS
+    """Move the checkpoints and, unless a crash lost their checkpoint, the metrics and whatever else
+    has lines of later steps than `step`."""
     later = [number for number in checkpoint_steps(checkpoints) if number > step]
-    kept, lines = lines_until(metrics, step) if start.rewinds else ([], [])
-    if not later and not lines:
+    records = {name: lines_until(run_dir / name, step) for name in RECORDS if start.rewinds}
+    records = {name: parts for name, parts in records.items() if parts[1]}
+    if not later and not records:
         return
     targets: list[Place] = []
-    if lines or not isinstance(checkpoints, StorePath):
+    if records or not isinstance(checkpoints, StorePath):
         target = _new_directory(run_dir / ABANDONED, step)
         targets.append(target)
     if later and isinstance(checkpoints, StorePath):
         targets.append(aside := _new_directory(checkpoints / ABANDONED, step))
     # Killed between any two of these, the run goes on from where it is then, or does them again.
-    if lines:
-        write_atomically(target / METRICS, "".join(lines))
+    for name, (_, lines) in records.items():
+        write_atomically(target / name, "".join(lines))
     for number in reversed(later):
         source = step_directory(checkpoints, number)
         if isinstance(source, StorePath):
             source.move_checkpoint(aside / source.name)
         else:
             shutil.move(source, target / source.name)  # it may lie on another disk
-    if lines:
-        write_atomically(metrics, "".join(kept))
+    for name, (kept, _) in records.items():
+        write_atomically(run_dir / name, "".join(kept))
+    count = len(records[METRICS][1]) if METRICS in records else 0
     steps = f"checkpoints of steps {', '.join(map(str, later))}" if later else "no checkpoint"
     print(
         f"moved what came after step {step} into {' and '.join(map(str, targets))}: {steps},"
-        f" {len(lines)} lines of metrics",
+        f" {count} lines of metrics",
         flush=True,
     )
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from archscale.evaluation.results import Evaluated
 from archscale.export.export import export
 from archscale.train.loading import load_model
 from tests.pool import pool
+from tests.train.tiny import config, run
 
 CONTEXT = 16  # of the tiny model
 
@@ -105,3 +107,19 @@ def test_two_processes_equal_one(trained: Path) -> None:
         assert theirs == texts  # the same batches, whose sums are added exactly
         assert theirs is not texts
         assert mine[0] == pytest.approx(own[0], rel=1e-6)
+
+
+def test_what_is_abandoned_takes_its_evaluations_along(trained: Path, tmp_path: Path) -> None:
+    """Step 4 then has other weights."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained / "run", run_dir)
+    older = run_dir / "checkpoints/step_00000002"
+    wanted = Wanted(texts=[trained / "text/000.txt"])
+    for target in (run_dir, older):
+        evaluate(target, wanted).keep()
+    made = config(str(trained / "tokens"), steps=4, checkpoint={"every": 2}, eval={"every": 2})
+    run(made, str(run_dir), str(older))
+    (aside,) = (run_dir / "abandoned").iterdir()
+    for folder, step in ((run_dir, 2), (aside, 4)):
+        (line,) = (folder / "evaluations.jsonl").read_text().splitlines()
+        assert json.loads(line)["step"] == step
