@@ -108,6 +108,7 @@ def test_what_may_be_written_in_several_ways(keys, expected, tmp_path):
     assert {key: section[key] for key in expected} == expected
 
 
+@pytest.mark.slow
 def test_what_is_not_there_means_what_transformers_takes_it_for():
     transformers = pytest.importorskip("transformers")
     for model_type in CLASSES.keys() - {CUSTOM}:

@@ -270,14 +270,16 @@ def test_a_damaged_checkpoint_of_a_run_is_passed_over(sets, source, tmp_path, ca
     run_dir = shutil.copytree(source, tmp_path / "run")
     bad = next(step_directory(run_dir / "checkpoints", STEPS).glob("*.distcp"))
     bad.write_bytes(bytes(len(bad.read_bytes())))
-    older = annealed(sets, step_directory(source / "checkpoints", 3))
-    newest = annealed(sets, run_dir)
+    older, newest = (
+        annealed(sets, None, training={"init_from": str(path), "tokens": 384})
+        for path in (step_directory(source / "checkpoints", 3), run_dir)
+    )
     expected = losses(run(older, str(tmp_path / "older")))
     assert losses(run(newest, str(tmp_path / "newest"))) == expected
     printed = capfd.readouterr()
     assert f"{bad.name} has the checksum" in printed.err
     assert "starts with the weights of step 3 of tiny" in printed.out
-    state = read_state(step_directory(tmp_path / "newest" / "checkpoints", STEPS))
+    state = read_state(step_directory(tmp_path / "newest" / "checkpoints", 1))
     assert state["initialized_from"]["step"] == 3
 
 
