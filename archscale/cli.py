@@ -434,26 +434,73 @@ def fit(
         raise refusal
 
 
+GenerateTarget = Annotated[
+    Path, typer.Argument(help="Run directory, checkpoint in one, or exported directory.")
+]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens to add at most.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")]
+TopK = Annotated[
+    int, typer.Option(min=0, help="Sample among the k likeliest tokens only; 0: among all.")
+]
+TopP = Annotated[
+    float,
+    typer.Option(help="Of these among the likeliest that have this share of the probability."),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="End before this text. Repeatable."),
+]
+
+
 @app.command()
 def generate(
-    target: Annotated[Path, typer.Argument(help="Run directory.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens to add at most.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[
-        int | None, typer.Option(min=1, help="Sample among the k likeliest tokens only.")
-    ] = 50,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    target: GenerateTarget,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue. Repeatable.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Texts to continue, one a line.")
+    ] = None,
+    max_tokens: MaxTokens = 100,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 50,
+    top_p: TopP = 1.0,
+    stop: Stop = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling, for every prompt.")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts continued at a time.")] = 8,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
 ) -> None:
-    """Continue a prompt with a trained model.
+    """Continue prompts with a trained model.
 
     Example: archscale generate runs/quickstart --prompt "def "
     """
-    from archscale.train.generate import generate as run
+    from archscale.inference.sampling import Sampling
+    from archscale.train.prompting import Options, gather_prompts, print_continuations
 
-    print(
-        run(target, prompt, max_tokens=max_tokens, temperature=temperature, top_k=top_k, seed=seed)
-    )
+    sampling = Sampling(temperature, top_k or None, top_p)
+    options = Options(max_tokens, sampling, tuple(stop or ()), seed, batch)
+    print_continuations(target, gather_prompts(prompt or [], prompts), options, as_json=json)
+
+
+@app.command()
+def chat(
+    target: GenerateTarget,
+    max_tokens: MaxTokens = 200,
+    temperature: Temperature = 0.8,
+    top_k: TopK = 50,
+    top_p: TopP = 1.0,
+    stop: Stop = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first answer; the next has the next.")] = 0,
+) -> None:
+    """Talk with a trained model: it continues the text of your lines and its answers. Ctrl-C stops
+    an answer, Ctrl-D ends. Without a terminal it answers the lines of standard input.
+
+    Example: archscale chat runs/quickstart --max-tokens 50
+    """
+    from archscale.inference.sampling import Sampling
+    from archscale.train.prompting import Options
+    from archscale.train.prompting import chat as run
+
+    sampling = Sampling(temperature, top_k or None, top_p)
+    run(target, Options(max_tokens, sampling, tuple(stop or ()), seed))
 
 
 @app.command()

@@ -160,7 +160,7 @@ def test_train_generate_and_again(tmp_path, data):
 def test_generate_needs_a_run(tmp_path):
     refused(
         launch(["generate", str(tmp_path), "--prompt", "x"], check=False),
-        "no run with a checkpoint.*name a run directory",
+        "no run with a whole checkpoint.*name a run directory",
     )
 
 

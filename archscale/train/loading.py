@@ -1,15 +1,46 @@
-"""From a checkpoint to its model."""
+"""From the path that a user names to a model to be used."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import torch
 
 from archscale.checkpoint.saving import load_checkpoint
-from archscale.checkpoint.target import Target
+from archscale.checkpoint.target import Target, find_target
 from archscale.distributed import fragment
+from archscale.inference.exported import is_exported, load_exported
+from archscale.inference.native import NativeModel
+from archscale.inference.text_model import TextModel
 from archscale.model import Transformer
 from archscale.plan.transfer import transfer_of
 from archscale.train.build import build_model
+
+
+def load_text_model(path: Path, device: torch.device | None = None) -> TextModel:
+    """What a path names: a run, a checkpoint in one, or a directory of Hugging Face files.
+
+    Args:
+        device: None: a GPU where there is one.
+
+    Raises:
+        CheckpointError: none of these, damaged, or its run had diverged.
+        DataError: its tokenizer is gone, damaged or another one.
+    """
+    if is_exported(path):
+        return load_exported(path, device)
+    target = find_target(path)
+    model = load_model(target, device)
+    where = next(model.parameters()).device
+    end = target.tokenizer.eos_id
+    return TextModel(
+        NativeModel(model, target.config.model.context, where),
+        target.tokenizer,
+        before=(end,),  # a document starts after the end of the one before
+        empty=(end,),
+        ends=frozenset({end}),
+        name=str(target.checkpoint),
+    )
 
 
 def load_model(target: Target, device: torch.device | None = None) -> Transformer:

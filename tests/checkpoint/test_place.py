@@ -18,6 +18,7 @@ from archscale.checkpoint.integrity import problems_of
 from archscale.checkpoint.listing import list_checkpoints
 from archscale.checkpoint.place import StoreError, StorePath, checkpoints_of, newest_step, place_of
 from archscale.checkpoint.saving import load_checkpoint
+from archscale.checkpoint.target import find_target
 from archscale.cli import app
 from archscale.data import remote
 from archscale.distributed import rank
@@ -25,7 +26,7 @@ from archscale.errors import ArchscaleError, CheckpointError, ConfigError, Train
 from archscale.files import checkpoint_steps, step_directory
 from archscale.report.read import read_runs
 from archscale.train import ownership
-from archscale.train.generate import load_run
+from archscale.train.loading import load_model
 from archscale.train.ownership import sole_owner, this_process
 from tests.checkpoint.test_saving import Training, same
 from tests.train.tiny import config, crash_after, run, tiny_data
@@ -235,7 +236,9 @@ def test_a_run_in_a_store(data, tmp_path):
     assert status == 0
     assert said.count(": whole") == 5
     assert read_runs([crashed])[0].checkpoint[0] == 6
-    assert load_run(crashed)[0].checkpoint.directory == MEMORY
+    target = find_target(crashed)
+    assert target.config.checkpoint.directory == MEMORY
+    assert load_model(target).config.vocab_size == target.tokenizer.vocab_size
     with sole_owner(place_of(MEMORY)):
         status, said = command("prune", crashed, "--keep", 1)
         assert status == 2

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
+from archscale.checkpoint.target import find_target
 from archscale.export.export import export
-from archscale.train.generate import generate, load_run
+from archscale.train.loading import load_model
 from tests.export.runs import MUP, make_run
+from tests.train.texts import continued
 from tests.train.tiny import tiny_data
 
 transformers = pytest.importorskip("transformers")
@@ -104,7 +106,8 @@ def some_tokens(batch: int = 2, time: int = 16) -> torch.Tensor:
 @torch.no_grad()
 def test_logits_and_generation_are_those_of_the_run(name, made):
     run_dir, out = made(name)
-    config, native, tokenizer = load_run(run_dir)
+    target = find_target(run_dir)
+    native, tokenizer = load_model(target), target.tokenizer
     exported = load(out)
     assert type(exported).__name__ == CASES[name][0]
     assert exported.dtype == torch.float32
@@ -119,13 +122,13 @@ def test_logits_and_generation_are_those_of_the_run(name, made):
     text = "abcd efgh"
     inputs = fast(text, return_tensors="pt")
     assert inputs.input_ids[0].tolist() == [tokenizer.eos_id, *tokenizer.encode(text)]
-    count = config.model.context - inputs.input_ids.shape[1]
+    count = target.config.model.context - inputs.input_ids.shape[1]
     with_cache, without = (
         exported.generate(**inputs, max_new_tokens=count, do_sample=False, use_cache=use_cache)
         for use_cache in (True, False)
     )
     assert with_cache.tolist() == without.tolist()
-    ours = generate(run_dir, text, max_tokens=count, temperature=0.0, top_k=None, seed=0)
+    ours = continued(run_dir, text, count)
     assert tokenizer.decode(with_cache[0].tolist()) == ours
     assert len(ours) > len(text)
 
@@ -145,7 +148,7 @@ def test_the_code_beside_the_weights_needs_no_archscale(name, made, tmp_path):
         timeout=300,
     )
     assert done.stdout.strip() == "alone", done.stderr
-    expected = load_run(run_dir)[1](tokens).logits
+    expected = load_model(find_target(run_dir))(tokens).logits
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), expected, atol=2e-5, rtol=0)
 
 
@@ -228,7 +231,7 @@ def test_bfloat16_computes_what_training_in_bfloat16_did(data, tmp_path):
     sections = {"training": {"precision": "bf16"}, "model": {"tied_embeddings": False}}
     make_run(data, tmp_path / "run", **sections)
     export(tmp_path / "run", tmp_path / "out", shard_size="5GB")
-    _, native, _ = load_run(tmp_path / "run")
+    native = load_model(find_target(tmp_path / "run"))
     model = load(tmp_path / "out")
     assert model.dtype == torch.bfloat16
     tokens = some_tokens()
@@ -241,11 +244,11 @@ def test_bfloat16_computes_what_training_in_bfloat16_did(data, tmp_path):
 def test_attention_within_documents_needs_no_document_before(data, tmp_path):
     make_run(data, tmp_path / "run", model=PLAIN, data={"document_mask": True})
     export(tmp_path / "run", tmp_path / "out", shard_size="5GB")
-    _, _, tokenizer = load_run(tmp_path / "run")
+    tokenizer = find_target(tmp_path / "run").tokenizer
     fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     inputs = fast("abcd efgh", return_tensors="pt")
     assert inputs.input_ids[0].tolist() == tokenizer.encode("abcd efgh")
-    ours = generate(tmp_path / "run", "abcd efgh", max_tokens=5, temperature=0, top_k=None, seed=0)
+    ours = continued(tmp_path / "run", "abcd efgh", 5)
     theirs = load(tmp_path / "out").generate(**inputs, max_new_tokens=5, do_sample=False)
     assert tokenizer.decode(theirs[0].tolist()) == ours
     assert "within documents" in (tmp_path / "out/README.md").read_text()

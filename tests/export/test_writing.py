@@ -24,7 +24,7 @@ from archscale.export.architecture import choose
 from archscale.export.export import CODE, export, push
 from archscale.export.safetensors_files import size_in_bytes
 from archscale.files import CHECKPOINTS
-from archscale.train.generate import load_run
+from archscale.train.loading import load_model
 from tests.export.runs import STEP, make_run
 from tests.pool import pool
 from tests.train import tiny
@@ -390,8 +390,7 @@ def test_a_checkpoint_of_two_processes_is_read_whole(data, tmp_path):
     assert len(list(run_dir.glob(f"{CHECKPOINTS}/*/*.distcp"))) == 2
     export(run_dir, tmp_path / "out", shard_size="5GB")
     weights = load_file(tmp_path / "out/model.safetensors")
-    _, model, _ = load_run(run_dir)
-    native = dict(model.named_parameters())
+    native = dict(load_model(find_target(run_dir)).named_parameters())
     theirs = "model.layers.1"
     assert torch.equal(weights["model.embed_tokens.weight"], native["embedding.weight"])
     ours = native["blocks.1.mlp.experts.up.weight"]  # (E, 2 F, D)

@@ -10,9 +10,9 @@ import pytest
 from archscale.checkpoint.history import other_trajectory
 from archscale.data.preparing.prepare import prepare
 from archscale.data.stored import trained_tokenizer
-from archscale.errors import ConfigError, DataError
-from archscale.train.generate import generate
+from archscale.errors import DataError
 from tests.data.foreign_files import write_llmc
+from tests.train.texts import continued
 from tests.train.tiny import config, run, tiny_data
 
 
@@ -34,7 +34,7 @@ def folder(trained: Path, tmp_path: Path) -> Path:
 
 
 def text_of(folder: Path) -> str:
-    return generate(folder / "run", "abcd", max_tokens=12, temperature=0.0, top_k=None, seed=0)
+    return continued(folder / "run", "abcd", 12)
 
 
 def prepare_otherwise(folder: Path) -> None:
@@ -79,11 +79,6 @@ def test_a_run_on_files_of_an_unknown_tokenizer_needs_one(folder: Path) -> None:
     for key in ("data_set.tokenizer", "data_set.sources.a.tokenizer"):
         assert list(other_trajectory({key: ""}, {key: "x"})) == []
         assert list(other_trajectory({key: "y"}, {key: "x"})) == [key]
-
-
-def test_a_prompt_is_text(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^character 2 of the prompt is not UTF-8 \(--prompt\)"):
-        generate(tmp_path, "a\udcff", max_tokens=1, temperature=0.0, top_k=None, seed=0)
 
 
 def test_a_damaged_copy_is_named(folder: Path) -> None:
