@@ -36,6 +36,8 @@ bench_app = typer.Typer(
 
     Example: archscale bench checkpoint configs/quickstart.yaml --set model.vocab_size=4096
 
+    Example: archscale bench generate runs/quickstart
+
     Example: archscale bench gpu""",
     invoke_without_command=True,
 )
@@ -904,6 +906,36 @@ def bench_checkpoint(
             rounds=rounds,
             peers=peers,
             directory=directory,
+            as_json=json,
+        )
+    )
+
+
+@bench_app.command("generate")
+def bench_generate(
+    target: Annotated[Path, typer.Argument(help="Run directory, or checkpoint in one.")],
+    batch: Annotated[
+        list[int] | None, typer.Option(min=1, help="Texts at a time; repeatable. Default 1 and 8.")
+    ] = None,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Of every text, at the start.")] = 32,
+    new_tokens: Annotated[int, typer.Option(min=1, help="That are added to it.")] = 128,
+    rounds: Annotated[int, typer.Option(min=2, help="Measurements of each.")] = 7,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Tokens per second of `archscale generate` beside those of `transformers.generate` on the
+    export of the same checkpoint.
+
+    Example: archscale bench generate runs/quickstart
+    """
+    from archscale.bench.generate import report
+
+    print(
+        report(
+            target,
+            batches=batch or [1, 8],
+            prompt=prompt_tokens,
+            new=new_tokens,
+            rounds=rounds,
             as_json=json,
         )
     )

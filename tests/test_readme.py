@@ -98,6 +98,8 @@ NOT_RUN = {
     r"^source \.venv/bin/activate": "the tests choose their own environment",
     r"^\.venv/bin/pytest": "this test is part of it",
     r"^archscale train my\.yaml": "needs a run of some length; tests/checkpoint/test_continuing.py",
+    r"^archscale (generate|chat) (RUN|EXPORT)": "needs a run; tests/train/test_prompting.py",
+    r"^archscale bench generate RUN": "needs a run; tests/bench/test_generate.py",
     r"^pip install": "installs from a package index",
     r"^docker ": "needs Docker",
     r"^NNODES=2": "needs two nodes",

@@ -44,14 +44,14 @@ class TransformersModel:
     """`inference.generate.LanguageModel` of a causal language model of transformers; rows are read
     one after another.
 
-    Args:
+    Attributes:
         model: on its device, in evaluation mode.
         context: tokens that it reads at most.
     """
 
     def __init__(self, model: Any, context: int):
         self.context = context
-        self._model = model
+        self.model = model
         # Without this, the logits of all positions of a prompt would be computed.
         self._options = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         # Newer versions of transformers call it by another name.
@@ -71,8 +71,8 @@ class TransformersModel:
     def _pass(self, rows: Sequence[Sequence[int]], read: ReadRows) -> Tensor:
         logits = []
         for tokens, cache in zip(rows, read.caches, strict=True):
-            ids = torch.tensor([tokens], device=self._model.device)
-            output = self._model(input_ids=ids, **{self._cache_name: cache}, **self._options)
+            ids = torch.tensor([tokens], device=self.model.device)
+            output = self.model(input_ids=ids, **{self._cache_name: cache}, **self._options)
             logits.append(output.logits[:, -1].float())
         return torch.cat(logits)
 
