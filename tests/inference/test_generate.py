@@ -42,6 +42,11 @@ CASES = {
     "experts": {"moe": MOE},
     "experts_documents": {"moe": MOE, "eos_id": EOS},
 }
+FIRST = ("dense", "window", "documents_window", "experts_documents")
+NAMES = [
+    *FIRST,
+    *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in FIRST),
+]
 GREEDY = Sampling(temperature=0.0)
 SAMPLED = Sampling(temperature=1.5, top_k=40, top_p=0.9)
 
@@ -93,7 +98,7 @@ def continued(model, sampling: Sampling, *, batch: int, **keys) -> list[Continua
     return generate(model, Bytes(), requests(**keys), sampling, batch=batch, ends=frozenset())
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_cache_changes_no_token(name: str) -> None:
     """Neither do the other rows of a batch; also where a text outgrows the context."""
     model = make_model(**CASES[name])
