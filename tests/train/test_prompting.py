@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import pty
 import re
+import select
 import shutil
+import subprocess
+import sys
+import termios
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -232,3 +239,48 @@ def test_a_long_conversation_keeps_its_end(made: Path) -> None:
     assert conversation.text.rstrip("\n").count("\n") > 1
     # A line and an answer more than what the model reads, at most.
     assert len(model.tokenizer.encode(conversation.text)) <= model.model.context + 10
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_chat_on_a_terminal(made: Path) -> None:
+    """Ctrl-C stops an answer and not the loop, which Ctrl-D ends."""
+    master, slave = pty.openpty()
+    program = "from archscale.cli import main; main()"
+    arguments = ["chat", str(made / "run"), "--max-tokens", "1000000", "--temperature", "0"]
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdin=slave,
+        stdout=slave,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        start_new_session=True,
+    )
+    os.close(slave)
+    shown = b""
+
+    def until(text: bytes) -> None:
+        nonlocal shown
+        end = time.monotonic() + 120
+        while text not in shown:
+            assert time.monotonic() < end, shown
+            assert select.select([master], [], [], 120)[0], shown
+            shown += os.read(master, 1000)
+        shown = shown.partition(text)[2]
+
+    try:
+        for _ in range(2):
+            until(b"> ")
+            os.write(master, b"abcd\n")
+            until(b"abcd\r\n")
+            time.sleep(1)  # into the answer, which has no end
+            os.write(master, b"\x03")
+        until(b"> ")
+        os.write(master, b"\x04")
+        assert process.wait(60) == 0
+        assert process.stderr is not None
+        assert b"Ctrl-D ends" in process.stderr.read()
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
