@@ -46,10 +46,11 @@ KNOWN_COLUMNS = (
     "flops",
     "published_flops",
 )
-# No metrics in results.csv: what the clock says, which no two sweeps share, figures of single
-# layers and matrices, and what stands under `status`.
+# No metrics in results.csv: time and memory, which no two sweeps share, figures of single layers
+# and matrices, and what stands under `status`.
 UNSHARED = re.compile(
-    r"diverged|time|mfu|step_seconds|tokens_per_second|run|straggler/.*|stability/layer_.*|moe/layer_.*|.*/matrix/.*"
+    r"diverged|time|mfu|step_seconds|tokens_per_second|peak_memory_bytes|run"
+    r"|straggler/.*|stability/layer_.*|moe/layer_.*|.*/matrix/.*"
 )
 
 

@@ -44,6 +44,7 @@ def request_of(folder, tmp_path, monkeypatch):
             if self.name == broken:
                 harm(self.run_dir)
 
+        monkeypatch.setenv("COLUMNS", "300")  # a table, and not a block of lines for each case
         monkeypatch.setattr(SupervisedRun, "until_saved", train)
         monkeypatch.setattr(SupervisedRun, "until_killed", lambda self, step, delay, last: step)
         return Request(
