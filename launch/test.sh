@@ -8,5 +8,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 ruff check .
 ruff format --check .
 mypy archscale
-# Half of the tests keep one core busy alone; others are several processes themselves, hence few at a time.
+# Half of the tests keep one core busy alone; others are several processes themselves, hence few at a time, with a
+# thread each: more of them wait for each other.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec pytest -n logical --maxprocesses 4 --dist worksteal --durations=10 "$@"
