@@ -28,7 +28,7 @@ from torch.distributed.checkpoint import FileSystemReader, LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 
-from archscale.checkpoint.directory import Recorded, hexadecimal, wrong_checksum
+from archscale.checkpoint.directory import Recorded, hexadecimal, wrong_checksum, wrong_size
 
 BLOCK = 2 << 20  # bytes that are read at a time, while those before are summed up
 LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip record: where the lengths of its names stand
@@ -98,6 +98,9 @@ class DirectReader(FileSystemReader):
         for name, items in by_file.items():
             with open(Path(self.path) / name, "rb", buffering=0) as file:
                 recorded = self.unread.pop(name, None)
+                if recorded and (problem := wrong_size(Path(self.path) / name, recorded)):
+                    self.problems.append(problem)
+                    continue
                 summed = recorded is not None and recorded.crc32 is not None
                 with _SummedStream(file) if summed else _Stream(file) as stream:
                     for offset in sorted(items):
@@ -191,6 +194,7 @@ class _SummedStream(_Stream):
         super().__init__(file)
         self._summing = ThreadPoolExecutor(1)
         self._last: concurrent.futures.Future[None] | None = None
+        self._gaps = [bytearray(BLOCK), bytearray(BLOCK)]  # for what is not kept
         self._at = self._crc = 0
 
     def __exit__(self, *_: object) -> None:
@@ -215,14 +219,16 @@ class _SummedStream(_Stream):
     def _skip(self, end: int) -> None:
         """Read to that byte and keep nothing."""
         while self._at < end:
-            # New memory each time: what was read before may not be summed up yet.
-            self._read_on(memoryview(bytearray(min(BLOCK, end - self._at))))
+            # Not the memory of the block before, which may not be summed up yet.
+            self._gaps.reverse()
+            self._read_on(memoryview(self._gaps[0])[: min(BLOCK, end - self._at)])
 
     def _read_on(self, content: memoryview) -> None:
         for begin in range(0, len(content), BLOCK):
             block = content[begin : begin + BLOCK]
             read_into(self.file, self._at, block)
             self._at += len(block)
+            self.settle()  # so that one block waits to be summed up, and no more
             self._last = self._summing.submit(self._sum, block)
 
     def _sum(self, block: memoryview) -> None:

@@ -358,21 +358,32 @@ def load_checkpoint(
         _refuse_damaged(path, verify_together(path, by_the_reader))
         owned = {name: files[name] for name in by_the_reader if _reads_whole(name)}
     reader = reader_of(path, owned)
-    try:
+
+    def targets() -> dict[str, Tensor]:
         saved = set(reader.read_metadata().state_dict_metadata)
-        averaged = any(name.startswith(EMA) for name in saved)
-        content = _content(weights, optimizer, ema if averaged else None)
+        has_average = any(name.startswith(EMA) for name in saved)
+        content = _content(weights, optimizer, ema if has_average else None)
         if extra := sorted(
             name
             for name in saved - content.keys()
             if name.startswith(WEIGHTS) or (optimizer and not name.startswith(EMA))
         ):
             raise ValueError(f"it holds {extra[0]}, which this run has not")
+        return content
+
+    def random_state() -> Tensor | None:
+        if optimizer is None or state["world_size"] != world_size():
+            return None
+        content = (path / f"rng_{rank()}.bin").read_bytes()
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+    try:
+        # What fails on one rank fails on all: otherwise they would wait for each other.
+        content = agree(targets)
         _accept_a_single_process()
         dcp.load(content, storage_reader=reader)
-        if optimizer is not None and state["world_size"] == world_size():
-            content_rng = (path / f"rng_{rank()}.bin").read_bytes()
-            torch.set_rng_state(torch.frombuffer(bytearray(content_rng), dtype=torch.uint8))
+        if (before := agree(random_state)) is not None:
+            torch.set_rng_state(before)
     except (CheckpointException, RuntimeError, ValueError, OSError, EOFError, KeyError) as error:
         # What is damaged need not look like a tensor.
         _refuse_damaged(path, verify_together(path))

@@ -51,6 +51,7 @@ from archscale.files import (
     step_directory,
     write_atomically,
 )
+from archscale.model import initialize
 from archscale.optim.roles import assign_roles
 from archscale.plan.devices import this_device
 from archscale.plan.passes import data_figures, many_passes, much_padding, source_tokens
@@ -180,21 +181,47 @@ def train(
     # for it elsewhere.
     refuse_other_data(data, validation)
     with sole_owner(run_dir, *owned_with(run_dir, checkpoints)):
-        check_data_once = functools.cache(functools.partial(_check_data, data, validation))
 
-        def run(start: Start) -> dict[str, Any]:
-            """Anew after a damaged checkpoint, of which parts may have been loaded."""
-            start = distributed.on_rank_zero(
-                lambda: check_start(start, config, data, run_dir, resume, wishes)
-            )
-            initial = initial_weights(start, config, data)
-            check_data_once()
-            return Run(plan, run_dir, data, validation, device, profiled).go(start, initial)
+        def make() -> Run:
+            _check_data(data, validation)
+            return Run(plan, run_dir, data, validation, device, profiled)
 
-        summary = start_from_newest(run_dir, checkpoints, resume, run)
+        summary = run_from_newest(run_dir, resume, wishes, plan, data, make)
         stopping.current().finished()
         distributed.stop()
     return summary
+
+
+def run_from_newest(
+    run_dir: Path,
+    resume: str,
+    wishes: Wishes,
+    plan: Plan,
+    data: TrainingData,
+    make: Callable[[], Run],
+) -> dict[str, Any]:
+    """What the run that `make` makes returns of its end, from the newest checkpoint that is not
+    damaged. It is made once: a second one may not fit into the device's memory.
+
+    Raises:
+        ArchscaleError, Stopped: as `train`.
+    """
+    run: Run | None = None
+
+    def go(start: Start) -> dict[str, Any]:
+        nonlocal run
+        start = distributed.on_rank_zero(
+            lambda: check_start(start, plan.config, data, run_dir, resume, wishes)
+        )
+        initial = initial_weights(start, plan.config, data)
+        if run is None:
+            run = make()
+        else:
+            run.start_anew()
+        return run.go(start, initial)
+
+    checkpoints = checkpoints_of(run_dir, plan.config.checkpoint)
+    return start_from_newest(run_dir, checkpoints, resume, go)
 
 
 def _check_data(data: TrainingData, validation: Sequence[ValidationSet]) -> None:
@@ -227,8 +254,7 @@ class Run:
         self.engine = build_engine(config, data.eos_id, self.transfer, device, plan.shard)
         self._profiled = profiled
         self._profiler = Profiler()
-        decay = config.training.ema
-        self.ema = None if decay is None else RunningAverage(decay, self.engine)
+        self.ema = self._running_average()
         self.roles = assign_roles(self.engine.module)
         self.optimizer = build_optimizer(config, self.roles, self.transfer.roles, self.engine)
         guard = config.telemetry.guard
@@ -239,9 +265,9 @@ class Run:
         self._follow(self.lineage.origins)
         self._fell_back_to: int | None = None  # step that the last fall-back went to
         self._not_finite_since: int | None = None  # first step of the losses now that are not
-        # Metrics of the last step before a signal, whose evaluation is still to come.
         self._own = True  # the checkpoint that it starts from is its own
         self._initialized_from: dict[str, Any] | None = None
+        # Metrics of the last step before a signal, whose evaluation is still to come.
         self._unfinished: dict[str, Any] | None = None
         self._signals = stopping.current()
         self.evaluation = Evaluation.of_run(config, validation, device)
@@ -495,6 +521,18 @@ class Run:
         self._unfinished = state.get("unfinished") if self._own else None
         return int(state["step"])
 
+    def _running_average(self) -> RunningAverage | None:
+        decay = self.config.training.ema
+        return None if decay is None else RunningAverage(decay, self.engine)
+
+    def start_anew(self) -> None:
+        """As when it was made: parts of a damaged checkpoint may have been loaded."""
+        torch.manual_seed(self.config.seed)
+        initialize(self.engine.module, self.config.seed, self.engine.weights())
+        self.engine.weights_changed()
+        self._start_optimizer_anew()
+        self.ema = self._running_average()
+
     def _start_optimizer_anew(self) -> None:
         """As at a start, with the norms that the weights have now."""
         self.optimizer.state.clear()
@@ -549,7 +587,7 @@ class Run:
             print(said, flush=True)
 
     def _save(self, step: int, skipped_since: int | None = None) -> None:
-        """Save; with `spare` the older checkpoints that there may be to fall back to stay."""
+        """Save; checkpoints from before the steps that were skipped up to now stay."""
         state = {"step": step, "config": self.config.resolved(), "data": identity(self.data)}
         state |= {"guard": self.guard and self.guard.state(), **self.lineage.next(step)}
         state["not_finite_since"] = self._not_finite_since

@@ -210,7 +210,8 @@ def test_flipped_bits_are_found_and_an_older_checkpoint_used(data, tmp_path, cap
 
 def test_nothing_of_a_damaged_checkpoint_is_left_in_a_run_that_starts_anew(data, tmp_path, capfd):
     """Tensors are in their place by the time that the checksum of their file is known."""
-    config2 = config(data, steps=2, checkpoint={"every": 1}, telemetry={"every": 1})
+    sections = {"checkpoint": {"every": 1}, "telemetry": {"every": 1}, "training": {"ema": 0.9}}
+    config2 = config(data, steps=2, **sections)
     run(config2, str(tmp_path))
     expected = lines(tmp_path), last_contents(tmp_path)
     for step in (1, 2):

@@ -1,5 +1,7 @@
 """What a checkpoint's files hold is read as torch reads it, without a copy where none is needed."""
 
+import time
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -64,3 +66,41 @@ def test_a_file_of_something_else_is_refused(tmp_path):
         find_record(file, 0, path.stat().st_size)
     with open(path, "rb", buffering=0) as file, pytest.raises(EOFError, match="ends too early"):
         reader.read_into(file, 0, memoryview(bytearray(path.stat().st_size + 1)))
+
+
+def test_what_waits_to_be_summed_up_is_bounded(tmp_path, monkeypatch):
+    """A file of 64 blocks of which a small tensor is wanted, and a slow processor."""
+    tensors = {"large": torch.zeros(64, reader.BLOCK // 4), "small": torch.arange(3)}
+    writer = SummedWriter(tmp_path)
+    dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+    most, sum_block = 0, reader._SummedStream._sum
+
+    def slowly(stream, block):
+        nonlocal most
+        most = max(most, stream._summing._work_queue.qsize())
+        time.sleep(0.002)
+        sum_block(stream, block)
+
+    monkeypatch.setattr(reader._SummedStream, "_sum", slowly)
+    compared = DirectReader(tmp_path, writer.recorded)
+    small = torch.zeros(3, dtype=torch.int64)
+    dcp.load({"small": small}, storage_reader=compared, no_dist=True)
+    assert small.tolist() == [0, 1, 2]
+    assert compared.problems == []
+    assert most <= 1
+
+
+@pytest.mark.parametrize("change", ["longer", "a bit"])
+def test_a_file_that_is_not_as_it_was_written_is_named(tmp_path, change):
+    writer = SummedWriter(tmp_path)
+    dcp.save(dict(TENSORS), storage_writer=writer, no_dist=True)
+    (path,) = tmp_path.glob("*.distcp")
+    content = bytearray(path.read_bytes())
+    if change == "longer":
+        content += b"x"
+    else:  # of a tensor that nobody asks for
+        content[content.index(TENSORS["matrix"].numpy().tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+    compared = DirectReader(tmp_path, writer.recorded)
+    dcp.load({"whole": torch.zeros(7, dtype=torch.int64)}, storage_reader=compared, no_dist=True)
+    assert [path.name in problem for problem in compared.problems] == [True]

@@ -17,6 +17,7 @@ from archscale.checkpoint import saving
 from archscale.checkpoint.choosing import load_newest
 from archscale.checkpoint.directory import damage, prune, read_state, recorded_files, shares
 from archscale.checkpoint.integrity import problems_of
+from archscale.checkpoint.reader import DirectReader
 from archscale.checkpoint.saving import Saver, load_checkpoint, verify_together
 from archscale.checkpoint.writer import SummedFile
 from archscale.config import CheckpointConfig
@@ -228,6 +229,26 @@ def fail_on_rank_1(folder: str) -> list:
     with training.saver:
         training.save()
     return [failed, str(caught.value)]
+
+
+def load_without_metadata_on_rank_1(path: str) -> str:
+    training = Training(Path(path).parent, keep=9)
+
+    def stale(*_, **__):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with pytest.MonkeyPatch.context() as patch:
+        if rank() == 1:
+            patch.setattr(DirectReader, "read_metadata", stale)
+        with pytest.raises(CheckpointError) as caught:
+            load_checkpoint(Path(path), training.weights, training.optimizer)
+    return str(caught.value)
+
+
+def test_a_rank_that_cannot_read_ends_all_with_its_cause(pool, tmp_path):
+    path = saved(tmp_path)
+    texts = pool(2).run(load_without_metadata_on_rank_1, str(path), timeout=60)
+    assert ["cannot load: Stale file handle" in text for text in texts] == [True, True], texts
 
 
 def test_ranks_fail_and_verify_together(pool, tmp_path):

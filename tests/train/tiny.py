@@ -6,13 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from archscale.checkpoint.history import Start
 from archscale.checkpoint.place import checkpoints_of
 from archscale.config import Config
 from archscale.data.preparing.prepare import prepare
 from archscale.data.training_data import open_training_data
 from archscale.data.validation import validation_sets
-from archscale.distributed import on_rank_zero, rank, world_size
+from archscale.distributed import rank, world_size
 from archscale.plan.passes import source_tokens
 from archscale.plan.plan import make_plan
 from archscale.telemetry.profiling import ProfiledSteps
@@ -102,15 +101,11 @@ def run(
     )
     folder, checkpoints = Path(run_dir), checkpoints_of(Path(run_dir), config.checkpoint)
 
-    def go(start: Start) -> None:
-        run = trainer.Run(plan, folder, data, validation, torch.device("cpu"), profiled)
-        start = on_rank_zero(
-            lambda: trainer.check_start(start, run.config, data, folder, resume, wishes)
-        )
-        run.go(start, trainer.initial_weights(start, run.config, data))
+    def make() -> trainer.Run:
+        return trainer.Run(plan, folder, data, validation, torch.device("cpu"), profiled)
 
     with trainer.sole_owner(folder, *owned_with(folder, checkpoints)):
-        trainer.start_from_newest(folder, checkpoints, resume, go)
+        trainer.run_from_newest(folder, resume, wishes, plan, data, make)
     return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
