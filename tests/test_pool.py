@@ -201,6 +201,7 @@ def test_death_of_a_worker():
     assert pool(2).run(rank_sum, torch.zeros(1)) == [torch.ones(1)] * 2
 
 
+@pytest.mark.slow
 def test_nothing_outlives_a_killed_session(tmp_path):
     script = (
         "import os, signal, threading, time\n"

@@ -35,7 +35,9 @@ def single_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize(
+    "check", [pytest.param(name, marks=[pytest.mark.slow] * (name == "smoke")) for name in CHECKS]
+)
 def test_a_check_runs_on_a_cpu(check, single_thread):
     command = ["bench", "gpu", check, "--tiny", "--repeats", "2", "--micro-batch", "2", "--json"]
     done = CliRunner().invoke(cli.app, command)

@@ -204,7 +204,12 @@ def covered(
     return {name: hit / draws for name, hit in hits.items()}
 
 
-@pytest.mark.parametrize("form", FORMS)
+SLOWEST = ("chinchilla", "power_irreducible")  # of one kind with the others
+
+
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.slow] * (form in SLOWEST)) for form in FORMS]
+)
 def test_intervals_cover(form):
     shares = covered(form, 400)
     assert all(0.92 <= share <= 0.98 for share in shares.values()), shares

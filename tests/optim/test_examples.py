@@ -36,7 +36,13 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("rule", ["orscale", "muon", "moonlight", "adamw"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "orscale",
+        *(pytest.param(rule, marks=pytest.mark.slow) for rule in ("muon", "moonlight", "adamw")),
+    ],
+)
 @pytest.mark.usefixtures("one_thread")
 def test_a_convnet_learns_digits_with_every_parameter(rule):
     model, _ = train(rule)

@@ -288,13 +288,13 @@ def check(
         ("activations", "fp32", {"accumulation": 2}),
         ("vocabulary", "bf16", {}),
         ("optimizer", "fp32", {}),
-        ("optimizer", "bf16", {}),
+        pytest.param("optimizer", "bf16", {}, marks=pytest.mark.slow),
         ("relu2", "bf16", {}),
         ("relu2", "fp32", {"recompute": True, "micro_batch": 24}),
         ("window", "bf16", {}),
         ("window", "fp32", {"document_mask": True}),
         ("experts", "fp32", {}),
-        ("experts", "bf16", {}),
+        pytest.param("experts", "bf16", {}, marks=pytest.mark.slow),
     ],
 )
 def test_one_process_takes_the_planned_memory(name, precision, options):

@@ -134,7 +134,6 @@ PAIRWISE = [
     ("zero3", 4, "dense", "orscale_lm"),
     ("zero3", 1, "experts", "muonh"),
     ("zero3x3", 1, "experts", "orscale_lm"),
-    ("zero3x3", 4, "dense", "muon"),
 ]
 
 
