@@ -6,15 +6,17 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from archscale.checkpoint.history import trained_samples
+from archscale.checkpoint.place import Place
 from archscale.config import Config
 from archscale.export.fast_tokenizer import TokenizerFiles
-from archscale.files import ENVIRONMENT, METRICS
-from archscale.huggingface.architecture import Architecture
+from archscale.files import ABANDONED, ENVIRONMENT, METRICS
+from archscale.huggingface.architecture import CLASSES, Architecture
 from archscale.plan.counting import parameters
 from archscale.plan.transfer import Transfer
 from archscale.telemetry.sinks import read_lines
@@ -29,14 +31,17 @@ class CardFacts:
     """What the card says beside the run's config.
 
     Attributes:
-        step: of the checkpoint.
+        state: what the checkpoint says of itself.
+        ema: whether the weights are the running average that the run has kept.
         dtype: of the weights, as torch names it.
         folded: constants that became part of the weights.
         tokenizer: what is written for it.
     """
 
     run_dir: Path
-    step: int
+    checkpoint: Place
+    state: Mapping[str, Any]
+    ema: bool
     dtype: str
     folded: list[str]
     tokenizer: TokenizerFiles
@@ -122,18 +127,11 @@ def _training(config: Config, transfer: Transfer, facts: CardFacts) -> Iterator[
         f" {model.head_dim}, {model.kv_heads} key-value heads, vocabulary {model.vocab_size:,},"
         f" context {model.context:,}"
     )
-    at = _metrics(facts)
-    tokens = f"{at['tokens']:,} tokens" if "tokens" in at else "tokens not recorded"
-    yield f"step {facts.step:,}: {tokens} of {config.tokens:,} planned"
+    tokens = trained_samples(facts.state) * model.context
+    yield f"step {facts.state['step']:,}: {tokens:,} tokens of {config.tokens:,} planned"
+    yield from _which_weights(config, facts)
     yield f"data: {_data(config)}"
-    for key, meaning in {
-        "loss": "training loss of that step, nats per token",
-        "val_loss": "validation loss, nats per token",
-        "val_bits_per_byte": "validation bits per byte",
-    }.items():
-        if key in at:  # what was not finite is null there
-            finite = at[key] is not None and math.isfinite(at[key])
-            yield f"{meaning}: {at[key]:.4f}" if finite else f"{meaning}: not finite"
+    yield from _losses(facts)
     kind = config.parameterization.kind
     for role, settings in transfer.roles.items():
         yield (
@@ -157,11 +155,51 @@ def _data(config: Config) -> str:
     return PurePosixPath(re.split(r"[?#]", config.data.train or "")[0]).name
 
 
+def _which_weights(config: Config, facts: CardFacts) -> Iterator[str]:
+    """What the weights are, where they are not those of one step, and what they began as."""
+    if facts.ema:
+        decay = config.training.ema
+        limit = "" if decay is None else f", of decay {decay:g} at most"
+        yield f"these are the running average of the weights{limit}, not the weights of that step"
+    if averaged := facts.state.get("averaged"):
+        parts = ", ".join(f"step {entry['step']:,} of {entry['run']}" for entry in averaged)
+        yield f"these are the mean of the weights of {len(averaged)} checkpoints: {parts}"
+    if origin := facts.state.get("initialized_from"):
+        # As of the data, its own name alone.
+        name = PurePosixPath(re.split(r"[?#]", origin["path"])[0]).name
+        source = (
+            f"{CLASSES.get(origin['model_type'], origin['model_type'])} in {name}"
+            if "model_type" in origin
+            else f"step {origin['step']:,} of {origin['run']}"
+        )
+        yield f"training began with the weights of {source}"
+
+
+def _losses(facts: CardFacts) -> Iterator[str]:
+    """Losses of the weights that are exported, as far as the run has measured them."""
+    measured = {
+        "loss": "training loss of that step, nats per token",
+        "val_loss": "validation loss, nats per token",
+        "val_bits_per_byte": "validation bits per byte",
+    }
+    if facts.ema:  # the other ones are of other weights
+        measured = {"val_loss_ema": "validation loss of the running average, nats per token"}
+    at = {} if "averaged" in facts.state else _metrics(facts)
+    for key, meaning in measured.items():
+        if key in at:  # what was not finite is null there
+            finite = at[key] is not None and math.isfinite(at[key])
+            yield f"{meaning}: {at[key]:.4f}" if finite else f"{meaning}: not finite"
+
+
 def _metrics(facts: CardFacts) -> dict[str, Any]:
-    """Tokens, losses of the checkpoint's step; empty where the run has kept none."""
+    """What was measured at the checkpoint's step; empty where the run has kept nothing of it."""
+    path, folder = facts.run_dir / METRICS, facts.checkpoint.parent
+    if isinstance(folder, Path) and folder.parent.name == ABANDONED:
+        # What was moved aside has its own lines beside it: the run's are of another trajectory.
+        path = folder / METRICS
     with contextlib.suppress(OSError):
-        lines = read_lines(facts.run_dir / METRICS)
-        return next((line for line in reversed(lines) if line["step"] == facts.step), {})
+        lines, step = read_lines(path), facts.state["step"]
+        return next((line for line in reversed(lines) if line["step"] == step), {})
     return {}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from archscale.checkpoint.directory import read_state
 from archscale.checkpoint.reading import StoredWeights
 from archscale.checkpoint.target import find_target
 from archscale.config import Config
@@ -89,7 +90,8 @@ def export(
         str(chosen.run_dir / TOKENIZER),
     )
     dtype = dtype or DTYPES[config.training.precision]
-    facts = CardFacts(chosen.run_dir, chosen.step, dtype, by.sentences(), tokenizer)
+    state = read_state(where)
+    facts = CardFacts(chosen.run_dir, where, state, ema, dtype, by.sentences(), tokenizer)
     texts: dict[str, bytes] = dict(tokenizer.files)
     content = config_json(config.model, architecture, dtype, tokenizer.bos_id, tokenizer.eos_id)
     texts["config.json"] = _json(content)

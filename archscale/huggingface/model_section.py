@@ -23,10 +23,12 @@ EXPERTS = ("qwen3_moe", "mixtral")
 MLP = {activation: mlp for mlp, activation in ACTIVATIONS.items()} | {"swish": "swiglu"}
 # What a key means that is not there, where that depends on the class: as transformers has it.
 OTHER_DEFAULTS: dict[str, dict[str, Any]] = {
-    "mistral": {"sliding_window": 4096},
-    "mixtral": {"rms_norm_eps": 1e-5, "rope_theta": 1e6},
+    "qwen3": {"head_dim": 128, "num_key_value_heads": 32, "sliding_window": 4096},
+    "qwen3_moe": {"num_key_value_heads": 4, "sliding_window": 4096},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "mixtral": {"num_key_value_heads": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e6},
     "arcee": {"rms_norm_eps": 1e-5, "hidden_act": "relu2"},
-    CUSTOM: {"rms_norm_eps": 1e-5},
+    CUSTOM: {"head_dim": 128, "num_key_value_heads": 8, "rms_norm_eps": 1e-5},
 }
 DEFAULTS: dict[str, Any] = {
     "hidden_act": "silu",
@@ -127,7 +129,7 @@ class _Reading:
             "depth": self.count("num_hidden_layers"),
             "width": width,
             "aspect": None,
-            "head_dim": self.get("head_dim") or width // heads,
+            "head_dim": self.head_dim(width, heads),
             "heads": heads,
             "kv_heads": self.get("num_key_value_heads") or heads,
             "mlp": MLP[activation],
@@ -187,6 +189,12 @@ class _Reading:
         }
 
     # --- attention
+
+    def head_dim(self, width: int, heads: int) -> Any:
+        value = self.get("head_dim")
+        if value is None and self.kind.startswith("qwen3") and "head_dim" in self.content:
+            raise self.refusal("head_dim", value, f"{CLASSES[self.kind]} needs a number")
+        return value or width // heads
 
     def window(self) -> int | None:
         if self.kind == CUSTOM:

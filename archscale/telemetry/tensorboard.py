@@ -34,22 +34,25 @@ def check_tensorboard(wanted: bool) -> None:
         )
 
 
-def tensorboard_tracker(config: Mapping[str, Any], run_dir: Path, step: int) -> BestEffort:
+def tensorboard_tracker(
+    config: Mapping[str, Any], run_dir: Path, step: int, own: bool
+) -> BestEffort:
     """Writes into `run_dir`/tensorboard.
 
     Args:
         config: resolved, as plain data.
         step: that the run goes on after.
+        own: whether the event files there are of this run; otherwise none of their steps is drawn.
     """
-    return BestEffort("tensorboard", lambda: Board(config, run_dir / FOLDER, step))
+    return BestEffort("tensorboard", lambda: Board(config, run_dir / FOLDER, step, own))
 
 
 class Board:
     """A `tracking.Tracker`. Vectors over experts are left to metrics.jsonl."""
 
-    def __init__(self, config: Mapping[str, Any], folder: Path, step: int):
+    def __init__(self, config: Mapping[str, Any], folder: Path, step: int, own: bool = True):
         self._folder = folder
-        self._writer = self._open(step)
+        self._writer = self._open(step if own else -1)  # the config is drawn at step 0
         text = "\n".join(f"    {line}" for line in json.dumps(config, indent=1).splitlines())
         self._writer.add_text("config", text, step)
 

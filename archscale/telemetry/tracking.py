@@ -2,22 +2,22 @@
 training's way.
 
 Lines wait in a bounded queue; when the service is slow or gone the oldest are dropped, with one
-warning. What metrics.jsonl holds is complete all the same.
+warning. Steps back are not: lines would stand twice. What metrics.jsonl holds is complete all the
+same.
 """
 
 from __future__ import annotations
 
-import contextlib
+import collections
 import importlib.util
 import netrc
 import os
-import queue
 import sys
 import threading
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from archscale.errors import ConfigError
 from archscale.files import write_atomically
@@ -37,13 +37,16 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
+Call: TypeAlias = tuple[str, Any] | None  # a method of a tracker, its argument; None: close
+
+
 class BestEffort:
     """Runs a tracker on a thread.
 
     Args:
         name: of the service, for warnings.
         connect: called on the thread; may block and may raise.
-        waiting: lines that wait at most.
+        waiting: calls that wait at most; only lines are dropped for that.
         patience: seconds that `close` waits for what is left.
     """
 
@@ -55,19 +58,19 @@ class BestEffort:
         patience: float = PATIENCE,
     ):
         self.name, self._patience = name, patience
-        self._calls: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(waiting)
-        self._dropped = 0
+        self._calls: collections.deque[Call] = collections.deque()
+        self._waiting, self._changed = waiting, threading.Condition()
+        self._dropped = False
         self._thread = threading.Thread(target=self._run, args=(connect,), daemon=True, name=name)
         self._thread.start()
 
     def log(self, line: dict[str, Any]) -> None:
         """Returns at once."""
-        line = dict(line)
-        self._put(lambda tracker: tracker.log(line))
+        self._put(("log", dict(line)))
 
     def rewind(self, step: int) -> None:
         """Returns at once."""
-        self._put(lambda tracker: tracker.rewind(step))
+        self._put(("rewind", step))
 
     def close(self) -> None:
         """Give the service a while for what is left."""
@@ -78,22 +81,31 @@ class BestEffort:
                 f"did not take everything within {self._patience:g} s; metrics.jsonl has it all"
             )
 
-    def _put(self, call: Callable[[Tracker], None] | None) -> None:
-        while True:
-            try:
-                return self._calls.put_nowait(call)
-            except queue.Full:
-                if not self._dropped:
-                    self._warn("is too slow: old lines are dropped, metrics.jsonl has them all")
-                self._dropped += 1
-                with contextlib.suppress(queue.Empty):
-                    self._calls.get_nowait()
+    def _put(self, call: Call) -> None:
+        with self._changed:
+            full = len(self._calls) >= self._waiting
+            if full:
+                lines = (i for i, each in enumerate(self._calls) if each and each[0] == "log")
+                if (oldest := next(lines, None)) is not None:
+                    del self._calls[oldest]
+            self._calls.append(call)
+            self._changed.notify()
+        if full and not self._dropped:
+            self._dropped = True
+            self._warn("is too slow: old lines are dropped, metrics.jsonl has them all")
+
+    def _next(self) -> Call:
+        """Waits for it."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._calls)
+            return self._calls.popleft()
 
     def _run(self, connect: Callable[[], Tracker]) -> None:
         try:
             tracker = connect()
-            while (call := self._calls.get()) is not None:
-                call(tracker)
+            while (call := self._next()) is not None:
+                method, argument = call
+                getattr(tracker, method)(argument)
             tracker.close()
         except Exception as error:  # an outage of a service must not become one of training
             text = " ".join(str(error).split())[:200]
@@ -101,7 +113,7 @@ class BestEffort:
                 f"is not used any more ({type(error).__name__}: {text}); metrics.jsonl has"
                 " everything"
             )
-            while self._calls.get() is not None:  # so that nothing piles up
+            while self._next() is not None:  # so that nothing piles up
                 pass
 
     def _warn(self, text: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from archscale.checkpoint.choosing import load_newest
 from archscale.checkpoint.directory import checkpoint_id, newest_valid, read_state
 from archscale.checkpoint.history import Start, absolute, identity, saved_config, warn
-from archscale.checkpoint.place import STATE, Place, checkpoints_of, place_of
+from archscale.checkpoint.place import STATE, Place, StorePath, checkpoints_of, place_of
 from archscale.checkpoint.saving import load_checkpoint
 from archscale.checkpoint.target import refuse_diverged
 from archscale.config import Config, ModelConfig
@@ -123,6 +123,14 @@ def _nothing_whole(path: str) -> CheckpointError:
 
 
 def _kind(place: Place) -> str:
+    if isinstance(place, StorePath):
+        if (place / STATE).is_file():
+            return "checkpoint"
+        raise ConfigError(
+            f"{place} is no checkpoint; runs and Hugging Face directories must be local paths",
+            KEY,
+            "name a local path, or a checkpoint in a store by itself, such as URL/step_00001000",
+        )
     for kind, file in {"checkpoint": STATE, "run": CONFIG, "directory": CONFIG_JSON}.items():
         if (place / file).is_file():
             return kind
@@ -177,6 +185,8 @@ class Checkpoint:
     def load(self, weights: Mapping[str, Fragment], config: Config) -> Loaded:
         def load(place: Place) -> Checkpoint:
             state = load_checkpoint(place, weights)
+            # An older one than was looked at before, where that turned out to be damaged.
+            on_rank_zero(lambda: refuse_diverged(state, place))
             return Checkpoint(place, state, saved_config(place, state), self.folder)
 
         if self.folder is None:

@@ -27,6 +27,7 @@ class Recorder:
         telemetry: with the trackers.
         steps: of the whole run.
         step: lines of later steps belong to a lost part of the run.
+        own: whether what the run directory had up to `step` belongs to this run.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Recorder:
         steps: int,
         run_dir: Path,
         step: int,
+        own: bool,
     ):
         self._here = distributed.rank() == 0
         self._event = ""
@@ -50,7 +52,7 @@ class Recorder:
             service = wandb_tracker(wandb.mode, wandb.project, name, dict(resolved), run_dir)
             self._trackers = [] if service is None else [service]
             if telemetry.tensorboard:
-                self._trackers.append(tensorboard_tracker(resolved, run_dir, step))
+                self._trackers.append(tensorboard_tracker(resolved, run_dir, step, own))
 
     def __enter__(self) -> Recorder:
         return self

@@ -313,7 +313,7 @@ class Run:
         watchdog = Watchdog(self.run_dir, self.config.telemetry.stuck_after)
         config = self.config
         recorder = Recorder(
-            config.resolved(), config.telemetry, self.rates.steps, self.run_dir, step
+            config.resolved(), config.telemetry, self.rates.steps, self.run_dir, step, start.own
         )
         with contextlib.closing(watchdog), recorder, self.saver, self._profiler:
             if unfinished:

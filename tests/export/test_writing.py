@@ -100,6 +100,32 @@ def test_the_command_says_what_it_chose(made: Path, tmp_path: Path) -> None:
         assert fact in card
 
 
+def test_the_card_says_whose_weights_they_are(run_dir: Path, tmp_path: Path) -> None:
+    named = [{"step": step, "run": "tiny"} for step in (5, STEP)]
+    change_state(
+        run_dir,
+        averaged=named,
+        initialized_from={"path": "/secret/Some", "model_type": "qwen3"},
+    )
+    export(run_dir, tmp_path / "mean", shard_size="5GB")
+    mean = (tmp_path / "mean" / "README.md").read_text()
+    assert "step 7: 2,688 tokens of 3,840 planned" in mean
+    assert "the mean of the weights of 2 checkpoints: step 5 of tiny, step 7 of tiny" in mean
+    assert "training began with the weights of Qwen3ForCausalLM in Some\n" in mean
+    assert "secret" not in mean
+    assert "3.5000" not in mean  # a loss of the newest one's weights
+
+    change_state(run_dir, averaged=None, initialized_from={"path": "/a", "run": "b", "step": 2})
+    aside = run_dir / "abandoned" / "after_step_00000001"
+    shutil.move(run_dir / CHECKPOINTS / STEP_NAME, aside / STEP_NAME)
+    line = {"step": STEP, "tokens": 1, "loss": 3.25, "val_loss": 3.75}
+    (aside / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    export(aside / STEP_NAME, tmp_path / "aside", shard_size="5GB")
+    card = (tmp_path / "aside" / "README.md").read_text()
+    assert "validation loss, nats per token: 3.7500" in card
+    assert "training began with the weights of step 2 of b\n" in card
+
+
 def test_a_checkpoint_by_name_is_the_newest_one_of_its_run(made: Path, tmp_path: Path) -> None:
     export(made, tmp_path / "a", shard_size="5GB")
     (tmp_path / "b").mkdir()  # an empty directory will do

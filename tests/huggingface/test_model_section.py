@@ -62,6 +62,7 @@ REFUSED = [
     ("llama", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
     ("llama", {"num_attention_heads": 5, "num_key_value_heads": 2}, "model.kv_heads"),
     ("llama", {"head_dim": 7}, "model.head_dim"),
+    ("qwen3", {"head_dim": None}, "head_dim is null"),
     ("qwen3", {"use_sliding_window": True, "max_window_layers": 1}, "max_window_layers"),
     ("qwen3", {"use_sliding_window": True, "max_window_layers": None}, "max_window_layers"),
     (
@@ -118,6 +119,26 @@ def test_what_is_not_there_means_what_transformers_takes_it_for():
         for key, value in (DEFAULTS | OTHER_DEFAULTS.get(model_type, {})).items():
             if key in theirs:
                 assert theirs[key] == value, f"{model_type}: {key}"
+
+
+@pytest.mark.parametrize("use_window", [False, True])
+@pytest.mark.parametrize("model_type", [name for name in CLASSES if name != CUSTOM])
+def test_a_file_without_them_is_the_model_that_transformers_reads(model_type, use_window, tmp_path):
+    """Heads that every default divides: what is read then is theirs to the last key."""
+    transformers = pytest.importorskip("transformers")
+    keys: dict[str, Any] = {"hidden_size": 384, "num_attention_heads": 32}
+    keys |= MOE if model_type == "qwen3_moe" else {}
+    keys |= {"num_local_experts": 4, "num_experts_per_tok": 2} if model_type == "mixtral" else {}
+    if use_window:
+        keys |= {"use_sliding_window": True, "max_window_layers": 0}
+    keys |= dict.fromkeys(("head_dim", "num_key_value_heads", "sliding_window"), "ABSENT")
+    section = read_model(written(tmp_path, model_type, **keys)).section
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    head_dim = getattr(theirs, "head_dim", None) or 384 // 32  # as their attention says it
+    assert section["head_dim"] == head_dim
+    assert section["kv_heads"] == theirs.num_key_value_heads
+    assert section["window"] == getattr(theirs, "sliding_window", None)
+    assert section["rope_theta"] == theirs.rope_parameters["rope_theta"]
 
 
 def test_no_json_and_no_file_are_a_line(tmp_path):

@@ -59,6 +59,17 @@ def test_a_step_back_leaves_no_step_twice(data, tmp_path):
     assert curves(tmp_path) == {"loss": {1: 1.0, 2: 2.0, 3: 30.0, 4: 40.0}}
 
 
+def test_the_run_that_another_one_takes_the_place_of_is_not_drawn(data, tmp_path):
+    other, here = tmp_path / "other", tmp_path / "here"
+    run(config(data, "orscale_lm", 4, **WANTED), str(other))
+    run(config(data, "orscale_lm", 4, seed=3, **WANTED), str(here))
+    first = str(other / "checkpoints" / "step_00000002")
+    lines = run(config(data, "orscale_lm", 4, **WANTED), str(here), resume=first)
+    assert [line["step"] for line in lines] == [3, 4]
+    expected = {line["step"]: line["loss"] for line in lines}
+    assert curves(here)["loss"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     check_tensorboard(False)

@@ -110,6 +110,13 @@ def test_export_takes_it(made, tmp_path):
     for name, ema in (("weights", False), ("average", True)):
         exported = load_file(tmp_path / name / "model.safetensors")["model.embed_tokens.weight"]
         assert torch.equal(exported, tensors(step(made[0], 8), ema)["embedding.weight"])
+        # The card states the loss of these weights, and of no other ones.
+        card, at = (tmp_path / name / "README.md").read_text(), made[1][-1]
+        shown, hidden = (at[key] for key in ("val_loss_ema", "val_loss")[:: 1 if ema else -1])
+        assert f"{shown:.4f}" in card
+        assert f"{hidden:.4f}" not in card
+        assert ("training loss" in card) == (not ema)
+        assert ("these are the running average" in card) == ema
 
 
 def straight_and_resumed(data: str, folder: str, sections: dict) -> tuple[list[dict], list[dict]]:

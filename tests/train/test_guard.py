@@ -3,6 +3,7 @@ nobody's."""
 
 import json
 import sys
+import threading
 import time
 import types
 from pathlib import Path
@@ -242,8 +243,39 @@ def test_lines_wait_in_bounded_memory(capfd):
     sink = BestEffort("service", lambda: time.sleep(1000), waiting=5, patience=0.1)
     for i in range(1000):
         sink.log({"step": i})
+    assert len(sink._calls) <= 5
     sink.close()
-    assert sink._calls.qsize() <= 5
+    assert capfd.readouterr().err.count("too slow") == 1
+
+
+def test_a_step_back_is_never_dropped(capfd):
+    done, ready = [], threading.Event()
+
+    class Service:
+        def log(self, line):
+            done.append(line["step"])
+
+        def rewind(self, step):
+            done.append(f"back to {step}")
+
+        def close(self):
+            done.append("closed")
+
+    def connect():
+        ready.wait()
+        return Service()
+
+    sink = BestEffort("service", connect, waiting=4)
+    sink.log({"step": 1})
+    sink.rewind(0)
+    for step in range(1, 8):
+        sink.log({"step": step})
+    ready.set()
+    sink.close()
+    # The end too takes a place.
+    assert done[0] == "back to 0"
+    assert done[-2:] == [7, "closed"]
+    assert len(done) <= 5
     assert capfd.readouterr().err.count("too slow") == 1
 
 

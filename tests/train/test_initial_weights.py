@@ -300,10 +300,18 @@ def test_what_is_no_source_is_a_line(sets, source, tmp_path):
     content[len(content) // 2] ^= 1
     bad.write_bytes(content)
     assert f"it is damaged: {bad.name}" in refused(checkpoint)
+    change_state(step_directory(run_dir / "checkpoints", 3), not_finite_since=2)
+    assert "the run had diverged" in refused(run_dir)
     shutil.rmtree(step_directory(run_dir / "checkpoints", 3))
     assert "no whole checkpoint" in refused(run_dir)
     shutil.rmtree(checkpoint)
     assert "no whole checkpoint" in refused(run_dir)
+
+    write_directory(made.model, tmp_path / "in")
+    for path in (source, tmp_path / "in"):
+        said = refused(f"file://{path}")
+        assert "runs and Hugging Face directories must be local paths" in said
+        assert "a checkpoint in a store by itself" in said
 
     norm = "model.layers.0.post_attention_layernorm.weight"
     up = "model.layers.1.mlp.up_proj.weight"
