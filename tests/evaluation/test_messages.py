@@ -137,11 +137,20 @@ def test_results_are_kept_shown_and_tabulated(
     assert status == 0
     assert "bits_per_byte" in out
     with open("run/evaluations.jsonl", "a") as file:
-        file.write('{"step": 4, "kind": "te')
-    (row,) = read_table(["run"]).columns["eval/text.txt/bits_per_byte"]
+        others = {"val_loss": 9.0, "eval/of_training": 9.0}
+        line = {"step": 4, "kind": "task", "name": "a", "figures": {}, "metrics": others}
+        file.write(json.dumps(line) + '\n{"step": 4, "kind": "te')
+    with open("run/metrics.jsonl") as metrics:
+        *_, last = map(json.loads, metrics)
+    with open("run/metrics.jsonl", "a") as metrics:
+        metrics.write(json.dumps(last | {"eval/of_training": 0.5}) + "\n")
+    columns = read_table(["run"]).columns
+    (row,) = columns["eval/text.txt/bits_per_byte"]
     assert row == result["figures"]["bits_per_byte"]  # of the last step, not the last line
+    # What training has written stays.
+    assert [*columns["val_loss"], *columns["eval/of_training"]] == [last["val_loss"], 0.5]
     record = read_run(Path("run"))
-    assert [entry["step"] for entry in record.evaluations] == [4, 2]
+    assert [entry["step"] for entry in record.evaluations] == [4, 2, 4]
     assert record.warnings == ["evaluations.jsonl: 1 line cut short, damaged or foreign: skipped"]
     write_run_page([record], Path("page.html"))
     page = Path("page.html").read_text()
