@@ -33,7 +33,7 @@ class Wanted:
         texts: files of text.
         contexts: tokens that are read at once; none: the model's own.
         stride: of the windows; None: the context.
-        most_tokens: of each data set; None: all.
+        most_tokens: of each data set and text; None: all.
         batch_size: sequences of one forward pass; None: as in training.
         tasks: of lm-eval, as of `inference.tasks.Tasks`.
         task_folders: with YAML files of further tasks.
@@ -76,7 +76,8 @@ def evaluate(path: Path, wanted: Wanted) -> Evaluated:
             measured = measure(subject.model, text, context, stride, batch)
             results.append(_measured(measured, subject.model.context))
     if tasks is not None:
-        results += map(_scored, tasks.score(subject.task_model, batch, wanted.limit))
+        scores = tasks.score(subject.task_model, batch, wanted.limit)
+        results += [_scored(task, wanted) for task in scores]
     if subject.native is None:
         return Evaluated(str(path), results)
     target = subject.native[1]
@@ -128,7 +129,8 @@ def _texts(subject: Subject, wanted: Wanted) -> Iterator[TokenText]:
         yield text
     start = subject.text.empty[-1]
     for file in wanted.texts:
-        yield read_text(file, names[str(file)], subject.tokenizer, start)
+        name = names[str(file)]
+        yield read_text(file, name, subject.tokenizer, start, wanted.most_tokens)
 
 
 def _names(paths: Sequence[str]) -> dict[str, str]:
@@ -151,7 +153,10 @@ def _tasks(wanted: Wanted) -> Tasks | None:
     return None
 
 
-def _scored(task: TaskScores) -> Result:
+def _scored(task: TaskScores, wanted: Wanted) -> Result:
+    shots = "" if wanted.fewshot is None else f"k{wanted.fewshot}"
+    limit = "" if wanted.limit is None else f"n{wanted.limit}"
+    key = f"{task.name}@{shots}{limit}" if shots or limit else task.name
     settings = {"examples": task.fewshot, "documents": task.samples}
     errors = {f"{key}_stderr": value for key, value in task.errors.items()}
     return Result(
@@ -159,7 +164,7 @@ def _scored(task: TaskScores) -> Result:
         task.name,
         {key: value for key, value in settings.items() if value is not None},
         {**task.figures, **errors},
-        {f"eval/{task.name}/{key}": value for key, value in task.figures.items()},
+        {f"eval/{key}/{figure}": value for figure, value in task.figures.items()},
     )
 
 

@@ -5,7 +5,7 @@ A run directory has config.yaml and metrics.jsonl. Its row has the columns
     run                      its path
     model.width, seed, …     the keys of the config, dotted
     val_loss, tokens, …      the last value of each metric
-    eval/wiki/bits_per_byte, …  what `archscale eval` has measured after the last step
+    eval/arc_easy/acc, …     what `archscale eval` has measured after the last step
     diverged                 where the loss is not finite at the end: since when
     parameters, active_parameters, published_parameters, flops_per_token, flops, published_flops
                              from the model's structure (`archscale.plan.counting`); flops of all

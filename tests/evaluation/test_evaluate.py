@@ -69,15 +69,34 @@ def test_data_are_read_to_their_last_token(trained: Path) -> None:
     assert first.settings["tokens"] == second.settings["tokens"] == split.num_tokens - 1
     ids = split.tokens(1, split.num_tokens)
     assert first.settings["bytes"] == int(split.token_bytes[ids].sum())
-    assert list(second.metrics) == [f"eval/tokens@8/{key}" for key in second.figures]
+    label = next(iter(first.metrics)).split("/")[1]
+    assert label.startswith("tokens-")
+    assert list(second.metrics) == [f"eval/{label}@8/{key}" for key in second.figures]
     (cut,) = evaluate(trained / "run", Wanted(data=[data], most_tokens=48)).results
     assert cut.settings["tokens"] == 48
+    assert list(cut.metrics) == [f"eval/{label}@n48/{key}" for key in cut.figures]
     # Whole windows alone, as validation in training counts them.
     model = load_model(find_target(trained / "run"))
     block = torch.from_numpy(split.samples([0, 1, 2]))
     with torch.no_grad():
         nats = model(block[:, :-1], block[:, 1:]).loss / 48
     assert cut.figures["nats_per_token"] == pytest.approx(float(nats), rel=1e-5)
+
+
+def test_a_part_of_a_text(trained: Path, tmp_path: Path) -> None:
+    """Files of one name have names of their own among the metrics."""
+    names = set()
+    for folder, text in (("a", "abcd efgh abcd"), ("b", "efgh abcd efgh")):
+        path = tmp_path / folder / "test.txt"
+        path.parent.mkdir()
+        path.write_text(text)
+        (result,) = evaluate(trained / "run", Wanted(texts=[path], most_tokens=3)).results
+        ids = find_target(trained / "run").tokenizer.encode(text)[:3]
+        read = find_target(trained / "run").tokenizer.decode(ids)
+        assert (result.settings["tokens"], result.settings["bytes"]) == (3, len(read))
+        names |= set(result.metrics)
+        assert all("@n3/" in name for name in result.metrics)
+    assert len(names) == 2 * len(result.metrics)
 
 
 @pytest.fixture(scope="module")
