@@ -13,6 +13,7 @@ from archscale.data.split import TokenSplit
 from archscale.evaluation.evaluate import Wanted, evaluate
 from archscale.evaluation.results import Evaluated
 from archscale.export.export import export
+from archscale.inference.exported import load_exported
 from archscale.train.loading import load_model
 from tests.pool import pool
 from tests.train.tiny import config, run
@@ -112,6 +113,28 @@ def test_an_export_has_the_same_figures(trained: Path, exported: Path) -> None:
     assert theirs.run_dir is None
     for mine, other in zip(figures(native), figures(theirs), strict=True):
         assert mine == pytest.approx(other, rel=1e-5)  # logits are equal to 2e-5
+
+
+def test_a_model_of_another_project(trained: Path, exported: Path, tmp_path: Path) -> None:
+    """Its config has other names, its tokenizer pads and cuts, and one file says null."""
+    import tokenizers
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"n_positions": 24, "n_embd": 8, "n_layer": 1, "n_head": 1}
+    config = transformers.GPT2Config(vocab_size=300, bos_token_id=7, eos_token_id=9, **sizes)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    nothing = {"bos_token_id": None, "eos_token_id": None}
+    (tmp_path / "generation_config.json").write_text(json.dumps(nothing))
+    tokenizer = tokenizers.Tokenizer.from_file(str(exported / "tokenizer.json"))
+    usual = tuple(tokenizer.encode("").ids)
+    tokenizer.enable_padding(length=len(usual) + 8)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    text = load_exported(tmp_path)
+    assert (text.before, text.model.context, text.ends) == (usual, 24, {9})
+    assert text.empty == (usual or (7,))
+    (result,) = evaluate(tmp_path, Wanted(texts=[trained / "text/000.txt"])).results
+    assert result.settings["context"] == 24
 
 
 def evaluated_in_pool(run: str, data: str, text: str) -> tuple[list[dict], list[dict]]:

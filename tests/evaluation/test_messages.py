@@ -104,6 +104,12 @@ def test_another_tokenizer(command: Command, trained: Path, folder: Path) -> Non
     status, _, err = command("eval", folder / "export")
     assert (status, len(err.splitlines())) == (2, 1)
     assert "an exported model has no validation data of its own" in err
+    endless = folder / "endless"
+    shutil.copytree(folder / "export", endless)
+    told = json.loads((endless / "config.json").read_text())
+    (endless / "config.json").write_text(json.dumps(told | {"max_position_embeddings": None}))
+    status, _, err = command("eval", endless, "--text", folder / "text.txt")
+    assert (status, len(err.splitlines())) == (2, 1), err
     (folder / "export/model.safetensors").write_bytes(b"damaged")
     status, _, err = command("eval", folder / "export", "--text", folder / "text.txt")
     assert (status, len(err.splitlines())) == (2, 1), err
