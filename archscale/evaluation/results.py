@@ -50,7 +50,8 @@ class Evaluated:
     Attributes:
         step: of its checkpoint; None for an export.
         tokens: that it was trained on by then, where that is known.
-        run_dir: None for an export.
+        run_dir: whose list of results has these; None for an export, and for a checkpoint that its
+            run has abandoned.
     """
 
     target: str
