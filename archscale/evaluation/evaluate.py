@@ -69,7 +69,7 @@ def evaluate(path: Path, wanted: Wanted) -> Evaluated:
     texts = distributed.agree(lambda: list(_texts(subject, wanted)))
     tasks = distributed.agree(lambda: _tasks(wanted))
     batch = wanted.batch_size or subject.batch_size
-    results = [_validation(subject, device)] if wanted.nothing else []
+    results = [_validation(subject, device, wanted.batch_size)] if wanted.nothing else []
     for text in texts:
         for context in contexts:
             stride = wanted.stride or context
@@ -81,6 +81,8 @@ def evaluate(path: Path, wanted: Wanted) -> Evaluated:
     if subject.native is None:
         return Evaluated(str(path), results)
     target = subject.native[1]
+    if target.abandoned:
+        return Evaluated(str(path), results, None, target.step)
     tokens = _written(target).get("tokens")
     return Evaluated(str(path), results, target.run_dir, target.step, tokens)
 
@@ -182,11 +184,12 @@ def _measured(measured: Measured, context: int) -> Result:
     return Result(measured.kind, measured.name, settings, figures, metrics)
 
 
-def _validation(subject: Subject, device: torch.device) -> Result:
+def _validation(subject: Subject, device: torch.device, batch_size: int | None) -> Result:
     """The run's own validation, on the windows that training evaluates.
 
     Raises:
-        ConfigError: it has none, or its data are not those that it was trained on.
+        ConfigError: it has none, their number is no multiple of the batch, or its data are not
+            those that it was trained on.
     """
     if subject.native is None:
         raise distributed.same_everywhere(
@@ -201,6 +204,14 @@ def _validation(subject: Subject, device: torch.device) -> Result:
     def opened() -> Evaluation:
         config, own = target.config, subject.data
         assert own is not None
+        windows = config.eval.batches * config.batch_size
+        if batch_size is not None and windows % batch_size:
+            raise ConfigError(
+                f"the {windows} windows of the run's validation are no whole batches of"
+                f" {batch_size}",
+                "--batch",
+                f"give a divisor of {windows}",
+            )
         # How training documents are packed does not matter here, and takes time.
         places = own.model_copy(update={"packing": "concatenate"})
         training = open_training_data(
@@ -212,7 +223,7 @@ def _validation(subject: Subject, device: torch.device) -> Result:
         if not sets:
             problem = "the run has no validation data"
             raise ConfigError(problem, str(target.run_dir), "give --data or --text")
-        return Evaluation.of_run(config, sets, device)
+        return Evaluation.of_run(config, sets, device, batch_size)
 
     figures = distributed.agree(opened).metrics(SimpleNamespace(forward=model))
     assert figures is not None, "nothing asks it to stop"
@@ -222,6 +233,9 @@ def _validation(subject: Subject, device: torch.device) -> Result:
 
 
 def _written(target: Target) -> dict[str, Any]:
-    """The line of the checkpoint's step in the run's metrics; empty where there is none."""
+    """The line of the checkpoint's step in the run's metrics; empty where there is none, or only
+    that of another history."""
+    if target.abandoned:
+        return {}
     lines = read_lines(target.run_dir / METRICS)
     return next((line for line in reversed(lines) if line["step"] == target.step), {})

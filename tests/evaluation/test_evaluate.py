@@ -37,6 +37,9 @@ def test_the_runs_own_validation_again(trained: Path, name: str, step: int) -> N
     assert evaluated.step == step
     assert figures(evaluated) == [{key: written[key] for key in ("val_loss", "val_bits_per_byte")}]
     assert evaluated.results[0].recorded == evaluated.results[0].figures
+    (alone,) = evaluate(trained / "run" / name, Wanted(batch_size=1)).results
+    # Sums of the same losses, in batches of another size.
+    assert alone.figures == pytest.approx(evaluated.results[0].figures, rel=1e-6)
 
 
 @pytest.mark.parametrize("stride", [16, 5])
@@ -165,3 +168,8 @@ def test_what_is_abandoned_takes_its_evaluations_along(trained: Path, tmp_path: 
     for folder, step in ((run_dir, 2), (aside, 4)):
         (line,) = (folder / "evaluations.jsonl").read_text().splitlines()
         assert json.loads(line)["step"] == step
+    (left,) = aside.glob("step_*")
+    evaluated = evaluate(left, Wanted())
+    evaluated.keep()  # nowhere: step 4 of the run is another
+    assert (evaluated.step, evaluated.results[0].recorded) == (4, {})
+    assert len((run_dir / "evaluations.jsonl").read_text().splitlines()) == 1

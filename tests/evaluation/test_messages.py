@@ -76,6 +76,10 @@ def folder(trained: Path, tmp_path: Path) -> Path:
             "a stride of 9 tokens leaves out some between windows of 8 (--stride)",
         ),
         (["run", "--stride", "4"], "there is no text to read (--stride)"),
+        (
+            ["run", "--batch", "97"],
+            "windows of the run's validation are no whole batches of 97 (--batch)",
+        ),
         (["run", "--limit", "4"], "no task is named (--limit)"),
     ],
 )
