@@ -601,7 +601,8 @@ def evaluate(
         typer.Option(min=1, help="Tokens between windows; less than the context: they overlap."),
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Score so many of each data set; default all.")
+        int | None,
+        typer.Option(min=1, help="Score so many of each data set and text; default all."),
     ] = None,
     batch: Annotated[
         int | None, typer.Option(min=1, help="Sequences of a forward pass; default as in training.")

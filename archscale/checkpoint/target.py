@@ -31,6 +31,13 @@ class Target:
     config: Config
     tokenizer: Tokenizer
 
+    @property
+    def abandoned(self) -> bool:
+        """Whether the run has gone back to before this checkpoint, so it is of another history."""
+        place = self.checkpoint
+        paths = (place.absolute(), place.resolve()) if isinstance(place, Path) else (place,)
+        return any(path.parent.parent.name == ABANDONED for path in paths)
+
 
 def find_target(target: Path) -> Target:
     """The checkpoint that a path names, with its config and its run's tokenizer.

@@ -33,7 +33,7 @@ class Wanted:
         texts: files of text.
         contexts: tokens that are read at once; none: the model's own.
         stride: of the windows; None: the context.
-        most_tokens: of each data set; None: all.
+        most_tokens: of each data set and text; None: all.
         batch_size: sequences of one forward pass; None: as in training.
         tasks: of lm-eval, as of `inference.tasks.Tasks`.
         task_folders: with YAML files of further tasks.
@@ -69,17 +69,20 @@ def evaluate(path: Path, wanted: Wanted) -> Evaluated:
     texts = distributed.agree(lambda: list(_texts(subject, wanted)))
     tasks = distributed.agree(lambda: _tasks(wanted))
     batch = wanted.batch_size or subject.batch_size
-    results = [_validation(subject, device)] if wanted.nothing else []
+    results = [_validation(subject, device, wanted.batch_size)] if wanted.nothing else []
     for text in texts:
         for context in contexts:
             stride = wanted.stride or context
             measured = measure(subject.model, text, context, stride, batch)
             results.append(_measured(measured, subject.model.context))
     if tasks is not None:
-        results += map(_scored, tasks.score(subject.task_model, batch, wanted.limit))
+        scores = tasks.score(subject.task_model, batch, wanted.limit)
+        results += [_scored(task, wanted) for task in scores]
     if subject.native is None:
         return Evaluated(str(path), results)
     target = subject.native[1]
+    if target.abandoned:
+        return Evaluated(str(path), results, None, target.step)
     tokens = _written(target).get("tokens")
     return Evaluated(str(path), results, target.run_dir, target.step, tokens)
 
@@ -128,7 +131,8 @@ def _texts(subject: Subject, wanted: Wanted) -> Iterator[TokenText]:
         yield text
     start = subject.text.empty[-1]
     for file in wanted.texts:
-        yield read_text(file, names[str(file)], subject.tokenizer, start)
+        name = names[str(file)]
+        yield read_text(file, name, subject.tokenizer, start, wanted.most_tokens)
 
 
 def _names(paths: Sequence[str]) -> dict[str, str]:
@@ -151,7 +155,10 @@ def _tasks(wanted: Wanted) -> Tasks | None:
     return None
 
 
-def _scored(task: TaskScores) -> Result:
+def _scored(task: TaskScores, wanted: Wanted) -> Result:
+    shots = "" if wanted.fewshot is None else f"k{wanted.fewshot}"
+    limit = "" if wanted.limit is None else f"n{wanted.limit}"
+    key = f"{task.name}@{shots}{limit}" if shots or limit else task.name
     settings = {"examples": task.fewshot, "documents": task.samples}
     errors = {f"{key}_stderr": value for key, value in task.errors.items()}
     return Result(
@@ -159,7 +166,7 @@ def _scored(task: TaskScores) -> Result:
         task.name,
         {key: value for key, value in settings.items() if value is not None},
         {**task.figures, **errors},
-        {f"eval/{task.name}/{key}": value for key, value in task.figures.items()},
+        {f"eval/{key}/{figure}": value for figure, value in task.figures.items()},
     )
 
 
@@ -177,11 +184,12 @@ def _measured(measured: Measured, context: int) -> Result:
     return Result(measured.kind, measured.name, settings, figures, metrics)
 
 
-def _validation(subject: Subject, device: torch.device) -> Result:
+def _validation(subject: Subject, device: torch.device, batch_size: int | None) -> Result:
     """The run's own validation, on the windows that training evaluates.
 
     Raises:
-        ConfigError: it has none, or its data are not those that it was trained on.
+        ConfigError: it has none, their number is no multiple of the batch, or its data are not
+            those that it was trained on.
     """
     if subject.native is None:
         raise distributed.same_everywhere(
@@ -196,6 +204,14 @@ def _validation(subject: Subject, device: torch.device) -> Result:
     def opened() -> Evaluation:
         config, own = target.config, subject.data
         assert own is not None
+        windows = config.eval.batches * config.batch_size
+        if batch_size is not None and windows % batch_size:
+            raise ConfigError(
+                f"the {windows} windows of the run's validation are no whole batches of"
+                f" {batch_size}",
+                "--batch",
+                f"give a divisor of {windows}",
+            )
         # How training documents are packed does not matter here, and takes time.
         places = own.model_copy(update={"packing": "concatenate"})
         training = open_training_data(
@@ -207,7 +223,7 @@ def _validation(subject: Subject, device: torch.device) -> Result:
         if not sets:
             problem = "the run has no validation data"
             raise ConfigError(problem, str(target.run_dir), "give --data or --text")
-        return Evaluation.of_run(config, sets, device)
+        return Evaluation.of_run(config, sets, device, batch_size)
 
     figures = distributed.agree(opened).metrics(SimpleNamespace(forward=model))
     assert figures is not None, "nothing asks it to stop"
@@ -217,6 +233,9 @@ def _validation(subject: Subject, device: torch.device) -> Result:
 
 
 def _written(target: Target) -> dict[str, Any]:
-    """The line of the checkpoint's step in the run's metrics; empty where there is none."""
+    """The line of the checkpoint's step in the run's metrics; empty where there is none, or only
+    that of another history."""
+    if target.abandoned:
+        return {}
     lines = read_lines(target.run_dir / METRICS)
     return next((line for line in reversed(lines) if line["step"] == target.step), {})

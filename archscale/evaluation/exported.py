@@ -22,7 +22,7 @@ class TransformersScores:
     def __init__(self, model: TransformersModel, where: str, device: torch.device):
         self._model = model.model
         self.where, self.device, self.context = where, device, model.context
-        self.vocab_size = int(model.model.config.vocab_size)
+        self.vocab_size = int(model.model.config.get_text_config().vocab_size)
 
     def logits(self, tokens: Tensor) -> Tensor:
         return self._model(input_ids=tokens, use_cache=False).logits.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -34,20 +35,24 @@ class TokenText:
     Attributes:
         kind: "data" or "text".
         name: in results.
+        label: in names of metrics: the end of its path, and a digest that tells it from others.
         where: for messages.
         tokens: their number; the first is only read, to predict the second.
         read: the ids of positions [start, stop), int64.
         lengths: UTF-8 bytes that each id stands for; None where that is not known.
         size: UTF-8 bytes of all but the first token, where that is known by itself.
+        cut: whether the text has more tokens.
     """
 
     kind: str
     name: str
+    label: str
     where: str
     tokens: int
     read: Callable[[int, int], np.ndarray]
     lengths: np.ndarray | None = None
     size: int | None = None
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,15 +63,18 @@ class Measured:
         tokens: that were counted.
         nats: −ln of their probability, summed.
         size: UTF-8 bytes that they stand for; None where that is not known.
+        cut: whether the text has more tokens.
     """
 
     kind: str
     name: str
+    label: str
     context: int
     stride: int
     tokens: int
     nats: float
     size: int | None
+    cut: bool
 
     def figures(self) -> dict[str, float]:
         """By their names."""
@@ -84,11 +92,24 @@ class Measured:
         """The name that tells it from others of the same model, whose context is given."""
         usual = self.context == context and self.stride == context
         stride = "" if self.stride == self.context else f"s{self.stride}"
-        return self.name if usual else f"{self.name}@{self.context}{stride}"
+        settings = "" if usual else f"{self.context}{stride}"
+        settings += f"n{self.tokens}" if self.cut else ""
+        return f"{self.label}@{settings}" if settings else self.label
 
 
-def read_text(path: Path, name: str, tokenizer: Tokenizer, start_id: int) -> TokenText:
+def _label(path: str, content: bytes) -> str:
+    """The end of a path, and a digest of what lies there: files of one name are many."""
+    name = path.rstrip("/").rpartition("/")[2] or path
+    return f"{name}-{hashlib.sha256(content).hexdigest()[:6]}"
+
+
+def read_text(
+    path: Path, name: str, tokenizer: Tokenizer, start_id: int, most: int | None
+) -> TokenText:
     """A file of UTF-8 text, as one document after the token `start_id`.
+
+    Args:
+        most: tokens from its start that are counted; None: all.
 
     Raises:
         DataError: it cannot be read, is not UTF-8, or is empty.
@@ -107,7 +128,16 @@ def read_text(path: Path, name: str, tokenizer: Tokenizer, start_id: int) -> Tok
     ids = np.concatenate([[start_id], tokenizer.encode_document(text)]).astype(np.int64)
     if len(ids) < 2:
         raise DataError("there is no text in it", str(path), remedy)
-    return TokenText("text", name, str(path), len(ids), lambda a, b: ids[a:b], None, len(content))
+    label = _label(str(path), content)
+    count = len(ids) if most is None else min(len(ids), most + 1)
+    cut = count < len(ids)
+    # Of a part the bytes are known by its tokens only.
+    lengths, size = (tokenizer.token_bytes(), None) if cut else (None, len(content))
+
+    def read(start: int, stop: int) -> np.ndarray:
+        return ids[start:stop]
+
+    return TokenText("text", name, label, str(path), count, read, lengths, size, cut)
 
 
 def read_data(
@@ -131,7 +161,9 @@ def read_data(
         refuse_unknown_ids(split, ids)
         return ids
 
-    return TokenText("data", name, path, count, read, split.token_bytes), split
+    label, cut = _label(path, split.origin.encode()), count < split.num_tokens
+    text = TokenText("data", name, label, path, count, read, split.token_bytes, cut=cut)
+    return text, split
 
 
 def measure(
@@ -165,7 +197,8 @@ def measure(
     if not math.isfinite(nats):
         raise not_finite(model.where)
     size = text.size if text.lengths is None else sum(part for _, part in parts)
-    return Measured(text.kind, text.name, context, stride, text.tokens - 1, nats, size)
+    tokens = text.tokens - 1
+    return Measured(text.kind, text.name, text.label, context, stride, tokens, nats, size, text.cut)
 
 
 def _tensors(text: TokenText, batch: Sequence[Window]) -> tuple[Tensor, Tensor]:

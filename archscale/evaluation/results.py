@@ -25,7 +25,7 @@ class Result:
         settings: with what it was measured, and how much of it.
         figures: by their own names, such as bits_per_byte.
         metrics: the same by the names that they have among a run's metrics, such as
-            eval/wiki/bits_per_byte.
+            eval/wiki-1f3a9c/bits_per_byte.
         recorded: what the run itself has written for the same, by name of the figure.
     """
 
@@ -50,7 +50,8 @@ class Evaluated:
     Attributes:
         step: of its checkpoint; None for an export.
         tokens: that it was trained on by then, where that is known.
-        run_dir: None for an export.
+        run_dir: whose list of results has these; None for an export, and for a checkpoint that its
+            run has abandoned.
     """
 
     target: str

@@ -99,18 +99,43 @@ def load_exported(directory: Path, device: torch.device | None = None) -> TextMo
     model = _load(directory, trusted)
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ends = generation.get("eos_token_id", config.get("eos_token_id"))
+    context = _context(model, directory)
+    ends = _special("eos_token_id", generation, config)
     ends = [ends] if isinstance(ends, int) else list(ends or [])
     tokenizer, before = _tokenizer(directory, ends)
-    first = generation.get("bos_token_id", config.get("bos_token_id"))
+    first = _special("bos_token_id", generation, config)
     return TextModel(
-        TransformersModel(model.to(device).eval(), int(config["max_position_embeddings"])),
+        TransformersModel(model.to(device).eval(), context),
         tokenizer,
         before=before,
         empty=before or (tokenizer.eos_id if first is None else int(first),),
         ends=frozenset({tokenizer.eos_id, *ends}),
         name=str(directory),
     )
+
+
+def _special(name: str, generation: dict[str, Any], config: dict[str, Any]) -> Any:
+    """A special token's id, or several, from the first that says one; null says none. A model of
+    texts and more has a config of its texts inside."""
+    inner = config.get("text_config")
+    places = (generation, config, inner if isinstance(inner, dict) else {})
+    return next((place[name] for place in places if place.get(name) is not None), None)
+
+
+def _context(model: Any, directory: Path) -> int:
+    """Tokens that a model reads at most, by whatever name its config has them.
+
+    Raises:
+        CheckpointError: it has none.
+    """
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(context, int):
+        raise CheckpointError(
+            "the model does not say how many tokens it reads at most",
+            str(directory / CONFIG_JSON),
+            "give it max_position_embeddings",
+        )
+    return context
 
 
 def _has_our_code(directory: Path, config: dict[str, Any]) -> bool:
@@ -176,7 +201,10 @@ def _tokenizer(directory: Path, ends: list[int]) -> tuple[Tokenizer, tuple[int, 
         tokenizer = HuggingFaceTokenizer(content, str(path), eos_id=eos_id)
         from tokenizers import Tokenizer as Backend
 
-        return tokenizer, tuple(Backend.from_buffer(content).encode("").ids)
+        backend = Backend.from_buffer(content)
+        backend.no_padding()
+        backend.no_truncation()
+        return tokenizer, tuple(backend.encode("").ids)
     path = directory / MODEL_FILE
     if not path.is_file():
         raise DataError(

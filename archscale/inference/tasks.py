@@ -4,10 +4,11 @@ scored."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import random
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,9 @@ class Tasks:
         include = [str(folder) for folder in folders]
         # Its own tasks are thousands of files to look through, so local ones come first.
         manager = TaskManager(include_path=include, include_defaults=False)
+        others: Callable[[], Any] | None = functools.partial(TaskManager, include_path=include)
         if _unknown(names, manager.all_tasks):
-            manager = TaskManager(include_path=include)
+            manager, others = others(), None
         for name in _unknown(names, manager.all_tasks):
             close = nearest(name, manager.all_tasks)
             raise ConfigError(
@@ -86,13 +88,13 @@ class Tasks:
             )
         with _without_bars(), _kept_random_state():
             try:
-                self._loaded = manager.load(list(dict.fromkeys(names)))
+                self._loaded = _load(list(dict.fromkeys(names)), manager, others)
             except Exception as error:  # of the file, of the hub, of the data: the task's own
                 cause = one_line(str(error))[:200] or type(error).__name__
                 problem = f"cannot load {', '.join(names)}: {cause}"
                 raise ConfigError(problem, where, "check the task and its data set") from error
         for task in self._loaded["tasks"].values():
-            if fewshot is not None and task.get_config("num_fewshot") != 0:
+            if fewshot is not None:
                 task.set_config(key="num_fewshot", value=fewshot)
             elif task.get_config("num_fewshot") is None:
                 task.set_config(key="num_fewshot", value=0)
@@ -137,6 +139,17 @@ class Tasks:
                 problem = f"cannot score {names}: {one_line(str(error))[:200]}"
                 raise ConfigError(problem, model.text.name, "leave the task out") from error
         return list(_scores(results))
+
+
+def _load(names: list[str], manager: Any, others: Callable[[], Any] | None) -> Any:
+    """The tasks and their data, from `manager` or, where that fails, from the one that `others`
+    makes: the members of a local group may be tasks of lm-eval's own."""
+    try:
+        return manager.load(names)
+    except Exception:
+        if others is None:
+            raise
+        return others().load(names)
 
 
 def _unknown(names: Sequence[str], known: Sequence[str]) -> list[str]:

@@ -37,7 +37,8 @@ class TextStream:
         """Take in a token; returns what has become known of the text."""
         self._tokens.append(token)
         before, now = self._decoded()
-        # The last character may not be whole. Once it is, no later token changes it.
+        # The last character may not be whole. Once it is, it is released for good, though a decoder
+        # that falls back to bytes would replace a whole run of them where an invalid one follows.
         if len(now) <= len(before) or now.endswith(REPLACED):
             return ""
         self._tokens = self._tokens[self._known :]

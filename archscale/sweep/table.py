@@ -5,7 +5,7 @@ A run directory has config.yaml and metrics.jsonl. Its row has the columns
     run                      its path
     model.width, seed, …     the keys of the config, dotted
     val_loss, tokens, …      the last value of each metric
-    eval/wiki/bits_per_byte, …  what `archscale eval` has measured after the last step
+    eval/arc_easy/acc, …     what `archscale eval` has measured after the last step
     diverged                 where the loss is not finite at the end: since when
     parameters, active_parameters, published_parameters, flops_per_token, flops, published_flops
                              from the model's structure (`archscale.plan.counting`); flops of all
@@ -80,7 +80,8 @@ def _runs(folder: Path, left_out: list[tuple[str, str]]) -> Iterator[tuple[str, 
         if diverged is not None:
             row["diverged"] = f"loss not finite since step {diverged}"
         step = metrics.get("step")
-        row |= _evaluated(run / EVALUATIONS, step)
+        for key, value in _evaluated(run / EVALUATIONS, step).items():
+            row.setdefault(key, value)  # what training has written stays
         try:
             steps = _schedule_start(run) + resolve(config).steps
         except ConfigError:  # a budget that follows a vocabulary which only the data knows
@@ -128,8 +129,9 @@ def _last_values(path: Path) -> tuple[dict[str, Cell], int | None]:
 
 
 def _evaluated(path: Path, step: Cell) -> dict[str, Cell]:
-    """The metrics in a run's list of evaluations that are of this step; of several results of one
-    kind the last counts. Lines that a crash or a full disk has cut short are lost."""
+    """The metrics `eval/…` in a run's list of evaluations that are of this step; of several results
+    of one name the last counts. Its validation again, which may be by another order of sums, is no
+    other column. Lines that a crash or a full disk has cut short are lost."""
     cells: dict[str, Cell] = {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
@@ -138,6 +140,7 @@ def _evaluated(path: Path, step: Cell) -> dict[str, Cell]:
                 cells |= {
                     key: math.nan if value is None else plain(value)
                     for key, value in values["metrics"].items()
+                    if key.startswith("eval/")
                 }
         except (ValueError, TypeError, KeyError, AttributeError):
             continue

@@ -63,10 +63,20 @@ class Evaluation:
         ]
 
     @classmethod
-    def of_run(cls, config: Config, sets: Sequence[ValidationSet], device: torch.device) -> Self:
+    def of_run(
+        cls,
+        config: Config,
+        sets: Sequence[ValidationSet],
+        device: torch.device,
+        batch_size: int | None = None,
+    ) -> Self:
         """As a run of this resolved config is validated: on `eval.batches` batches of the training
-        size, which are the same windows on any number of ranks and at any micro-batch."""
-        size = config.training.micro_batch
+        size, which are the same windows on any number of ranks and at any micro-batch.
+
+        Args:
+            batch_size: windows of one forward pass, a divisor of all; None: as in training.
+        """
+        size = batch_size or config.training.micro_batch
         return cls(sets, config.eval.batches * config.batch_size // size, size, device)
 
     def metrics(

@@ -1,5 +1,6 @@
 """What `archscale eval` says of what it cannot do: one line, exit status 2."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -75,6 +76,10 @@ def folder(trained: Path, tmp_path: Path) -> Path:
             "a stride of 9 tokens leaves out some between windows of 8 (--stride)",
         ),
         (["run", "--stride", "4"], "there is no text to read (--stride)"),
+        (
+            ["run", "--batch", "97"],
+            "windows of the run's validation are no whole batches of 97 (--batch)",
+        ),
         (["run", "--limit", "4"], "no task is named (--limit)"),
     ],
 )
@@ -103,6 +108,12 @@ def test_another_tokenizer(command: Command, trained: Path, folder: Path) -> Non
     status, _, err = command("eval", folder / "export")
     assert (status, len(err.splitlines())) == (2, 1)
     assert "an exported model has no validation data of its own" in err
+    endless = folder / "endless"
+    shutil.copytree(folder / "export", endless)
+    told = json.loads((endless / "config.json").read_text())
+    (endless / "config.json").write_text(json.dumps(told | {"max_position_embeddings": None}))
+    status, _, err = command("eval", endless, "--text", folder / "text.txt")
+    assert (status, len(err.splitlines())) == (2, 1), err
     (folder / "export/model.safetensors").write_bytes(b"damaged")
     status, _, err = command("eval", folder / "export", "--text", folder / "text.txt")
     assert (status, len(err.splitlines())) == (2, 1), err
@@ -137,11 +148,21 @@ def test_results_are_kept_shown_and_tabulated(
     assert status == 0
     assert "bits_per_byte" in out
     with open("run/evaluations.jsonl", "a") as file:
-        file.write('{"step": 4, "kind": "te')
-    (row,) = read_table(["run"]).columns["eval/text.txt/bits_per_byte"]
+        others = {"val_loss": 9.0, "eval/of_training": 9.0}
+        line = {"step": 4, "kind": "task", "name": "a", "figures": {}, "metrics": others}
+        file.write(json.dumps(line) + '\n{"step": 4, "kind": "te')
+    with open("run/metrics.jsonl") as metrics:
+        *_, last = map(json.loads, metrics)
+    with open("run/metrics.jsonl", "a") as metrics:
+        metrics.write(json.dumps(last | {"eval/of_training": 0.5}) + "\n")
+    columns = read_table(["run"]).columns
+    label = f"text.txt-{hashlib.sha256(b'abcd efgh').hexdigest()[:6]}"
+    (row,) = columns[f"eval/{label}/bits_per_byte"]
     assert row == result["figures"]["bits_per_byte"]  # of the last step, not the last line
+    # What training has written stays.
+    assert [*columns["val_loss"], *columns["eval/of_training"]] == [last["val_loss"], 0.5]
     record = read_run(Path("run"))
-    assert [entry["step"] for entry in record.evaluations] == [4, 2]
+    assert [entry["step"] for entry in record.evaluations] == [4, 2, 4]
     assert record.warnings == ["evaluations.jsonl: 1 line cut short, damaged or foreign: skipped"]
     write_run_page([record], Path("page.html"))
     page = Path("page.html").read_text()

@@ -78,6 +78,8 @@ def test_one_number_everywhere(trained: Path, task_folder: Path, tmp_path: Path)
     own = scores(trained / "run", task_folder)
     assert own == pytest.approx(expected, rel=1e-5)
     assert scores(trained / "run", task_folder, batch_size=1) == pytest.approx(own, rel=1e-5)
+    some = scores(trained / "run", task_folder, limit=2, fewshot=0)
+    assert set(some) == {key.replace("/", "@k0n2/").replace("eval@k0n2", "eval") for key in own}
     out = tmp_path / "exported"
     export(trained / "run", out, dtype="float32", shard_size="5GB")
     assert scores(out, task_folder) == pytest.approx(own, rel=1e-5)
@@ -92,6 +94,35 @@ def test_one_number_everywhere(trained: Path, task_folder: Path, tmp_path: Path)
         HFLM(pretrained=str(out), trust_remote_code=True, device="cpu"), loaded, log_samples=False
     )
     assert results["results"]["words"]["acc,none"] == own["eval/words/acc"]
+
+
+def test_examples_where_a_task_says_none(
+    trained: Path, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a local group, whose task is one of lm-eval's own."""
+    import lm_eval.tasks
+
+    content = json.loads((task_folder / "words.yaml").read_text())
+    content |= {"task": "alone", "num_fewshot": 0, "fewshot_split": "test"}
+    (tmp_path / "local").mkdir()
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/alone.yaml").write_text(json.dumps(content))
+    (tmp_path / "local/group.yaml").write_text(json.dumps({"group": "several", "task": ["alone"]}))
+    folders: list = []
+
+    class OwnTasks(lm_eval.tasks.TaskManager):  # the folder in place of lm-eval's own tasks
+        def __init__(self, include_path=None, include_defaults=True):
+            folders.append(include_defaults)
+            include = [*include_path, *([str(tmp_path / "own")] if include_defaults else [])]
+            super().__init__(include_path=include, include_defaults=False)
+
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", OwnTasks)
+    for given, expected in ((None, 0), (2, 2)):
+        wanted = Wanted(tasks=["several"], task_folders=[tmp_path / "local"], fewshot=given)
+        results = evaluate(trained / "run", wanted).results
+        (task,) = [result for result in results if result.name == "alone"]
+        assert task.settings["examples"] == expected
+    assert folders == [False, True] * 2
 
 
 def trained_on_tasks(data: str, folder: str, run_dir: str, tasks: bool, **sections) -> list[dict]:
