@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from archscale.distributed import shared_out
+from archscale.distributed import all_reduce, rank, shared_out
 from archscale.errors import CheckpointError, ConfigError
 from archscale.inference.scoring import TransformerScores, log_likelihoods, windows
 from tests.pool import pool
@@ -89,3 +89,23 @@ def test_work_is_shared_out_in_order(count: int) -> None:
     expected = [item * item for item in range(count)]
     assert squares(count) == (expected, count)
     assert pool(2).run(squares, count) == [(expected, -(-count // 2))] * 2
+
+
+def failing_on_one(item: int) -> float:
+    reduced = all_reduce(torch.ones(1)).item()
+    if item == 1:
+        raise CheckpointError(f"item {item} cannot be done", f"rank {rank()}", "leave it out")
+    return reduced
+
+
+def failure() -> str:
+    try:
+        shared_out(range(6), failing_on_one)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_a_failure_is_everybodys() -> None:
+    """Nobody begins an item, with collectives of its own, that another rank does not."""
+    assert pool(2).run(failure) == ["item 1 cannot be done (rank 1): leave it out"] * 2
