@@ -93,7 +93,7 @@ def log_likelihoods(
 
     Raises:
         ConfigError: a continuation is longer than the context.
-        CheckpointError: logits are not finite.
+        Diverged: logits are not finite.
     """
     longest = max((len(following) for _, following in requests), default=0)
     if longest > model.context:
@@ -168,10 +168,20 @@ def _continuations(
     return [Likelihood(value, bool(flag)) for value, flag in zip(values, greedy)]
 
 
-def not_finite(where: str) -> CheckpointError:
-    """What is said of weights that give no probabilities."""
-    return CheckpointError(
-        "the weights give logits that are not finite", where, "name a run that has not diverged"
+class Diverged(CheckpointError):
+    """Weights give logits that are not finite, and so no probabilities."""
+
+
+def not_finite(where: str, at: str = "") -> Diverged:
+    """What is said of such weights.
+
+    Args:
+        at: at which text.
+    """
+    return Diverged(
+        f"the weights give logits that are not finite{at and f', {at}'}",
+        where,
+        "name a run or checkpoint that has not diverged",
     )
 
 

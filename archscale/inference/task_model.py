@@ -34,7 +34,7 @@ class TaskModel:
             batch: texts that a rank continues at a time.
 
         Raises:
-            CheckpointError: logits are not finite.
+            Diverged: logits are not finite.
         """
         model, tokenizer, ends = self.text.model, self.text.tokenizer, self.text.ends
 

@@ -113,7 +113,7 @@ class Tasks:
 
         Raises:
             ConfigError: a task cannot be scored with this model.
-            CheckpointError: its logits are not finite.
+            Diverged: its logits are not finite.
         """
         from lm_eval.evaluator import evaluate
 

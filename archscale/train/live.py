@@ -7,6 +7,7 @@ random states are as before.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from archscale.distributed import from_rank_zero
 from archscale.inference.generate import Request
 from archscale.inference.native import NativeModel
 from archscale.inference.sampling import Sampling
-from archscale.inference.scoring import TransformerScores
+from archscale.inference.scoring import Diverged, TransformerScores
 from archscale.inference.task_model import TaskModel
 from archscale.inference.tasks import Tasks
 from archscale.inference.text_model import TextModel
@@ -29,6 +30,21 @@ SAMPLE_TOKENS = 64  # most that a prompt is continued by
 
 class Left(Exception):
     """Something has ended an evaluation."""
+
+
+@dataclass
+class LiveResults:
+    """What an evaluation has found; the same on all ranks.
+
+    Attributes:
+        figures: `eval/<task>/<metric>` of every task.
+        samples: the prompts, each with the text that continues it.
+        events: why there are not all of them.
+    """
+
+    figures: dict[str, float] = field(default_factory=dict)
+    samples: list[dict[str, str]] = field(default_factory=list)
+    events: list[str] = field(default_factory=list)
 
 
 class LiveEvaluation:
@@ -55,35 +71,43 @@ class LiveEvaluation:
         """Whether there is anything to do."""
         return self._tasks is not None or bool(self._samples)
 
-    def metrics(
-        self, engine: Forwards, before: Callable[[], bool]
-    ) -> tuple[dict[str, float], list[dict[str, str]]] | None:
-        """`eval/<task>/<metric>` of every task, and the prompts with the texts that continue them.
-        None where `before` said so, which is asked before every forward pass, with the same answer
-        on all ranks.
+    def results(self, engine: Forwards, leave: Callable[[], bool]) -> LiveResults | None:
+        """Figures of the tasks and texts of the prompts. A run that has diverged has none of those
+        that need probabilities, and goes on.
 
-        Raises:
-            CheckpointError: logits are not finite.
+        Args:
+            leave: asked before every forward pass, with the same answer on all ranks; then there
+                are no results.
         """
-        model = self._model(engine, before)
-        batch = self._config.training.micro_batch
-        metrics: dict[str, float] = {}
+        model, results = self._model(engine, leave), LiveResults()
         try:
-            if self._tasks is not None:
-                for task in self._tasks.score(model, batch, errors=False):
-                    metrics |= {f"eval/{task.name}/{key}": v for key, v in task.figures.items()}
-            requests = [Request(model.text.tokens(text), SAMPLE_TOKENS) for text in self._samples]
-            texts = model.write(requests, Sampling(temperature=0.0, top_k=None), batch)
+            self._score_tasks(model, results)
+            self._write_samples(model, results)
         except Left:
             return None
-        pairs = zip(self._samples, texts)
-        return metrics, [{"prompt": prompt, "text": text} for prompt, text in pairs]
+        except Diverged as error:
+            results.events.append(f"tasks and samples left out: {error.what}")
+        return results
 
-    def _model(self, engine: Forwards, before: Callable[[], bool]) -> TaskModel:
+    def _score_tasks(self, model: TaskModel, results: LiveResults) -> None:
+        if self._tasks is not None:
+            batch = self._config.training.micro_batch
+            for task in self._tasks.score(model, batch, errors=False):
+                results.figures |= {f"eval/{task.name}/{k}": v for k, v in task.figures.items()}
+
+    def _write_samples(self, model: TaskModel, results: LiveResults) -> None:
+        requests = [Request(model.text.tokens(text), SAMPLE_TOKENS) for text in self._samples]
+        greedy = Sampling(temperature=0.0, top_k=None)
+        texts = model.write(requests, greedy, self._config.training.micro_batch)
+        results.samples += [
+            {"prompt": prompt, "text": text} for prompt, text in zip(self._samples, texts)
+        ]
+
+    def _model(self, engine: Forwards, leave: Callable[[], bool]) -> TaskModel:
         config, device = self._config.model, self._device
 
         def forward(*args: Any, **kwargs: Any) -> ModelOutput:
-            if before():
+            if leave():
                 raise Left
             return engine.forward(*args, **kwargs)
 

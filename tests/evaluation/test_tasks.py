@@ -138,15 +138,38 @@ def test_an_evaluation_that_is_left(trained: Path, task_folder: Path) -> None:
     live = LiveEvaluation(made, torch.device("cpu"))
     engine = SimpleNamespace(forward=load_model(find_target(trained / "run")))
     asked, before = itertools.count(), torch.get_rng_state()
-    metrics, _ = live.metrics(engine, lambda: next(asked) < 0)
-    assert list(metrics) == ["eval/words/acc"]
+    results = live.results(engine, lambda: next(asked) < 0)
+    assert list(results.figures) == ["eval/words/acc"]
+    assert not results.events
     passes = next(asked)
     for number in (0, 1, passes - 1):  # in the tasks, and in the samples
         asked = itertools.count()
-        assert live.metrics(engine, lambda: next(asked) == number) is None  # noqa: B023
+        assert live.results(engine, lambda: next(asked) == number) is None  # noqa: B023
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(ConfigError, match=r"no such task file \(no\.yaml\): .*eval\.tasks"):
         LiveEvaluation(config("no", eval={"tasks": ["no.yaml"]}), torch.device("cpu"))
+
+
+def diverged(data: str, folder: str, run_dir: str) -> list[dict]:
+    sections = {
+        "optimizer": {"matrix": {"rule": "muon"}, "weight_decay": 0.1},
+        "telemetry": {"every": 1},
+    }
+    base = {"parameterization": {"base": {"lr": 1e38}}}
+    return trained_on_tasks(data, folder, run_dir, True, **sections, **base)
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_diverged_run_goes_on_without_figures(
+    trained: Path, task_folder: Path, tmp_path: Path, world: int
+) -> None:
+    told = str(trained / "tokens"), str(task_folder), str(tmp_path / "run")
+    lines = diverged(*told) if world == 1 else pool(world).run(diverged, *told)[0]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert not any(key.startswith("eval/") for line in lines for key in line)
+    missing = "tasks and samples left out: the weights give logits that are not finite"
+    assert [missing in (line.get("event") or "") for line in lines] == [False, True, False, True]
+    assert "non-finite loss" in lines[-1]["event"]  # what the guard says stays
 
 
 EXPERTS = {"moe": {"sparsity": 3, "top_k": 3}}
