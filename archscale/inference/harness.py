@@ -6,6 +6,7 @@ lm-eval's matter (`shared_out`), so that a model whose forward pass takes all ra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from lm_eval.api.model import LM
 
 from archscale.inference.generate import Request
 from archscale.inference.sampling import Sampling
-from archscale.inference.scoring import Likelihood, log_likelihoods, windows
+from archscale.inference.scoring import Likelihood, check_lengths, log_likelihoods, windows
 from archscale.inference.task_model import TaskModel
 
 MAX_NEW_TOKENS = 256  # where a task does not say, as everywhere in lm-eval
@@ -25,6 +26,9 @@ class HarnessModel(LM):
     A text starts as the model's texts do. One without any words before it is predicted from what
     stands for an empty text.
 
+    Attributes:
+        where: the model's name, for messages.
+
     Args:
         batch_size: sequences of one forward pass.
     """
@@ -32,6 +36,7 @@ class HarnessModel(LM):
     def __init__(self, model: TaskModel, batch_size: int):
         super().__init__()
         self._model, self._batch_size = model, batch_size
+        self.where = model.text.name
         self._text, self._encode = model.text, model.text.tokenizer.encode
 
     @property
@@ -73,13 +78,16 @@ class HarnessModel(LM):
             limits = Request(self._text.tokens(prompt), _max_tokens(told), _stop(told), number)
             alike.setdefault(_sampling(told), []).append((number, limits))
         for sampling, asked in alike.items():
-            texts = self._model.write([each for _, each in asked], sampling, self._batch_size)
+            texts = self._write([each for _, each in asked], sampling)
             for (number, _), text in zip(asked, texts):
                 answers[number] = text
         return answers
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
         return log_likelihoods(self._model.scores, pairs, self._batch_size)
+
+    def _write(self, requests: Sequence[Request], sampling: Sampling) -> list[str]:
+        return self._model.write(requests, sampling, self._batch_size)
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokens that are given, and tokens that follow. Both texts are encoded together, as they
@@ -90,6 +98,19 @@ class HarnessModel(LM):
         # Nothing is left where a token reaches across.
         following = both[len(given) :] or self._encode(continuation)
         return [*(self._text.before if given else self._text.empty), *given], following
+
+
+class Rehearsal(HarnessModel):
+    """Asks nothing of the model: every token has the probability 1/V, and no text is continued.
+    What cannot be asked is an error as of the model itself."""
+
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
+        check_lengths(self._model.scores, pairs)
+        nats = math.log(self._model.scores.vocab_size)
+        return [Likelihood(-nats * len(following), False) for _, following in pairs]
+
+    def _write(self, requests: Sequence[Request], sampling: Sampling) -> list[str]:
+        return [""] * len(requests)
 
 
 # --- what a task says of its answers: its `generation_kwargs`

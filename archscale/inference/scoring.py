@@ -95,14 +95,7 @@ def log_likelihoods(
         ConfigError: a continuation is longer than the context.
         Diverged: logits are not finite.
     """
-    longest = max((len(following) for _, following in requests), default=0)
-    if longest > model.context:
-        raise ConfigError(
-            f"a text of {longest} tokens is to be scored at once, and the model's context is"
-            f" {model.context}",
-            model.where,
-            "choose a task with shorter answers, or a model with a longer context",
-        )
+    check_lengths(model, requests)
     # Answers of one token after the same text share one sequence.
     sharing: dict[tuple[int, ...], list[int]] = {}
     for number, (given, following) in enumerate(requests):
@@ -125,6 +118,18 @@ def log_likelihoods(
     for part in shared_out(batches, score):
         found |= part
     return [found[number] for number in range(len(requests))]
+
+
+def check_lengths(model: LogitsModel, requests: Sequence[tuple[list[int], list[int]]]) -> None:
+    """ConfigError if a continuation is longer than the model's context."""
+    longest = max((len(following) for _, following in requests), default=0)
+    if longest > model.context:
+        raise ConfigError(
+            f"a text of {longest} tokens is to be scored at once, and the model's context is"
+            f" {model.context}",
+            model.where,
+            "choose a task with shorter answers, or a model with a longer context",
+        )
 
 
 def batched(

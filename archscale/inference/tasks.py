@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ import torch
 from archscale.distributed import rank
 from archscale.errors import ConfigError, nearest, one_line
 from archscale.inference.task_model import TaskModel
+
+if TYPE_CHECKING:
+    from archscale.inference.harness import HarnessModel
 
 YAML = (".yaml", ".yml")
 SEED = 1234  # of the examples that few-shot prompts show: lm-eval's own default
@@ -43,6 +46,9 @@ class TaskScores:
 
 class Tasks:
     """Tasks that are there, to be scored as often as needed.
+
+    Attributes:
+        names: as they were given, each once.
 
     Args:
         names: of tasks, groups or tags, or paths of YAML files.
@@ -84,18 +90,17 @@ class Tasks:
                 where,
                 f"did you mean {close}?" if close else "give a name of lm-eval, or a YAML file",
             )
-        with _without_bars(), _kept_random_state():
-            try:
-                self._loaded = manager.load(list(dict.fromkeys(names)))
-            except Exception as error:  # of the file, of the hub, of the data: the task's own
-                cause = one_line(str(error))[:200] or type(error).__name__
-                problem = f"cannot load {', '.join(names)}: {cause}"
-                raise ConfigError(problem, where, "check the task and its data set") from error
-        for task in self._loaded["tasks"].values():
-            if fewshot is not None and task.get_config("num_fewshot") != 0:
-                task.set_config(key="num_fewshot", value=fewshot)
-            elif task.get_config("num_fewshot") is None:
-                task.set_config(key="num_fewshot", value=0)
+        self.names = list(dict.fromkeys(names))
+        self._loaded: dict[str, Any] = {}  # by name: a task, or several under a name of them all
+        for name in self.names:
+            with _without_bars(), _kept_random_state():
+                try:
+                    self._loaded[name] = manager.load([name])
+                except Exception as error:  # of the file, of the hub, of the data: the task's own
+                    cause = one_line(str(error))[:200] or type(error).__name__
+                    problem = f"cannot load {name}: {cause}"
+                    raise ConfigError(problem, where, "check the task and its data set") from error
+            _set_fewshot(self._loaded[name], fewshot)
 
     def score(
         self,
@@ -103,11 +108,13 @@ class Tasks:
         batch_size: int,
         limit: int | None = None,
         errors: bool = True,
+        names: Sequence[str] | None = None,
     ) -> list[TaskScores]:
         """Score the model on every task; all ranks together, and each has the results. Random
         states stay as they are.
 
         Args:
+            names: of these alone; None: of all.
             limit: documents of each task, from its start; None: all.
             errors: whether to estimate standard errors, which takes time for some metrics.
 
@@ -115,33 +122,61 @@ class Tasks:
             ConfigError: a task cannot be scored with this model.
             Diverged: its logits are not finite.
         """
-        from lm_eval.evaluator import evaluate
-
         from archscale.inference.harness import HarnessModel
 
-        for task in self._loaded["tasks"].values():
+        asked = HarnessModel(model, batch_size)
+        scores: dict[str, TaskScores] = {}
+        for name in self.names if names is None else names:
+            for each in _scores(self._evaluate(name, asked, limit, 100_000 if errors else 0)):
+                scores.setdefault(each.name, each)
+        return list(scores.values())
+
+    def rehearse(self, model: TaskModel) -> None:
+        """Do everything but ask the model, so that what cannot be scored is known before.
+
+        Raises:
+            ConfigError: a task cannot be scored with this model.
+        """
+        from archscale.inference.harness import Rehearsal
+
+        for name in self.names:
+            self._evaluate(name, Rehearsal(model, batch_size=1), None, 0)
+
+    def _evaluate(
+        self, name: str, asked: HarnessModel, limit: int | None, bootstrap: int
+    ) -> Mapping[str, Any]:
+        """What lm-eval makes of the answers of a model."""
+        from lm_eval.evaluator import evaluate
+
+        loaded = self._loaded[name]
+        for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed=SEED)  # the same examples every time
         with _without_bars(), _kept_random_state():
             for seed in (random.seed, np.random.seed, torch.manual_seed):
                 seed(SEED)
             try:
-                results = evaluate(
-                    HarnessModel(model, batch_size),
-                    self._loaded,
-                    limit=limit,
-                    log_samples=False,
-                    bootstrap_iters=100_000 if errors else 0,
+                return evaluate(
+                    asked, loaded, limit=limit, log_samples=False, bootstrap_iters=bootstrap
                 )
+            except ConfigError as error:
+                problem = f"cannot score {name}: {error.what}"
+                raise ConfigError(problem, error.where, error.remedy) from error
             except (ValueError, NotImplementedError, KeyError) as error:
-                names = ", ".join(self._loaded["tasks"])
-                problem = f"cannot score {names}: {one_line(str(error))[:200]}"
-                raise ConfigError(problem, model.text.name, "leave the task out") from error
-        return list(_scores(results))
+                problem = f"cannot score {name}: {one_line(str(error))[:200]}"
+                raise ConfigError(problem, asked.where, "leave the task out") from error
 
 
 def _unknown(names: Sequence[str], known: Sequence[str]) -> list[str]:
     there = set(known)
     return [name for name in names if name not in there and not name.endswith(YAML)]
+
+
+def _set_fewshot(loaded: Mapping[str, Any], fewshot: int | None) -> None:
+    for task in loaded["tasks"].values():
+        if fewshot is not None and task.get_config("num_fewshot") != 0:
+            task.set_config(key="num_fewshot", value=fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
 
 
 def _scores(results: Mapping[str, Any]) -> Iterator[TaskScores]:

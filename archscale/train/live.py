@@ -15,6 +15,7 @@ import torch
 from archscale.config import Config
 from archscale.data.stored import run_tokenizer
 from archscale.distributed import from_rank_zero
+from archscale.errors import ConfigError
 from archscale.inference.generate import Request
 from archscale.inference.native import NativeModel
 from archscale.inference.sampling import Sampling
@@ -54,7 +55,8 @@ class LiveEvaluation:
         config: of the run, resolved.
 
     Raises:
-        ConfigError: a task is unknown or cannot be loaded, or lm-eval is not installed.
+        ConfigError: a task is unknown, cannot be loaded or cannot be scored, or lm-eval is not
+            installed.
         DataError: the tokenizer of the training data is not known.
     """
 
@@ -66,6 +68,8 @@ class LiveEvaluation:
             self._tasks = Tasks(config.eval.tasks, where="eval.tasks")
         if self:
             self._tokenizer = run_tokenizer(config.data)
+        if self._tasks is not None:
+            self._tasks.rehearse(self._model(_no_forward))
 
     def __bool__(self) -> bool:
         """Whether there is anything to do."""
@@ -79,7 +83,13 @@ class LiveEvaluation:
             leave: asked before every forward pass, with the same answer on all ranks; then there
                 are no results.
         """
-        model, results = self._model(engine, leave), LiveResults()
+
+        def forward(*args: Any, **kwargs: Any) -> ModelOutput:
+            if leave():
+                raise Left
+            return engine.forward(*args, **kwargs)
+
+        model, results = self._model(forward), LiveResults()
         try:
             self._score_tasks(model, results)
             self._write_samples(model, results)
@@ -90,9 +100,16 @@ class LiveEvaluation:
         return results
 
     def _score_tasks(self, model: TaskModel, results: LiveResults) -> None:
-        if self._tasks is not None:
-            batch = self._config.training.micro_batch
-            for task in self._tasks.score(model, batch, errors=False):
+        if self._tasks is None:
+            return
+        batch = self._config.training.micro_batch
+        for name in self._tasks.names:
+            try:
+                scored = self._tasks.score(model, batch, errors=False, names=[name])
+            except ConfigError as error:  # which every rank has
+                results.events.append(f"task left out: {error.what}")
+                continue
+            for task in scored:
                 results.figures |= {f"eval/{task.name}/{k}": v for k, v in task.figures.items()}
 
     def _write_samples(self, model: TaskModel, results: LiveResults) -> None:
@@ -103,13 +120,8 @@ class LiveEvaluation:
             {"prompt": prompt, "text": text} for prompt, text in zip(self._samples, texts)
         ]
 
-    def _model(self, engine: Forwards, leave: Callable[[], bool]) -> TaskModel:
+    def _model(self, forward: Callable[..., ModelOutput]) -> TaskModel:
         config, device = self._config.model, self._device
-
-        def forward(*args: Any, **kwargs: Any) -> ModelOutput:
-            if leave():
-                raise Left
-            return engine.forward(*args, **kwargs)
 
         def same_forward(*args: Any, **kwargs: Any) -> ModelOutput:
             # A tie that falls otherwise on one rank would end a text there alone.
@@ -129,3 +141,7 @@ class LiveEvaluation:
         )
         scores = TransformerScores(forward, name, config.context, config.vocab_size, device)
         return TaskModel(text, scores, together=True)
+
+
+def _no_forward(*args: Any, **kwargs: Any) -> ModelOutput:
+    raise AssertionError("a rehearsal asks nothing of the model")

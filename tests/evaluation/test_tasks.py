@@ -16,6 +16,7 @@ from archscale.evaluation.evaluate import Wanted, evaluate
 from archscale.export.export import export
 from archscale.inference.generate import Request, generate
 from archscale.inference.sampling import Sampling
+from archscale.inference.tasks import Tasks
 from archscale.train.live import LiveEvaluation
 from archscale.train.loading import load_model, load_text_model
 from tests.commands import launch
@@ -148,6 +149,26 @@ def test_an_evaluation_that_is_left(trained: Path, task_folder: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(ConfigError, match=r"no such task file \(no\.yaml\): .*eval\.tasks"):
         LiveEvaluation(config("no", eval={"tasks": ["no.yaml"]}), torch.device("cpu"))
+
+
+def test_a_task_that_cannot_be_scored(
+    trained: Path, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is known before the first step where it can be; later it is left out alone."""
+    content = json.loads((task_folder / "words.yaml").read_text())
+    longer = {"task": "longer", "doc_to_choice": ["abcd " * 20, "no"], "doc_to_target": 0}
+    (tmp_path / "longer.yaml").write_text(json.dumps(content | longer))
+    told = [str(task_folder / "words.yaml"), str(tmp_path / "longer.yaml")]
+    made = config(str(trained / "tokens"), eval={"tasks": told}).with_vocab(300)
+    with pytest.raises(ConfigError, match=r"cannot score .*longer\.yaml: a text of \d+ tokens"):
+        LiveEvaluation(made, torch.device("cpu"))
+    monkeypatch.setattr(Tasks, "rehearse", lambda *told: None)
+    live = LiveEvaluation(made, torch.device("cpu"))
+    engine = SimpleNamespace(forward=load_model(find_target(trained / "run")))
+    results = live.results(engine, lambda: False)
+    assert list(results.figures) == ["eval/words/acc"]
+    (event,) = results.events
+    assert event.startswith(f"task left out: cannot score {tmp_path / 'longer.yaml'}: a text of")
 
 
 def diverged(data: str, folder: str, run_dir: str) -> list[dict]:
