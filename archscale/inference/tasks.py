@@ -4,7 +4,7 @@ scored."""
 from __future__ import annotations
 
 import contextlib
-import io
+import logging
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from archscale.inference.harness import HarnessModel
 
 YAML = (".yaml", ".yml")
+REMARKING = ("lm_eval", "datasets", "huggingface_hub")  # loggers
 SEED = 1234  # of the examples that few-shot prompts show: lm-eval's own default
 
 
@@ -211,10 +212,27 @@ def _kept_random_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """Progress bars are for one terminal: where there is none, and on other ranks, they would be
-    lines without end."""
+    """Progress bars and remarks are for one terminal: where there is none, and on other ranks, they
+    would be lines without end. Standard error itself stays, for other threads' last words."""
     if rank() == 0 and sys.stderr.isatty():
         yield
         return
-    with contextlib.redirect_stderr(io.StringIO()):
+    from tqdm import tqdm
+
+    # Who makes the bars passes no option on, and the environment is read at import.
+    bar: Any = tqdm
+    begin, loggers = bar.__init__, [logging.getLogger(name) for name in REMARKING]
+    levels = [logger.level for logger in loggers]
+
+    def begin_hidden(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs | {"disable": True})
+
+    bar.__init__ = begin_hidden
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
         yield
+    finally:
+        bar.__init__ = begin
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)

@@ -4,6 +4,7 @@ while training."""
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,16 +133,26 @@ def test_training_scores_them_and_does_not_change(
     assert lines[-1]["val_loss"] == plain[-1]["val_loss"]
 
 
-def test_an_evaluation_that_is_left(trained: Path, task_folder: Path) -> None:
-    """Asked before every pass; no random number is drawn."""
+def test_an_evaluation_that_is_left(
+    trained: Path, task_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Asked before every pass; no random number is drawn, no bar is shown, and standard error stays
+    what it was."""
     told = {"tasks": [str(task_folder / "words.yaml")], "samples": ["abcd"]}
     made = config(str(trained / "tokens"), eval=told).with_vocab(300)
     live = LiveEvaluation(made, torch.device("cpu"))
-    engine = SimpleNamespace(forward=load_model(find_target(trained / "run")))
+    model, stderr = load_model(find_target(trained / "run")), sys.stderr
+
+    def forward(*args, **kwargs):
+        assert sys.stderr is stderr  # where another thread may have to say something
+        return model(*args, **kwargs)
+
+    engine = SimpleNamespace(forward=forward)
     asked, before = itertools.count(), torch.get_rng_state()
     results = live.results(engine, lambda: next(asked) < 0)
     assert list(results.figures) == ["eval/words/acc"]
     assert not results.events
+    assert capfd.readouterr().err == ""
     passes = next(asked)
     for number in (0, 1, passes - 1):  # in the tasks, and in the samples
         asked = itertools.count()
