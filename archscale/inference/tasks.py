@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from archscale.distributed import rank
+from archscale.distributed import rank, same_everywhere
 from archscale.errors import ConfigError, nearest, one_line
 from archscale.inference.task_model import TaskModel
 
@@ -128,7 +128,12 @@ class Tasks:
         asked = HarnessModel(model, batch_size)
         scores: dict[str, TaskScores] = {}
         for name in self.names if names is None else names:
-            for each in _scores(self._evaluate(name, asked, limit, 100_000 if errors else 0)):
+            try:
+                results = self._evaluate(name, asked, limit, 100_000 if errors else 0)
+            except ConfigError as error:  # all ranks have the same requests and answers
+                same_everywhere(error)
+                raise
+            for each in _scores(results):
                 scores.setdefault(each.name, each)
         return list(scores.values())
 

@@ -182,6 +182,24 @@ def test_a_task_that_cannot_be_scored(
     assert event.startswith(f"task left out: cannot score {tmp_path / 'longer.yaml'}: a text of")
 
 
+def refused(folder: Path, tasks: Path) -> tuple[str, bool]:
+    with pytest.raises(ConfigError) as caught:
+        evaluate(folder, Wanted(tasks=["words"], task_folders=[tasks], limit=1))
+    return caught.value.what, caught.value.on_every_rank
+
+
+def test_an_error_of_all_ranks_is_told_once(
+    trained: Path, task_folder: Path, tmp_path: Path
+) -> None:
+    content = json.loads((task_folder / "words.yaml").read_text())
+    longer = {"doc_to_choice": ["abcd " * 20, "no"], "doc_to_target": 0}
+    (tmp_path / "words.yaml").write_text(json.dumps(content | longer))
+    first, second = pool(2).run(refused, trained / "run", tmp_path)
+    assert first == second
+    assert "a text of" in first[0]
+    assert first[1]
+
+
 def diverged(data: str, folder: str, run_dir: str) -> list[dict]:
     sections = {
         "optimizer": {"matrix": {"rule": "muon"}, "weight_decay": 0.1},
