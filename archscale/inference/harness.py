@@ -74,9 +74,11 @@ class HarnessModel(LM):
         answers = [""] * len(requests)
         alike: dict[Sampling, list[tuple[int, Request]]] = {}
         for number, request in enumerate(requests):
-            prompt, told = request.args
-            limits = Request(self._text.tokens(prompt), _max_tokens(told), _stop(told), number)
-            alike.setdefault(_sampling(told), []).append((number, limits))
+            prompt, generation = request.args
+            limits = Request(
+                self._text.tokens(prompt), _max_tokens(generation), _stop(generation), number
+            )
+            alike.setdefault(_sampling(generation), []).append((number, limits))
         for sampling, asked in alike.items():
             texts = self._write([each for _, each in asked], sampling)
             for (number, _), text in zip(asked, texts):
@@ -116,20 +118,20 @@ class Rehearsal(HarnessModel):
 # --- what a task says of its answers: its `generation_kwargs`
 
 
-def _max_tokens(told: Mapping[str, Any]) -> int:
+def _max_tokens(generation: Mapping[str, Any]) -> int:
     names = ("max_gen_toks", "max_new_tokens", "max_tokens")
-    return int(next((told[name] for name in names if told.get(name)), MAX_NEW_TOKENS))
+    return int(next((generation[name] for name in names if generation.get(name)), MAX_NEW_TOKENS))
 
 
-def _stop(told: Mapping[str, Any]) -> tuple[str, ...]:
-    until = told.get("until") or ()
+def _stop(generation: Mapping[str, Any]) -> tuple[str, ...]:
+    until = generation.get("until") or ()
     return tuple(filter(None, (until,) if isinstance(until, str) else until))
 
 
-def _sampling(told: Mapping[str, Any]) -> Sampling:
+def _sampling(generation: Mapping[str, Any]) -> Sampling:
     """The likeliest tokens, unless the task says that they are drawn."""
-    if not told.get("do_sample") or not told.get("temperature", 1.0):
+    if not generation.get("do_sample") or not generation.get("temperature", 1.0):
         return Sampling(temperature=0.0, top_k=None)
-    top_k = int(told.get("top_k") or 0)
-    top_p = float(told.get("top_p") or 1.0)
-    return Sampling(float(told.get("temperature", 1.0)), top_k or None, top_p)
+    top_k = int(generation.get("top_k") or 0)
+    top_p = float(generation.get("top_p") or 1.0)
+    return Sampling(float(generation.get("temperature", 1.0)), top_k or None, top_p)

@@ -88,7 +88,7 @@ def log_likelihoods(
     Of a text that is longer than the model's context the beginning is left out.
 
     Args:
-        requests: (tokens that are given, tokens that follow); neither is empty.
+        requests: (tokens that are given, at least one, and tokens that follow).
         batch_size: most sequences of one forward pass.
 
     Raises:
@@ -99,6 +99,8 @@ def log_likelihoods(
     # Answers of one token after the same text share one sequence.
     sharing: dict[tuple[int, ...], list[int]] = {}
     for number, (given, following) in enumerate(requests):
+        if not following:
+            continue
         row = tuple([*given, *following][-model.context - 1 : -1])
         sharing.setdefault(row, []).append(number)
     # The longest first: what does not fit into memory fails at once.
@@ -114,10 +116,11 @@ def log_likelihoods(
         scored = _continuations(model, batch, [(n, ids) for n, ids, _ in wanted])
         return {number: each for (_, _, number), each in zip(wanted, scored)}
 
-    found: dict[int, Likelihood] = {}
+    # No tokens follow with certainty.
+    likelihoods = {n: Likelihood(0.0, True) for n, (_, ids) in enumerate(requests) if not ids}
     for part in shared_out(batches, score):
-        found |= part
-    return [found[number] for number in range(len(requests))]
+        likelihoods |= part
+    return [likelihoods[number] for number in range(len(requests))]
 
 
 def check_lengths(model: LogitsModel, requests: Sequence[tuple[list[int], list[int]]]) -> None:
@@ -135,10 +138,14 @@ def check_lengths(model: LogitsModel, requests: Sequence[tuple[list[int], list[i
 def batched(
     rows: Sequence[tuple[int, ...]], batch_size: int, model: LogitsModel
 ) -> Iterator[Sequence[tuple[int, ...]]]:
-    """The rows, in order, in batches of at most `batch_size` whose logits fit into memory."""
+    """The rows, in order, in batches of at most `batch_size` whose logits fit into memory.
+
+    Args:
+        rows: of at least one token each, the longest first.
+    """
     first = 0
     while first < len(rows):
-        size = max(1, LOGITS // (max(map(len, rows[first : first + 1])) * model.vocab_size))
+        size = max(1, LOGITS // (len(rows[first]) * model.vocab_size))
         count = min(batch_size, size)
         yield rows[first : first + count]
         first += count

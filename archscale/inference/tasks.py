@@ -193,9 +193,9 @@ def _scores(results: Mapping[str, Any]) -> Iterator[TaskScores]:
             metric, comma, filtered = key.partition(",")
             if not comma or isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
-            of = errors if metric.endswith("_stderr") else figures
+            collected = errors if metric.endswith("_stderr") else figures
             metric = metric.removesuffix("_stderr")
-            of[metric if filtered == "none" else f"{metric},{filtered}"] = float(value)
+            collected[metric if filtered == "none" else f"{metric},{filtered}"] = float(value)
         samples = results.get("n-samples", {}).get(name, {}).get("effective")
         yield TaskScores(name, figures, errors, samples, results.get("n-shot", {}).get(name))
 

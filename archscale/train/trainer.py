@@ -239,9 +239,9 @@ class Run:
         self._follow(self.lineage.origins)
         self._fell_back_to: int | None = None  # step that the last fall-back went to
         self._not_finite_since: int | None = None  # first step of the losses now that are not
-        # Metrics of the last step before a signal, whose evaluation is still to come.
         self._own = True  # the checkpoint that it starts from is its own
         self._initialized_from: dict[str, Any] | None = None
+        # Metrics of the last step before a signal, whose evaluation is still to come.
         self._unfinished: dict[str, Any] | None = None
         self._signals = stopping.current()
         self.evaluation = Evaluation.of_run(config, validation, device)

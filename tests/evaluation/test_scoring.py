@@ -49,10 +49,17 @@ def scores(forward: Counting) -> TransformerScores:
 def test_likelihoods_are_products_of_softmax() -> None:
     forward = Counting()
     long = [3, 1, 4, 1, 5, 9, 2, 6]
-    requests = [([1, 2], [3]), ([1, 2], [4]), ([7], [8, 9, 10]), (long, [5, 3]), ([2], [2])]
-    found = log_likelihoods(scores(forward), requests, 2)
+    requests = [
+        ([1, 2], [3]),
+        ([1, 2], [4]),
+        ([7], [8, 9, 10]),
+        (long, [5, 3]),
+        ([2], [2]),
+        ([3], []),
+    ]
+    likelihoods = log_likelihoods(scores(forward), requests, 2)
     assert forward.rows == 4  # two answers of one token share a row
-    for (given, following), likelihood in zip(requests, found):
+    for (given, following), likelihood in zip(requests, likelihoods):
         expected, greedy = 0.0, True
         text = [*given, *following][-CONTEXT - 1 :]  # of a longer text the end is read
         for at in range(len(text) - len(following), len(text)):
