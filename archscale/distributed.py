@@ -4,6 +4,7 @@ torchrun."""
 from __future__ import annotations
 
 import datetime
+import functools
 import hashlib
 import itertools
 import json
@@ -24,7 +25,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from archscale.errors import ConfigError
+from archscale.errors import ArchscaleError, ConfigError
 
 # What gloo, NCCL and the store say where another rank does not answer any more.
 LOST = re.compile(
@@ -364,12 +365,16 @@ def same_everywhere(error: Exception) -> Exception:
     return error
 
 
-def agree(fn: Callable[[], Any]) -> Any:
-    """Run `fn` on every rank; if it fails on any, the first failure is raised on all of them."""
+def agree(fn: Callable[[], Any], failures: type[Exception] = Exception) -> Any:
+    """Run `fn` on every rank; if it fails on any, the first failure is raised on all of them.
+
+    Args:
+        failures: that are raised on all. Any other is raised at once where it happens.
+    """
     result, error = None, None
     try:
         result = fn()
-    except Exception as caught:  # raised below, on every rank together
+    except failures as caught:  # raised below, on every rank together
         error = portable(caught)
     for failure in gather_objects(error):
         if failure is not None:
@@ -381,15 +386,17 @@ def shared_out(items: Sequence[Item], work: Callable[[Item], Result]) -> list[Re
     """`work` of every item, on every rank, in order; each rank does every n-th item of n ranks.
 
     All ranks work equally often, so that collectives in `work` line up: where nothing is left for a
-    rank, it does the first item again. A failure on any rank is raised on all.
+    rank, it does the first item again. An `ArchscaleError` on any rank is raised on all after that
+    item, before any of them begins the next. Another failure may come from within a collective,
+    where the others still wait: it ends the rank at once, and so the job.
     """
     mine = range(rank(), len(items), world_size())
     rounds = -(-len(items) // world_size())
-
-    def done() -> list[Result]:
-        return [work(items[mine[n] if n < len(mine) else 0]) for n in range(rounds)]
-
-    parts = gather_objects(agree(done))
+    results: list[Result] = []
+    for n in range(rounds):
+        item = items[mine[n] if n < len(mine) else 0]
+        results.append(agree(functools.partial(work, item), ArchscaleError))
+    parts = gather_objects(results)
     return [parts[number % len(parts)][number // len(parts)] for number in range(len(items))]
 
 

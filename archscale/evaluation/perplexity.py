@@ -16,7 +16,7 @@ from torch import Tensor
 from archscale.data.split import TokenSplit
 from archscale.data.tokenizer import Tokenizer
 from archscale.data.windows import IGNORE, refuse_unknown_ids
-from archscale.distributed import shared_out
+from archscale.distributed import same_everywhere, shared_out
 from archscale.errors import DataError, explain_os_error
 from archscale.inference.scoring import LogitsModel, Window, not_finite, windows
 
@@ -176,7 +176,7 @@ def measure(
         context, stride: of `windows`. batch_size: windows of one forward pass.
 
     Raises:
-        CheckpointError: the loss is not finite.
+        Diverged: the loss is not finite.
         DataError: the data cannot be read, or have an id outside the vocabulary.
     """
     cut = list(windows(text.tokens, context, stride))
@@ -195,7 +195,7 @@ def measure(
     parts = shared_out(batches, score)
     nats = math.fsum(part for part, _ in parts)  # exact, in whatever order
     if not math.isfinite(nats):
-        raise not_finite(model.where)
+        raise same_everywhere(not_finite(model.where))
     size = text.size if text.lengths is None else sum(part for _, part in parts)
     tokens = text.tokens - 1
     return Measured(text.kind, text.name, text.label, context, stride, tokens, nats, size, text.cut)

@@ -6,6 +6,7 @@ lm-eval's matter (`shared_out`), so that a model whose forward pass takes all ra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from lm_eval.api.model import LM
 
 from archscale.inference.generate import Request
 from archscale.inference.sampling import Sampling
-from archscale.inference.scoring import Likelihood, log_likelihoods, windows
+from archscale.inference.scoring import Likelihood, check_lengths, log_likelihoods, windows
 from archscale.inference.task_model import TaskModel
 
 MAX_NEW_TOKENS = 256  # where a task does not say, as everywhere in lm-eval
@@ -25,6 +26,9 @@ class HarnessModel(LM):
     A text starts as the model's texts do. One without any words before it is predicted from what
     stands for an empty text.
 
+    Attributes:
+        where: the model's name, for messages.
+
     Args:
         batch_size: sequences of one forward pass.
     """
@@ -32,6 +36,7 @@ class HarnessModel(LM):
     def __init__(self, model: TaskModel, batch_size: int):
         super().__init__()
         self._model, self._batch_size = model, batch_size
+        self.where = model.text.name
         self._text, self._encode = model.text, model.text.tokenizer.encode
 
     @property
@@ -69,17 +74,22 @@ class HarnessModel(LM):
         answers = [""] * len(requests)
         alike: dict[Sampling, list[tuple[int, Request]]] = {}
         for number, request in enumerate(requests):
-            prompt, told = request.args
-            limits = Request(self._text.tokens(prompt), _max_tokens(told), _stop(told), number)
-            alike.setdefault(_sampling(told), []).append((number, limits))
+            prompt, generation = request.args
+            limits = Request(
+                self._text.tokens(prompt), _max_tokens(generation), _stop(generation), number
+            )
+            alike.setdefault(_sampling(generation), []).append((number, limits))
         for sampling, asked in alike.items():
-            texts = self._model.write([each for _, each in asked], sampling, self._batch_size)
+            texts = self._write([each for _, each in asked], sampling)
             for (number, _), text in zip(asked, texts):
                 answers[number] = text
         return answers
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
         return log_likelihoods(self._model.scores, pairs, self._batch_size)
+
+    def _write(self, requests: Sequence[Request], sampling: Sampling) -> list[str]:
+        return self._model.write(requests, sampling, self._batch_size)
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Tokens that are given, and tokens that follow. Both texts are encoded together, as they
@@ -92,23 +102,36 @@ class HarnessModel(LM):
         return [*(self._text.before if given else self._text.empty), *given], following
 
 
+class Rehearsal(HarnessModel):
+    """Asks nothing of the model: every token has the probability 1/V, and no text is continued.
+    What cannot be asked is an error as of the model itself."""
+
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Likelihood]:
+        check_lengths(self._model.scores, pairs)
+        nats = math.log(self._model.scores.vocab_size)
+        return [Likelihood(-nats * len(following), False) for _, following in pairs]
+
+    def _write(self, requests: Sequence[Request], sampling: Sampling) -> list[str]:
+        return [""] * len(requests)
+
+
 # --- what a task says of its answers: its `generation_kwargs`
 
 
-def _max_tokens(told: Mapping[str, Any]) -> int:
+def _max_tokens(generation: Mapping[str, Any]) -> int:
     names = ("max_gen_toks", "max_new_tokens", "max_tokens")
-    return int(next((told[name] for name in names if told.get(name)), MAX_NEW_TOKENS))
+    return int(next((generation[name] for name in names if generation.get(name)), MAX_NEW_TOKENS))
 
 
-def _stop(told: Mapping[str, Any]) -> tuple[str, ...]:
-    until = told.get("until") or ()
+def _stop(generation: Mapping[str, Any]) -> tuple[str, ...]:
+    until = generation.get("until") or ()
     return tuple(filter(None, (until,) if isinstance(until, str) else until))
 
 
-def _sampling(told: Mapping[str, Any]) -> Sampling:
+def _sampling(generation: Mapping[str, Any]) -> Sampling:
     """The likeliest tokens, unless the task says that they are drawn."""
-    if not told.get("do_sample") or not told.get("temperature", 1.0):
+    if not generation.get("do_sample") or not generation.get("temperature", 1.0):
         return Sampling(temperature=0.0, top_k=None)
-    top_k = int(told.get("top_k") or 0)
-    top_p = float(told.get("top_p") or 1.0)
-    return Sampling(float(told.get("temperature", 1.0)), top_k or None, top_p)
+    top_k = int(generation.get("top_k") or 0)
+    top_p = float(generation.get("top_p") or 1.0)
+    return Sampling(float(generation.get("temperature", 1.0)), top_k or None, top_p)

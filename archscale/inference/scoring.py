@@ -88,24 +88,19 @@ def log_likelihoods(
     Of a text that is longer than the model's context the beginning is left out.
 
     Args:
-        requests: (tokens that are given, tokens that follow); neither is empty.
+        requests: (tokens that are given, at least one, and tokens that follow).
         batch_size: most sequences of one forward pass.
 
     Raises:
         ConfigError: a continuation is longer than the context.
-        CheckpointError: logits are not finite.
+        Diverged: logits are not finite.
     """
-    longest = max((len(following) for _, following in requests), default=0)
-    if longest > model.context:
-        raise ConfigError(
-            f"a text of {longest} tokens is to be scored at once, and the model's context is"
-            f" {model.context}",
-            model.where,
-            "choose a task with shorter answers, or a model with a longer context",
-        )
+    check_lengths(model, requests)
     # Answers of one token after the same text share one sequence.
     sharing: dict[tuple[int, ...], list[int]] = {}
     for number, (given, following) in enumerate(requests):
+        if not following:
+            continue
         row = tuple([*given, *following][-model.context - 1 : -1])
         sharing.setdefault(row, []).append(number)
     # The longest first: what does not fit into memory fails at once.
@@ -121,19 +116,36 @@ def log_likelihoods(
         scored = _continuations(model, batch, [(n, ids) for n, ids, _ in wanted])
         return {number: each for (_, _, number), each in zip(wanted, scored)}
 
-    found: dict[int, Likelihood] = {}
+    # No tokens follow with certainty.
+    likelihoods = {n: Likelihood(0.0, True) for n, (_, ids) in enumerate(requests) if not ids}
     for part in shared_out(batches, score):
-        found |= part
-    return [found[number] for number in range(len(requests))]
+        likelihoods |= part
+    return [likelihoods[number] for number in range(len(requests))]
+
+
+def check_lengths(model: LogitsModel, requests: Sequence[tuple[list[int], list[int]]]) -> None:
+    """ConfigError if a continuation is longer than the model's context."""
+    longest = max((len(following) for _, following in requests), default=0)
+    if longest > model.context:
+        raise ConfigError(
+            f"a text of {longest} tokens is to be scored at once, and the model's context is"
+            f" {model.context}",
+            model.where,
+            "choose a task with shorter answers, or a model with a longer context",
+        )
 
 
 def batched(
     rows: Sequence[tuple[int, ...]], batch_size: int, model: LogitsModel
 ) -> Iterator[Sequence[tuple[int, ...]]]:
-    """The rows, in order, in batches of at most `batch_size` whose logits fit into memory."""
+    """The rows, in order, in batches of at most `batch_size` whose logits fit into memory.
+
+    Args:
+        rows: of at least one token each, the longest first.
+    """
     first = 0
     while first < len(rows):
-        size = max(1, LOGITS // (max(map(len, rows[first : first + 1])) * model.vocab_size))
+        size = max(1, LOGITS // (len(rows[first]) * model.vocab_size))
         count = min(batch_size, size)
         yield rows[first : first + count]
         first += count
@@ -168,10 +180,20 @@ def _continuations(
     return [Likelihood(value, bool(flag)) for value, flag in zip(values, greedy)]
 
 
-def not_finite(where: str) -> CheckpointError:
-    """What is said of weights that give no probabilities."""
-    return CheckpointError(
-        "the weights give logits that are not finite", where, "name a run that has not diverged"
+class Diverged(CheckpointError):
+    """Weights give logits that are not finite, and so no probabilities."""
+
+
+def not_finite(where: str, at: str = "") -> Diverged:
+    """What is said of such weights.
+
+    Args:
+        at: at which text.
+    """
+    return Diverged(
+        f"the weights give logits that are not finite{at and f', {at}'}",
+        where,
+        "name a run or checkpoint that has not diverged",
     )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from archscale.distributed import shared_out
+from archscale.distributed import same_everywhere, shared_out
 from archscale.inference.generate import NotFiniteError, Request, generate
 from archscale.inference.sampling import Sampling
-from archscale.inference.scoring import LogitsModel, not_finite
+from archscale.inference.scoring import Diverged, LogitsModel, not_finite
 from archscale.inference.text_model import TextModel
 
 
@@ -34,7 +34,7 @@ class TaskModel:
             batch: texts that a rank continues at a time.
 
         Raises:
-            CheckpointError: logits are not finite.
+            Diverged: logits are not finite.
         """
         model, tokenizer, ends = self.text.model, self.text.tokenizer, self.text.ends
 
@@ -46,6 +46,10 @@ class TaskModel:
             return [each.text for each in done]
 
         if self.together:
-            return written(requests)
+            try:
+                return written(requests)
+            except Diverged as error:  # the logits are the same on all ranks
+                same_everywhere(error)
+                raise
         parts = [requests[first : first + batch] for first in range(0, len(requests), batch)]
         return [text for part in shared_out(parts, written) for text in part]

@@ -5,22 +5,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import io
+import logging
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from archscale.distributed import rank
+from archscale.distributed import rank, same_everywhere
 from archscale.errors import ConfigError, nearest, one_line
 from archscale.inference.task_model import TaskModel
 
+if TYPE_CHECKING:
+    from archscale.inference.harness import HarnessModel
+
 YAML = (".yaml", ".yml")
+REMARKING = ("lm_eval", "datasets", "huggingface_hub")  # loggers
 SEED = 1234  # of the examples that few-shot prompts show: lm-eval's own default
 
 
@@ -44,6 +48,9 @@ class TaskScores:
 
 class Tasks:
     """Tasks that are there, to be scored as often as needed.
+
+    Attributes:
+        names: as they were given, each once.
 
     Args:
         names: of tasks, groups or tags, or paths of YAML files.
@@ -76,9 +83,10 @@ class Tasks:
         include = [str(folder) for folder in folders]
         # Its own tasks are thousands of files to look through, so local ones come first.
         manager = TaskManager(include_path=include, include_defaults=False)
-        others: Callable[[], Any] | None = functools.partial(TaskManager, include_path=include)
+        with_its_own = functools.partial(TaskManager, include_path=include)
+        others: Callable[[], Any] | None = with_its_own
         if _unknown(names, manager.all_tasks):
-            manager, others = others(), None
+            manager, others = with_its_own(), None
         for name in _unknown(names, manager.all_tasks):
             close = nearest(name, manager.all_tasks)
             raise ConfigError(
@@ -86,18 +94,17 @@ class Tasks:
                 where,
                 f"did you mean {close}?" if close else "give a name of lm-eval, or a YAML file",
             )
-        with _without_bars(), _kept_random_state():
-            try:
-                self._loaded = _load(list(dict.fromkeys(names)), manager, others)
-            except Exception as error:  # of the file, of the hub, of the data: the task's own
-                cause = one_line(str(error))[:200] or type(error).__name__
-                problem = f"cannot load {', '.join(names)}: {cause}"
-                raise ConfigError(problem, where, "check the task and its data set") from error
-        for task in self._loaded["tasks"].values():
-            if fewshot is not None:
-                task.set_config(key="num_fewshot", value=fewshot)
-            elif task.get_config("num_fewshot") is None:
-                task.set_config(key="num_fewshot", value=0)
+        self.names = list(dict.fromkeys(names))
+        self._loaded: dict[str, Any] = {}  # by name: a task, or several under a name of them all
+        for name in self.names:
+            with _without_bars(), _kept_random_state():
+                try:
+                    self._loaded[name] = _load(name, manager, others)
+                except Exception as error:  # of the file, of the hub, of the data: the task's own
+                    cause = one_line(str(error))[:200] or type(error).__name__
+                    problem = f"cannot load {name}: {cause}"
+                    raise ConfigError(problem, where, "check the task and its data set") from error
+            _set_fewshot(self._loaded[name], fewshot)
 
     def score(
         self,
@@ -105,56 +112,91 @@ class Tasks:
         batch_size: int,
         limit: int | None = None,
         errors: bool = True,
+        names: Sequence[str] | None = None,
     ) -> list[TaskScores]:
         """Score the model on every task; all ranks together, and each has the results. Random
         states stay as they are.
 
         Args:
+            names: of these alone; None: of all.
             limit: documents of each task, from its start; None: all.
             errors: whether to estimate standard errors, which takes time for some metrics.
 
         Raises:
             ConfigError: a task cannot be scored with this model.
-            CheckpointError: its logits are not finite.
+            Diverged: its logits are not finite.
         """
-        from lm_eval.evaluator import evaluate
-
         from archscale.inference.harness import HarnessModel
 
-        for task in self._loaded["tasks"].values():
+        asked = HarnessModel(model, batch_size)
+        scores: dict[str, TaskScores] = {}
+        for name in self.names if names is None else names:
+            try:
+                results = self._evaluate(name, asked, limit, 100_000 if errors else 0)
+            except ConfigError as error:  # all ranks have the same requests and answers
+                same_everywhere(error)
+                raise
+            for each in _scores(results):
+                scores.setdefault(each.name, each)
+        return list(scores.values())
+
+    def rehearse(self, model: TaskModel) -> None:
+        """Do everything but ask the model, so that what cannot be scored is known before.
+
+        Raises:
+            ConfigError: a task cannot be scored with this model.
+        """
+        from archscale.inference.harness import Rehearsal
+
+        for name in self.names:
+            self._evaluate(name, Rehearsal(model, batch_size=1), None, 0)
+
+    def _evaluate(
+        self, name: str, asked: HarnessModel, limit: int | None, bootstrap: int
+    ) -> Mapping[str, Any]:
+        """What lm-eval makes of the answers of a model."""
+        from lm_eval.evaluator import evaluate
+
+        loaded = self._loaded[name]
+        for task in loaded["tasks"].values():
             task.set_fewshot_seed(seed=SEED)  # the same examples every time
         with _without_bars(), _kept_random_state():
             for seed in (random.seed, np.random.seed, torch.manual_seed):
                 seed(SEED)
             try:
-                results = evaluate(
-                    HarnessModel(model, batch_size),
-                    self._loaded,
-                    limit=limit,
-                    log_samples=False,
-                    bootstrap_iters=100_000 if errors else 0,
+                return evaluate(
+                    asked, loaded, limit=limit, log_samples=False, bootstrap_iters=bootstrap
                 )
+            except ConfigError as error:
+                problem = f"cannot score {name}: {error.what}"
+                raise ConfigError(problem, error.where, error.remedy) from error
             except (ValueError, NotImplementedError, KeyError) as error:
-                names = ", ".join(self._loaded["tasks"])
-                problem = f"cannot score {names}: {one_line(str(error))[:200]}"
-                raise ConfigError(problem, model.text.name, "leave the task out") from error
-        return list(_scores(results))
+                problem = f"cannot score {name}: {one_line(str(error))[:200]}"
+                raise ConfigError(problem, asked.where, "leave the task out") from error
 
 
-def _load(names: list[str], manager: Any, others: Callable[[], Any] | None) -> Any:
-    """The tasks and their data, from `manager` or, where that fails, from the one that `others`
+def _load(name: str, manager: Any, others: Callable[[], Any] | None) -> Any:
+    """The task and its data, from `manager` or, where that fails, from the one that `others`
     makes: the members of a local group may be tasks of lm-eval's own."""
     try:
-        return manager.load(names)
+        return manager.load([name])
     except Exception:
         if others is None:
             raise
-        return others().load(names)
+        return others().load([name])
 
 
 def _unknown(names: Sequence[str], known: Sequence[str]) -> list[str]:
     there = set(known)
     return [name for name in names if name not in there and not name.endswith(YAML)]
+
+
+def _set_fewshot(loaded: Mapping[str, Any], fewshot: int | None) -> None:
+    for task in loaded["tasks"].values():
+        if fewshot is not None:
+            task.set_config(key="num_fewshot", value=fewshot)
+        elif task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
 
 
 def _scores(results: Mapping[str, Any]) -> Iterator[TaskScores]:
@@ -165,9 +207,9 @@ def _scores(results: Mapping[str, Any]) -> Iterator[TaskScores]:
             metric, comma, filtered = key.partition(",")
             if not comma or isinstance(value, bool) or not isinstance(value, (int, float)):
                 continue
-            of = errors if metric.endswith("_stderr") else figures
+            collected = errors if metric.endswith("_stderr") else figures
             metric = metric.removesuffix("_stderr")
-            of[metric if filtered == "none" else f"{metric},{filtered}"] = float(value)
+            collected[metric if filtered == "none" else f"{metric},{filtered}"] = float(value)
         samples = results.get("n-samples", {}).get(name, {}).get("effective")
         yield TaskScores(name, figures, errors, samples, results.get("n-shot", {}).get(name))
 
@@ -189,10 +231,27 @@ def _kept_random_state() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """Progress bars are for one terminal: where there is none, and on other ranks, they would be
-    lines without end."""
+    """Progress bars and remarks are for one terminal: where there is none, and on other ranks, they
+    would be lines without end. Standard error itself stays, for other threads' last words."""
     if rank() == 0 and sys.stderr.isatty():
         yield
         return
-    with contextlib.redirect_stderr(io.StringIO()):
+    from tqdm import tqdm
+
+    # Who makes the bars passes no option on, and the environment is read at import.
+    bar: Any = tqdm
+    begin, loggers = bar.__init__, [logging.getLogger(name) for name in REMARKING]
+    levels = [logger.level for logger in loggers]
+
+    def begin_hidden(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs | {"disable": True})
+
+    bar.__init__ = begin_hidden
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
         yield
+    finally:
+        bar.__init__ = begin
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from archscale.errors import ArchscaleError, CheckpointError, ConfigError, explain_os_error
+from archscale.errors import ArchscaleError, ConfigError, explain_os_error
 from archscale.inference.generate import Continuation, NotFiniteError, Request, generate
 from archscale.inference.sampling import Sampling
+from archscale.inference.scoring import not_finite
 from archscale.inference.text_model import TextModel
 from archscale.train.loading import load_text_model
 
@@ -126,11 +127,7 @@ def continue_prompts(
             on_text=on_text,
         )
     except NotFiniteError as error:
-        raise CheckpointError(
-            f"the weights give logits that are not finite, {error}",
-            model.name,
-            "name a checkpoint from before the run diverged",
-        ) from error
+        raise not_finite(model.name, str(error)) from error
 
 
 def print_continuations(

@@ -444,7 +444,8 @@ class Run:
         ballot: distributed.Ballot | None = None,
     ) -> dict[str, float] | None:
         """What evaluation adds to the metrics in `line`; None where a signal, which the `ballot`
-        asks for, has ended it. Samples are written here."""
+        asks for, has ended it. Samples are written here, and `line` has an event where results are
+        missing."""
 
         def leave() -> bool:
             watchdog.pat()
@@ -458,12 +459,13 @@ class Run:
             metrics = None if averaged is None else metrics | of_average(averaged)
         if metrics is None or not self.live:
             return metrics
-        live = self.live.metrics(self.engine, leave)
+        live = self.live.results(self.engine, leave)
         if live is None:
             return None
-        figures, samples = live
-        recorder.write_samples(line, samples)
-        return metrics | figures
+        recorder.write_samples(line, live.samples)
+        if live.events:
+            line["event"] = "; ".join(filter(None, [line.get("event"), *live.events]))
+        return metrics | live.figures
 
     def _save_if_due(self, step: int, saving: bool, asked: int, ballot: distributed.Ballot) -> int:
         """Save where `step` is due to be saved, where a signal was `asked` for, and where its

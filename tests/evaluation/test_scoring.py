@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from archscale.distributed import shared_out
+from archscale.distributed import all_reduce, rank, shared_out
 from archscale.errors import CheckpointError, ConfigError
 from archscale.inference.scoring import TransformerScores, log_likelihoods, windows
 from tests.pool import pool
@@ -49,10 +49,17 @@ def scores(forward: Counting) -> TransformerScores:
 def test_likelihoods_are_products_of_softmax() -> None:
     forward = Counting()
     long = [3, 1, 4, 1, 5, 9, 2, 6]
-    requests = [([1, 2], [3]), ([1, 2], [4]), ([7], [8, 9, 10]), (long, [5, 3]), ([2], [2])]
-    found = log_likelihoods(scores(forward), requests, 2)
+    requests = [
+        ([1, 2], [3]),
+        ([1, 2], [4]),
+        ([7], [8, 9, 10]),
+        (long, [5, 3]),
+        ([2], [2]),
+        ([3], []),
+    ]
+    likelihoods = log_likelihoods(scores(forward), requests, 2)
     assert forward.rows == 4  # two answers of one token share a row
-    for (given, following), likelihood in zip(requests, found):
+    for (given, following), likelihood in zip(requests, likelihoods):
         expected, greedy = 0.0, True
         text = [*given, *following][-CONTEXT - 1 :]  # of a longer text the end is read
         for at in range(len(text) - len(following), len(text)):
@@ -89,3 +96,23 @@ def test_work_is_shared_out_in_order(count: int) -> None:
     expected = [item * item for item in range(count)]
     assert squares(count) == (expected, count)
     assert pool(2).run(squares, count) == [(expected, -(-count // 2))] * 2
+
+
+def failing_on_one(item: int) -> float:
+    reduced = all_reduce(torch.ones(1)).item()
+    if item == 1:
+        raise CheckpointError(f"item {item} cannot be done", f"rank {rank()}", "leave it out")
+    return reduced
+
+
+def failure() -> str:
+    try:
+        shared_out(range(6), failing_on_one)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_a_failure_is_everybodys() -> None:
+    """Nobody begins an item, with collectives of its own, that another rank does not."""
+    assert pool(2).run(failure) == ["item 1 cannot be done (rank 1): leave it out"] * 2

@@ -4,6 +4,7 @@ while training."""
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from archscale.evaluation.evaluate import Wanted, evaluate
 from archscale.export.export import export
 from archscale.inference.generate import Request, generate
 from archscale.inference.sampling import Sampling
+from archscale.inference.tasks import Tasks
 from archscale.train.live import LiveEvaluation
 from archscale.train.loading import load_model, load_text_model
 from tests.commands import launch
@@ -162,22 +164,93 @@ def test_training_scores_them_and_does_not_change(
     assert lines[-1]["val_loss"] == plain[-1]["val_loss"]
 
 
-def test_an_evaluation_that_is_left(trained: Path, task_folder: Path) -> None:
-    """Asked before every pass; no random number is drawn."""
+def test_an_evaluation_that_is_left(
+    trained: Path, task_folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Asked before every pass; no random number is drawn, no bar is shown, and standard error stays
+    what it was."""
     told = {"tasks": [str(task_folder / "words.yaml")], "samples": ["abcd"]}
     made = config(str(trained / "tokens"), eval=told).with_vocab(300)
     live = LiveEvaluation(made, torch.device("cpu"))
-    engine = SimpleNamespace(forward=load_model(find_target(trained / "run")))
+    model, stderr = load_model(find_target(trained / "run")), sys.stderr
+
+    def forward(*args, **kwargs):
+        assert sys.stderr is stderr  # where another thread may have to say something
+        return model(*args, **kwargs)
+
+    engine = SimpleNamespace(forward=forward)
     asked, before = itertools.count(), torch.get_rng_state()
-    metrics, _ = live.metrics(engine, lambda: next(asked) < 0)
-    assert list(metrics) == ["eval/words/acc"]
+    results = live.results(engine, lambda: next(asked) < 0)
+    assert list(results.figures) == ["eval/words/acc"]
+    assert not results.events
+    assert capfd.readouterr().err == ""
     passes = next(asked)
     for number in (0, 1, passes - 1):  # in the tasks, and in the samples
         asked = itertools.count()
-        assert live.metrics(engine, lambda: next(asked) == number) is None  # noqa: B023
+        assert live.results(engine, lambda: next(asked) == number) is None  # noqa: B023
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(ConfigError, match=r"no such task file \(no\.yaml\): .*eval\.tasks"):
         LiveEvaluation(config("no", eval={"tasks": ["no.yaml"]}), torch.device("cpu"))
+
+
+def test_a_task_that_cannot_be_scored(
+    trained: Path, task_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is known before the first step where it can be; later it is left out alone."""
+    content = json.loads((task_folder / "words.yaml").read_text())
+    longer = {"task": "longer", "doc_to_choice": ["abcd " * 20, "no"], "doc_to_target": 0}
+    (tmp_path / "longer.yaml").write_text(json.dumps(content | longer))
+    told = [str(task_folder / "words.yaml"), str(tmp_path / "longer.yaml")]
+    made = config(str(trained / "tokens"), eval={"tasks": told}).with_vocab(300)
+    with pytest.raises(ConfigError, match=r"cannot score .*longer\.yaml: a text of \d+ tokens"):
+        LiveEvaluation(made, torch.device("cpu"))
+    monkeypatch.setattr(Tasks, "rehearse", lambda *told: None)
+    live = LiveEvaluation(made, torch.device("cpu"))
+    engine = SimpleNamespace(forward=load_model(find_target(trained / "run")))
+    results = live.results(engine, lambda: False)
+    assert list(results.figures) == ["eval/words/acc"]
+    (event,) = results.events
+    assert event.startswith(f"task left out: cannot score {tmp_path / 'longer.yaml'}: a text of")
+
+
+def refused(folder: Path, tasks: Path) -> tuple[str, bool]:
+    with pytest.raises(ConfigError) as caught:
+        evaluate(folder, Wanted(tasks=["words"], task_folders=[tasks], limit=1))
+    return caught.value.what, caught.value.on_every_rank
+
+
+def test_an_error_of_all_ranks_is_told_once(
+    trained: Path, task_folder: Path, tmp_path: Path
+) -> None:
+    content = json.loads((task_folder / "words.yaml").read_text())
+    longer = {"doc_to_choice": ["abcd " * 20, "no"], "doc_to_target": 0}
+    (tmp_path / "words.yaml").write_text(json.dumps(content | longer))
+    first, second = pool(2).run(refused, trained / "run", tmp_path)
+    assert first == second
+    assert "a text of" in first[0]
+    assert first[1]
+
+
+def diverged(data: str, folder: str, run_dir: str) -> list[dict]:
+    sections = {
+        "optimizer": {"matrix": {"rule": "muon"}, "weight_decay": 0.1},
+        "telemetry": {"every": 1},
+    }
+    base = {"parameterization": {"base": {"lr": 1e38}}}
+    return trained_on_tasks(data, folder, run_dir, True, **sections, **base)
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_diverged_run_goes_on_without_figures(
+    trained: Path, task_folder: Path, tmp_path: Path, world: int
+) -> None:
+    told = str(trained / "tokens"), str(task_folder), str(tmp_path / "run")
+    lines = diverged(*told) if world == 1 else pool(world).run(diverged, *told)[0]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert not any(key.startswith("eval/") for line in lines for key in line)
+    missing = "tasks and samples left out: the weights give logits that are not finite"
+    assert [missing in (line.get("event") or "") for line in lines] == [False, True, False, True]
+    assert "non-finite loss" in lines[-1]["event"]  # what the guard says stays
 
 
 EXPERTS = {"moe": {"sparsity": 3, "top_k": 3}}
