@@ -78,7 +78,7 @@ class Tasks:
         manager = TaskManager(include_path=include, include_defaults=False)
         others: Callable[[], Any] | None = functools.partial(TaskManager, include_path=include)
         if _unknown(names, manager.all_tasks):
-            manager, others = others(), None
+            manager, others = TaskManager(include_path=include), None
         for name in _unknown(names, manager.all_tasks):
             close = nearest(name, manager.all_tasks)
             raise ConfigError(
