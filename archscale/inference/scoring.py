@@ -38,8 +38,8 @@ class LogitsModel(Protocol):
     device: torch.device
 
     def logits(self, tokens: Tensor) -> Tensor:
-        """Of the token after each position, (B, T) int64 → (B, T, V) float32. A position sees
-        those before it only, so rows may be padded on the right."""
+        """(B, T) int64 → logits of the token after each position, (B, T, V) float32. A position
+        sees those before it only, so rows may be padded on the right."""
 
 
 class Window(NamedTuple):

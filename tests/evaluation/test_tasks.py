@@ -144,8 +144,11 @@ def check_trained(trained: Path, task_folder: Path, run_dir: Path, lines: list[d
     assert not any(key.startswith("eval/") for key in lines[0])
     samples = [json.loads(line) for line in (run_dir / "samples.jsonl").open()]
     assert [(row["step"], row["prompt"]) for row in samples] == [
-        (2, "abcd"), (2, ""), (4, "abcd"), (4, "")
-    ]  # fmt: skip
+        (2, "abcd"),
+        (2, ""),
+        (4, "abcd"),
+        (4, ""),
+    ]
     text = load_text_model(newest)
     requests = [Request(text.tokens(prompt), 64) for prompt in ("abcd", "")]
     written = generate(text.model, text.tokenizer, requests, Sampling(temperature=0.0))

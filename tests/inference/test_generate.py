@@ -115,7 +115,7 @@ def test_the_cache_changes_no_token(name: str) -> None:
 @pytest.mark.parametrize("name", ["dense", "documents_window"])
 @torch.no_grad()
 def test_logits_from_the_cache(name: str, dtype: torch.dtype) -> None:
-    """Of rows of different lengths, and of several tokens after earlier ones."""
+    """Logits of rows of different lengths, and of several tokens after earlier ones."""
     model = make_model(dtype, **CASES[name])
     tokens = torch.randint(0, 256, (2, 11), generator=torch.Generator().manual_seed(0))
     tokens[:, 2] = EOS

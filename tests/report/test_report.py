@@ -359,7 +359,7 @@ def test_the_plan_beside_what_was_measured(tmp_path):
     [((None,), "the data read 4.8 times"), (("web", "code"), "source code read 8 times")],
 )
 def test_memory_tokens_a_parameter_and_passes(tmp_path, names, words):
-    """Of a run that is half done, whose windows hold an eighth of padding."""
+    """A run that is half done, whose windows hold an eighth of padding."""
     lines = metrics(5_000, layers=1, every=1000)
     for step, held in ((1000, 2.25e9), (2000, 2.4e9)):
         lines[step - 1]["peak_memory_bytes"] = held

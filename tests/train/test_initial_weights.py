@@ -84,7 +84,7 @@ def losses(lines: list[dict]) -> list[float]:
 
 
 def norms(run_dir: Path) -> dict[str, float]:
-    """Of the matrices in its last checkpoint."""
+    """Frobenius norms of the matrices in its last checkpoint."""
     stored = StoredWeights(step_directory(run_dir / "checkpoints", STEPS))
     names = [name for name in stored.shapes if re.match(r"blocks.*(qkv|out|up|down)", name)]
     return {name: float(stored.read(name).norm()) for name in names}
