@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import io
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from archscale import cli
 from tests import pool as processes
 
 # seconds, also `@pytest.mark.timeout(seconds)`; it ends hangs, and a busy machine is no hang
@@ -65,6 +67,31 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGALRM, before)
+
+
+class Exit(Exception):
+    """In place of `os._exit`."""
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """`command("plan", "c.yaml", typed=b"…")` → exit status, standard output, standard error. In
+    this process: each start of one takes seconds."""
+
+    def leave(status: int) -> None:
+        raise Exit(status)
+
+    def call(*arguments: object, typed: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["archscale", *map(str, arguments)])
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed)))
+        monkeypatch.setattr(os, "_exit", leave)
+        try:
+            cli.main()
+        except (SystemExit, Exit) as end:
+            status = end.args[0] if end.args else 0
+        return (status or 0, *capsys.readouterr())
+
+    return call
 
 
 @pytest.fixture(scope="session")

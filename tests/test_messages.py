@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 import yaml
 from torch.distributed.checkpoint.api import CheckpointException
 
-from archscale import __version__, cli
+from archscale import __version__
 from archscale.checkpoint import saving as checkpoint
 from archscale.config import CheckpointConfig
 from archscale.data.shards import MANIFEST
@@ -25,32 +25,14 @@ ROOT = Path(__file__).parents[1]
 HARM = re.compile(r"\b(remove|delete)\b|\brm\b")
 
 
-class Exit(Exception):
-    """In place of `os._exit`."""
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return tiny_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
-def run(monkeypatch, capsys):
-    """`run("plan", "c.yaml")` → exit status, standard output, standard error."""
-
-    def leave(status):
-        raise Exit(status)
-
-    def call(*arguments):
-        monkeypatch.setattr("sys.argv", ["archscale", *map(str, arguments)])
-        monkeypatch.setattr(os, "_exit", leave)
-        try:
-            cli.main()
-        except (SystemExit, Exit) as end:
-            status = end.args[0] if end.args else 0
-        return (status or 0, *capsys.readouterr())
-
-    return call
+def run(command):
+    return command
 
 
 @pytest.fixture
@@ -66,26 +48,26 @@ def plan_file(tmp_path, data):
 
 
 @pytest.mark.parametrize(
-    "command",
+    "words",
     [
         ["train", ROOT / "configs/quickstart.yaml", "--set", "data.train=FOLDER"],
         ["data", "inspect", "FOLDER"],
         ["data", "verify", "FOLDER"],
         ["data", "prepare", ROOT / "data_prep/python_stdlib.yaml", "--set", "output=FOLDER"],
     ],
-    ids=lambda command: " ".join(map(str, command[:2])),
+    ids=lambda words: " ".join(map(str, words[:2])),
 )
 @pytest.mark.parametrize(
     "manifest", [None, "[]", "{", '{"format_version": 99}', '{"format_version": 1}']
 )
-def test_a_folder_of_the_user_is_not_to_be_removed(run, tmp_path, monkeypatch, command, manifest):
+def test_a_folder_of_the_user_is_not_to_be_removed(run, tmp_path, monkeypatch, words, manifest):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "thesis"
     folder.mkdir()
     (folder / "thesis.tex").write_text("years of work")
     if manifest is not None:
         (folder / MANIFEST).write_text(manifest)
-    status, _, said = run(*(str(part).replace("FOLDER", str(folder)) for part in command))
+    status, _, said = run(*(str(part).replace("FOLDER", str(folder)) for part in words))
     assert status == 2
     assert len(said.splitlines()) == 1
     assert not HARM.search(said.replace(str(folder), ""))

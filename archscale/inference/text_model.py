@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from archscale.data.tokenizer_base import Tokenizer
 from archscale.inference.generate import LanguageModel
@@ -25,6 +25,12 @@ class TextModel:
     empty: tuple[int, ...]
     ends: frozenset[int]
     name: str
+
+    @classmethod
+    def of_run(cls, model: LanguageModel[Any], tokenizer: Tokenizer, name: str) -> Self:
+        """A model as runs are trained: a document starts after the end of the one before."""
+        end = tokenizer.eos_id
+        return cls(model, tokenizer, (end,), (end,), frozenset({end}), name)
 
     def tokens(self, text: str) -> list[int]:
         """What the model reads of a text that begins a document."""

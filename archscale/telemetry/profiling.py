@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -100,17 +99,6 @@ class Profiler:
         self._steps, self._path, self._device = steps, path, device
         self._running: Any = None
         self._written = False
-
-    def __enter__(self) -> Profiler:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def around(self, batches: Iterable[Item], done: int) -> Iterator[Item]:
         """`batches`, of which each is one step's, after `done` steps. What the loop does with a

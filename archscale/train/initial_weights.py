@@ -96,12 +96,12 @@ def initial_weights(start: Start, config: Config, data: TrainingData) -> Initial
         return None
 
     def checked() -> InitialWeights:
-        found = _find(path)
-        _check(found, config, data)
-        return found
+        weights = _find(path)
+        _check(weights, config, data)
+        return weights
 
-    weights: InitialWeights = on_rank_zero(checked)
-    return weights
+    checked_weights: InitialWeights = on_rank_zero(checked)
+    return checked_weights
 
 
 def _find(path: str) -> InitialWeights:
@@ -271,14 +271,14 @@ def _warn_of_unknown(reason: str) -> None:
 # --- loading
 
 
-def load(found: InitialWeights, engine: Engine, config: Config) -> Loaded:
+def load(initial: InitialWeights, engine: Engine, config: Config) -> Loaded:
     """Fill the weights of an engine; all ranks together.
 
     Raises:
         CheckpointError: they cannot be read, or are not finite.
     """
     weights = engine.weights()
-    loaded = found.load(weights, config)
+    loaded = initial.load(weights, config)
     not_finite = [name for name, held in weights.items() if not held.data.isfinite().all()]
     if names := [name for of_rank in gather_objects(not_finite) for name in of_rank]:
         raise same_everywhere(
@@ -293,8 +293,8 @@ def load(found: InitialWeights, engine: Engine, config: Config) -> Loaded:
 # --- the model
 
 
-def _check(found: InitialWeights, config: Config, data: TrainingData) -> None:
-    there = found.model.vocab_size
+def _check(initial: InitialWeights, config: Config, data: TrainingData) -> None:
+    there = initial.model.vocab_size
     assert there is not None
     if data.vocab_size > there:
         raise ConfigError(
@@ -302,15 +302,15 @@ def _check(found: InitialWeights, config: Config, data: TrainingData) -> None:
             KEY,
             "prepare the data with the tokenizer that the weights were trained with",
         )
-    found.check_tokenizer(config, data)
-    differing = differing_keys(config.model, found.model)
+    initial.check_tokenizer(config, data)
+    differing = differing_keys(config.model, initial.model)
     if differing:
         what = ", ".join(f"{key} is {show(mine)}" for key, (mine, _) in differing.items())
         settings = [f"{key}={show(theirs)}" for key, (_, theirs) in differing.items()]
         if "model.width" in differing:  # an aspect that is written has to agree with the width
             settings.append("model.aspect=null")
         raise ConfigError(
-            f"the weights are of another model ({found.name}): {what}",
+            f"the weights are of another model ({initial.name}): {what}",
             KEY,
             f"set {' '.join(settings)}, as `archscale config from` prints them",
         )
@@ -357,9 +357,9 @@ def starting_config(path: str) -> dict[str, Any]:
     Raises:
         ConfigError, CheckpointError: as `initial_weights`.
     """
-    found = _find(path)
-    section = found.model.model_dump(mode="json")
-    if isinstance(found, HuggingFaceDirectory):
-        section = found.theirs.section
+    initial = _find(path)
+    section = initial.model.model_dump(mode="json")
+    if isinstance(initial, HuggingFaceDirectory):
+        section = initial.theirs.section
     name = Path(path).resolve().name if "://" not in path else path.rstrip("/").rsplit("/")[-1]
     return {"name": f"from_{name}", "model": section, "training": {"init_from": path}}

@@ -130,15 +130,9 @@ class LiveEvaluation:
             return output._replace(logits=from_rank_zero(output.logits.contiguous()))
 
         assert config.vocab_size is not None, "a resolved config"
-        name, end = self._config.name, self._tokenizer.eos_id
-        text = TextModel(
-            NativeModel(same_forward, config.context, device),
-            self._tokenizer,
-            before=(end,),
-            empty=(end,),
-            ends=frozenset({end}),
-            name=name,
-        )
+        name = self._config.name
+        native = NativeModel(same_forward, config.context, device)
+        text = TextModel.of_run(native, self._tokenizer, name)
         scores = TransformerScores(forward, name, config.context, config.vocab_size, device)
         return TaskModel(text, scores, together=True)
 

@@ -35,15 +35,9 @@ def load_text_model(path: Path, device: torch.device | None = None) -> TextModel
 
 def text_model(target: Target, model: Transformer) -> TextModel:
     """The model of a checkpoint with its tokenizer."""
-    end = target.tokenizer.eos_id
-    return TextModel(
-        NativeModel(model, target.config.model.context, next(model.parameters()).device),
-        target.tokenizer,
-        before=(end,),  # a document starts after the end of the one before
-        empty=(end,),
-        ends=frozenset({end}),
-        name=str(target.checkpoint),
-    )
+    device = next(model.parameters()).device
+    native = NativeModel(model, target.config.model.context, device)
+    return TextModel.of_run(native, target.tokenizer, str(target.checkpoint))
 
 
 def load_model(target: Target, device: torch.device | None = None) -> Transformer:

@@ -315,10 +315,11 @@ class Run:
         recorder = Recorder(
             config.resolved(), config.telemetry, self.rates.steps, self.run_dir, step, start.own
         )
-        with contextlib.closing(watchdog), recorder, self.saver, self._profiler:
+        profiler = contextlib.closing(self._profiler)
+        with contextlib.closing(watchdog), recorder, self.saver, profiler:
             if unfinished:
-                found = self._evaluate(unfinished, recorder, watchdog)
-                recorder.write([unfinished | (found or {})])
+                evaluated = self._evaluate(unfinished, recorder, watchdog)
+                recorder.write([unfinished | (evaluated or {})])
             if self.ema:
                 self.ema.begin()
             while step < self.rates.steps:
@@ -407,13 +408,13 @@ class Run:
                 for line in lines:
                     self._not_finite_since = not_finite_since(self._not_finite_since, line)
                 self._unfinished = lines.pop() if evaluating else None
-                found = None
                 if self._unfinished and not asked:
-                    found = self._evaluate(self._unfinished, recorder, watchdog, ballot)
-                if self._unfinished and found is not None:
-                    lines.append(self._unfinished | found)
-                    self._unfinished = None
-                    self._not_finite_since = not_finite_since(self._not_finite_since, lines[-1])
+                    evaluated = self._evaluate(self._unfinished, recorder, watchdog, ballot)
+                    if evaluated is not None:
+                        lines.append(self._unfinished | evaluated)
+                        self._unfinished = None
+                        line = lines[-1]
+                        self._not_finite_since = not_finite_since(self._not_finite_since, line)
                 recorder.write(lines)
                 asked = self._save_if_due(step, saving, asked, ballot)
                 if asked and not (last and self._unfinished is None):

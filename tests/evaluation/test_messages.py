@@ -2,14 +2,12 @@
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from archscale import cli
 from archscale.data.preparing.prepare import prepare
 from archscale.export.export import export
 from archscale.report.read import read_run
@@ -17,30 +15,6 @@ from archscale.report.run import write_run_page
 from archscale.sweep.table import read_table
 
 Command = Callable[..., tuple[int, str, str]]
-
-
-class Exit(Exception):
-    """In place of `os._exit`."""
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """`command("eval", "runs/a")` → exit status, standard output, standard error."""
-
-    def leave(status: int) -> None:
-        raise Exit(status)
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["archscale", *map(str, arguments)])
-        monkeypatch.setattr(os, "_exit", leave)
-        try:
-            cli.main()
-        except (SystemExit, Exit) as end:
-            status = end.args[0] if end.args else 0
-        out, err = capsys.readouterr()
-        return status or 0, out, err
-
-    return call
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import io
 import json
 import os
 import pty
@@ -20,7 +19,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from archscale import cli
 from archscale.export.export import export
 from archscale.train import prompting
 from archscale.train.loading import load_text_model
@@ -40,29 +38,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_run(tiny_data(folder), folder / "run", model={"context": 64})
     export(folder / "run", folder / "out", shard_size="5GB")
     return folder
-
-
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """`command("generate", target, …)` → exit status, standard output, standard error."""
-
-    class Exit(Exception):
-        pass
-
-    def leave(status: int) -> None:
-        raise Exit(status)
-
-    def call(*arguments: object, typed: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["archscale", *map(str, arguments)])
-        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed)))
-        monkeypatch.setattr(os, "_exit", leave)
-        try:
-            cli.main()
-        except (SystemExit, Exit) as end:
-            status = end.args[0] if end.args else 0
-        return (status or 0, *capsys.readouterr())
-
-    return call
 
 
 def test_prompts_are_continued_as_each_alone(made: Path, command: Command, tmp_path: Path) -> None:
