@@ -14,6 +14,10 @@ import typer
 from archscale import terminal
 from archscale.errors import INTERRUPTED, RETRY, ArchscaleError, ConfigError, explain_os_error
 
+# Seconds until a rank that leaves a report to another one ends itself: where torchrun ends it with
+# the other one, however slowly that imports, and elsewhere.
+REPORTED, UNHURRIED = 60.0, 5.0
+
 app = typer.Typer(
     help="Pre-train language models and find their scaling laws.",
     invoke_without_command=True,
@@ -1258,11 +1262,8 @@ def main() -> None:
     except ArchscaleError as error:
         if os.environ.get("ARCHSCALE_DEBUG") == "1":
             raise
-        if _reports(error):
+        if _reports(error) or not _another_rank_reports():
             print(f"archscale: {error}", file=sys.stderr, flush=True)
-        else:
-            # Torchrun ends all ranks with the first that exits: let the one that reports be it.
-            time.sleep(5)
         terminal.flush()
         os._exit(error.status)  # without waiting for ranks and threads that may wait for this one
     except terminal.ReaderLeft:
@@ -1342,3 +1343,13 @@ def _reports(error: ArchscaleError) -> bool:
         return True
     # Before start-up ranks fail alone: one line a machine.
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _another_rank_reports() -> bool:
+    """Wait for the rank that reports the error. Torchrun ends all ranks of a machine with the first
+    that exits, so the first has to be that one, which may be slower; this rank returns False where
+    it was waited for in vain, because the error was this rank's own."""
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    ends_with_another = under_torchrun and os.environ.get("LOCAL_RANK", "0") != "0"
+    time.sleep(REPORTED if ends_with_another else UNHURRIED)
+    return not ends_with_another

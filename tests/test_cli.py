@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from archscale import cli
 from archscale.config import dump_config
 from archscale.data.shards import HEADER_BYTES
+from archscale.errors import DataError
 from tests.pool import launch
 from tests.train.tiny import config, tiny_data
 
@@ -216,3 +218,30 @@ def test_the_examples_of_the_readme_run():
     namespace: dict = {}
     exec(code[0], namespace)
     assert all(p.isfinite().all() for p in namespace["model"].parameters())
+
+
+@pytest.mark.parametrize(
+    ("torchrun", "local_rank", "waits", "reports"),
+    [(True, "1", cli.REPORTED, True), (True, "0", 0, True), (False, "1", cli.UNHURRIED, False)],
+)
+def test_the_rank_that_reports_may_be_slower(
+    monkeypatch, capsys, torchrun, local_rank, waits, reports
+):
+    """Torchrun would end it with the first rank that exits. One that is not ended while it waits is
+    the only one that has met the error."""
+
+    def fail():
+        raise DataError("a shard is missing", "train_00000.bin", "prepare the data")
+
+    waited, statuses = [0.0], []
+    monkeypatch.setattr(cli, "_command", fail)
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(cli.os, "_exit", statuses.append)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    cli.main()
+    assert (sum(waited), statuses) == (waits, [2])
+    assert ("archscale: a shard is missing" in capsys.readouterr().err) == reports
