@@ -19,7 +19,7 @@ from archscale.parallel.native import NativeEngine
 from archscale.plan.plan import Plan, make_plan
 from archscale.plan.preflight import plan_config, refuse
 from archscale.plan.transfer import transfer_of
-from archscale.train.balance import StepBalance
+from archscale.train.balance import LoadedExperts, StepBalance
 from archscale.train.build import DTYPES, build_model, build_optimizer
 from archscale.train.readings import Readings
 from archscale.train.step import train_step
@@ -110,6 +110,8 @@ class Workload:
         roles = assign_roles(self.engine.module)
         self.optimizer = build_optimizer(config, roles, transfer.roles)
         self.batch = random_batch(config)
+        moe = config.model.moe
+        self._experts = None if moe is None else LoadedExperts(moe)
         self._first = [tokens.to(device) for tokens in self.batch[0][:2]]
         self._readings = Readings(
             config.model,
@@ -138,7 +140,7 @@ class Workload:
             self.batch,
             self.device,
             config.optimizer.grad_clip,
-            config.model.moe,
+            self._experts,
             probe,
         )
         self._readings.add(1, 0.0, measured)

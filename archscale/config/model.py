@@ -31,7 +31,11 @@ class MoEConfig(Section):
     """Combine experts with the square roots of the gates, which keeps the output RMS independent of
     top_k."""
     balance: Literal["global", "sequence"] = "global"
-    """Scope of the load-balance loss: the whole batch of a step, or each sequence."""
+    """Scope of the load-balance loss: a whole batch, or each sequence."""
+    balance_scope: Literal["step", "micro", "previous"] = "step"
+    """Batch of the global balance loss: the step's, for whose loads all its micro-batches pass the
+    blocks once more before the first backward pass; each micro-batch's on all ranks, so that the
+    curve depends on `training.micro_batch` and on the number of ranks; or the previous step's."""
     balance_weight: NonNegative = 0.1
     """Weight of the load-balance loss in the training loss."""
 
@@ -49,6 +53,11 @@ class MoEConfig(Section):
     def counts_first(self) -> bool:
         """Whether the balance loss needs all of a step's routing decisions before the first
         backward pass."""
+        return self.balance_scope == "step" and self.balances_globally
+
+    @property
+    def balances_globally(self) -> bool:
+        """Whether there is a balance loss of whole batches."""
         return self.balance == "global" and self.balance_weight > 0
 
     def problems(self) -> Iterator[ConfigError]:
@@ -64,6 +73,13 @@ class MoEConfig(Section):
                 " trains the router",
                 "model.moe.balance_weight",
                 f"set it above 0, or top_k to at least {self.top_k + 1}",
+            )
+        if self.balance_scope != "step" and not self.balances_globally:
+            cause = "each sequence has its own loads" if self.balance_weight else "nothing balances"
+            yield ConfigError(
+                f"{cause}, so balance_scope does nothing",
+                "model.moe.balance_scope",
+                "set it to step, or balance: global with a balance_weight above 0",
             )
 
 

@@ -113,7 +113,7 @@ class MoE(nn.Module):
 
         # Assignment n K + j is token n's j-th choice. `order` lists assignments by expert, then by
         # token, so that each expert's rows are contiguous; `place` is the inverse.
-        order = chosen.flatten().argsort(stable=True)
+        order = narrow(chosen.flatten(), logits.shape[1]).argsort(stable=True)
         place = inverse_permutation(order)
         rows = _Dispatch.apply(tokens, order, place, self.active)  # (M, D)
         row_gates = _Dispatch.apply(gates.flatten()[:, None], order, place, 1)  # (M, 1)
@@ -222,6 +222,12 @@ class ExpertProjection(nn.Module):
 
 
 # --- permutation and grouped product
+
+
+def narrow(numbers: Tensor, count: int) -> Tensor:
+    """The same numbers, of which there are `count`, in the fewest bytes: a radix sort passes over
+    them once a byte."""
+    return numbers.to(torch.uint8 if count <= 256 else torch.int32)
 
 
 def inverse_permutation(order: Tensor) -> Tensor:
@@ -367,7 +373,7 @@ def run_elsewhere(
     # Rows arrive by source and then by expert; the product wants them by expert and then by source.
     expert = torch.arange(arriving.shape[1], device=load.device).repeat(ranks)
     expert = expert.repeat_interleave(arriving.flatten(), output_size=sum(receives))
-    order = expert.argsort(stable=True)
+    order = narrow(expert, arriving.shape[1]).argsort(stable=True)
     place = inverse_permutation(order)
     rows = _Exchange.apply(rows, sends, receives, group)
     gates = _Exchange.apply(gates, sends, receives, group)

@@ -97,8 +97,8 @@ def _model_rows(m: dict[str, Any]) -> dict[str, str]:
         shared = ", one of them shared" if e["shared_expert"] else ""
         gate = "SqrtGate" if e["sqrt_gate"] else "plain gate"
         rows["experts"] = (
-            f"{slots} slots{shared}, {e['top_k']} active, {gate}, {e['balance']} balance ×"
-            f" {e['balance_weight']}"
+            f"{slots} slots{shared}, {e['top_k']} active, {gate}, {e['balance']} balance"
+            f" ({e['balance_scope']}) × {e['balance_weight']}"
         )
     return rows
 
@@ -249,7 +249,7 @@ def _flops_rows(f: dict[str, Any]) -> dict[str, str]:
     if f["counting_pass_per_token"]:
         rows["counting pass"] = (
             f"{counting_pass_share(f):.1%} on top, to know all loads before the first backward"
-            " pass; none at accumulation 1 or with sequence balance"
+            " pass; none at accumulation 1, nor with balance_scope: previous"
         )
     rows["optimizer"] = (
         f"{f['optimizer_per_step']:.4g} a step on all devices together, {f['optimizer_share']:.2%}"

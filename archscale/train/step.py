@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from archscale.config import MoEConfig
 from archscale.data.loader import Batch
 from archscale.distributed import all_reduce
 from archscale.model.layers import Probe
@@ -21,7 +20,7 @@ from archscale.optim import MatrixOptimizer
 from archscale.parallel.engine import Engine
 from archscale.telemetry.profiling import phase
 from archscale.telemetry.stability import LayerSums
-from archscale.train.balance import StepBalance
+from archscale.train.balance import LoadedExperts, StepBalance
 
 PADDING = "data/padding"
 
@@ -55,7 +54,7 @@ def train_step(
     micro_batches: Sequence[Batch],
     device: torch.device,
     grad_clip: float | None,
-    moe: MoEConfig | None = None,
+    experts: LoadedExperts | None = None,
     probe: Probe | None = None,
     supervision: Supervision = Supervision(),  # noqa: B008  frozen
 ) -> tuple[dict[str, Tensor], Seen]:
@@ -64,7 +63,7 @@ def train_step(
     Args:
         micro_batches: of the batch; padding, whose targets are `loss.IGNORE`, may lie anywhere.
         grad_clip: largest global gradient norm; None: no clipping.
-        moe: of a model with experts: their load balance joins the objective.
+        experts: of a model that has them: their load balance joins the objective.
         probe: looks into the forward passes.
 
     Returns:
@@ -84,8 +83,8 @@ def train_step(
     scale = engine.gradient_scale / sizes[0]
     moved = [_move(batch, device) for batch in micro_batches]
     balance = None
-    if moe is not None:
-        balance = StepBalance(moe, sizes[1])
+    if experts is not None:
+        balance = StepBalance(experts.moe, sizes[1], experts.load)
         balance.count(engine, moved[1:])
     total = torch.zeros((), device=device)
     probed: list[tuple[LayerSums, ...]] = []  # by micro-batch, by layer
@@ -112,7 +111,10 @@ def train_step(
     with phase("update"):
         measured["grad_norm"] = engine.update(optimizer, grad_clip, judged)
     sums = _add_up(probed) if probed else None
-    return measured, Seen(sums, None if balance is None else balance.load)
+    if balance is None or experts is None:
+        return measured, Seen(sums, None)
+    experts.load = balance.load
+    return measured, Seen(sums, balance.load)
 
 
 def _add_up(probed: Sequence[tuple[LayerSums, ...]]) -> LayerSums:

@@ -158,8 +158,9 @@ class Signals:
             line = f"archscale: {text}: {self.newest()}\n"
             with contextlib.suppress(OSError):
                 os.write(2, line.encode("ascii", "backslashreplace"))
-        # Torchrun's own signal may come of a crash, whose status is another.
-        if not self.from_agent:
+        # Torchrun's own signal may come of a crash, whose status is another. Where it does not, at
+        # least the first of these processes that ends sees all others run.
+        if not self.from_agent or (agent is not None and all_run(agent)):
             leave_status(status)
         if agent is not None and not self.from_agent:
             # One rank is enough: another signal means that torchrun has been told.
@@ -301,6 +302,17 @@ def elastic_agent() -> int | None:
         if pid > 1 or re.search(rb"torchrun|torch\.distributed|accelerate", _of(pid, "cmdline")):
             return pid
     return None
+
+
+def all_run(agent: int) -> bool:
+    """Whether all processes that torchrun has started on this machine still run."""
+    running = 0
+    for entry in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            # After the command's name, which may hold anything: state and parent.
+            state, parent = _of(int(entry.name), "stat").rpartition(b")")[2].split()[:2]
+            running += int(parent) == agent and state != b"Z"
+    return running >= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def tell(agent: int) -> bool:

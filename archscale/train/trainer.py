@@ -64,6 +64,7 @@ from archscale.telemetry.sinks import last_line, read_lines
 from archscale.telemetry.tensorboard import check_tensorboard
 from archscale.telemetry.tracking import check_wandb
 from archscale.train import stopping
+from archscale.train.balance import LoadedExperts
 from archscale.train.build import (
     build_engine,
     build_optimizer,
@@ -254,6 +255,7 @@ class Run:
         self.engine = build_engine(config, data.eos_id, self.transfer, device, plan.shard)
         self._profiled = profiled
         self._profiler = Profiler()
+        self.experts = self._experts_without_history()
         self.ema = self._running_average()
         self.roles = assign_roles(self.engine.module)
         self.optimizer = build_optimizer(config, self.roles, self.transfer.roles, self.engine)
@@ -374,7 +376,7 @@ class Run:
                     micro_batches,
                     self.device,
                     config.optimizer.grad_clip,
-                    config.model.moe,
+                    self.experts,
                     probe,
                     Supervision(
                         judged.allow if guard and guard.acts else None, arrivals.all_reduce
@@ -515,6 +517,8 @@ class Run:
         if anew:
             self._start_optimizer_anew()
         self._restore_average(state)
+        if self.experts:
+            self.experts.restore(state.get("experts"), self.device)
         if self.guard and state.get("guard"):
             self.guard.load(state["guard"])
         self._not_finite_since = state.get("not_finite_since")
@@ -528,12 +532,17 @@ class Run:
         decay = self.config.training.ema
         return None if decay is None else RunningAverage(decay, self.engine)
 
+    def _experts_without_history(self) -> LoadedExperts | None:
+        moe = self.config.model.moe
+        return None if moe is None else LoadedExperts(moe)
+
     def start_anew(self) -> None:
         """As when it was made: parts of a damaged checkpoint may have been loaded."""
         torch.manual_seed(self.config.seed)
         initialize(self.engine.module, self.config.seed, self.engine.weights())
         self.engine.weights_changed()
         self._start_optimizer_anew()
+        self.experts = self._experts_without_history()
         self.ema = self._running_average()
 
     def _start_optimizer_anew(self) -> None:
@@ -596,6 +605,7 @@ class Run:
         state["not_finite_since"] = self._not_finite_since
         state |= {"fell_back_to": self._fell_back_to, "unfinished": self._unfinished}
         state["initialized_from"] = self._initialized_from
+        state["experts"] = self.experts and self.experts.state()
         ema = None
         if self.ema:
             state["ema"], ema = self.ema.state(), self.ema.fragments()
@@ -694,7 +704,7 @@ class Run:
         if share := counting_pass_share(self.plan.figures["flops"]):
             print(
                 "balance over the whole batch at accumulation > 1: a counting pass adds"
-                f" {share:.1%} to the work"
+                f" {share:.1%} to the work, and model.moe.balance_scope: previous does without"
             )
 
     def _describe_data(self) -> None:

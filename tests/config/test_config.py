@@ -417,6 +417,11 @@ def test_override_through_a_null_section_creates_it(small):
             "model.moe.balance_weight",
             "above 0, or top_k to at least 3$",
         ),
+        (
+            ["model.moe={top_k: 4, balance: sequence, balance_scope: previous}"],
+            "model.moe.balance_scope",
+            "each sequence has its own loads, so .* set it to step",
+        ),
         (["model.moe.top_k=7"], "model.moe.top_k", "does not divide 256 .*set it to 4 or 8"),
         (["optimizer.matrix.clip=[2, 1]"], "optimizer.matrix.clip", "is above the upper bound"),
         (

@@ -23,6 +23,7 @@ from archscale.parallel.zero import ZeroEngine
 from archscale.plan import memory
 from archscale.plan.counting import parameters, weights
 from archscale.plan.memory import Execution, block_activations, checkpoint_bytes, communication
+from archscale.train.balance import LoadedExperts
 from archscale.train.readings import MatrixWatch
 from archscale.train.step import train_step
 
@@ -229,10 +230,11 @@ def measure(
             Batch(*torch.randint(1, 512, (2, micro_batch, model.context)))
             for _ in range(accumulation)
         ]
+        experts = model.moe and LoadedExperts(model.moe)
         for _ in range(steps):
             release(engine)
             with record_function("STEP"):
-                train_step(engine, optimizer, batch, torch.device("cpu"), 1.0, model.moe)
+                train_step(engine, optimizer, batch, torch.device("cpu"), 1.0, experts)
     live, timeline = 0, []
     spans: dict[str, list[tuple[int, int]]] = {"STEP": [], "OPTIMIZER": []}
     changes, products = [], []
@@ -413,7 +415,7 @@ def routed(expert: int, accumulation: int) -> int:
 
     moe._exchange = counting
     try:
-        train_step(engine, optimizer, batch, torch.device("cpu"), 1.0, SPREAD.moe)
+        train_step(engine, optimizer, batch, torch.device("cpu"), 1.0, LoadedExperts(SPREAD.moe))
     finally:
         moe._exchange = original
     return sent[0]

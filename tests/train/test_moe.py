@@ -2,6 +2,7 @@
 twice."""
 
 import math
+import types
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from archscale.config import ModelConfig, MoEConfig, dump_config
 from archscale.data.loader import Batch
 from archscale.distributed import all_reduce, rank, world_size
 from archscale.model import Transformer, initialize
+from archscale.model.moe import Routing
 from archscale.model.transformer import Block
 from archscale.parallel.mesh import MeshSizes
 from archscale.parallel.native import NativeEngine
@@ -210,6 +212,51 @@ def test_compiled_blocks(pool, data, tmp_path, layout):
         assert_same(curve, expected)
 
 
+PREVIOUS = {**MOE, "balance_scope": "previous"}
+
+
+@pytest.mark.parametrize("layout", ["one", "fsdp2", "ep2"])
+def test_the_previous_steps_loads_know_no_layout(pool, data, tmp_path, layout):
+    """As one micro-batch of one process, which has no counting pass to leave out."""
+    expected = watched(data, str(tmp_path / "alone"), 8, PREVIOUS, training={"micro_batch": 24})
+    world, sections = LAYOUTS.get(layout, (1, {}))
+    sections = {**sections, "training": {"micro_batch": 24 // (2 * world)}}
+    for curve in (
+        [watched(data, str(tmp_path / "one"), 8, PREVIOUS, **sections)]
+        if layout == "one"
+        else pool(world).run(watched, data, str(tmp_path / layout), 8, PREVIOUS, **sections)
+    ):
+        assert_same(curve, expected)
+
+
+def test_scopes_of_the_balance_loss(data, tmp_path):
+    """At accumulation 1 a micro-batch is the step's whole batch, bitwise; the previous step's loads
+    are no loss of the first step, in which all experts count alike: γ a layer, as P sums to 1."""
+    curves = {
+        scope: watched(
+            data,
+            str(tmp_path / scope),
+            3,
+            {**MOE, "balance_scope": scope},
+            training={"micro_batch": 24},
+        )
+        for scope in ("step", "micro", "previous")
+    }
+    for key in ("loss", "aux_loss", "load"):
+        assert (curves["micro"][key] == curves["step"][key]).all()
+    assert curves["previous"]["aux_loss"][0] == pytest.approx(0.1 * 2, rel=1e-6)
+    assert (curves["previous"]["aux_loss"][1:] != curves["step"]["aux_loss"][1:]).all()
+
+
+@pytest.mark.parametrize("scope", ["step", "micro", "previous"])
+def test_only_the_steps_own_loads_take_a_counting_pass(scope):
+    passes = []
+    moe = MoEConfig(**MOE, balance_scope=scope)
+    engine = types.SimpleNamespace(forward=lambda *_, **options: passes.append(options) or ROUTED)
+    StepBalance(moe, torch.tensor(1.0)).count(engine, [Batch(GLOBAL_BATCH, GLOBAL_BATCH)] * 3)
+    assert [options["head"] for options in passes] == ([False] * 3 if scope == "step" else [])
+
+
 def straight_and_resumed(data: str, folder: str, moe: dict, expert: int = 1) -> list[list[float]]:
     made = config(
         data, "muonh", 6, model={"moe": moe}, checkpoint={"every": 3}, parallel={"expert": expert}
@@ -225,6 +272,7 @@ def test_a_crash_changes_nothing(pool, data, tmp_path):
     """11 experts, whose stacks two ranks shard unevenly, and 8 spread over two; bitwise."""
     for straight, resumed in [
         straight_and_resumed(data, str(tmp_path / "1"), UNEVEN),
+        straight_and_resumed(data, str(tmp_path / "previous"), PREVIOUS),
         *pool(2).run(straight_and_resumed, data, str(tmp_path / "2"), UNEVEN),
         *pool(2).run(straight_and_resumed, data, str(tmp_path / "ep"), MOE, expert=2),
         *pool(4).run(straight_and_resumed, data, str(tmp_path / "ep fsdp"), MOE, expert=2),
@@ -298,6 +346,9 @@ def test_every_assignment_is_counted_once(data, tmp_path, micro_batch, recompute
 
 SHAPE = {"depth": 2, "width": 32, "head_dim": 8, "context": 8, "vocab_size": 40}
 GLOBAL_BATCH = torch.randint(0, 40, (8, 8), generator=torch.Generator().manual_seed(3))
+ROUTED = types.SimpleNamespace(
+    routing=Routing(torch.ones(2, 8, 8, dtype=torch.int64), torch.ones(2, 8, 8))
+)
 
 
 def balance_gradients(
