@@ -5,12 +5,12 @@ For a weight W (m, n) with direction Q (U Vᵀ of the momentum, or an elementwis
 rate η and decay λ:
 
     D = λ_c W + s Q                            the direction that is really subtracted
-    r = ‖W‖ / (c ‖D‖ + ε),  r̂ = clip(r)        trust ratio (r̂ = 1 where the rule has none)
+    r = (‖W‖ / (c ‖D‖ + ε))ˣ,  r̂ = clip(r)     trust ratio (r̂ = 1 where the rule has none)
     W ← (1 − η λ_d) W − η r̂ D                  λ_c coupled decay, λ_d decoupled decay
     W ← R W / ‖W‖                              only on the sphere
 
-Since D is a combination of W and Q, three inner products decide the step: see
-`archscale.optim.coefficients`.
+The exponent x is 1 but where an optimizer is given another (`ratio_exponent`). Since D is a
+combination of W and Q, three inner products decide the step: see `archscale.optim.coefficients`.
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ class Rule:
 
 _TABLE = (
     Rule("muon", shape="jordan"),
+    Rule("muon_plain"),  # the baseline of OrScale's experiments
     Rule("muon_spectral", shape="spectral"),
     Rule("moonlight", shape="moonlight"),
     Rule("orscale", ratio="update", decay="coupled", clip=(0.5, 1.5)),
@@ -134,6 +135,8 @@ _TABLE = (
         decay="coupled",
         clip=(0.1, 5.0),
     ),
+    # The uncalibrated arm of OrScale's scaling study.
+    Rule("orscale_moonlight", shape="moonlight", ratio="update", decay="coupled", clip=(0.1, 5.0)),
     Rule("muonh", ratio="update", decay="none", sphere=True),
     Rule(
         "orscale_lm_sphere",
@@ -150,6 +153,8 @@ _TABLE = (
     Rule(
         "hybrid_decoupled", shape="moonlight", ratio="direction", calibrated=True, clip=(0.1, 5.0)
     ),
+    # RMS(W) / RMS(M̂), which is the ratio of the norms.
+    Rule("muscale", shape="moonlight", ratio="momentum", clip=(0.5, 1.5)),
     # Elementwise directions. adamh is muonh with Adam's direction: HyperP's output head.
     Rule("adamh", direction="adam", ratio="update", decay="none", sphere=True),
     Rule("adamw", direction="adam"),

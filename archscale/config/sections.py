@@ -30,6 +30,7 @@ from archscale.rules import RULES
 MATRIX_RULES = tuple(RULES)
 SPHERE_RULES = tuple(name for name, rule in RULES.items() if rule.sphere)
 PLAIN_RULES = tuple(name for name, rule in RULES.items() if not rule.has_trust_ratio)
+CALIBRATED_RULES = tuple(name for name, rule in RULES.items() if rule.calibrated)
 ELEMENT_RULES = tuple(name for name, rule in RULES.items() if rule.elementwise and not rule.sphere)
 if TYPE_CHECKING:
     MatrixRule = str
@@ -73,6 +74,10 @@ class MatrixOptimizerConfig(Section):
     """Orthogonalize attention projections head by head."""
     clip: Bounds | None = None
     """[least, greatest] trust ratio; null: the rule's own bounds."""
+    ratio_exponent: Positive = 1.0
+    """Exponent of the trust ratio, before its bounds."""
+    calibration: Positive | None = None
+    """c of a calibrated rule; null: set once for each matrix, so that its first ratio is 1."""
     compute_dtype: Dtype = "auto"
     """Orthogonalization arithmetic; auto: float32 under `training.precision: fp32`, otherwise
     bfloat16."""
@@ -82,9 +87,18 @@ class MatrixOptimizerConfig(Section):
     """Storage of the momentum."""
 
     def problems(self) -> Iterator[ConfigError]:
-        if self.clip and self.rule in PLAIN_RULES:
+        for key, neutral in (("clip", None), ("ratio_exponent", 1.0)):
+            if getattr(self, key) != neutral and self.rule in PLAIN_RULES:
+                yield ConfigError(
+                    f"{self.rule} has no trust ratio",
+                    f"optimizer.matrix.{key}",
+                    f"set it to {'null' if neutral is None else neutral}",
+                )
+        if self.calibration is not None and self.rule not in CALIBRATED_RULES:
             yield ConfigError(
-                f"{self.rule} has no trust ratio to clip", "optimizer.matrix.clip", "set it to null"
+                f"{self.rule} is not calibrated",
+                "optimizer.matrix.calibration",
+                f"set it to null, or choose {' or '.join(CALIBRATED_RULES)}",
             )
         if self.clip and self.clip[0] > self.clip[1]:
             low, high = self.clip

@@ -20,6 +20,7 @@ REPLACED = (
     " parameter's shape: use fully_shard or DDP, `archscale train` with parallel.engine=deepspeed,"
     " or an optimizer with `fragments`"
 )
+NEUTRAL = {"clip": None, "ratio_exponent": 1.0, "calibration": None}  # of rules without a ratio
 DTYPE_OPTIONS = ("compute_dtype", "wire_dtype", "momentum_dtype")
 
 
@@ -170,9 +171,7 @@ def checked_options(options: dict[str, Any], rule: Rule | None = None) -> Rule:
             raise ValueError(f"{key} {options[key]} must not be negative")
     if not 0 <= options["momentum"] < 1:
         raise ValueError(f"momentum {options['momentum']} must lie in [0, 1)")
-    check_clip(options["clip"])
-    if options["clip"] is not None and rule.ratio is None:
-        raise ValueError(f"rule {rule.name!r} has no trust ratio to clip: leave clip at None")
+    _check_ratio(options, rule)
     if options["orthogonalizer"] not in SCHEMES:
         raise ValueError(
             f"unknown orthogonalizer {options['orthogonalizer']!r}; one of {', '.join(SCHEMES)}"
@@ -184,6 +183,23 @@ def checked_options(options: dict[str, Any], rule: Rule | None = None) -> Rule:
             f"weight decay is a no-op on the sphere (rule {rule.name!r}): set weight_decay=0"
         )
     return rule
+
+
+def _check_ratio(options: Mapping[str, Any], rule: Rule) -> None:
+    """What is to be done to the trust ratio of `rule`."""
+    check_clip(options["clip"])
+    for key, neutral in NEUTRAL.items():
+        if options[key] != neutral and rule.ratio is None:
+            raise ValueError(
+                f"rule {rule.name!r} has no trust ratio for {key}: leave it at {neutral}"
+            )
+    if not options["ratio_exponent"] > 0:
+        raise ValueError(f"ratio_exponent {options['ratio_exponent']} must be positive")
+    if options["calibration"] is not None:
+        if not rule.calibrated:
+            raise ValueError(f"rule {rule.name!r} is not calibrated: leave calibration at None")
+        if not options["calibration"] > 0:
+            raise ValueError(f"calibration {options['calibration']} must be positive")
 
 
 def _dtype_name(key: str, dtype: Any) -> str | None:

@@ -24,6 +24,8 @@ class Hyperparameters:
     weight_decay: float  # λ, coupled or decoupled as the rule says
     clip: tuple[float, float] | None  # bounds in force: the rule's own unless overridden
     eps: float  # ε
+    ratio_exponent: float = 1.0  # x
+    calibration: float | None = None  # c of a calibrated rule; None: set at the first direction
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,12 @@ def step_coefficients(
         denominator = update_norm if rule.ratio == "update" else direction_norm
         fresh = weight_norm / denominator.clamp(min=1e-30)
         fresh = torch.where(weight_norm < group.eps, matrices.zero_calibration, fresh)
+        if group.calibration is not None:
+            fresh = torch.full_like(fresh, group.calibration)
         calibration = torch.where(first, fresh, calibration)
         frozen = frozen | (calibration == 0)  # until then neither updated nor decayed
 
-    # r = ‖W‖ / (c ‖D‖ + ε), r̂ = clip(r)
+    # r = (‖W‖ / (c ‖D‖ + ε))ˣ, r̂ = clip(r)
     ratio = torch.ones_like(w)
     if rule.has_trust_ratio:
         norms = {"update": update_norm, "direction": direction_norm}
@@ -120,6 +124,8 @@ def step_coefficients(
             assert products.momentum is not None, "ratio 'momentum' needs ‖M̂‖²"
             norms["momentum"] = products.momentum.sqrt()
         ratio = weight_norm / (calibration * norms[str(rule.ratio)] + group.eps)
+        if group.ratio_exponent != 1:
+            ratio = ratio**group.ratio_exponent
     clipped_ratio = _clip(ratio, weight_norm, group.clip)
     if taking_part is not None:
         ratio, clipped_ratio = (torch.where(taking_part, r, 1.0) for r in (ratio, clipped_ratio))

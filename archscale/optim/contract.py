@@ -14,6 +14,7 @@ from torch import Tensor
 
 from archscale.distributed import Piece, fill, gather_objects, portable, rank
 from archscale.optim.checks import (
+    NEUTRAL,
     check_distinct,
     check_same_everywhere,
     check_same_use,
@@ -114,7 +115,11 @@ class LaidOutOptimizer(torch.optim.Optimizer):
         for key, value in self._hidden_defaults.items():
             group.setdefault(key, value)
         if "rule" in group and not get_rule(group["rule"]).has_trust_ratio:
-            group.setdefault("clip", None)  # the optimizer's bounds are for rules with a ratio
+            # The optimizer's own are for rules with a ratio.
+            for key, neutral in NEUTRAL.items():
+                group.setdefault(key, neutral)
+        elif "rule" in group and not get_rule(group["rule"]).calibrated:
+            group.setdefault("calibration", None)
         super().add_param_group(group)
         try:
             with in_group(number):

@@ -110,7 +110,8 @@ class MatrixOptimizer(LaidOutOptimizer):
         rule: a name in `RULES` or a `Rule`.
         momentum: μ; nesterov: use μ M + G.
         clip: (r_min, r_max) in place of the rule's own bounds; None takes the rule's.
-        eps: ε of the trust ratio.
+        eps: ε of the trust ratio. ratio_exponent: x, its exponent.
+        calibration: c of a calibrated rule; None: such that the first ratio is 1.
         orthogonalizer: scheme of `orthogonalize`.
         compute_dtype: of the orthogonalization. wire_dtype: of the exchange; None: the compute
             dtype.
@@ -139,6 +140,8 @@ class MatrixOptimizer(LaidOutOptimizer):
         weight_decay: float = 0.0,
         clip: tuple[float, float] | None = None,
         eps: float = 1e-6,
+        ratio_exponent: float = 1.0,
+        calibration: float | None = None,
         orthogonalizer: str = "polar_express",
         compute_dtype: torch.dtype = torch.bfloat16,
         wire_dtype: torch.dtype | None = None,
@@ -161,6 +164,8 @@ class MatrixOptimizer(LaidOutOptimizer):
             "weight_decay": weight_decay,
             "clip": clip,
             "eps": eps,
+            "ratio_exponent": ratio_exponent,
+            "calibration": calibration,
             "orthogonalizer": orthogonalizer,
             "compute_dtype": compute_dtype,
             "wire_dtype": wire_dtype,

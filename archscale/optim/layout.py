@@ -114,7 +114,14 @@ class Group:
         """As they stand now: schedulers change them."""
         options = self.options
         clip = options["clip"] or self.rule.clip
-        return Hyperparameters(options["lr"], options["weight_decay"], clip, options["eps"])
+        return Hyperparameters(
+            options["lr"],
+            options["weight_decay"],
+            clip,
+            options["eps"],
+            options["ratio_exponent"],
+            options["calibration"],
+        )
 
     @property
     def method(self) -> Method:

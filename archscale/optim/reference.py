@@ -45,6 +45,8 @@ class ReferenceOptimizer:
     weight_decay: float = 0.0
     clip: tuple[float, float] | None = None
     eps: float = 1e-6
+    ratio_exponent: float = 1.0
+    calibration: float | None = None
     orthogonalizer: str = "polar_express"
     betas: tuple[float, float] = (0.9, 0.95)
     adam_eps: float = 1e-8
@@ -52,7 +54,7 @@ class ReferenceOptimizer:
     def __post_init__(self) -> None:
         self.M, self.V, self.t = torch.zeros_like(self.W), torch.zeros_like(self.W), 0
         self.R = self.W.norm()
-        self.c = None if self.rule.calibrated else 1.0
+        self.c = self.calibration if self.rule.calibrated else 1.0
 
     def step(self, G: Tensor) -> None:
         W, rule, η, λ, ε = self.W, self.rule, self.lr, self.weight_decay, self.eps
@@ -70,7 +72,9 @@ class ReferenceOptimizer:
             base = D if rule.ratio == "update" else Q
             self.c = 0.2 * max(m, n) ** 0.5 if W.norm() < ε else W.norm() / base.norm()
 
-        r = W.norm() / (self.c * norm + ε) if rule.has_trust_ratio else W.new_ones(())
+        r = W.new_ones(())
+        if rule.has_trust_ratio:
+            r = (W.norm() / (self.c * norm + ε)) ** self.ratio_exponent
         clip = self.clip or rule.clip
         if clip is not None:
             zero_can_move = clip[0] == 0 and not W.any()  # LAMB

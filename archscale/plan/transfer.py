@@ -65,6 +65,7 @@ TABLE: dict[str, dict[str, TransferRule]] = {
     "mup++": {
         "muon": _mup(0.0, "spectral norm of a step"),
         "muon_spectral": _mup(0.0, "spectral norm of a step"),
+        "muon_plain": _mup(0.0, "spectral norm of a step"),
         "orscale": _mup(0.0, "spectral norm of a step"),
         "moonlight": _mup(-0.5, "spectral norm of a step"),
         "orscale_lm": _mup(-0.5, "spectral norm of a step"),
@@ -128,6 +129,13 @@ def problems(
             "optimizer.matrix.clip",
             "set it to null",
         )
+    for key, own in (("ratio_exponent", 1.0), ("calibration", None)):
+        if matrix.rule in known and getattr(matrix, key) != own:
+            yield ConfigError(
+                f"{kind} knows how {matrix.rule} transfers with its own ratio, not with another",
+                f"optimizer.matrix.{key}",
+                f"set it to {'null' if own is None else own}, or parameterization.kind to standard",
+            )
     if element.kind != "adamw":
         yield ConfigError(
             f"{kind} knows how adamw transfers, not {element.kind}",

@@ -121,6 +121,8 @@ def build_optimizer(
         "momentum": matrix.momentum,
         "nesterov": matrix.nesterov,
         "clip": matrix.clip,
+        "ratio_exponent": matrix.ratio_exponent,
+        "calibration": matrix.calibration,
         "orthogonalizer": matrix.orthogonalizer,
         "compute_dtype": DTYPES[config.compute_dtype],
         "wire_dtype": DTYPES[config.wire_dtype],

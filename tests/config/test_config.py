@@ -96,10 +96,10 @@ def test_every_key_says_what_it_means():
 
 
 def test_a_clip_without_a_ratio_is_refused(small):
-    with pytest.raises(
-        ConfigError, match=r"moonlight has no trust ratio to clip \(optimizer.matrix.clip"
-    ):
+    with pytest.raises(ConfigError, match=r"moonlight has no trust ratio \(optimizer.matrix.clip"):
         load_config(small, ["optimizer.matrix.rule=moonlight", "optimizer.matrix.clip=[0.1, 1]"])
+    with pytest.raises(ConfigError, match="orscale is not calibrated.*set it to null, or choose"):
+        load_config(small, ["optimizer.matrix.rule=orscale", "optimizer.matrix.calibration=0.5"])
 
 
 def test_rules_are_those_of_the_optimizer():

@@ -246,7 +246,7 @@ def test_scheduler_and_closure_work():
         (lambda: optimizer(matrices((4, 4)), clip=(2.0, 1.0)), "crossed"),
         (
             lambda: optimizer(matrices((4, 4)), "muon", clip=(0.1, 1.0)),
-            "'muon' has no trust ratio to clip",
+            "'muon' has no trust ratio for clip: leave it at None",
         ),
         (lambda: optimizer(matrices((4, 4)) * 2), "parameter 0.*given twice"),
         (lambda: optimizer(matrices((4, 4)), orthogonalizer="svd"), "unknown orthogonalizer 'svd'"),

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from archscale.optim import RULES, MatrixOptimizer, Rule
-from archscale.optim.reference import ReferenceOptimizer
+from archscale.optim.reference import ReferenceOptimizer, orthogonalize
 
 SHAPES = [(8, 16), (16, 8), (5, 5), (1, 7), (32, 4)]
 DECAYS = [
@@ -50,6 +50,44 @@ def test_schemes_and_nesterov(scheme, nesterov):
 
 def test_clip_override():
     assert compare(RULES["orscale_lm"], clip=(0.9, 0.95)) < 1e-12
+
+
+def test_another_exponent_and_a_given_calibration():
+    assert compare(RULES["orscale"], weight_decay=0.1, clip=(0.0, 9.0), ratio_exponent=0.5) < 1e-12
+    assert compare(RULES["orscale_lm"], weight_decay=0.1, calibration=0.7) < 1e-12
+
+
+def by_hand(name: str, W, Q, M_hat, lr: float, decay: float):
+    """One step of the arms of OrScale's studies that its paper does not name (its authors' own
+    code), W (m, n) with Q ≈ U Vᵀ of M̂."""
+    m, n = W.shape
+    moonlight = 0.2 * max(m, n) ** 0.5
+    if name == "muon_plain":
+        return (1 - lr * decay) * W - lr * Q
+    if name == "orscale_moonlight":
+        D = decay * W + moonlight * Q
+        return W - lr * (W.norm() / (D.norm() + 1e-6)).clamp(0.1, 5.0) * D
+    rms = [(X.square().mean()).sqrt() for X in (W, M_hat)]
+    return (1 - lr * decay) * W - lr * (rms[0] / rms[1]).clamp(0.5, 1.5) * moonlight * Q
+
+
+@pytest.mark.parametrize("name", ["muon_plain", "orscale_moonlight", "muscale"])
+def test_the_other_arms_of_orscale(name):
+    """A weight such that the ratio is inside its bounds."""
+    generator = torch.Generator().manual_seed(1)
+    W = 0.9 * torch.randn(8, 16, generator=generator, dtype=torch.float64)
+    G = torch.randn(8, 16, generator=generator, dtype=torch.float64) * (
+        0.4 if name == "muscale" else 1.0
+    )
+    p = torch.nn.Parameter(W.clone())
+    p.grad = G.clone()
+    MatrixOptimizer(
+        [p], lr=0.05, rule=name, weight_decay=0.1, compute_dtype=torch.float64, nesterov=True
+    ).step()
+    M_hat = 0.95 * G + G
+    expected = by_hand(name, W, orthogonalize(M_hat, "polar_express"), M_hat, 0.05, 0.1)
+    # ε of the ratio is 1e-6 beside norms of about 9, and by RMS it is left out.
+    torch.testing.assert_close(p.detach(), expected, rtol=0, atol=1e-7)
 
 
 @settings(max_examples=30, deadline=None)

@@ -300,6 +300,13 @@ def test_a_page_shows_the_table():
             "set it to muonh or .*parameterization.kind to mup\\+\\+ or",
         ),
         (
+            "mup++",
+            "orscale_lm",
+            {"optimizer": {"matrix": {"calibration": 0.5}}},
+            "optimizer.matrix.calibration",
+            "set it to null, or parameterization.kind to standard",
+        ),
+        (
             "hyperp",
             "muonh",
             {"optimizer": {"matrix": {"clip": [0.1, 5]}}},
