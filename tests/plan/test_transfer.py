@@ -302,7 +302,7 @@ def test_a_page_shows_the_table():
         (
             "mup++",
             "orscale_lm",
-            {"optimizer": {"matrix": {"calibration": 0.5}}},
+            {"optimizer": {"matrix": {"rule": "orscale_lm", "calibration": 0.5}}},
             "optimizer.matrix.calibration",
             "set it to null, or parameterization.kind to standard",
         ),
