@@ -238,6 +238,9 @@ class ParameterizationConfig(Section):
     token_exponent: Share | None = None
     """Learning rate ∝ tokens^(−exponent); null: 0.32 under `hyperp`, 0 under `mup++`; refused under
     `standard`."""
+    scale_logits: Literal["rule", "always"] = "rule"
+    """Under `mup++`, logits × base width / width: where the matrix rule's transfer has it, which
+    `adamw` alone does, or under every rule; a router's logits where the rule has it."""
     planned_tokens: Count | None = None
     """Tokens that the learning rates are planned for, such as those of a shorter run at whose rates
     this one goes on; null: `training.tokens`; refused where the rates do not follow tokens."""
@@ -257,6 +260,12 @@ class ParameterizationConfig(Section):
                 "standard transfers nothing, so token_exponent does nothing",
                 "parameterization.token_exponent",
                 "set it to null, or choose the kind hyperp or mup++",
+            )
+        if self.scale_logits != "rule" and self.kind != "mup++":
+            yield ConfigError(
+                f"{self.kind} scales no logits, so scale_logits does nothing",
+                "parameterization.scale_logits",
+                "set it to rule, or choose the kind mup++",
             )
         if self.planned_tokens is not None and not self.applied_token_exponent:
             yield ConfigError(

@@ -121,7 +121,7 @@ class Config(Section):
     def _schedule_problems(self, tokens: int) -> Iterator[ConfigError]:
         """Parts of the schedule that are longer than a run of `tokens`."""
         schedule = self.schedule
-        decay = schedule.decay_ratio if schedule.kind == "wsd" else 0.0
+        decay = schedule.decayed_share(tokens) if schedule.kind == "wsd" else 0.0
         for key in ("warmup_tokens", "batch_ramp_tokens"):
             share = decay if key == "warmup_tokens" else 0.0
             room, given = int(tokens * (1 - share)), getattr(schedule, key)

@@ -120,6 +120,10 @@ class ElementOptimizerConfig(Section):
     """Added to the root of the second moment."""
     lr_ratio: Positive = 1.0
     """Learning rate relative to that of the matrices."""
+    weight_decay: NonNegative | None = None
+    """Decay of embedding, vectors, and an untied head that is on no sphere; null: as the
+    parameterization has it, which is `optimizer.weight_decay` for embedding and head under
+    `standard`, and 0 otherwise."""
 
 
 class OptimizerConfig(Section):
@@ -131,6 +135,9 @@ class OptimizerConfig(Section):
     """Everything else: embedding, norms, biases, and the head."""
     weight_decay: NonNegative = 0.0
     """Decay per step and unit of learning rate; coupled or decoupled as the rule says."""
+    independent_decay: StrictBool = False
+    """Weight decay is per step at the peak rate, whatever that rate is, and follows the schedule
+    (arXiv 1711.05101); false: it is multiplied by the rate."""
     grad_clip: Positive | None = 1.0
     """Greatest global gradient norm; null: no clipping."""
 
@@ -141,6 +148,12 @@ class OptimizerConfig(Section):
                 " fixed",
                 "optimizer.weight_decay",
                 "set it to 0, or choose a rule without the sphere, such as orscale_lm",
+            )
+        if self.independent_decay and not (self.weight_decay or self.element.weight_decay):
+            yield ConfigError(
+                "nothing decays, so independent_decay does nothing",
+                "optimizer.independent_decay",
+                "set it to false, or give optimizer.weight_decay",
             )
 
 
@@ -155,10 +168,30 @@ class ScheduleConfig(Section):
     """Learning rate at the end, relative to its peak."""
     decay_ratio: PositiveShare = 2 / 7
     """Share of the tokens over which wsd decays, at the end (2/7); other kinds do not use it."""
+    decay_share_of: Literal["run", "after_warmup"] = "run"
+    """Tokens that `decay_ratio` is a share of: all of the run's, or those that follow the
+    warm-up."""
     batch_ramp_tokens: CountOrZero = 0
     """Tokens over which the batch grows to its full size; 0: it has that size from the start."""
     batch_ramp_stages: Count = 4
     """Batch sizes of the ramp: batch / stages, 2 batch / stages, …, batch."""
+
+    @property
+    def tokens_before_share(self) -> int:
+        """Tokens at the beginning that `decay_ratio` is no share of."""
+        return self.warmup_tokens if self.decay_share_of == "after_warmup" else 0
+
+    def decayed_share(self, tokens: float) -> float:
+        """Share of a run of `tokens` over which wsd decays."""
+        return self.decay_ratio * max(0.0, 1 - self.tokens_before_share / tokens)
+
+    def problems(self) -> Iterator[ConfigError]:
+        if self.decay_share_of != "run" and self.kind != "wsd":
+            yield ConfigError(
+                f"{self.kind} has no decay at the end, so decay_share_of does nothing",
+                "schedule.decay_share_of",
+                "set it to run, or schedule.kind to wsd",
+            )
 
 
 class MixtureEntry(Section):

@@ -26,6 +26,7 @@ from archscale.config.model import ModelConfig, ParameterizationConfig
 from archscale.config.sections import OptimizerConfig
 from archscale.errors import ConfigError
 from archscale.plan.counting import published_parameters
+from archscale.rules import RULES
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class RoleSettings:
 
     rule: str
     lr: float  # peak, of the full batch
-    weight_decay: float
+    weight_decay: float  # λ, which the optimizer multiplies by the rate of the step
     factors: tuple[Factor, ...]
 
 
@@ -172,9 +173,12 @@ def transfer(
         role_rule: str, width: list[Factor], weight_decay: float, own: list[Factor]
     ) -> RoleSettings:
         factors = (*width, *common, *own)
-        return RoleSettings(
-            role_rule, base.lr * math.prod(f.value for f in factors), weight_decay, factors
-        )
+        lr = base.lr * math.prod(f.value for f in factors)
+        if RULES[role_rule].sphere:
+            weight_decay = 0.0
+        elif optimizer.independent_decay:
+            weight_decay /= lr  # which the optimizer multiplies by the rate of the step
+        return RoleSettings(role_rule, lr, weight_decay, factors)
 
     w_w0 = model.width / base.width
     head: str
@@ -194,15 +198,19 @@ def transfer(
             -1.0: f"{base.width}/{model.width}",
         }[row.width]
         width = [Factor("width", w_w0**row.width, formula, row.source)]
+    vectors_decay = 0.0
+    if element.weight_decay is not None:
+        others_decay = vectors_decay = element.weight_decay
     roles = {
         "matrix": settings(rule, width, matrix_decay, []),
         "embedding": settings(element.kind, [], others_decay, ratio),
         "head": settings(head, [], others_decay, ratio),
-        "vector": settings(element.kind, [], 0.0, ratio),
+        "vector": settings(element.kind, [], vectors_decay, ratio),
     }
     if model.tied_embeddings:
         del roles["head"]
-    return Transfer(roles, w_w0**logits, w_w0**logits, 0.0 if kind == "standard" else 0.5)
+    head_logits = -1.0 if parameterization.scale_logits == "always" else logits
+    return Transfer(roles, w_w0**head_logits, w_w0**logits, 0.0 if kind == "standard" else 0.5)
 
 
 def transfer_of(config: Config) -> Transfer:

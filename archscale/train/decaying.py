@@ -23,8 +23,9 @@ def decaying(config: Config, run_dir: Path, wishes: Wishes) -> Config:
     """`config` as a run whose wsd decay begins exactly with the checkpoint `wishes.decay_from`, at
     t tokens, and whose rates are planned for what the checkpoint's run was.
 
-    It ends after t / (1 − `schedule.decay_ratio`) tokens in whole steps, or with `training.tokens`
-    where the command gives them; `schedule.decay_ratio` becomes the decay's share of the whole.
+    It ends after t / (1 − `schedule.decay_ratio`) tokens in whole steps (t, and so the end, counted
+    from where `schedule.decay_share_of` counts), or with `training.tokens` where the command gives
+    them; `schedule.decay_ratio` becomes the decay's share of the whole.
 
     Raises:
         ConfigError: a checkpoint inside a warm-up, a decay or under another schedule; or an end
@@ -48,7 +49,9 @@ def decaying(config: Config, run_dir: Path, wishes: Wishes) -> Config:
         end = config.training.tokens
         steps = config.steps
     else:
-        steps = config.batches.steps(tokens / (1 - config.schedule.decay_ratio) / context)
+        before = config.schedule.tokens_before_share
+        wanted = before + (tokens - before) / (1 - config.schedule.decay_ratio)
+        steps = config.batches.steps(wanted / context)
         end = config.batches.at(steps)[0] * context
     total = config.batches.at(steps)[0] * context
     if total <= tokens:
@@ -61,7 +64,7 @@ def decaying(config: Config, run_dir: Path, wishes: Wishes) -> Config:
     if config.parameterization.applied_token_exponent:
         parameterization = {"planned_tokens": begun["planned_tokens"]}
     change = {
-        "schedule": {"kind": "wsd", "decay_ratio": 1 - tokens / total},
+        "schedule": {"kind": "wsd", "decay_ratio": 1 - tokens / total, "decay_share_of": "run"},
         "training": {"tokens": end},
         "parameterization": parameterization,
     }

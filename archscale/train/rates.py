@@ -40,7 +40,7 @@ class Rates:
             self._total,
             warmup=schedule.warmup_tokens,
             final_ratio=schedule.final_ratio,
-            decay_ratio=schedule.decay_ratio,
+            decay_ratio=schedule.decayed_share(self._total),
         )
         return factor * (self.batches.at(step)[1] / self.batches.size) ** (
             self.transfer.batch_exponent

@@ -179,6 +179,36 @@ def test_weight_decay():
     }
 
 
+def test_what_else_may_decay():
+    """OrScale decays norms too; HyperP's baselines decay by λ η_t / η_peak, whatever η_peak is."""
+
+    def settings(kind, rule, **optimizer):
+        changes = {"optimizer": {"weight_decay": 0.1, **optimizer}}
+        return transfer_of(config(kind, rule, depth=32, width=4096, **changes)).roles
+
+    roles = settings("standard", "orscale_lm", element={"weight_decay": 0.2})
+    assert {role: row.weight_decay for role, row in roles.items()} == {
+        "matrix": 0.1,
+        "embedding": 0.2,
+        "head": 0.2,
+        "vector": 0.2,
+    }
+    roles = settings("mup++", "moonlight", independent_decay=True, element={"weight_decay": 0.2})
+    products = {role: row.weight_decay * row.lr for role, row in roles.items()}
+    others = dict.fromkeys(("embedding", "head", "vector"), pytest.approx(0.2))
+    assert products == {"matrix": pytest.approx(0.025), **others}
+    sphere = transfer_of(config("hyperp", "muonh", optimizer={"element": {"weight_decay": 0.2}}))
+    decays = {role: row.weight_decay for role, row in sphere.roles.items()}
+    assert decays == {"matrix": 0, "embedding": 0.2, "head": 0, "vector": 0.2}
+
+
+def test_logits_that_every_rule_scales():
+    scaled = transfer_of(
+        config("mup++", "muon", width=4096, parameterization={"scale_logits": "always"})
+    )
+    assert (scaled.logit_scale, scaled.router_logit_scale) == (0.25, 1.0)
+
+
 def test_logit_scales():
     def scales(kind, rule):
         found = transfer_of(config(kind, rule, width=4096))
