@@ -5,6 +5,7 @@ Frozen; what `ModelConfig` can work out by itself (`width`, `heads`, `kv_heads`)
 it is built.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from archscale.config.sections import Section
 from archscale.config.values import Count, Derived, NonNegative, Positive, Share
 from archscale.errors import ConfigError
 
+BASE_HEAD_DIM = 128  # head size at which μP's attention scale is the usual 1/√head_dim
 _LATER: Any = None  # filled in when the section is built
 
 
@@ -110,6 +112,11 @@ class ModelConfig(Section):
     """Sequence length in tokens."""
     qk_norm: StrictBool = True
     """RMS-normalize queries and keys per head."""
+    attention_scale: Literal["mup", "standard"] = "mup"
+    """Factor of the attention logits: √128 / head_dim (μP), or 1 / √head_dim; the same at a head
+    size of 128."""
+    norm_eps: Positive = 1e-5
+    """ε of every RMSNorm, added to the mean square."""
     gated_attention: StrictBool = True
     """Sigmoid gate per head on the head's output, before the output projection."""
     window: Count | None = None
@@ -135,6 +142,13 @@ class ModelConfig(Section):
         """(routed experts, of which a token passes): S k and k, each less one when a slot is the
         shared expert; 0, 0 if dense."""
         return (self.moe.routed_experts, self.moe.routed_per_token) if self.moe else (0, 0)
+
+    @property
+    def attention_logit_scale(self) -> float:
+        """What `attention_scale` stands for."""
+        if self.attention_scale == "standard":
+            return 1 / math.sqrt(self.head_dim)
+        return math.sqrt(BASE_HEAD_DIM) / self.head_dim
 
     def _fill(
         self, key: str, value: int | None

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from archscale.config import ModelConfig
-from archscale.model.layers import NORM_EPS
 
 CUSTOM = "archscale"
 CLASSES = {  # model_type → class
@@ -105,7 +104,7 @@ def config_json(
         "num_key_value_heads": model.kv_heads,
         "head_dim": model.head_dim,
         "hidden_act": ACTIVATIONS[model.mlp],
-        "rms_norm_eps": NORM_EPS,
+        "rms_norm_eps": model.norm_eps,
         # transformers 5 moves it into `rope_parameters` as it reads it; all others know it here.
         "rope_theta": model.rope_theta,
         "max_position_embeddings": model.context,

@@ -16,7 +16,6 @@ from archscale.config.explain import explain
 from archscale.config.layers import Layer
 from archscale.errors import ConfigError, explain_os_error, show
 from archscale.huggingface.architecture import ACTIVATIONS, CLASSES, CUSTOM
-from archscale.model.layers import NORM_EPS
 
 CONFIG_JSON = "config.json"
 EXPERTS = ("qwen3_moe", "mixtral")
@@ -108,6 +107,12 @@ class _Reading:
             raise self.refusal(key, value, "a whole number of at least 1 is needed")
         return value
 
+    def positive(self, key: str) -> float:
+        value = self.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise self.refusal(key, value, "a number above 0 is needed")
+        return value
+
     def refusal(self, key: str, value: Any, reason: str) -> ConfigError:
         return ConfigError(
             f"{key} is {show(value)}: {reason}", self.where, "start from a model without that"
@@ -135,6 +140,8 @@ class _Reading:
             "mlp": MLP[activation],
             "mlp_ratio": hidden / width,
             "context": self.count("max_position_embeddings"),
+            "attention_scale": "standard",
+            "norm_eps": self.positive("rms_norm_eps"),
             "qk_norm": bool(self.get("qk_norm")) if own else self.kind.startswith("qwen3"),
             "gated_attention": own and bool(self.get("gated_attention")),
             "window": self.window(),
@@ -152,7 +159,6 @@ class _Reading:
     def computed(self) -> dict[str, Any]:
         """The only values that ours computes."""
         only: dict[str, Any] = {
-            "rms_norm_eps": NORM_EPS,
             "attention_bias": False,
             "mlp_bias": False,
             "attention_dropout": 0.0,

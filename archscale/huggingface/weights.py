@@ -16,7 +16,6 @@ from torch import Tensor
 
 from archscale.config import ModelConfig
 from archscale.distributed import Fragment
-from archscale.model.layers import BASE_HEAD_DIM
 
 CHUNK = 1 << 24  # numbers that are read and divided at a time
 Read = Callable[[str, int, int], Tensor]
@@ -66,7 +65,7 @@ class Factors:
 
     Attributes:
         branch: of both branches of every block (Depth-μP).
-        attention: our scale of the attention logits, √128 / C, over the usual 1/√C.
+        attention: of the attention logits, over the usual 1/√C.
         logits, router_logits: μP.
         expert: of the routed and of the shared expert's output.
     """
@@ -95,7 +94,11 @@ def factors(model: ModelConfig, logit_scale: float, router_logit_scale: float) -
     halved = moe is not None and moe.shared_expert and moe.sqrt_gate
     return Factors(
         branch=1 / math.sqrt(2 * model.depth) if model.depth_mup else 1.0,
-        attention=math.sqrt(BASE_HEAD_DIM / model.head_dim),
+        attention=(
+            1.0
+            if model.attention_scale == "standard"
+            else model.attention_logit_scale * math.sqrt(model.head_dim)
+        ),
         logits=logit_scale,
         router_logits=router_logit_scale if moe else 1.0,
         expert=math.sqrt(0.5) if halved else 1.0,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,9 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from archscale.distributed import Fragment, fragment
-
-NORM_EPS = 1e-5
-BASE_HEAD_DIM = 128  # head size at which the attention scale is the usual 1/√C
 
 
 class Projection(nn.Module):
@@ -54,16 +51,16 @@ class RMSNorm(nn.Module):
     """x / √(mean(x²) + ε) ⊙ g over the last axis (arXiv 1910.07467, eq. 4): normalized in x's
     dtype, returned in `dtype`."""
 
-    def __init__(self, width: int, dtype: torch.dtype):
+    def __init__(self, width: int, dtype: torch.dtype, eps: float):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
-        self.dtype = dtype
+        self.dtype, self.eps = dtype, eps
         self.parameter_roles = {"weight": {"role": "vector", "init": ("constant", 1.0)}}
 
     def forward(self, x: Tensor) -> Tensor:
         # Rounded before it is multiplied by g: the backward pass then keeps the bf16 activation,
         # not a float32 one.
-        return F.rms_norm(x, x.shape[-1:], eps=NORM_EPS).to(self.dtype) * self.weight.to(self.dtype)
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps).to(self.dtype) * self.weight.to(self.dtype)
 
 
 class Embedding(nn.Module):
@@ -181,13 +178,15 @@ class Attention(nn.Module):
     """Causal attention with grouped queries (arXiv 2305.13245), normalized queries and keys
     (arXiv 2302.05442), rotary positions (arXiv 2104.09864) and a gate per head (arXiv 2505.06708).
 
-    Each head's softmax(q kᵀ √128 / C + mask) v, times the sigmoid of the head's gate, then
+    Each head's softmax(scale · q kᵀ + mask) v, times the sigmoid of the head's gate, then
     projected back to D.
 
     Args:
         heads, kv_heads, head_dim: H, G and C.
-        qk_norm, gated: whether queries and keys are normalized, and heads gated.
-        dtype: of the products.
+        norm: makes the norm of queries and of keys from C; None: they are not normalized.
+        gated: whether heads are.
+        scale: of the attention logits. 1/√C is usual; but q and k align as training goes on, and
+            then q · k grows with C rather than with √C: √128/C (arXiv 2203.03466, definition 4.1).
     """
 
     def __init__(
@@ -197,9 +196,9 @@ class Attention(nn.Module):
         kv_heads: int,
         head_dim: int,
         *,
-        qk_norm: bool,
+        norm: Callable[[int], RMSNorm] | None,
         gated: bool,
-        dtype: torch.dtype,
+        scale: float,
     ):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads, head_dim
@@ -210,11 +209,9 @@ class Attention(nn.Module):
             width, sum(self.sizes), list(zip(("q", "k", "v", "gate"), self.sizes))
         )
         self.out = Projection(heads * head_dim, width)
-        self.q_norm = RMSNorm(head_dim, dtype) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(head_dim, dtype) if qk_norm else nn.Identity()
-        # q and k align as training goes on, and then q · k grows with C rather than with √C: the
-        # scale falls with C (arXiv 2203.03466, definition 4.1), and is 1/√C at C = 128.
-        self.scale = math.sqrt(BASE_HEAD_DIM) / head_dim
+        self.q_norm = nn.Identity() if norm is None else norm(head_dim)
+        self.k_norm = nn.Identity() if norm is None else norm(head_dim)
+        self.scale = scale
 
     def forward(
         self,

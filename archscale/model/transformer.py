@@ -10,6 +10,7 @@ Shapes: B batch, T time, D width, V vocabulary, L layers, E routed experts.
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -172,17 +173,18 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, router_logit_scale: float = 1.0):
         super().__init__()
         self.multiplier = 1 / math.sqrt(2 * config.depth) if config.depth_mup else 1.0
-        self.attention_norm = RMSNorm(config.width, dtype)
+        norm = partial(RMSNorm, dtype=dtype, eps=config.norm_eps)
+        self.attention_norm = norm(config.width)
         self.attention = Attention(
             config.width,
             config.heads,
             config.kv_heads,
             config.head_dim,
-            qk_norm=config.qk_norm,
+            norm=norm if config.qk_norm else None,
             gated=config.gated_attention,
-            dtype=dtype,
+            scale=config.attention_logit_scale,
         )
-        self.mlp_norm = RMSNorm(config.width, dtype)
+        self.mlp_norm = norm(config.width)
         self.mlp: FeedForward | MoE
         if config.moe is None:
             self.mlp = FeedForward(config.width, config.mlp_hidden, config.mlp)
@@ -237,7 +239,7 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig, dtype: torch.dtype, scale: float):
         super().__init__()
         self.scale = scale
-        self.norm = RMSNorm(config.width, dtype)
+        self.norm = RMSNorm(config.width, dtype, config.norm_eps)
         assert config.vocab_size is not None
         if not config.tied_embeddings:
             self.weight = nn.Parameter(torch.empty(config.vocab_size, config.width))

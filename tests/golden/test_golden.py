@@ -51,6 +51,11 @@ def test_a_small_error_of_the_optimizer_is_seen(tokens, tmp_path):
 @pytest.mark.parametrize("name", ["adamw_dense", "moonlight_experts"])
 def test_a_small_error_of_the_model_is_seen(tokens, tmp_path, monkeypatch, name):
     """An ε of every norm that is 2 % larger."""
-    monkeypatch.setattr(layers, "NORM_EPS", 1.02 * layers.NORM_EPS)
+    original = layers.RMSNorm.__init__
+    monkeypatch.setattr(
+        layers.RMSNorm,
+        "__init__",
+        lambda norm, width, dtype, eps: original(norm, width, dtype, 1.02 * eps),
+    )
     found = curve(tokens, name, str(tmp_path))
     assert distance(found, recorded(name), "loss") > 2 * LOSS[name]

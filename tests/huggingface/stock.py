@@ -24,7 +24,7 @@ COMMON: dict[str, Any] = {
     "max_position_embeddings": 16,
     "rms_norm_eps": 1e-5,
 }
-QWEN3 = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16}
+QWEN3 = {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 16, "rms_norm_eps": 1e-6}
 EXPERTS = {"num_experts_per_tok": 2, "tie_word_embeddings": True}
 # name → (configuration, its keys)
 STOCK: dict[str, tuple[str, dict[str, Any]]] = {
@@ -37,7 +37,7 @@ STOCK: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3MoeConfig",
         {**EXPERTS, "num_experts": 6, "moe_intermediate_size": 20, "norm_topk_prob": True},
     ),
-    "llama": ("LlamaConfig", {"rope_theta": 500000.0}),
+    "llama": ("LlamaConfig", {"rope_theta": 500000.0, "rms_norm_eps": 1e-2}),
     "mistral": ("MistralConfig", {"sliding_window": 5}),
     "mixtral": ("MixtralConfig", {**EXPERTS, "num_local_experts": 4}),
     "arcee": ("ArceeConfig", {"tie_word_embeddings": True}),

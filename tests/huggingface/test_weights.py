@@ -51,8 +51,9 @@ def filling(directory: Path) -> Callable[[Transformer, Config], None]:
 
 
 def imported_run(data: str, directory: Path, run_dir: Path) -> Path:
-    """A run of these weights, with Depth-μP and a logit scale: every factor is another than 1."""
-    section = {**read_model(directory).section, "depth_mup": True}
+    """A run of these weights, with Depth-μP and the scales of μP: every factor is another than
+    1."""
+    section = {**read_model(directory).section, "depth_mup": True, "attention_scale": "mup"}
     return make_run(data, run_dir, "adamw", fill=filling(directory), model=section, **MUP)
 
 
@@ -89,6 +90,19 @@ def test_an_imported_model_is_the_same_and_goes_out_as_it_came(name, data, tmp_p
     run_dir = imported_run(data, tmp_path / "bf16", tmp_path / "run_bf16")
     export(run_dir, tmp_path / "out_bf16", dtype="bfloat16", shard_size="5GB")
     stored, back = tensors(tmp_path / "bf16"), tensors(tmp_path / "out_bf16")
+    assert all(torch.equal(weight, back[key]) for key, weight in stored.items())
+
+
+def test_a_config_made_from_a_model_has_no_factors(data, tmp_path):
+    """Its weights go out as they came, bitwise in float32 too."""
+    make_stock("qwen3", tmp_path / "in", torch.float32)
+    section = read_model(tmp_path / "in").section
+    run_dir = make_run(
+        data, tmp_path / "run", "adamw", fill=filling(tmp_path / "in"), model=section
+    )
+    export(run_dir, tmp_path / "out", shard_size="5GB")
+    stored, back = tensors(tmp_path / "in"), tensors(tmp_path / "out")
+    assert stored.keys() == back.keys()
     assert all(torch.equal(weight, back[key]) for key, weight in stored.items())
 
 

@@ -191,9 +191,9 @@ def test_residual_stream_is_float32_under_bfloat16():
 
 def test_rms_norm():
     x = torch.randn(3, 8)
-    norm = RMSNorm(8, torch.float32)
+    norm = RMSNorm(8, torch.float32, 1e-2)
     torch.nn.init.constant_(norm.weight, 2.0)
-    torch.testing.assert_close(norm(x), 2 * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt())
+    torch.testing.assert_close(norm(x), 2 * x / (x.square().mean(-1, keepdim=True) + 1e-2).sqrt())
 
 
 # --- initialization
