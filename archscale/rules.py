@@ -16,6 +16,7 @@ combination of W and Q, three inner products decide the step: see `archscale.opt
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -174,3 +175,41 @@ def get_rule(rule: str | Rule) -> Rule:
             f"unknown rule {rule!r}; known: {', '.join(RULES)} (or pass an archscale.optim.Rule)"
         )
     return RULES[rule]
+
+
+# --- which matrices it applies to
+
+HEADS = ("q", "k", "v")  # blocks that consist of attention heads
+
+
+@dataclass(frozen=True)
+class Views:
+    """Which matrices the blocks of a fused projection are to the optimizer: by default each is one.
+
+    Attributes:
+        per_head: rows of one attention head, where each head of the blocks q, k and v is a matrix.
+        fused: names of blocks that together are one matrix, where they stand one below the other.
+    """
+
+    per_head: int | None = None
+    fused: tuple[tuple[str, ...], ...] = ()
+
+    def matrices(self, blocks: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
+        """(name, rows) of each matrix, from the (name, rows) of the blocks; empty where the whole
+        is one matrix without blocks."""
+        names = tuple(name for name, _ in blocks)
+        for together in self.fused:
+            for first in range(len(names) - len(together) + 1):
+                last = first + len(together)
+                if names[first:last] == together:
+                    rows = sum(size for _, size in blocks[first:last])
+                    one = ("_".join(together), rows)
+                    return self.matrices([*blocks[:first], one, *blocks[last:]])
+        return [matrix for block in blocks for matrix in self._heads(*block)]
+
+    def _heads(self, name: str, rows: int) -> Iterator[tuple[str, int]]:
+        if self.per_head and name in HEADS:
+            each = self.per_head
+            yield from ((f"{name}{head}", each) for head in range(rows // each))
+        else:
+            yield name, rows

@@ -72,6 +72,10 @@ class MatrixOptimizerConfig(Section):
     """Scheme of the orthogonalization; exact is a float64 SVD."""
     per_head: StrictBool = False
     """Orthogonalize attention projections head by head."""
+    fused_qkv: StrictBool = False
+    """Take queries, keys and values of a block for one matrix; false: each is its own."""
+    fused_gate_up: StrictBool = False
+    """Take gate and up projection of a SwiGLU, or of each expert's, for one matrix."""
     clip: Bounds | None = None
     """[least, greatest] trust ratio; null: the rule's own bounds."""
     ratio_exponent: Positive = 1.0
@@ -94,6 +98,13 @@ class MatrixOptimizerConfig(Section):
                     f"optimizer.matrix.{key}",
                     f"set it to {'null' if neutral is None else neutral}",
                 )
+        if self.per_head and self.fused_qkv:
+            yield ConfigError(
+                "per_head cuts queries, keys and values into heads, and fused_qkv takes them"
+                " together",
+                "optimizer.matrix.fused_qkv",
+                "set one of them to false",
+            )
         if self.calibration is not None and self.rule not in CALIBRATED_RULES:
             yield ConfigError(
                 f"{self.rule} is not calibrated",

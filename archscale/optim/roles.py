@@ -15,13 +15,14 @@ that nobody claims is an error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from archscale.errors import ConfigError
+from archscale.rules import Views
 
 ROLES = ("matrix", "embedding", "head", "vector")
 
@@ -89,14 +90,16 @@ def clean_name(name: str) -> str:
 
 
 def parameter_groups(
-    roles: list[ParameterRole], options: Mapping[str, dict[str, Any]], per_head: int | None = None
+    roles: list[ParameterRole],
+    options: Mapping[str, dict[str, Any]],
+    views: Views = Views(),  # noqa: B008  frozen
 ) -> list[dict[str, Any]]:
     """Parameter groups for `MatrixOptimizer`, one per role, view and orientation that occurs, which
     it carries as keys.
 
     Args:
         options: by role, what its group holds (`rule`, `lr`, …).
-        per_head: rows of one attention head: splits the blocks q, k and v into heads.
+        views: which matrices the blocks of a parameter are.
     """
     kinds: dict[tuple[str, str | None, bool], list[ParameterRole]] = {}
     for row in sorted(roles, key=lambda row: ROLES.index(row.role)):
@@ -106,17 +109,9 @@ def parameter_groups(
             **options[role],
             "role": role,
             "params": [(row.name, row.parameter) for row in rows],
-            "blocks": [list(_per_head(row.blocks, per_head)) or None for row in rows],
+            "blocks": [views.matrices(row.blocks) or None for row in rows],
             "view": view,
             "transposed": transposed,
         }
         for (role, view, transposed), rows in kinds.items()
     ]
-
-
-def _per_head(blocks: tuple[tuple[str, int], ...], rows: int | None) -> Iterator[tuple[str, int]]:
-    for name, size in blocks:
-        if rows and name in ("q", "k", "v"):
-            yield from ((f"{name}{head}", rows) for head in range(size // rows))
-        else:
-            yield name, size

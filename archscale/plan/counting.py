@@ -11,12 +11,16 @@ blocks, E routed experts.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from archscale.rules import Views
+
 if TYPE_CHECKING:
     from archscale.config import ModelConfig
+    from archscale.config.sections import MatrixOptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -67,19 +71,12 @@ class Weight:
         """Elements of all copies that one token uses."""
         return self.elements // self.stack * self.active
 
-    def matrices(self, per_head: int | None = None) -> list[tuple[int, int, int]]:
+    def matrices(self, views: Views) -> list[tuple[int, int, int]]:
         """(count, rows, cols) of the logical matrices of all copies, each orthogonalized on its
-        own.
-
-        Args:
-            per_head: rows of one attention head, where q, k and v are orthogonalized head by head.
-        """
+        own."""
         *_, rows, cols = self.shape
-        groups = []
-        for block, size in self.blocks or (("", rows),):
-            heads = size // per_head if per_head and block in ("q", "k", "v") else 1
-            groups.append((self.copies * self.stack * heads, size // heads, cols))
-        return groups
+        parts = Counter(size for _, size in views.matrices(self.blocks) or [("", rows)])
+        return [(self.copies * self.stack * count, size, cols) for size, count in parts.items()]
 
 
 @dataclass(frozen=True)
@@ -181,6 +178,12 @@ def _feed_forward(
     ]
 
 
+def views_of(model: ModelConfig, matrix: MatrixOptimizerConfig) -> Views:
+    """The matrices that the config's optimizer sees in fused projections."""
+    fused = [("q", "k", "v")] * matrix.fused_qkv + [("gate", "up")] * matrix.fused_gate_up
+    return Views(model.head_dim if matrix.per_head else None, tuple(fused))
+
+
 def matrices_of_mlp(kind: str) -> int:
     """Matrices (D, F) of a feed-forward: gate, up and down, or up and down."""
     return 3 if kind == "swiglu" else 2
@@ -272,7 +275,10 @@ def training_flops(
 
 
 def optimizer_flops(
-    model: ModelConfig, *, orthogonal: Collection[str] = ("matrix",), per_head: int | None = None
+    model: ModelConfig,
+    *,
+    orthogonal: Collection[str] = ("matrix",),
+    views: Views = Views(),  # noqa: B008  frozen
 ) -> int:
     """Nominal FLOPs of orthogonalizing every matrix once, on all ranks together: Σ 5 (4 m² n + 2
     m³), m ≤ n.
@@ -281,12 +287,12 @@ def optimizer_flops(
 
     Args:
         orthogonal: roles whose rule orthogonalizes; none for AdamW and the like.
-        per_head: rows of an attention head, where q, k and v are orthogonalized head by head.
+        views: which matrices the blocks of a fused projection are.
     """
     total = 0
     for weight in weights(model):
         if weight.role in orthogonal:
-            for count, rows, cols in weight.matrices(per_head):
+            for count, rows, cols in weight.matrices(views):
                 m, n = sorted((rows, cols))
                 total += count * 5 * (4 * m * m * n + 2 * m**3)
     return total

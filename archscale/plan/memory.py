@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from archscale.plan.counting import Weight, vocabulary, weights
+from archscale.rules import Views
 
 if TYPE_CHECKING:
     from archscale.config import ModelConfig
@@ -71,7 +72,7 @@ class Execution:
         offload: float32 masters, optimizer state and the update are in host memory, which is not
             counted (DeepSpeed).
         state_bytes: optimizer state per element, by role.
-        orthogonal: roles whose rule orthogonalizes whole matrices.
+        orthogonal: roles whose rule orthogonalizes whole matrices. views: which matrices these are.
         compute_bytes, wire_bytes: per element, of the orthogonalization and of its exchange; None:
             by precision.
         ema: a running average of the weights lies beside them.
@@ -92,6 +93,7 @@ class Execution:
     offload: bool = False
     state_bytes: Mapping[str, int] = field(default_factory=lambda: STATE_BYTES)
     orthogonal: Collection[str] = ("matrix",)
+    views: Views = field(default_factory=Views)
     compute_bytes: int | None = None
     wire_bytes: int | None = None
     watched: bool = True
@@ -347,7 +349,7 @@ def _optimizer_buffers(stored: list[Weight], step: Execution, largest: int) -> i
     shapes: dict[tuple[int, int], int] = {}
     for w in stored:
         if w.role in step.orthogonal:
-            for count, rows, cols in w.matrices():
+            for count, rows, cols in w.matrices(step.views):
                 shapes[rows, cols] = shapes.get((rows, cols), 0) + count
     temporary = FP32 * largest  # √v of Adam; W ∘ Q of fused matrices of equal shape
     if not shapes:

@@ -266,7 +266,7 @@ def _flops(config: Config, accumulation: int) -> dict[str, Any]:
         0
         if elementwise
         else counting.optimizer_flops(
-            model, per_head=model.head_dim if config.optimizer.matrix.per_head else None
+            model, views=counting.views_of(model, config.optimizer.matrix)
         )
     )
     return {
@@ -310,6 +310,7 @@ def _memory(plan: Plan, transfer: Transfer, shard: int, accumulation: int, on_ho
         offload=parallel.offload_optimizer and not on_host,
         state_bytes=state,
         orthogonal=() if RULES[matrix.rule].elementwise else ("matrix",),
+        views=counting.views_of(model, matrix),
         compute_bytes=4 if config.compute_dtype == "float32" else 2,
         wire_bytes=4 if config.wire_dtype == "float32" else 2,
         ema=config.training.ema is not None,

@@ -128,7 +128,7 @@ def build_optimizer(
         "wire_dtype": DTYPES[config.wire_dtype],
         "momentum_dtype": DTYPES[matrix.momentum_dtype],
     }
-    groups = parameter_groups(roles, options, config.model.head_dim if matrix.per_head else None)
+    groups = parameter_groups(roles, options, counting.views_of(config.model, matrix))
     parameters, weights = (engine.parameters(), engine.weights()) if engine else ({}, {})
     for group in groups if engine else ():
         names = [name for name, _ in group["params"]]

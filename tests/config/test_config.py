@@ -423,6 +423,11 @@ def test_override_through_a_null_section_creates_it(small):
             "each sequence has its own loads, so .* set it to step",
         ),
         (["model.moe.top_k=7"], "model.moe.top_k", "does not divide 256 .*set it to 4 or 8"),
+        (
+            ["optimizer.matrix={per_head: true, fused_qkv: true}"],
+            "optimizer.matrix.fused_qkv",
+            "cuts queries, keys and values into heads.*set one of them to false",
+        ),
         (["optimizer.matrix.clip=[2, 1]"], "optimizer.matrix.clip", "is above the upper bound"),
         (
             ["training.batch_tokens=1000"],

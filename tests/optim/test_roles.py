@@ -9,6 +9,7 @@ from torch import nn
 from archscale.errors import ConfigError
 from archscale.optim.roles import assign_roles, parameter_groups
 from archscale.optim.schedule import lr_multiplier
+from archscale.rules import Views
 
 
 class Layer(nn.Module):
@@ -45,7 +46,7 @@ def test_groups_hold_every_parameter_once_and_heads_can_be_split():
         Layer({"weight": {"role": "head"}}),
     )
     groups = parameter_groups(
-        assign_roles(model), {"matrix": {"lr": 1.0}, "head": {"lr": 2.0}}, per_head=1
+        assign_roles(model), {"matrix": {"lr": 1.0}, "head": {"lr": 2.0}}, views=Views(per_head=1)
     )
     assert [(g["role"], g["lr"], g["params"][0][0]) for g in groups] == [
         ("matrix", 1.0, "0.weight"),
@@ -53,6 +54,14 @@ def test_groups_hold_every_parameter_once_and_heads_can_be_split():
     ]
     assert groups[0]["blocks"] == [[("q0", 1), ("q1", 1), ("gate", 2)]]
     assert groups[1]["blocks"] == [None]
+
+
+def test_blocks_that_are_one_matrix():
+    qkv = [("q", 4), ("k", 2), ("v", 2), ("gate", 2)]
+    fused = Views(fused=(("q", "k", "v"), ("gate", "up")))
+    assert fused.matrices(qkv) == [("q_k_v", 8), ("gate", 2)]  # a head's gate stays by itself
+    assert fused.matrices([("gate", 6), ("up", 6)]) == [("gate_up", 12)]
+    assert fused.matrices([]) == []
 
 
 def test_schedules_by_hand():

@@ -24,6 +24,7 @@ from archscale.plan.counting import (
     visible_keys,
     weights,
 )
+from archscale.rules import Views
 
 SMALL = {"depth": 2, "width": 64, "head_dim": 16, "kv_heads": 2, "context": 32, "vocab_size": 96}
 VARIANTS = [
@@ -86,7 +87,9 @@ def test_experts_store_sparsity_times_the_active_parameters(shared, routed, acti
     assert by_name["blocks.*.mlp.experts.up.weight"].shape == (routed, 2 * 64, 64)
     assert by_name["blocks.*.mlp.experts.down.weight"].shape == (routed, 64, 64)
     assert ("blocks.*.mlp.shared.up.weight" in by_name) == shared
-    assert by_name["blocks.*.mlp.experts.up.weight"].matrices() == [(2 * routed, 64, 64)] * 2
+    up = by_name["blocks.*.mlp.experts.up.weight"]
+    assert up.matrices(Views()) == [(2 * 2 * routed, 64, 64)]  # of gate and up
+    assert up.matrices(Views(fused=(("gate", "up"),))) == [(2 * routed, 2 * 64, 64)]
 
 
 def test_published_counts():
@@ -186,10 +189,12 @@ def test_parts_of_the_forward_pass():
     assert passes == sum(moe.values()) - moe["head"]
 
 
-@pytest.mark.parametrize("per_head", [None, 16])
+@pytest.mark.parametrize(
+    "views", [Views(), Views(16), Views(fused=(("q", "k", "v"), ("gate", "up")))]
+)
 @pytest.mark.parametrize("changes", [{}, {"mlp": "relu2", "gated_attention": False}])
 def test_optimizer_flops_are_those_of_the_matrices_that_the_optimizer_orthogonalizes(
-    changes, per_head
+    changes, views
 ):
     model = small(**changes)
     element = {"rule": "adamw", "lr": 1e-3}
@@ -199,10 +204,10 @@ def test_optimizer_flops_are_those_of_the_matrices_that_the_optimizer_orthogonal
         "head": element,
         "vector": element,
     }
-    groups = parameter_groups(assign_roles(Transformer(model)), options, per_head)
-    views = MatrixOptimizer(groups, lr=1e-3).views()
-    expected = sum(direct_cost(*sorted((rows, cols))) for _, _, rows, cols in views)
-    assert optimizer_flops(model, per_head=per_head) == expected
+    groups = parameter_groups(assign_roles(Transformer(model)), options, views)
+    matrices = MatrixOptimizer(groups, lr=1e-3).views()
+    expected = sum(direct_cost(*sorted((rows, cols))) for _, _, rows, cols in matrices)
+    assert optimizer_flops(model, views=views) == expected
     assert optimizer_flops(model, orthogonal=()) == 0
 
 

@@ -81,6 +81,9 @@ OPTIONS = {
     "documents": {"data": {"document_mask": True}},
     "window": {"model": {"window": 5}},
     "per head": {"optimizer": {"matrix": {"rule": "orscale_lm", "per_head": True}}},
+    "fused": {
+        "optimizer": {"matrix": {"rule": "orscale_lm", "fused_qkv": True, "fused_gate_up": True}}
+    },
     "bfloat16 momentum": {
         "optimizer": {"matrix": {"rule": "orscale_lm", "momentum_dtype": "bfloat16"}}
     },
