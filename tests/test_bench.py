@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from archscale.bench import optimizer as bench
+from archscale.bench import train
 from archscale.bench.optimizer import bench_optimizer, nominal_flops, parse_shapes
 from archscale.bench.timing import paired_ratio
+from archscale.config import Config
 from archscale.errors import ConfigError
 from archscale.optim import engine
+from archscale.plan.devices import DEVICES, this_device
 from tests.pool import launch
 
 
@@ -102,6 +105,30 @@ def test_step_without_q_orthogonalizes_nothing(monkeypatch):
     measured = bench_optimizer([(2, 4, 4)], dtypes=["float32"], rounds=2, peers=False)
     assert calls == [(2, 4, 4)] * 3 * (1 + 2)  # three rules; a warm-up and two rounds
     assert all(row.rest > 0 for row in measured["rows"])
+
+
+def test_train_bench_has_mfu_where_the_device_has_a_data_sheet(monkeypatch):
+    sizes = {"depth": 1, "width": 32, "head_dim": 16, "context": 16, "vocab_size": 64}
+    training = {"tokens": 1024, "batch_tokens": 32, "micro_batch": 2, "precision": "auto"}
+    config = Config.from_dict(
+        {
+            "name": "t",
+            "model": sizes,
+            "data": {"train": "none"},
+            "training": {**training, "compile": False},
+        }
+    )
+    without = train.bench_train(config, rounds=2)
+    assert without["rows"][0].mfu is None
+    assert without["dtype"] == {"bf16": "bfloat16", "fp32": "float32"}[this_device().precision]
+    monkeypatch.setattr(train, "this_device", lambda: DEVICES["h100"])
+    text = train.report(config, rounds=2, telemetry=False, as_json=False)
+    measured = json.loads(train.report(config, rounds=2, telemetry=False, as_json=True))
+    [row] = measured["rows"]
+    assert row["mfu"] == pytest.approx(row["share"] * measured["matmul"] / DEVICES["h100"].peak)
+    header, cells = (text.splitlines()[at].split(" | ") for at in (3, 5))
+    assert len(header) == len(cells)
+    assert cells[header.index("MFU")] == "0%"
 
 
 def test_train_bench_measures_experts_beside_the_dense_model():

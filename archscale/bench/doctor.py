@@ -9,6 +9,7 @@ import platform
 import torch
 
 import archscale
+from archscale.plan.devices import this_device
 from archscale.train.build import cpp_compiler
 
 
@@ -30,7 +31,7 @@ def examine() -> dict[str, str]:
         "gpu": ", ".join(gpus) or "none: the CPU will be used",
         "backend": f"{'NCCL' if gpus else 'gloo'} between processes",
         "bf16 products": (
-            "yes" if _fast_bf16(bool(gpus)) else "emulated: training.precision fp32 is faster here"
+            "yes" if this_device().bf16 else "emulated: training.precision fp32 is faster here"
         ),
         "compiler": cpp_compiler() or "none: training.compile needs g++ (or set it to false)",
     }
@@ -45,13 +46,3 @@ def examine() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             facts[package] = f"not installed ({purpose}): pip install {package}"
     return facts
-
-
-def _fast_bf16(cuda: bool) -> bool:
-    if cuda:
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    cpu = torch.cpu
-    return bool(
-        getattr(cpu, "_is_amx_tile_supported", bool)()
-        or getattr(cpu, "_is_avx512_bf16_supported", bool)()
-    )

@@ -89,6 +89,8 @@ def count_step(
     Raises:
         ConfigError: what `archscale plan` would say, or a layout that cannot be counted.
     """
+    if device is not None:
+        config = config.with_precision(device.precision)
     plan = plan_config(config, world_size=processes)
     refuse(plan)
     config = plan.config

@@ -4,8 +4,9 @@ dense model of equal active parameters.
 Both are trained as `archscale train` would train them, on one process and random tokens. Arms
 alternate within a round, and their order is shuffled. The optimizer's time depends on the matrices
 and not on the batch, so it stands apart: with the batch from which on it takes less than 2 % of a
-step. FLOPs are structural with the causal half of attention, as in MFU; the machine's matmul rate
-in the same dtype is measured between the arms. Peak memory is that of one whole step that telemetry
+step. FLOPs are structural with the causal half of attention; MFU is their rate over the dense bf16
+peak of the device's data sheet, and beside it stands the share of the matmul rate in the same
+dtype, which is measured between the arms. Peak memory is that of one whole step that telemetry
 reads, on an accelerator by its allocator and on the CPU by the profiler's record of live bytes.
 
 With `telemetry`, whole training steps are timed with and without a look into them (`telemetry`
@@ -30,6 +31,7 @@ from archscale.bench.timing import machine, matmul_rate, paired_ratio, spread, s
 from archscale.bench.workload import Workload
 from archscale.config import Config
 from archscale.plan.counting import parameters, training_flops
+from archscale.plan.devices import this_device
 from archscale.train.build import DTYPES
 
 OPTIMIZER_SHARE = 0.02  # of a step
@@ -57,6 +59,7 @@ class ModelTimes:
     spread: float
     tokens_per_second: float  # of forward and backward
     share: float  # of the matmul rate
+    mfu: float | None  # share of the data sheet's peak; None where the device has none
     # Tokens/s to the dense model's: median within a round, 95 % interval.
     ratio: tuple[float, float, float] | None
     optimizer: float  # seconds, median
@@ -77,7 +80,8 @@ def bench_train(config: Config, *, rounds: int = 7, telemetry: bool = False) -> 
     labels = ("dense", "experts") if config.model.moe else ("dense",)
     arms = [_build(label, config, device) for label in labels]
     peaks = [_peak_bytes(arm, device) for arm in arms]  # warms up too
-    model, dtype = arms[0].work.config.model, DTYPES[config.training.precision]
+    resolved = arms[0].work.config
+    model, dtype = resolved.model, DTYPES[resolved.precision]
     rates = []
     order = list(arms)
     for round_ in range(rounds):
@@ -87,10 +91,12 @@ def bench_train(config: Config, *, rounds: int = 7, telemetry: bool = False) -> 
             arm.updates.append(_time(arm.work.update, device))
         rates.append(matmul_rate(MATMUL_ROWS, dtype, device))
     rate, tokens = statistics.median(rates), config.training.micro_batch * model.context
+    peak_rate = this_device().peak
     rows = []
     for arm, peak in zip(arms, peaks):
         seconds, update = statistics.median(arm.seconds), statistics.median(arm.updates)
         count = parameters(arm.work.config.model)
+        achieved = training_flops(arm.work.config.model) * tokens / seconds
         rows.append(
             ModelTimes(
                 arm.label,
@@ -99,7 +105,8 @@ def bench_train(config: Config, *, rounds: int = 7, telemetry: bool = False) -> 
                 seconds,
                 spread(arm.seconds),
                 tokens / seconds,
-                training_flops(arm.work.config.model) * tokens / seconds / rate,
+                achieved / rate,
+                achieved / peak_rate if peak_rate else None,
                 paired_ratio(arms[0].seconds, arm.seconds) if arm is not arms[0] else None,
                 update,
                 round(update * (1 / OPTIMIZER_SHARE - 1) * tokens / seconds),
@@ -191,16 +198,17 @@ def report(config: Config, *, rounds: int, telemetry: bool, as_json: bool) -> st
         "",
         (
             "| model | parameters | active | forward and backward, ms | spread | tokens/s | of"
-            f" matmul rate | to dense, 95 % | optimizer, ms | under {OPTIMIZER_SHARE:.0%} of a step"
-            " from | peak memory, MB | planned |"
+            " matmul rate | MFU | to dense, 95 % | optimizer, ms | under"
+            f" {OPTIMIZER_SHARE:.0%} of a step from | peak memory, MB | planned |"
         ),
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in measured["rows"]:
         ratio = "{:.3f} [{:.3f}, {:.3f}]".format(*row.ratio) if row.ratio else "–"
         lines.append(
             f"| {row.label} | {row.parameters:,} | {row.active:,} | {row.seconds * 1e3:,.1f} |"
-            f" {row.spread:.0%} | {row.tokens_per_second:,.0f} | {row.share:.0%} | {ratio} |"
+            f" {row.spread:.0%} | {row.tokens_per_second:,.0f} | {row.share:.0%} |"
+            f" {'–' if row.mfu is None else format(row.mfu, '.0%')} | {ratio} |"
             f" {row.optimizer * 1e3:,.1f} | {row.batch:,} tokens | {row.peak / 1e6:,.1f} |"
             f" {row.planned / 1e6:,.1f} |"
         )

@@ -25,6 +25,7 @@ from archscale.checkpoint.difference import Difference, compare_checkpoints
 from archscale.config import Config, load_config
 from archscale.errors import ArchscaleError, ConfigError, TrainingError, explain_os_error
 from archscale.files import CHECKPOINTS, step_directory
+from archscale.plan.devices import this_device
 from archscale.plan.preflight import plan_config, refuse
 from archscale.terminal import table
 
@@ -118,6 +119,7 @@ class _Test:
             "telemetry.wandb.mode=disabled",
             f"checkpoint.every={self.every}",
             "checkpoint.directory=null",
+            f"training.precision={self.config.precision}",
             f"checkpoint.keep={self.steps // self.every + SPARE}",
             f"eval.every={max(1, self.middle)}",
             f"eval.batches={min(2, self.config.eval.batches)}",
@@ -149,6 +151,7 @@ def verify_resume(request: Request, say: Callable[[str], None]) -> str:
         TrainingError: the straight run failed, or a case differs; the runs are kept.
     """
     config = load_config(request.config, request.overrides)
+    config = config.with_precision(this_device().precision)
     processes = request.processes or _processes(config)
     plan = plan_config(config, world_size=processes)
     refuse(plan)
@@ -364,7 +367,7 @@ def _compare(test: _Test, case: Case, run: SupervisedRun) -> Outcome:
     if exact:
         outcome = compare_exactly(test.expected, lines, steps)
     else:
-        bfloat16 = test.config.training.precision != "fp32"
+        bfloat16 = test.config.precision != "fp32"
         outcome = compare_closely(test.expected, lines, steps, bfloat16=bfloat16)
     if outcome.problem:
         return outcome

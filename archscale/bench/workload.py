@@ -16,6 +16,7 @@ from archscale.model import initialize
 from archscale.optim.roles import assign_roles
 from archscale.parallel.mesh import MeshSizes
 from archscale.parallel.native import NativeEngine
+from archscale.plan.devices import this_device
 from archscale.plan.plan import Plan, make_plan
 from archscale.plan.preflight import plan_config, refuse
 from archscale.plan.transfer import transfer_of
@@ -40,6 +41,7 @@ def plan_one_process(values: dict[str, Any]) -> Plan:
     """
     schedule = values.get("schedule", {}) | {"batch_ramp_tokens": 0}
     config = Config.from_dict(values | {"schedule": schedule, "parallel": {}})
+    config = config.with_precision(this_device().precision)
     plan = make_plan(config) if config.model.vocab_size else plan_config(config, world_size=1)
     refuse(plan)
     return plan
@@ -104,7 +106,7 @@ class Workload:
             device=device,
             sizes=MeshSizes(),
             reshard=False,
-            dtype=DTYPES[config.training.precision],
+            dtype=DTYPES[config.precision],
             compile=config.training.compile,
         )
         roles = assign_roles(self.engine.module)

@@ -10,7 +10,7 @@ raise ConfigError.
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 from pydantic import Field, ValidationError
 
@@ -177,6 +177,12 @@ class Config(Section):
         return self.batches.steps(self.tokens / self.model.context)
 
     @property
+    def precision(self) -> Literal["bf16", "fp32"]:
+        """Arithmetic of forward and backward; auto must have been resolved."""
+        assert self.training.precision != "auto", "with_precision() the config first"
+        return self.training.precision
+
+    @property
     def compute_dtype(self) -> str:
         """Orthogonalization arithmetic: float32 or bfloat16."""
         return self._dtype(self.optimizer.matrix.compute_dtype)
@@ -189,7 +195,7 @@ class Config(Section):
     def _dtype(self, dtype: str) -> str:
         if dtype != "auto":
             return dtype
-        return "float32" if self.training.precision == "fp32" else "bfloat16"
+        return "float32" if self.precision == "fp32" else "bfloat16"
 
     def shard_size(self, world_size: int) -> int:
         """Ranks over which parameters are sharded."""
@@ -309,6 +315,13 @@ class Config(Section):
             return self
         if problems := list(self._schedule_problems(tokens)):
             raise ConfigError.several(problems)
+        return self.model_copy(update={"training": training})
+
+    def with_precision(self, precision: Literal["bf16", "fp32"]) -> Self:
+        """A copy with this in place of `auto`; itself where the config says which."""
+        if self.training.precision != "auto":
+            return self
+        training = self.training.model_copy(update={"precision": precision})
         return self.model_copy(update={"training": training})
 
     def with_vocab(self, size: int) -> Self:

@@ -274,8 +274,10 @@ class TrainingConfig(Section):
     the nearest multiple."""
     micro_batch: Count = 8
     """Sequences per device and forward pass; accumulation makes up the rest of the batch."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Arithmetic of forward and backward; fp32 makes the optimizer's auto dtypes float32."""
+    precision: Literal["auto", "bf16", "fp32"] = "bf16"
+    """Arithmetic of forward and backward; fp32 makes the optimizer's auto dtypes float32. auto:
+    bf16 on a GPU or processor that has units for it, otherwise fp32; what the first process finds
+    is kept in the run's config and holds for every resumption."""
     compile: StrictBool = True
     """Compile the model; needs a C++ compiler."""
     activation_checkpoint: Literal["none", "block"] = "none"

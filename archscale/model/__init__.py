@@ -1,6 +1,6 @@
 """Transformer language models, dense or with a mixture of experts."""
 
-from archscale.model.layers import initialize
+from archscale.model.initialization import initialize
 from archscale.model.transformer import Transformer
 
 __all__ = ["Transformer", "initialize"]

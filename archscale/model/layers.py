@@ -1,10 +1,9 @@
-"""The parts of the transformer: projection, norm, embedding, feed-forward, attention; and how their
-parameters are drawn.
+"""The parts of the transformer: projection, norm, embedding, feed-forward, attention.
 
 Each module says in `parameter_roles` what its own parameters are: parameter key → a plain dict with
 `role` (matrix, embedding, head, vector), `view` (of more than two dimensions), `blocks` (the
 matrices of a fused projection) and `init`, a pair (distribution, scale). The optimizer
-(`optim.roles`) and `initialize` read it, so neither guesses from names or shapes.
+(`optim.roles`) and `initialization` read it, so neither guesses from names or shapes.
 
 Parameters are stored in float32 and cast to the activations' dtype where they are used.
 
@@ -14,16 +13,13 @@ G key-value heads, C channels of a head.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from archscale.distributed import Fragment, fragment
 
 
 class Projection(nn.Module):
@@ -308,75 +304,3 @@ def attention_mask(
     # for the backward pass.
     mask = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(~allowed, -math.inf)[:, None]
-
-
-# --- initialization
-
-# Elements that one generator draws. Part of the definition of a run: another value draws other
-# weights.
-CHUNK = 1 << 18
-
-
-@torch.no_grad()
-def initialize(model: nn.Module, seed: int, weights: Mapping[str, Fragment] | None = None) -> None:
-    """Fill every parameter of `model` (plain tensors or DTensors, on any device) as its module's
-    `parameter_roles` say.
-
-    Every element is a function of (seed, parameter name, position), so the weights do not depend on
-    how they are sharded, and a rank draws only the chunks of which it holds a part.
-
-    Args:
-        weights: what to fill instead, by parameter name, where an engine keeps the weights
-            elsewhere.
-
-    Raises:
-        ValueError: a parameter without `init`.
-    """
-    done: set[int] = set()
-    for prefix, module in model.named_modules():
-        for key, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in done:  # a tied weight is drawn where it is first registered
-                continue
-            done.add(id(parameter))
-            name = f"{prefix}.{key}" if prefix else key
-            spec = getattr(module, "parameter_roles", {}).get(key, {})
-            if "init" not in spec:
-                raise ValueError(
-                    f"parameter {name!r} has no initialization: add 'init' to its module's"
-                    " parameter_roles"
-                )
-            held = fragment(parameter) if weights is None else weights[name]
-            hi, numel = held.lo + held.data.numel(), math.prod(held.shape)
-            held.data.copy_(
-                draw(*spec["init"], seed=seed, name=name, lo=held.lo, hi=hi, numel=numel)
-            )
-
-
-def draw(
-    distribution: str, scale: float, *, seed: int, name: str, lo: int, hi: int, numel: int
-) -> Tensor:
-    """Elements [lo, hi) of a flattened parameter of `numel` elements: (hi − lo,) float32, drawn on
-    the CPU whatever the device, because a GPU's generator draws other numbers.
-
-    Args:
-        distribution: `uniform` on (−scale, scale), `normal` with standard deviation `scale`, or
-            `constant`.
-    """
-    values = torch.empty(hi - lo)
-    if distribution == "constant":
-        return values.fill_(scale)
-    for chunk in range(lo // CHUNK, -(-hi // CHUNK)):
-        start = chunk * CHUNK
-        # The whole chunk even where only a part is held: its later elements depend on the earlier.
-        block = torch.empty(min(CHUNK, numel - start))
-        key = hashlib.blake2b(f"{seed}/{name}/{chunk}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key, "little", signed=True))
-        if distribution == "uniform":
-            block.uniform_(-scale, scale, generator=generator)
-        elif distribution == "normal":
-            block.normal_(0.0, scale, generator=generator)
-        else:
-            raise ValueError(f"unknown distribution {distribution!r} of parameter {name!r}")
-        a, b = max(lo, start), min(hi, start + len(block))
-        values[a - lo : b - lo] = block[a - start : b - start]
-    return values

@@ -289,6 +289,8 @@ class _Permute(torch.autograd.Function):
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x (M, fan_in) sorted by expert, weight (E, fan_out, fan_in), ends (E,) as in
     `Experts.forward` → (M, fan_out)."""
+    if has_garbage_gradients(x.device):
+        weight = _GradientOfRows.apply(weight, ends)
     if x.dtype == torch.bfloat16 and has_grouped_product(x, weight):
         return F.grouped_mm(x, weight.mT, offs=ends)
     return _untraced_grouped_linear(x, weight, ends)
@@ -302,6 +304,32 @@ def _untraced_grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat(
         [part @ matrix.mT for part, matrix in zip(parts, weight.unbind(), strict=True)]
     )
+
+
+@torch.compiler.assume_constant_result
+def has_garbage_gradients(device: torch.device) -> bool:
+    """Whether grouped_mm leaves the weight gradient of an expert without rows as the memory was, as
+    on Blackwell (sm_100, seen on B200: pytorch issue 172439; right on Hopper)."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (10, 0)
+
+
+class _GradientOfRows(torch.autograd.Function):
+    """Weights (E, fan_out, fan_in) as they are; their gradient is 0 for experts without rows,
+    whatever the product made of it."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, ends: Tensor) -> Tensor:
+        ctx.save_for_backward(ends)
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (ends,) = ctx.saved_tensors
+        rows = ends.diff(prepend=ends.new_zeros(1))
+        # Not a product by 0, which would leave NaN where the memory held one.
+        return grads[0].masked_fill((rows == 0)[:, None, None], 0.0), None
 
 
 def has_grouped_product(x: Tensor, weight: Tensor) -> bool:

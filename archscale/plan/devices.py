@@ -11,18 +11,25 @@ import dataclasses
 import os
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
 class Device:
     """One accelerator. `peak`: dense bf16 FLOP/s; `memory`: bytes; `bandwidth`: of the memory,
-    bytes/s; each None where it is not known."""
+    bytes/s; each None where it is not known. `bf16`: it has units for products of bf16."""
 
     name: str
     peak: float | None
     memory: int | None
     source: str
     bandwidth: float | None = None
+    bf16: bool = True
+
+    @property
+    def precision(self) -> Literal["bf16", "fp32"]:
+        """What `training.precision: auto` means there."""
+        return "bf16" if self.bf16 else "fp32"
 
     @property
     def room(self) -> int | None:
@@ -87,7 +94,25 @@ def find_device(name: str, *, peak: float | None = None, memory: int | None = No
 def this_cpu() -> Device:
     """This machine's processor: its float32 matmul rate over all threads, measured for a moment,
     and its memory."""
-    return Device("cpu", measured_matmul_rate(), physical_memory(), "float32 matmul measured here")
+    return Device(
+        "cpu",
+        measured_matmul_rate(),
+        physical_memory(),
+        "float32 matmul measured here",
+        bf16=processor_has_bf16(),
+    )
+
+
+def processor_has_bf16() -> bool:
+    """Whether this machine's processor has units for products of bf16 (AMX, AVX512-BF16).
+
+    What it says of itself, and no measurement, which another load could turn: without them bf16 is
+    emulated and slower than float32, with them large products take less than half the time.
+    """
+    import torch
+
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def physical_memory() -> int:
@@ -121,6 +146,16 @@ def this_device() -> Device:
 
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
-        return dataclasses.replace(find_device(properties.name), memory=properties.total_memory)
+        return dataclasses.replace(
+            find_device(properties.name),
+            memory=properties.total_memory,
+            bf16=torch.cuda.is_bf16_supported(including_emulation=False),
+        )
     share = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-    return Device("cpu", None, physical_memory() // share, "this machine, shared by its processes")
+    return Device(
+        "cpu",
+        None,
+        physical_memory() // share,
+        "this machine, shared by its processes",
+        bf16=processor_has_bf16(),
+    )

@@ -80,11 +80,14 @@ def make_plan(
     """The plan of `config` on `world_size` devices.
 
     Args:
-        device: what it will run on; a plan that does not fit into its memory is a problem.
+        device: what it will run on; a plan that does not fit into its memory is a problem. None:
+            `training.precision: auto` is bf16, as on every device of the table.
         mfu: share of the peak that training is assumed to reach.
         compare: further devices whose time and fit are worth knowing.
         sources: of the training data; empty where nothing is known of them.
     """
+    chosen = config.training.precision == "auto"
+    config = config.with_precision("bf16" if device is None else device.precision)
     plan = Plan(config, world_size, device)
     untransferable = list(transfers.problems(config.parameterization, config.optimizer))
     plan.problems += [*config.unavailable(), *untransferable]
@@ -121,6 +124,7 @@ def make_plan(
     plan.transfer = transfer = None if untransferable else transfers.transfer_of(config)
     plan.figures["parameterization"] = _parameterization(config, transfer)
     plan.figures["training"] = _training(config, world_size, accumulation)
+    plan.figures["training"]["precision_chosen"] = chosen
     plan.figures["data"] = data = data_figures(
         sources, plan.figures["training"]["trained_tokens"], model.context
     )
@@ -155,7 +159,7 @@ def make_plan(
 def _advice(config: Config) -> Iterator[ConfigError]:
     model, kind = config.model, config.parameterization.kind
     vocab = counting.vocabulary(model)
-    if config.training.precision == "bf16" and vocab % PADDING:
+    if config.precision == "bf16" and vocab % PADDING:
         yield ConfigError(
             f"a vocabulary of {vocab} is slow on matrix units",
             "model.vocab_size",
@@ -243,6 +247,7 @@ def _training(config: Config, world_size: int, accumulation: int | None) -> dict
         "world_sizes": config.world_sizes(),
         "micro_batch": config.training.micro_batch,
         "accumulation": accumulation,
+        "precision": config.precision,
         "schedule": config.schedule.model_dump(),
     }
 
@@ -296,7 +301,7 @@ def _memory(plan: Plan, transfer: Transfer, shard: int, accumulation: int, on_ho
     if matrix.momentum_dtype == "bfloat16":  # of Adam's two buffers the second stays float32
         state["matrix"] -= 2
     step = Execution(
-        precision=config.training.precision,
+        precision=config.precision,
         micro_batch=config.training.micro_batch,
         accumulation=accumulation,
         engine=parallel.engine,

@@ -158,6 +158,7 @@ def _training_rows(f: Mapping[str, Any]) -> dict[str, str]:
             f"{t['steps']:,} of {t['batch_tokens']:,} tokens ({t['batch_sizes'][-1]:,} sequences)"
         ),
         "devices": f"{t['world_size']}, micro-batch {t['micro_batch']}, {per_step}",
+        "precision": t["precision"] + (", chosen by the device" if t["precision_chosen"] else ""),
         "devices that fit": ", ".join(map(str, t["world_sizes"])) or "none",
         "schedule": f"{s['kind']} to {s['final_ratio']:g}, warm-up {s['warmup_tokens']:,} tokens",
     }

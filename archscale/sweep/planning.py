@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from archscale.checkpoint.history import other_trajectory
@@ -68,16 +68,18 @@ def plan_runs(
     """Runs of the grid, by default `grid.runs()`, each with its plan and how far it is.
 
     Args:
-        device: that each process trains on, whose memory bounds it; None: not known.
+        device: that each process trains on, whose memory bounds it, and which decides
+            `training.precision: auto` for all runs, unless one has been begun; None: not known.
         data_needed: whether each run's data have to be there.
 
     Raises:
         ConfigError: one cannot be planned, or its directory holds another run; the line names its
             values.
     """
+    runs = _with_one_precision(grid, directory, device, grid.runs() if runs is None else runs)
     vocabularies: dict[tuple[str, str | None, int | None], int | ArchscaleError] = {}
     planned_runs, problems = [], []
-    for run in grid.runs() if runs is None else runs:
+    for run in runs:
         config, data = run.config, run.config.data
         given = data.tokenizer, config.model.vocab_size
         for path in filter(None, (*data.training_paths, data.val)):
@@ -103,6 +105,25 @@ def plan_runs(
     if problems:
         raise ConfigError.several(problems)
     return planned_runs
+
+
+def _with_one_precision(
+    grid: Grid, directory: Path, device: Device | None, runs: Sequence[GridRun]
+) -> list[GridRun]:
+    """`runs` with one value in place of `training.precision: auto`, or a sweep that goes on
+    elsewhere would compare curves of different arithmetic: that of the first run that has been
+    begun, otherwise what the device has. Where neither is known, each run finds its own."""
+    if all(run.config.training.precision != "auto" for run in runs):
+        return list(runs)
+    chosen = None if device is None else device.precision
+    for run in (*grid.runs(), *runs):
+        path = directory / run.name / CONFIG
+        if run.config.training.precision == "auto" and path.exists():
+            chosen = load_config(path).precision
+            break
+    if chosen is None:
+        return list(runs)
+    return [replace(run, config=run.config.with_precision(chosen)) for run in runs]
 
 
 def _vocabulary(path: str, tokenizer: str | None, vocab_size: int | None) -> int | ArchscaleError:

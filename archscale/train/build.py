@@ -33,7 +33,7 @@ def build_model(config: Config, eos_id: int | None, transfer: Transfer) -> Trans
     """The model of a resolved config, on the current default device."""
     return Transformer(
         config.model,
-        DTYPES[config.training.precision],
+        DTYPES[config.precision],
         eos_id=eos_id if config.data.document_mask else None,
         recompute=config.training.activation_checkpoint == "block",
         logit_scale=transfer.logit_scale,
@@ -56,7 +56,7 @@ def _deepspeed_config(config: Config) -> dict[str, Any]:
     parallel, training = config.parallel, config.training
     own = settings(
         stage=parallel.zero_stage,
-        bf16=training.precision == "bf16",
+        bf16=config.precision == "bf16",
         micro_batch=training.micro_batch,
         offload=parallel.offload_optimizer,
         parameters=counting.parameters(config.model).total,
@@ -73,7 +73,7 @@ def build_engine(
         shard: ranks over which the native engine shards parameters.
     """
     parallel, training = config.parallel, config.training
-    dtype = DTYPES[training.precision]
+    dtype = DTYPES[config.precision]
     if parallel.engine == "deepspeed":
         return ZeroEngine(
             lambda: build_model(config, eos_id, transfer),

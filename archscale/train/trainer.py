@@ -79,6 +79,7 @@ from archscale.train.evaluate import Evaluation, of_average
 from archscale.train.initial_weights import InitialWeights, initial_weights, load
 from archscale.train.live import LiveEvaluation
 from archscale.train.ownership import owned_with, sole_owner
+from archscale.train.precision import refuse_other_precision, with_kept_precision
 from archscale.train.profiled import out_of_memory, prepare
 from archscale.train.rates import Rates
 from archscale.train.readings import FallBack, Judgement, Readings
@@ -152,7 +153,8 @@ def train(
         config.data, config.model.context, config.seed, config.model.vocab_size
     )
     validation = validation_sets(config.data, data)
-    asked = config.training.micro_batch
+    asked = config.training
+    config = with_kept_precision(config, run_dir, resume)
     if distributed.may_change_size():
         config = config.for_world_size(world)
     plan = make_plan(
@@ -174,8 +176,13 @@ def train(
     stuck_after = config.telemetry.stuck_after
     # While training the watchdog comes first, with stacks.
     device = distributed.start(max(CHECKS, stuck_after + 60) if stuck_after else 3600.0)
-    if config.training.micro_batch != asked and distributed.rank() == 0:
-        print(f"micro-batch {config.training.micro_batch} instead of {asked} on {world} ranks")
+    if asked.precision == "auto":
+        refuse_other_precision(config.precision)
+    if config.training.micro_batch != asked.micro_batch and distributed.rank() == 0:
+        print(
+            f"micro-batch {config.training.micro_batch} instead of"
+            f" {asked.micro_batch} on {world} ranks"
+        )
     if distributed.restarts() and resume == "never":
         resume = "auto"  # after a crash of this very job
     # No clean-up when something fails: a rank that failed alone would wait here for ranks that wait
@@ -692,7 +699,7 @@ class Run:
             print(f"archscale: warning: the run keeps no tokenizer: {error}", file=sys.stderr)
         count = sum(math.prod(row.shape) for row in self.roles)
         matrices = sum(1 for row in self.roles if row.role == "matrix")
-        layout = f"{distributed.world_size()} × {self.device.type}"
+        layout = f"{distributed.world_size()} × {self.device.type} in {config.precision}"
         print(
             f"{config.name}: {count:,} parameters, {matrices} stored matrices under"
             f" {config.optimizer.matrix.rule}, {self.rates.steps} steps of {config.batch_tokens:,}"

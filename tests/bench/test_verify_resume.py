@@ -16,6 +16,7 @@ from archscale.checkpoint.difference import Difference
 from archscale.config import dump_config
 from archscale.errors import ConfigError, TrainingError
 from archscale.files import step_directory
+from archscale.plan.devices import this_device
 from tests.commands import launch
 from tests.train.tiny import config, run, tiny_data
 
@@ -70,6 +71,21 @@ def test_what_is_equal_is_one_trajectory(request_of, capsys):
     said = capsys.readouterr().out
     assert "each start of a run may take 900 s" in said
     assert "killed: kill 2 of 3 after step" in said
+
+
+def test_every_case_computes_in_the_same_precision(request_of, monkeypatch):
+    """That of this machine, given to each run: another could be started elsewhere."""
+    asked = request_of()
+    asked = replace(asked, overrides=["training.precision=auto"])
+    given, make = [], SupervisedRun.__init__
+
+    def seen(self, name, arguments, *others):
+        given.append([word for word in arguments if word.startswith("training.precision")][-1])
+        make(self, name, arguments, *others)
+
+    monkeypatch.setattr(SupervisedRun, "__init__", seen)
+    verify_resume(asked, lambda text: None)
+    assert set(given) == {f"training.precision={this_device().precision}"}
 
 
 def test_the_first_difference_is_named(request_of, capsys):

@@ -556,6 +556,15 @@ def test_auto_dtypes_follow_the_precision():
     assert (full.compute_dtype, full.wire_dtype) == ("float32", "float32")
 
 
+def test_with_precision_replaces_auto_alone():
+    auto = small_config(precision="auto")
+    assert [auto.with_precision(p).precision for p in ("bf16", "fp32")] == ["bf16", "fp32"]
+    assert auto.with_precision("fp32").compute_dtype == "float32"
+    assert small_config(precision="bf16").with_precision("fp32").precision == "bf16"
+    with pytest.raises(AssertionError):
+        auto.compute_dtype  # noqa: B018  nobody may take auto for bf16
+
+
 # --- round trip
 
 printable = {"codec": "utf-8", "exclude_categories": ("C", "Z"), "include_characters": " "}

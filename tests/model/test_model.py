@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from archscale.config import ModelConfig
-from archscale.model import Transformer, initialize
-from archscale.model.layers import CHUNK, RMSNorm, attention_mask, draw, rope_table, rotate
+from archscale.distributed import Fragment
+from archscale.model import Transformer, initialization, initialize
+from archscale.model.initialization import CHUNK
+from archscale.model.layers import RMSNorm, attention_mask, rope_table, rotate
 from archscale.model.loss import IGNORE, cross_entropy_sum
 from archscale.optim.roles import assign_roles
 
@@ -199,16 +201,65 @@ def test_rms_norm():
 # --- initialization
 
 
+class Drawn(torch.nn.Module):
+    """One parameter of two and a bit chunks, or a second one beside it."""
+
+    def __init__(self, distribution: str):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.empty(2 * CHUNK + 77))
+        self.bias = torch.nn.Parameter(torch.empty(77))
+        init = (distribution, 1.0)
+        self.parameter_roles = {"weight": {"init": init}, "bias": {"init": init}}
+
+
+def drawn(distribution: str, lo: int, hi: int, dtype=torch.float32, **options) -> torch.Tensor:
+    """Elements [lo, hi) of the large parameter, drawn alone, and all of the small one."""
+    model = Drawn(distribution)
+    held = {
+        "weight": Fragment((2 * CHUNK + 77,), lo, torch.full((hi - lo,), math.nan, dtype=dtype)),
+        "bias": Fragment((77,), 0, torch.full((77,), math.nan, dtype=dtype)),
+    }
+    initialize(model, 3, held, **options)
+    return torch.cat([held["weight"].data, held["bias"].data])
+
+
 @settings(max_examples=20, deadline=None)
-@given(cut=st.integers(0, 2 * CHUNK + 77))
-def test_any_interval_draws_the_same_values(cut):
-    numel = 2 * CHUNK + 77
-    whole = draw("normal", 1.0, seed=3, name="w", lo=0, hi=numel, numel=numel)
-    parts = [
-        draw("normal", 1.0, seed=3, name="w", lo=lo, hi=hi, numel=numel)
-        for lo, hi in ((0, cut), (cut, numel))
-    ]
-    assert torch.equal(whole, torch.cat(parts))
+@given(
+    cut=st.integers(0, 2 * CHUNK + 77),
+    threads=st.sampled_from([1, 2, 5]),
+    distribution=st.sampled_from(["uniform", "normal"]),
+)
+def test_any_interval_and_number_of_threads_draws_the_same_values(cut, threads, distribution):
+    end = 2 * CHUNK + 77
+    whole = drawn(distribution, 0, end, threads=1)
+    first = drawn(distribution, 0, cut, threads=threads)[:-77]
+    second = drawn(distribution, cut, end, threads=threads)
+    assert torch.equal(whole, torch.cat([first, second]))
+
+
+def test_weights_of_another_dtype_are_the_rounded_ones():
+    end = 2 * CHUNK + 77
+    exact = drawn("normal", 0, end)
+    assert torch.equal(drawn("normal", 0, end, torch.bfloat16), exact.to(torch.bfloat16))
+
+
+def test_every_chunk_has_a_generator_of_its_own(monkeypatch):
+    """Also where chunks are drawn one by one, and where many parameters wait."""
+    chunks = drawn("uniform", 0, 2 * CHUNK + 77).split([CHUNK, CHUNK, 77, 77])
+    assert len({chunk[:77].sum().item() for chunk in chunks}) == 4
+    model, again = tiny(), tiny()
+    initialize(model, 0)
+    monkeypatch.setattr(initialization, "AHEAD", 1)
+    initialize(again, 0, threads=2)
+    for one, other in zip(model.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_thread_that_fails_is_heard_of():
+    model = Drawn("normal")
+    model.parameter_roles["weight"]["init"] = ("normal", -1.0)
+    with pytest.raises(RuntimeError, match="normal"):
+        initialize(model, 0)
 
 
 def test_initialization_has_the_published_scales():

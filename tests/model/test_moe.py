@@ -117,6 +117,53 @@ def test_grouped_product_equals_the_loop(monkeypatch, dtype):
     assert fast[2].dtype == torch.float32
 
 
+class GarbageProduct(torch.autograd.Function):
+    """The grouped product as Blackwell has it: the weight gradient of an expert without rows is
+    whatever was in memory."""
+
+    @staticmethod
+    def forward(ctx, x, weight, ends):
+        ctx.save_for_backward(x, ends)
+        return torch._grouped_mm(x, weight, offs=ends)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, ends = ctx.saved_tensors
+        of_weight = torch._grouped_mm(x.mT, grad, offs=ends)
+        empty = ends.diff(prepend=ends.new_zeros(1)) == 0
+        return None, of_weight.masked_fill(empty[:, None, None], math.nan), None
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_experts_without_rows_have_no_gradient_where_the_product_leaves_garbage(
+    monkeypatch, compiled
+):
+    x, ends = torch.randn(6, 16, dtype=torch.bfloat16), torch.tensor([0, 2, 2, 6, 6])
+    weight = torch.randn(5, 8, 16, dtype=torch.bfloat16, requires_grad=True)
+
+    def gradient() -> torch.Tensor:
+        def loss(weight):
+            return moe.grouped_linear(x, weight, ends.int()).float().square().sum()
+
+        torch._dynamo.reset()
+        run = torch.compile(loss, backend="aot_eager", fullgraph=True) if compiled else loss
+        return torch.autograd.grad(run(weight), weight)[0]
+
+    expected = gradient()
+    assert not expected[[0, 2, 4]].any()
+    monkeypatch.setattr(F, "grouped_mm", lambda x, w, offs: GarbageProduct.apply(x, w, offs))
+    assert gradient()[[0, 2, 4]].isnan().all()
+    monkeypatch.setattr(moe, "has_garbage_gradients", lambda device: True)
+    torch.testing.assert_close(gradient(), expected)
+
+
+def test_which_devices_leave_garbage(monkeypatch):
+    for capability, garbage in (((9, 0), False), ((10, 0), True), ((10, 3), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert moe.has_garbage_gradients(torch.device("cuda")) is garbage
+    assert not moe.has_garbage_gradients(torch.device("cpu"))
+
+
 def test_sizes_that_the_grouped_product_refuses_take_the_loop():
     assert not moe.has_grouped_product(torch.empty(4, 17), torch.empty(3, 5, 17))
     m = layer(width=17, hidden=5)

@@ -8,11 +8,12 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 
 from archscale.config import Config, load_config
 from archscale.data.packing_index import PackedSize
 from archscale.errors import ConfigError
-from archscale.plan.devices import DEVICES, RESERVED, Device, find_device
+from archscale.plan.devices import DEVICES, RESERVED, Device, find_device, this_device
 from archscale.plan.passes import SourceTokens, data_figures
 from archscale.plan.plan import INITIALIZATION, kept_checkpoints, make_plan
 from archscale.plan.preflight import plan_config, refuse
@@ -40,6 +41,35 @@ def config(**sections) -> Config:
 
 def whats(plan) -> str:
     return " | ".join(f"{p.where}: {p.what}: {p.remedy}" for p in plan.problems)
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [
+        (H100, "bf16"),
+        (Device("cpu", None, 10**12, "", bf16=True), "bf16"),
+        (Device("cpu", None, 10**12, "", bf16=False), "fp32"),
+        (None, "bf16"),  # as on all that are compared
+    ],
+)
+def test_a_device_decides_the_precision(device, expected):
+    given, auto = (
+        make_plan(config(training={"precision": precision}), device=device)
+        for precision in (expected, "auto")
+    )
+    assert auto.config == given.config
+    assert auto.figures["memory"] == given.figures["memory"]
+    assert f"  {expected}, chosen by the device\n" in render(auto.as_dict())
+    assert f"  {expected}\n" in render(given.as_dict())
+
+
+@pytest.mark.parametrize("units", [(), ("_is_amx_tile_supported",), ("_is_avx512_bf16_supported",)])
+def test_a_processor_without_bf16_units_computes_in_float32(monkeypatch, units):
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name in units)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    expected = "bf16" if units else "fp32"
+    assert [this_device().precision, find_device("cpu").precision] == [expected] * 2
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=str)

@@ -110,6 +110,27 @@ def test_every_study_can_be_planned(study, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir())  # nothing was started or written
 
 
+def test_a_sweep_has_one_precision_wherever_it_goes_on(tmp_path, data):
+    path, directory = grid(tmp_path, data, axes={LR: [0.01, 0.02]}), tmp_path / "s"
+    auto = read_grid(path, ["training.precision=auto"])
+    with_units, without = (Device("cpu", None, None, "", bf16=bf16) for bf16 in (True, False))
+
+    def precisions(made, device=None, runs=None):
+        planned = plan_runs(made, directory, device, runs)
+        return [(run.grid.config.training.precision, run.plan.config.precision) for run in planned]
+
+    assert precisions(auto, with_units) == [("bf16", "bf16")] * 2
+    assert precisions(auto, without) == [("fp32", "fp32")] * 2
+    # Nobody says what the cluster has: each run finds it on its own device.
+    assert precisions(auto) == [("auto", "bf16")] * 2
+    second = plan_runs(auto, directory, without)[1]
+    dump_config(second.plan.config, second.directory / "config.yaml")
+    for device in (with_units, without, None):
+        assert precisions(auto, device) == [("fp32", "fp32")] * 2
+        assert precisions(auto, device, auto.runs()[:1]) == [("fp32", "fp32")]
+    assert precisions(read_grid(path), with_units) == [("fp32", "fp32")] * 2  # as it is given
+
+
 def test_every_study_is_there_at_published_size():
     assert [path.name for path in PUBLISHED] == [path.name for path in STUDIES]
 
