@@ -32,6 +32,8 @@ class MoEConfig(Section):
     sqrt_gate: StrictBool = True
     """Combine experts with the square roots of the gates, which keeps the output RMS independent of
     top_k."""
+    router_init: Literal["model", "normal"] = "model"
+    """Start of the router: as `model.init` has it for projections, or N(0, 0.02)."""
     balance: Literal["global", "sequence"] = "global"
     """Scope of the load-balance loss: a whole batch, or each sequence."""
     balance_scope: Literal["step", "micro", "previous"] = "step"
@@ -127,6 +129,11 @@ class ModelConfig(Section):
     """Share the embedding with the output head."""
     vocab_size: Count | None = None
     """Rows of the embedding; null: from the data."""
+    init: Literal["fan_in", "fan_in_tied", "normal"] = "fan_in"
+    """Start of the matrices: `fan_in` U(±1/√fan_in), the embedding N(0, 1e-4), an untied head and a
+    tied embedding N(0, 0.02); `fan_in_tied`, with tied embeddings, the same with attention's
+    projections and the last one of the MLP or of each expert divided by √(2 depth); `normal`
+    N(0, 0.02) for all, the last projection of every branch divided by √(2 depth)."""
     depth_mup: StrictBool = False
     """Scale every residual branch by 1 / sqrt(2 depth)."""
     moe: MoEConfig | None = None
@@ -177,6 +184,12 @@ class ModelConfig(Section):
                 "model.head_dim",
                 f"set it to {self.head_dim + 1}",
             )
+        if self.init == "fan_in_tied" and not self.tied_embeddings:
+            yield ConfigError(
+                "fan_in_tied is the start of a model with tied embeddings",
+                "model.init",
+                "set it to fan_in, or model.tied_embeddings to true",
+            )
         if self.heads is None:
             if self.width % self.head_dim:
                 yield self._indivisible_width()
@@ -190,6 +203,9 @@ class ModelConfig(Section):
                 "model.kv_heads",
                 f"set it to {choice(divisors(self.heads), self.kv_heads)}",
             )
+        yield from self._feed_forward_problems()
+
+    def _feed_forward_problems(self) -> Iterator[ConfigError]:
         if abs(self.width * self.mlp_ratio - self.mlp_hidden) > 1e-6 or self.mlp_hidden < 1:
             yield ConfigError(
                 f"mlp_ratio {self.mlp_ratio} × width {self.width} is not a whole number",

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from archscale.config import ModelConfig
 
 EMBEDDING_STD = 1e-4  # HyperP (arXiv 2603.28743); a tied embedding takes the head's
-HEAD_STD = 0.02
+NORMAL_STD = 0.02
 
 
 class ModelOutput(NamedTuple):
@@ -79,7 +79,8 @@ class Transformer(nn.Module):
         if config.vocab_size is None:
             raise ValueError("model.vocab_size is not set: take it from the data set")
         self.config, self.dtype, self.eos_id, self.recompute = config, dtype, eos_id, recompute
-        std = HEAD_STD if config.tied_embeddings else EMBEDDING_STD
+        small = config.init == "fan_in" and not config.tied_embeddings
+        std = EMBEDDING_STD if small else NORMAL_STD
         self.embedding = Embedding(config.vocab_size, config.width, std, dtype)
         self.blocks = nn.ModuleList(
             Block(config, dtype, router_logit_scale) for _ in range(config.depth)
@@ -199,6 +200,32 @@ class Block(nn.Module):
                 sqrt_gate=config.moe.sqrt_gate,
                 logit_scale=router_logit_scale,
             )
+        self._start_as(config)
+
+    def _start_as(self, config: ModelConfig) -> None:
+        """Give the matrices the start that `model.init` names in place of U(±1/√fan_in)."""
+        mlp = self.mlp
+        parts: Iterable[Any] = filter(
+            None, [mlp.experts, mlp.shared] if isinstance(mlp, MoE) else [mlp]
+        )
+        inputs: list[nn.Module] = [self.attention.qkv]
+        outputs: list[nn.Module] = [self.attention.out]
+        for part in filter(None, parts):
+            inputs.append(part.up)
+            outputs.append(part.down)
+        if isinstance(mlp, MoE) and config.moe and config.moe.router_init == "normal":
+            _start(mlp.router)["init"] = "normal", NORMAL_STD
+        if config.init == "normal":
+            for module in (*inputs, *outputs, *([mlp.router] if isinstance(mlp, MoE) else [])):
+                _start(module)["init"] = "normal", NORMAL_STD
+        divided: list[nn.Module] = {
+            "fan_in": [],
+            "fan_in_tied": [self.attention.qkv, *outputs],
+            "normal": outputs,
+        }[config.init]
+        for module in divided:
+            distribution, scale = _start(module)["init"]
+            _start(module)["init"] = distribution, scale / math.sqrt(2 * config.depth)
 
     def forward(
         self,
@@ -226,6 +253,12 @@ class Block(nn.Module):
         return BlockOutput(x, routing, probed)
 
 
+def _start(module: nn.Module) -> dict[str, Any]:
+    """What a layer with one matrix says of it."""
+    roles: Any = module.parameter_roles
+    return roles["weight"]
+
+
 class Head(nn.Module):
     """Final norm and output matrix W (V, D): logits (B, T, V) float32, or the summed cross-entropy
     where targets are given.
@@ -243,7 +276,7 @@ class Head(nn.Module):
         assert config.vocab_size is not None
         if not config.tied_embeddings:
             self.weight = nn.Parameter(torch.empty(config.vocab_size, config.width))
-            self.parameter_roles = {"weight": {"role": "head", "init": ("normal", HEAD_STD)}}
+            self.parameter_roles = {"weight": {"role": "head", "init": ("normal", NORMAL_STD)}}
 
     def forward(self, x: Tensor, targets: Tensor | None, tied: Tensor | None) -> Tensor:
         h = self.norm(x)

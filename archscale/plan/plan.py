@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from archscale.config import Config
+from archscale.config import Config, ModelConfig
 from archscale.data.training_data import training_sources
 from archscale.errors import ConfigError
 from archscale.plan import counting
@@ -24,12 +24,10 @@ from archscale.plan.transfer import Transfer
 from archscale.rules import RULES
 
 PADDING = 128  # a multiple that matrix units like for the vocabulary
-INITIALIZATION = {
-    "matrix": "U(±1/√fan_in)",
-    "embedding": "N(0, 1e-4)",
-    "head": "N(0, 0.02)",
-    "vector": "1",
-    "tied": "N(0, 0.02)",
+INITIALIZATION = {  # by `model.init`
+    "fan_in": "U(±1/√fan_in)",
+    "fan_in_tied": "U(±1/√fan_in), of attention and the ends of branches / √(2 depth)",
+    "normal": "N(0, 0.02), of the ends of branches / √(2 depth)",
 }
 
 
@@ -216,15 +214,22 @@ def _parameterization(config: Config, transfer: Transfer | None) -> dict[str, An
         figures["roles"] = {
             role: {
                 **asdict(settings),
-                "initialization": f"the weights of {source}"
-                if source
-                else INITIALIZATION[
-                    "tied" if role == "embedding" and model.tied_embeddings else role
-                ],
+                "initialization": (
+                    f"the weights of {source}" if source else _initialization(model, role)
+                ),
             }
             for role, settings in transfer.roles.items()
         }
     return figures
+
+
+def _initialization(model: ModelConfig, role: str) -> str:
+    if role == "vector":
+        return "1"
+    if role == "matrix":
+        return INITIALIZATION[model.init]
+    small = role == "embedding" and not model.tied_embeddings and model.init == "fan_in"
+    return "N(0, 1e-4)" if small else "N(0, 0.02)"
 
 
 def _training(config: Config, world_size: int, accumulation: int | None) -> dict[str, Any]:

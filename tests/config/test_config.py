@@ -424,6 +424,11 @@ def test_override_through_a_null_section_creates_it(small):
         ),
         (["model.moe.top_k=7"], "model.moe.top_k", "does not divide 256 .*set it to 4 or 8"),
         (
+            ["model.init=fan_in_tied", "model.tied_embeddings=false"],
+            "model.init",
+            "set it to fan_in, or model.tied_embeddings to true",
+        ),
+        (
             ["optimizer.matrix={per_head: true, fused_qkv: true}"],
             "optimizer.matrix.fused_qkv",
             "cuts queries, keys and values into heads.*set one of them to false",

@@ -277,6 +277,37 @@ def test_initialization_has_the_published_scales():
     assert not torch.equal(again.head.weight, model.head.weight)
 
 
+U, N = "uniform", "normal"
+STARTS = {  # init → embedding, q k v and gate, out, up, down, head (None: tied)
+    "fan_in": [(N, 1e-4), (U, 1), (U, 1), (U, 1), (U, 1), (N, 0.02)],
+    "fan_in_tied": [(N, 0.02), (U, 0.5), (U, 0.5), (U, 1), (U, 0.5), None],
+    "normal": [(N, 0.02), (N, 0.02), (N, 0.01), (N, 0.02), (N, 0.01), (N, 0.02)],
+}
+
+
+@pytest.mark.parametrize("experts", [False, True])
+@pytest.mark.parametrize("init", STARTS)
+def test_the_papers_starts(init, experts):
+    """Of depth 2, so that √(2 depth) is 2; scales of U in units of 1/√fan_in."""
+    moe = {"sparsity": 3, "top_k": 2, "router_init": "normal"} if experts else None
+    tied = {"tied_embeddings": init == "fan_in_tied"}
+    model = tiny(init=init, moe=moe, **tied)
+    block = model.blocks[1]
+    attention, mlp = block.attention, block.mlp
+    part = mlp.experts if experts else mlp
+    embedding, qkv, out, up, down, head = STARTS[init]
+    expected = {model.embedding: embedding, attention.qkv: qkv, attention.out: out}
+    expected |= {part.up: up, part.down: down}
+    if experts:
+        expected |= {mlp.shared.up: up, mlp.shared.down: down, mlp.router: (N, 0.02)}
+    if head:
+        expected |= {model.head: head}
+    for module, (distribution, scale) in expected.items():
+        if distribution == U:
+            scale /= math.sqrt(module.weight.shape[-1])
+        assert module.parameter_roles["weight"]["init"] == (distribution, pytest.approx(scale))
+
+
 def test_a_parameter_without_initialization_is_refused():
     with pytest.raises(ValueError, match="'weight' has no initialization"):
         initialize(torch.nn.Linear(2, 2), 0)

@@ -2,6 +2,7 @@
 repository."""
 
 import json
+import math
 import re
 from fractions import Fraction
 from itertools import product
@@ -15,7 +16,7 @@ from archscale.data.packing_index import PackedSize
 from archscale.errors import ConfigError
 from archscale.plan.devices import DEVICES, RESERVED, Device, find_device, this_device
 from archscale.plan.passes import SourceTokens, data_figures
-from archscale.plan.plan import INITIALIZATION, kept_checkpoints, make_plan
+from archscale.plan.plan import kept_checkpoints, make_plan
 from archscale.plan.preflight import plan_config, refuse
 from archscale.plan.text import reading_text, render
 
@@ -381,12 +382,17 @@ def test_an_unknown_vocabulary_is_taken_from_the_data_or_is_a_problem(tmp_path):
 
 
 def test_initialization_of_the_plan_is_the_models():
-    from archscale.model.transformer import EMBEDDING_STD, HEAD_STD
+    from archscale.model.transformer import EMBEDDING_STD, NORMAL_STD
 
-    assert INITIALIZATION["embedding"] == f"N(0, {EMBEDDING_STD:g})".replace(
-        "0.0001", "1e-4"
-    ).replace("1e-04", "1e-4")
-    assert INITIALIZATION["head"] == INITIALIZATION["tied"] == f"N(0, {HEAD_STD:g})"
+    def starts(**model) -> list[str]:
+        roles = plan_config(config(model=model)).figures["parameterization"]["roles"]
+        return [roles[role]["initialization"] for role in roles]
+
+    normal, small = f"N(0, {NORMAL_STD:g})", f"N(0, 1e{math.log10(EMBEDDING_STD):.0f})"
+    assert starts(tied_embeddings=False) == ["U(±1/√fan_in)", small, normal, "1"]
+    assert starts(tied_embeddings=True) == ["U(±1/√fan_in)", normal, "1"]
+    ends = ", of the ends of branches / √(2 depth)"
+    assert starts(tied_embeddings=False, init="normal") == [normal + ends, normal, normal, "1"]
 
 
 def test_passes_are_over_windows_and_a_data_set_counts_once():
