@@ -85,6 +85,14 @@ class Transformer(nn.Module):
         )
         self.head = Head(config, dtype, logit_scale)
 
+    def compile_parts(self) -> None:
+        """Compile each block, the last norm, and the softmax of the loss. Not the whole model:
+        FSDP2 gathers between the blocks, and that would break its graph."""
+        for block in self.blocks:
+            block.compile()
+        self.head.norm.compile()
+        self.head.compiled_loss = True
+
     def forward(
         self,
         tokens: Tensor,
@@ -236,7 +244,7 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, scale: float):
         super().__init__()
-        self.scale = scale
+        self.scale, self.compiled_loss = scale, False
         self.norm = RMSNorm(config.width, dtype)
         assert config.vocab_size is not None
         if not config.tied_embeddings:
@@ -250,4 +258,5 @@ class Head(nn.Module):
         weight = (self.weight if tied is None else tied).to(h.dtype)
         if targets is None:
             return (h @ weight.mT).float()
-        return cross_entropy_sum(h.flatten(0, 1), weight, targets.flatten())
+        h, targets = h.flatten(0, 1), targets.flatten()
+        return cross_entropy_sum(h, weight, targets, compiled=self.compiled_loss)
