@@ -130,8 +130,7 @@ def _count_passes(counter: LaunchCounter, module: Any, config: Config, accumulat
     shape = config.training.micro_batch, config.model.context
     tokens = torch.empty(shape, dtype=torch.int64, device=META)
     if config.training.compile:
-        for block in module.blocks:
-            block.compile()
+        module.compile_parts()
         _mark_backward(counter, module)
     with torch.compiler.set_stance("force_eager"), _fused_attention():
         if moe is not None and moe.counts_first and accumulation > 1:

@@ -16,7 +16,7 @@ from archscale.model import initialize
 from archscale.optim.roles import assign_roles
 from archscale.parallel.mesh import MeshSizes
 from archscale.parallel.native import NativeEngine
-from archscale.plan.devices import this_device
+from archscale.plan.devices import Device, this_device
 from archscale.plan.plan import Plan, make_plan
 from archscale.plan.preflight import plan_config, refuse
 from archscale.plan.transfer import transfer_of
@@ -27,14 +27,16 @@ from archscale.train.step import train_step
 
 EOS = 0  # ends a document, where documents are separated
 DOCUMENT_TOKENS = 400  # mean length of a random document
+CPU = Device("cpu", None, None, "this machine")  # however much memory it has
 
 
-def plan_one_process(values: dict[str, Any]) -> Plan:
+def plan_one_process(values: dict[str, Any], device: Device | None = None) -> Plan:
     """The plan of a config on one process and at its full batch. Random tokens need no data, unless
     the size of the vocabulary is to come from there.
 
     Args:
         values: keys and values, as in a YAML config.
+        device: as of `make_plan`.
 
     Raises:
         ConfigError: what `archscale plan` would say of the model or the optimizer.
@@ -42,7 +44,10 @@ def plan_one_process(values: dict[str, Any]) -> Plan:
     schedule = values.get("schedule", {}) | {"batch_ramp_tokens": 0}
     config = Config.from_dict(values | {"schedule": schedule, "parallel": {}})
     config = config.with_precision(this_device().precision)
-    plan = make_plan(config) if config.model.vocab_size else plan_config(config, world_size=1)
+    if config.model.vocab_size:
+        plan = make_plan(config, device=device)
+    else:
+        plan = plan_config(config, world_size=1, device=device)
     refuse(plan)
     return plan
 
@@ -84,7 +89,7 @@ class Workload:
 
     Attributes:
         config: resolved.
-        planned: bytes at the peak of a step, as `archscale plan` says.
+        planned: bytes at the peak of a step, as `archscale plan` says, without a checkpoint's copy.
         batch: micro-batches of one step, on the host.
     """
 
@@ -95,10 +100,11 @@ class Workload:
         *,
         fill: Callable[[nn.Module], None] | None = None,
     ):
-        plan = plan_one_process(values)
+        plan = plan_one_process(values, CPU if device.type == "cpu" else None)
         self.config = config = plan.config
         transfer = transfer_of(config)
-        self.planned: int = plan.figures["memory"]["peak"]
+        memory = plan.figures["memory"]
+        self.planned: int = memory["peak"] - memory["terms"].get("checkpoint_copy", 0)
         self.device = device
         self.engine = NativeEngine(
             lambda: build_model(config, EOS, transfer),

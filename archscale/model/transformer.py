@@ -87,6 +87,14 @@ class Transformer(nn.Module):
         )
         self.head = Head(config, dtype, logit_scale)
 
+    def compile_parts(self) -> None:
+        """Compile each block, the last norm, and the softmax of the loss. Not the whole model:
+        FSDP2 gathers between the blocks, and that would break its graph."""
+        for block in self.blocks:
+            block.compile()
+        self.head.norm.compile()
+        self.head.compiled_loss = True
+
     def forward(
         self,
         tokens: Tensor,
@@ -205,9 +213,7 @@ class Block(nn.Module):
     def _start_as(self, config: ModelConfig) -> None:
         """Give the matrices the start that `model.init` names in place of U(±1/√fan_in)."""
         mlp = self.mlp
-        parts: Iterable[Any] = filter(
-            None, [mlp.experts, mlp.shared] if isinstance(mlp, MoE) else [mlp]
-        )
+        parts: list[Any] = [mlp.experts, mlp.shared] if isinstance(mlp, MoE) else [mlp]
         inputs: list[nn.Module] = [self.attention.qkv]
         outputs: list[nn.Module] = [self.attention.out]
         for part in filter(None, parts):
@@ -271,7 +277,7 @@ class Head(nn.Module):
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, scale: float):
         super().__init__()
-        self.scale = scale
+        self.scale, self.compiled_loss = scale, False
         self.norm = RMSNorm(config.width, dtype, config.norm_eps)
         assert config.vocab_size is not None
         if not config.tied_embeddings:
@@ -285,4 +291,5 @@ class Head(nn.Module):
         weight = (self.weight if tied is None else tied).to(h.dtype)
         if targets is None:
             return (h @ weight.mT).float()
-        return cross_entropy_sum(h.flatten(0, 1), weight, targets.flatten())
+        h, targets = h.flatten(0, 1), targets.flatten()
+        return cross_entropy_sum(h, weight, targets, compiled=self.compiled_loss)

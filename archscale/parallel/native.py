@@ -27,14 +27,14 @@ class NativeEngine:
     """`parallel.engine.Engine` on torch's own wrappers.
 
     Args:
-        build: makes the model, whose layers are its `blocks`; called on the meta device. What can
-            spread experts over ranks has a method `spread_experts(mesh)`, which returns the module
-            that FSDP2 is to shard over the others.
+        build: makes the model, whose layers are its `blocks`, and which has its parts compiled by
+            `compile_parts()`; called on the meta device. What can spread experts over ranks has a
+            method `spread_experts(mesh)`, which returns the module that FSDP2 is to shard over the
+            others.
         initialize: fills its parameters, which are by then plain tensors or DTensors on `device`.
         reshard: free a block's gathered parameters between its forward and backward pass.
         dtype: of matrix products; FSDP2 gathers parameters in it and reduces gradients in float32.
-        compile: compile each block. Not the whole model: FSDP2 gathers between the blocks, and
-            that would break its graph.
+        compile: compile the model's parts.
 
     Attributes:
         module: the bare model: names, parameters, state dicts.
@@ -57,7 +57,6 @@ class NativeEngine:
     ):
         with torch.device("meta"):
             self.module = build()
-        blocks: Any = self.module.blocks
         sharded = world_size() > 1 and sizes.shard > 1
         self.shard_group: Any = None
         if sharded:
@@ -65,8 +64,8 @@ class NativeEngine:
         self.module.to_empty(device=device)
         initialize(self.module)
         if compile:
-            for block in blocks:
-                block.compile()
+            parts: Any = self.module
+            parts.compile_parts()
         self.forward: Callable[..., Any] = self.module
         self.gradient_scale = 1.0
         # DDP's gradients are views of its buckets. Without them, accumulation would have gradients

@@ -142,9 +142,8 @@ class ZeroEngine:
                 self.module = build()
             self.module.to(dtype).to_empty(device=device)
         if compile:
-            blocks: Any = self.module.blocks
-            for block in blocks:
-                block.compile()
+            parts: Any = self.module
+            parts.compile_parts()
         client = _Client(list(self.module.parameters()), self._apply)
         with _refusals_as_config_errors():
             self._engine, self._zero, *_ = deepspeed.initialize(

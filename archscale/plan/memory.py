@@ -2,9 +2,9 @@
 run.
 
 Memory is what the eager transformer saves for its backward pass, operation by operation, what the
-layout holds, and what is alive at each moment that can be the fullest (`Memory.phases`). A compiled
-model saves less; an accelerator's allocator adds fragmentation and the libraries' own buffers,
-which are not counted.
+layout holds, and what is alive at each moment that can be the fullest (`Memory.phases`). Compiled
+blocks save less; a compiled loss is planned as such. An accelerator's allocator adds fragmentation
+and the libraries' own buffers, which are not counted.
 
 Per token: D width, H query heads, G key-value heads, K head size, F hidden size; V vocabulary, T
 context, B sequences of a micro-batch, N = B T tokens, L blocks, E experts; c bytes of an activation
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from archscale.config import ModelConfig
 
 FP32 = 4
-LOSS_CHUNK = 1 << 22  # logits at a time, `loss.CHUNK_ELEMENTS`
+# what the loss takes at a time, `loss.chunk_tokens`: logits on a CPU, tokens elsewhere
+LOSS_LOGITS, LOSS_TOKENS = 1 << 22, 4096
 ZERO_BUCKET = 1 << 25  # gradient elements that DeepSpeed reduces at a time, `deepspeed_json.BUCKET`
 ZERO_PERSISTENT = 100_000  # elements up to which ZeRO-3 keeps a parameter gathered
 # elements of whole matrices that a rank orthogonalizes at a time, `shards.MAX_BATCH_ELEMENTS`
@@ -77,6 +78,8 @@ class Execution:
             by precision.
         ema: a running average of the weights lies beside them.
         watched: as on steps that telemetry reads: whole matrices are kept beside their directions.
+        compiled: the loss overwrites its logits with their gradient in one pass.
+        on_cpu: it runs there, where the loss takes fewer tokens at a time.
     """
 
     precision: Precision
@@ -98,6 +101,8 @@ class Execution:
     wire_bytes: int | None = None
     watched: bool = True
     ema: bool = False
+    compiled: bool = False
+    on_cpu: bool = False
 
     def __post_init__(self) -> None:
         if self.shard % self.expert:
@@ -183,9 +188,12 @@ def memory(model: ModelConfig, step: Execution) -> Memory:
     masks = micro_batch if step.document_mask else 1 if model.window else 0
     mask = masks * c * model.context**2
     # The loss: gradients of its input and of the head are taken in the forward pass. Logits exist
-    # by chunks, beside their softmax.
-    logits = 2 * FP32 * V * max(1, min(N, LOSS_CHUNK // V))
+    # by chunks, in float32 beside their softmax, or compiled as they are.
+    logits = (c if step.compiled else 2 * FP32) * V * loss_tokens(N, V, step.on_cpu)
     head_input, loss = c * D * N, c * D * N + FP32 * table
+    # The backward pass scales both, and rounds the head's; a CPU holds it in float32 meanwhile.
+    scaled = head_input + (c if c < FP32 else 0) * table
+    scaled += FP32 * table * (c == FP32 or step.on_cpu)
 
     terms = {
         "parameters": FP32 * local,  # with DeepSpeed the float32 masters
@@ -198,7 +206,7 @@ def memory(model: ModelConfig, step: Execution) -> Memory:
             mask + L * (stream if recompute else saved) + stream + N * (FP32 + head_input // N + 16)
         ),
         "backward": backward + (saved - stream if recompute else 0),
-        "loss": loss + max(head_input + logits + casts * c * table, loss + (c < FP32) * c * table),
+        "loss": loss + max(head_input + logits + casts * c * table, scaled),
         # Two blocks at a time (one in use, one arriving), or all; embedding and head throughout.
         "gathered": (
             step.gathers * c * (root + block * (min(2, L) if reshard_after_forward or zero else L))
@@ -254,7 +262,7 @@ def memory(model: ModelConfig, step: Execution) -> Memory:
     base = fixed + kept + terms["cast_weights"] + terms["activations"] + gathered
     phases = {
         "loss": base + loss + head_input + logits + casts * c * table,
-        "backward_start": base + 2 * loss + (c < FP32) * c * table,
+        "backward_start": base + loss + scaled,
         "backward_first": base + terms["backward"] + head_gradient + fresh + reducing + bucket,
         "backward_last": (
             fixed
@@ -287,6 +295,13 @@ def memory(model: ModelConfig, step: Execution) -> Memory:
         ),
     }
     return Memory(terms, phases)
+
+
+def loss_tokens(tokens: int, vocabulary: int, on_cpu: bool) -> int:
+    """Tokens whose logits exist at a time, of a micro-batch's."""
+    if on_cpu:
+        return max(1, min(tokens, LOSS_LOGITS // vocabulary))
+    return math.ceil(tokens / max(1, tokens // LOSS_TOKENS))
 
 
 def block_activations(model: ModelConfig, c: int, micro_batch: int, spread: bool = False) -> int:

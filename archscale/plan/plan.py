@@ -324,6 +324,8 @@ def _memory(plan: Plan, transfer: Transfer, shard: int, accumulation: int, on_ho
         compute_bytes=4 if config.compute_dtype == "float32" else 2,
         wire_bytes=4 if config.wire_dtype == "float32" else 2,
         ema=config.training.ema is not None,
+        compiled=config.training.compile,
+        on_cpu=on_host,
     )
     need = memory(model, step)
     checkpoint = config.checkpoint

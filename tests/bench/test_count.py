@@ -134,6 +134,23 @@ def test_the_passes_of_one_block():
     assert deeper["backward: blocks"]["bytes"] == 3 * compiled["backward: blocks"]["bytes"]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_moves_little_more_than_its_products_need(tied):
+    """16,384 tokens are four chunks, each of which reads W twice and adds to its gradient once."""
+    tokens, width, vocabulary, half, full = 16384, 64, 1000, 2, 4
+    model = {"context": 8192, "vocab_size": vocabulary, "tied_embeddings": tied}
+    training = {"batch_tokens": tokens, "compile": True}
+    parts, _ = by_part(tiny(model=model, training=training))
+    head = parts["forward: head and loss"]
+    table, stream, logits = vocabulary * width, tokens * width, tokens * vocabulary
+    products = half * (3 * logits + 4 * 2 * table + 3 * stream) + full * (4 * 2 - 1) * table
+    softmax = half * 3 * logits  # the third is a gather, counted as if it read them all
+    norm_and_cast = (full + half) * (stream + table)
+    kept = 4 * stream  # at most, by the norm for its backward pass
+    assert 0 < head["bytes"] - (products + softmax + norm_and_cast) < kept
+    assert head["launches"] <= 4 * 10 + 10
+
+
 def test_attention_is_one_kernel_whatever_its_form():
     plain, _ = by_part(tiny())
     for more in ({"kv_heads": 2}, {"window": 8}):

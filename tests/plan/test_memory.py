@@ -3,6 +3,7 @@ collectives."""
 
 import gc
 import importlib.util
+import itertools
 from typing import Any
 
 import pytest
@@ -301,7 +302,9 @@ def check(
 )
 def test_one_process_takes_the_planned_memory(name, precision, options):
     model, options = MODELS[name], {"micro_batch": MICRO_BATCH[name], **options}
-    planned = memory.memory(model, Execution(precision=precision, **options, watched=False))
+    planned = memory.memory(
+        model, Execution(precision=precision, **options, watched=False, on_cpu=True)
+    )
     terms = planned.terms
     resident = terms["parameters"] + terms["optimizer_state"]
     check(
@@ -341,7 +344,9 @@ def test_replicas_take_the_planned_memory(pool, accumulation):
     """DDP's buckets stay, and gradients accumulate in them, also those of micro-batches without
     synchronization."""
     options = {"precision": "fp32", "micro_batch": 4, "accumulation": accumulation}
-    planned = memory.memory(MODELS["activations"], Execution(replicate=2, **options, watched=False))
+    planned = memory.memory(
+        MODELS["activations"], Execution(replicate=2, **options, watched=False, on_cpu=True)
+    )
     resident = sum(planned.terms[key] for key in ("parameters", "optimizer_state", "gradients"))
     check_ranks(MODELS["activations"], resident, planned, pool(2).run, **options)
 
@@ -357,7 +362,7 @@ def test_shards_take_the_planned_memory(pool, name, reshard, precision):
         "shard": 2,
         "reshard_after_forward": reshard,
     }
-    planned = memory.memory(MODELS[name], Execution(**options, watched=False))
+    planned = memory.memory(MODELS[name], Execution(**options, watched=False, on_cpu=True))
     resident = planned.terms["parameters"] + planned.terms["optimizer_state"]
     check_ranks(MODELS[name], resident, planned, pool(2).run, **options)
 
@@ -369,7 +374,7 @@ def test_spread_experts_take_the_planned_memory(pool, precision, expert):
     """With spread experts gloo keeps more buffers through the optimizer's phase, which is not the
     fullest: it is left out."""
     options = {"precision": precision, "micro_batch": 4, "shard": 2, "expert": expert}
-    planned = memory.memory(SPREAD, Execution(**options, watched=False))
+    planned = memory.memory(SPREAD, Execution(**options, watched=False, on_cpu=True))
     resident = planned.terms["parameters"] + planned.terms["optimizer_state"]
     check_ranks(SPREAD, resident, planned, pool(2).run, **options)
 
@@ -384,7 +389,10 @@ def test_zero_takes_the_planned_memory(pool, stage, precision):
     moment roughly, as DeepSpeed's buckets happen to fall."""
     model, options = MODELS["activations"], {"precision": precision, "micro_batch": 2}
     planned = memory.memory(
-        model, Execution(engine="deepspeed", shard=2, zero_stage=stage, **options, watched=False)
+        model,
+        Execution(
+            engine="deepspeed", shard=2, zero_stage=stage, **options, watched=False, on_cpu=True
+        ),
     )
     stays = ["parameters", "model_copy", "optimizer_state"]
     stays += ["bucket", "persistent"] if stage == 3 else []
@@ -554,7 +562,11 @@ def test_the_optimizer_sends_the_planned_bytes(pool, name, world, shard, toleran
 
 
 def test_constants_and_state_are_those_of_the_code():
-    assert memory.LOSS_CHUNK == loss.CHUNK_ELEMENTS
+    for tokens, vocabulary in itertools.product((1, 1000, 4097, 12289, 16384), (37, 50304)):
+        for kind in ("cpu", "cuda"):
+            assert memory.loss_tokens(tokens, vocabulary, kind == "cpu") == loss.chunk_tokens(
+                tokens, vocabulary, torch.device(kind)
+            )
     assert memory.EXCHANGE_BATCH == shards.MAX_BATCH_ELEMENTS
     model = MODELS["activations"]
     engine, optimizer = build(model, "fp32", 1)
