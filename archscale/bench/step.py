@@ -37,16 +37,16 @@ from archscale.train.build import build_model, build_optimizer
 
 META = torch.device("meta")
 ENGINE, MODEL = "archscale.optim.engine", "archscale.model.transformer"
-ELEMENTWISE = "archscale.optim.elementwise"
+PASSES = "archscale.optim.passes"
 PLACES = {
     (MODEL, "Block.forward"): "forward: blocks",
     (MODEL, "Head.forward"): "forward: head and loss",
     ("archscale.optim.orthogonalize", "orthogonalize_"): "optimizer: orthogonalize",
-    (ELEMENTWISE, "momentum_"): "optimizer: momentum and pack",
-    (ELEMENTWISE, "look_ahead"): "optimizer: momentum and pack",
+    (PASSES, "Passes.momentum"): "optimizer: momentum and pack",
     (ENGINE, "MatrixOptimizer._orthogonalize"): "optimizer: momentum and pack",
-    (ENGINE, "MatrixOptimizer._directions"): "optimizer: elementwise",
-    (ENGINE, "MatrixOptimizer._update_elements"): "optimizer: elementwise",
+    (PASSES, "Passes.elementwise_directions"): "optimizer: elementwise",
+    (PASSES, "Passes.update_elements"): "optimizer: elementwise",
+    (PASSES, "Passes.inner_products"): "optimizer: inner products",
     (ENGINE, "MatrixOptimizer._coefficients"): "optimizer: update",
     (ENGINE, "MatrixOptimizer._update"): "optimizer: update",
     (ENGINE, "MatrixOptimizer._step"): "optimizer: inner products",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +41,41 @@ class Move(NamedTuple):
     param: int  # 0 where `here` lies in the stage
     here: Block
     there: Block
+
+
+Moves = list[Move]
+
+
+class Ends(Protocol):
+    """What stands at the shards' end of an exchange: fills what travels, and takes what comes."""
+
+    def pack(self, moves: Moves, buffer: Tensor) -> None:
+        """Fill the blocks of a wire or stage from the shards."""
+
+    def unpack(self, moves: Moves, buffer: Tensor) -> None:
+        """Take the blocks of a wire or stage into the shards."""
+
+
+@dataclass
+class Copies:
+    """Ends that copy.
+
+    Attributes:
+        shards: flat local tensors by parameter, read.
+        returned: flat local tensors by parameter, overwritten. They may be the same tensors: a
+            shard is read before what comes back for it is written.
+    """
+
+    shards: dict[int, Tensor]
+    returned: Mapping[int, Tensor]
+
+    def pack(self, moves: Moves, buffer: Tensor) -> None:
+        for param, here, there in moves:
+            there.of(buffer).copy_(here.of(self.shards[param]))
+
+    def unpack(self, moves: Moves, buffer: Tensor) -> None:
+        for param, here, there in moves:
+            here.of(self.returned[param]).copy_(there.of(buffer))
 
 
 class Stack(NamedTuple):
@@ -83,24 +118,22 @@ class _Transfer:
     """One batch under way."""
 
     route: _Route
-    shards: Mapping[int, Tensor]
-    returned: Mapping[int, Tensor]
+    ends: Ends
     dtype: torch.dtype
+    device: torch.device
     group: Any
     stage: Tensor | None = None
     arriving: tuple[Tensor, Any] | None = None  # received, and the work that fills it
 
     def send(self) -> None:
         wire = self._buffer(sum(self.route.sends))
-        for param, local, there in self.route.pack:
-            there.of(wire).copy_(local.of(self.shards[param]))
+        self.ends.pack(self.route.pack, wire)
         self.arriving = all_to_all(wire, self.route.sends, self.route.receives, self.group)
 
     def receive(self) -> Iterator[tuple[Tensor, list[int]]]:
         """The stacks of whole matrices that this rank owns, with their numbers."""
         stage = self.stage = self._buffer(self.route.stage)
-        for param, local, at in self.route.stay:
-            at.of(stage).copy_(local.of(self.shards[param]))
+        self.ends.pack(self.route.stay, stage)
         wire = self._arrived()
         for _, at, there in self.route.assemble:
             at.of(stage).copy_(there.of(wire))
@@ -114,13 +147,10 @@ class _Transfer:
         for _, at, there in self.route.scatter:
             there.of(wire).copy_(at.of(stage))
         self.arriving = all_to_all(wire, self.route.returns, self.route.restores, self.group)
-        for param, local, at in self.route.return_stay:
-            local.of(self.returned[param]).copy_(at.of(stage))
+        self.ends.unpack(self.route.return_stay, stage)
 
     def receive_back(self) -> None:
-        wire = self._arrived()
-        for param, local, there in self.route.unpack:
-            local.of(self.returned[param]).copy_(there.of(wire))
+        self.ends.unpack(self.route.unpack, self._arrived())
 
     def _arrived(self) -> Tensor:
         assert self.arriving is not None
@@ -129,8 +159,7 @@ class _Transfer:
         return wire
 
     def _buffer(self, elements: int) -> Tensor:
-        device = next(iter(self.shards.values())).device
-        return torch.empty(elements, dtype=self.dtype, device=device)
+        return torch.empty(elements, dtype=self.dtype, device=self.device)
 
 
 @dataclass
@@ -176,7 +205,7 @@ class Exchange:
         return sum(sum(route.sends) + sum(route.returns) for route in self._routes)
 
     def whole_matrices(
-        self, shards: Mapping[int, Tensor], returned: Mapping[int, Tensor], wire_dtype: torch.dtype
+        self, ends: Ends, wire_dtype: torch.dtype, device: torch.device
     ) -> Iterator[tuple[Tensor, list[int]]]:
         """Gather whole matrices, and give each stack (k, m, n) that this rank owns with its k view
         numbers. What stands in a stack when the next one is asked for goes back to the shards.
@@ -184,13 +213,11 @@ class Exchange:
         All ranks have to run through it together, also those that own nothing.
 
         Args:
-            shards: flat local tensors by parameter, read.
-            returned: flat local tensors by parameter, overwritten. They may be the same tensors:
-                a shard is read before what comes back for it is written.
-            wire_dtype: of the whole matrices and of what travels.
+            ends: fills what travels from the shards, and takes what comes back.
+            wire_dtype, device: of the whole matrices and of what travels.
         """
         transfers = [
-            _Transfer(route, shards, returned, wire_dtype, self._group) for route in self._routes
+            _Transfer(route, ends, wire_dtype, device, self._group) for route in self._routes
         ]
         for transfer in transfers[:1]:
             transfer.send()
