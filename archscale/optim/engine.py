@@ -33,6 +33,7 @@ from archscale.optim.coefficients import InnerProducts, Step, step_coefficients
 from archscale.optim.contract import LaidOutOptimizer
 from archscale.optim.describe import LastStep, MatrixInfo, Watch, measure_gradients
 from archscale.optim.exchange import Ends
+from archscale.optim.fused import choose_passes
 from archscale.optim.layout import Group, Layout, StepPlan
 from archscale.optim.orthogonalize import orthogonalize_
 from archscale.optim.passes import Passes, Shards
@@ -188,7 +189,7 @@ class MatrixOptimizer(LaidOutOptimizer):
     def _step(self, plan: StepPlan) -> None:
         layout, keys = self._planned, self.watch.keys if self.watch else ()
         shards = Shards.of(layout, self.state, plan.members)
-        passes = Passes(layout, self.state, plan, shards)
+        passes = choose_passes(layout, self.state, plan, shards)
         sums = Sums.zeros(layout, len(keys))
         watched = self._watch_gradients(plan, shards)
 

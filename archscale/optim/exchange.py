@@ -8,6 +8,7 @@ at most two batches are in flight.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -43,7 +44,26 @@ class Move(NamedTuple):
     there: Block
 
 
-Moves = list[Move]
+class Part(NamedTuple):
+    """What moves of one view, or of a piece of it."""
+
+    param: int
+    here: Block  # of the local shard
+    there: Block  # of the wire or the stage, as many rows and columns
+    view: int
+    counted: bool  # whether this rank counts it in inner products
+
+
+class Moves(list[Move]):
+    """Copies between local shards and a wire or stage, as few as there can be.
+
+    Attributes:
+        parts: the same, view by view.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[Part] = []
 
 
 class Ends(Protocol):
@@ -70,12 +90,16 @@ class Copies:
     returned: Mapping[int, Tensor]
 
     def pack(self, moves: Moves, buffer: Tensor) -> None:
-        for param, here, there in moves:
-            there.of(buffer).copy_(here.of(self.shards[param]))
+        _copy([(there.of(buffer), here.of(self.shards[param])) for param, here, there in moves])
 
     def unpack(self, moves: Moves, buffer: Tensor) -> None:
-        for param, here, there in moves:
-            here.of(self.returned[param]).copy_(there.of(buffer))
+        _copy([(here.of(self.returned[param]), there.of(buffer)) for param, here, there in moves])
+
+
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second of each pair into the first."""
+    if pairs:
+        torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])
 
 
 class Stack(NamedTuple):
@@ -94,21 +118,21 @@ class Stack(NamedTuple):
 
 
 @dataclass
-class _Route:
+class Route:
     """One batch as one rank sees it: what it copies, and elements to and from each rank."""
 
     stacks: list[Stack] = field(default_factory=list)
     stage: int = 0  # elements of whole matrices owned here
     # The way in: shards that stay here (local, stage), go (local, wire) and come (stage, wire).
-    stay: list[Move] = field(default_factory=list)
-    pack: list[Move] = field(default_factory=list)
-    assemble: list[Move] = field(default_factory=list)
+    stay: Moves = field(default_factory=Moves)
+    pack: Moves = field(default_factory=Moves)
+    assemble: Moves = field(default_factory=Moves)
     sends: list[int] = field(default_factory=list)
     receives: list[int] = field(default_factory=list)
     # The way back, the same three; with replicas more returns than came in.
-    return_stay: list[Move] = field(default_factory=list)
-    scatter: list[Move] = field(default_factory=list)  # (stage, wire)
-    unpack: list[Move] = field(default_factory=list)  # (local, wire)
+    return_stay: Moves = field(default_factory=Moves)
+    scatter: Moves = field(default_factory=Moves)  # (stage, wire)
+    unpack: Moves = field(default_factory=Moves)  # (local, wire)
     returns: list[int] = field(default_factory=list)
     restores: list[int] = field(default_factory=list)
 
@@ -117,7 +141,7 @@ class _Route:
 class _Transfer:
     """One batch under way."""
 
-    route: _Route
+    route: Route
     ends: Ends
     dtype: torch.dtype
     device: torch.device
@@ -135,8 +159,7 @@ class _Transfer:
         stage = self.stage = self._buffer(self.route.stage)
         self.ends.pack(self.route.stay, stage)
         wire = self._arrived()
-        for _, at, there in self.route.assemble:
-            at.of(stage).copy_(there.of(wire))
+        _copy([(at.of(stage), there.of(wire)) for _, at, there in self.route.assemble])
         for stack in self.route.stacks:
             yield stack.of(stage), stack.views
 
@@ -144,8 +167,7 @@ class _Transfer:
         assert self.stage is not None
         stage, self.stage = self.stage, None
         wire = self._buffer(sum(self.route.returns))
-        for _, at, there in self.route.scatter:
-            there.of(wire).copy_(at.of(stage))
+        _copy([(there.of(wire), at.of(stage)) for _, at, there in self.route.scatter])
         self.arriving = all_to_all(wire, self.route.returns, self.route.restores, self.group)
         self.ends.unpack(self.route.return_stay, stage)
 
@@ -197,12 +219,21 @@ class Exchange:
     ):
         self.plan, self._rank, self._group = plan, rank, group
         self._held = [held_rectangles(view, local[view.param]) for view in plan.views]
-        self._routes = [self._route(batch) for batch in plan.batches]
+        self.routes = [self._route(batch) for batch in plan.batches]
+        # What this rank holds and another sends: its momentum is updated, and goes nowhere.
+        self.unsent = [
+            Part(plan.views[s.view].param, block, block, s.view, False)
+            for batch in plan.batches
+            for v in itertools.chain(*batch.views)
+            for s in plan.segments[v]
+            if rank in s.holders and s.source != rank
+            for block in (self._local(s),)
+        ]
 
     @property
     def elements_sent(self) -> int:
         """Matrix elements that this rank sends to others in one run, both ways."""
-        return sum(sum(route.sends) + sum(route.returns) for route in self._routes)
+        return sum(sum(route.sends) + sum(route.returns) for route in self.routes)
 
     def whole_matrices(
         self, ends: Ends, wire_dtype: torch.dtype, device: torch.device
@@ -217,7 +248,7 @@ class Exchange:
             wire_dtype, device: of the whole matrices and of what travels.
         """
         transfers = [
-            _Transfer(route, ends, wire_dtype, device, self._group) for route in self._routes
+            _Transfer(route, ends, wire_dtype, device, self._group) for route in self.routes
         ]
         for transfer in transfers[:1]:
             transfer.send()
@@ -264,9 +295,9 @@ class Exchange:
         held = next(h for h in self._held[segment.view] if h.area.contains(segment.area))
         return _block(held.locate(segment.area), segment, held.stride)
 
-    def _route(self, batch: Batch) -> _Route:
+    def _route(self, batch: Batch) -> Route:
         """Everything that this rank copies and sends for one batch."""
-        plan, me, route = self.plan, self._rank, _Route()
+        plan, me, route = self.plan, self._rank, Route()
         offsets: dict[int, int] = {}  # view → where it begins in the stage
         for v in batch.views[me]:
             view = plan.views[v]
@@ -284,9 +315,9 @@ class Exchange:
             return 0, _block(offsets[s.view] + s.area.top * cols + s.area.left, s, cols)
 
         for s in plan.inbound(batch, me, me):
-            _append(route.stay, *held(s), staged(s)[1])
+            _append(route.stay, s, me, *held(s), staged(s)[1])
         for s in plan.outbound(batch, me, me):
-            _append(route.return_stay, *held(s), staged(s)[1])
+            _append(route.return_stay, s, me, *held(s), staged(s)[1])
         for other in range(plan.world):
             legs = (
                 (route.sends, route.pack, plan.inbound(batch, me, other), held),
@@ -297,13 +328,14 @@ class Exchange:
             for elements, moves, segments, place in legs:
                 begin = sum(elements)
                 travelling = segments if other != me else []
-                elements.append(_line_up(moves, travelling, begin, place))
+                elements.append(_line_up(moves, travelling, me, begin, place))
         return route
 
 
 def _line_up(
-    moves: list[Move],
+    moves: Moves,
     segments: Sequence[Segment],
+    rank: int,
     begin: int,
     place: Callable[[Segment], tuple[int, Block]],
 ) -> int:
@@ -316,7 +348,7 @@ def _line_up(
     """
     at = begin
     for s in segments:
-        _append(moves, *place(s), _block(at, s, s.area.right - s.area.left))
+        _append(moves, s, rank, *place(s), _block(at, s, s.area.right - s.area.left))
         at += s.numel
     return at - begin
 
@@ -329,13 +361,17 @@ def _block(offset: int, segment: Segment, stride: int) -> Block:
     return Block(offset, bottom - top, right - left, stride)
 
 
-def _append(moves: list[Move], param: int, here: Block, there: Block) -> None:
-    """Append a move, or lengthen the last one where both sides go on contiguously."""
+def _append(
+    moves: Moves, segment: Segment, rank: int, param: int, here: Block, there: Block
+) -> None:
+    """Append what `rank` moves of a segment, or lengthen the last move where both sides go on
+    contiguously."""
     if here.rows != there.rows:  # contiguous on one side only: rows on both
         rows, cols = max(here[1:3], there[1:3])
         here, there = (
             Block(b.offset, rows, cols, b.stride if b.rows == rows else cols) for b in (here, there)
         )
+    moves.parts.append(Part(param, here, there, segment.view, segment.source == rank))
     if moves and here.rows == 1 and moves[-1].here.rows == 1 and moves[-1].param == param:
         last = moves[-1]
         count = last.here.cols
