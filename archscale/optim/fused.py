@@ -250,7 +250,7 @@ class FusedPasses(Passes):
         return getattr(self.kernels, name)[(len(table.chunks),)]
 
     def _common(self, table: Table) -> dict[str, Any]:
-        return {"ALIGNED": table.aligned and self.aligned, "BLOCK": self.kernels.BLOCK}
+        return {"ALIGN": 16 if table.aligned and self.aligned else 1, "BLOCK": self.kernels.BLOCK}
 
     def _type(self, dtype: torch.dtype) -> Any:
         return getattr(self.kernels.tl, str(dtype).removeprefix("torch."))

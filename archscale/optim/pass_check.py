@@ -28,7 +28,7 @@ def wrong_kernel(module: Any, device: torch.device) -> str | None:
     chunks, grid = table.chunks.to(device), (len(table.chunks),)
     addresses = [tensor.data_ptr() for tensor in (W, G, M, V, M, V)]
     pointers = torch.tensor([addresses], dtype=torch.int64, device=device)
-    common = {"ALIGNED": not any(a % 16 for a in addresses), "BLOCK": module.BLOCK}
+    common = {"ALIGN": 1 if any(a % 16 for a in addresses) else 16, "BLOCK": module.BLOCK}
 
     def scalars(*values: float) -> Tensor:
         return torch.tensor(values, device=device)

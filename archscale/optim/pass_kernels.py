@@ -3,9 +3,11 @@
 A program takes one row of a table, a chunk of one part, and finds its tensors in a table of
 pointers; so a launch does not depend on how many parameters there are. A part is `rows` × `cols`
 elements, counted row-major, fewer than 2³¹: element e lies at offset + e of a flat tensor, or at
-offset + (e ÷ cols) · stride + e mod cols where rows lie apart (`ROWS`). `ALIGNED`: offsets, counts
-and addresses in bytes are multiples of 16. Sums are in float32 within a chunk and in float64 over
-chunks, always in the same order. `passes.Passes` is the reference.
+offset + (e ÷ cols) · stride + e mod cols where rows lie apart (`ROWS`). Sums are in float32 within
+a chunk and in float64 over chunks, always in the same order. `passes.Passes` is the reference.
+
+Where all offsets, counts and addresses in bytes are multiples of 16, `ALIGN` says so, or is 1: what
+is read from a table the compiler cannot know, and it would access number by number.
 """
 
 from __future__ import annotations
@@ -27,25 +29,15 @@ WIDTH, ENDS = tl.constexpr(len(COLUMNS)), tl.constexpr(len(POINTERS))
 
 
 @triton.jit
-def _pointer(POINTERS, param, which: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.constexpr):
-    return _multiple(tl.load(POINTERS + param * ENDS + which).to(tl.pointer_type(dtype)), ALIGNED)
+def _pointer(POINTERS, param, which: tl.constexpr, dtype: tl.constexpr):
+    return tl.load(POINTERS + param * ENDS + which).to(tl.pointer_type(dtype))
 
 
 @triton.jit
-def _multiple(value, ALIGNED: tl.constexpr):
-    """Says that an offset or an address is a multiple of 16, so that accesses are as wide as can
-    be."""
-    if ALIGNED:
-        return tl.multiple_of(value, 16)
-    return value
-
-
-@triton.jit
-def _elements(row, ALIGNED: tl.constexpr):
+def _elements(row):
     """Columns of the part, and the elements of the chunk: first, and behind the last; int32."""
     cols, start, stop = tl.load(row + 5), tl.load(row + 6), tl.load(row + 7)
-    start = _multiple(start.to(tl.int32), ALIGNED)
-    return cols.to(tl.int32), start, _multiple(stop.to(tl.int32), ALIGNED)
+    return cols.to(tl.int32), start.to(tl.int32), stop.to(tl.int32)
 
 
 @triton.jit
@@ -73,7 +65,7 @@ def momentum_kernel(  # noqa: PLR0913
     M_TYPE: tl.constexpr,
     PACK: tl.constexpr,
     ROWS: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """M ← μ M + G, and M̂ = μ M + G, or M, to its place in OUT.
@@ -82,25 +74,25 @@ def momentum_kernel(  # noqa: PLR0913
     """
     row = TABLE + tl.program_id(0).to(tl.int64) * WIDTH
     param = tl.load(row)
-    here, here_stride = _multiple(tl.load(row + 1), ALIGNED), tl.load(row + 2)
-    there, there_stride = _multiple(tl.load(row + 3), ALIGNED), tl.load(row + 4)
-    cols, start, stop = _elements(row, ALIGNED)
-    G = _pointer(POINTERS, param, 1, G_TYPE, ALIGNED) + here
-    M = _pointer(POINTERS, param, 2, M_TYPE, ALIGNED) + here
+    here, here_stride = tl.load(row + 1), tl.load(row + 2)
+    there, there_stride = tl.load(row + 3), tl.load(row + 4)
+    cols, start, stop = _elements(row)
+    G = _pointer(POINTERS, param, 1, G_TYPE) + here
+    M = _pointer(POINTERS, param, 2, M_TYPE) + here
     mu, nesterov = tl.load(COEFFICIENTS + 2 * param), tl.load(COEFFICIENTS + 2 * param + 1)
     for low in range(start, stop, BLOCK):
         e = low + tl.arange(0, BLOCK)
-        inside, column = e < stop, _column(e, cols, ROWS)
+        inside, column = tl.max_constancy(e < stop, ALIGN), _column(e, cols, ROWS)
         at = _row(e, here_stride, cols, ROWS) + column
-        g = tl.load(G + at, mask=inside).to(tl.float32)
-        m = tl.load(M + at, mask=inside).to(tl.float32)
-        m = (mu * m + g).to(M_TYPE)
-        tl.store(M + at, m, mask=inside)
+        M_e = tl.multiple_of(M + at, ALIGN)
+        g = tl.load(tl.multiple_of(G + at, ALIGN), mask=inside).to(tl.float32)
+        m = (mu * tl.load(M_e, mask=inside).to(tl.float32) + g).to(M_TYPE)
+        tl.store(M_e, m, mask=inside)
         if PACK:
             m = m.to(tl.float32)
             ahead = tl.where(nesterov > 0, mu * m + g, m).to(OUT.dtype.element_ty)
             to = there + _row(e, there_stride, cols, ROWS) + column
-            tl.store(OUT + to, ahead, mask=inside)
+            tl.store(tl.multiple_of(OUT + to, ALIGN), ahead, mask=inside)
 
 
 @triton.jit
@@ -114,7 +106,7 @@ def return_kernel(  # noqa: PLR0913
     RATIO: tl.constexpr,
     UNPACK: tl.constexpr,
     ROWS: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Q from its place in BACK into the memory of the gradient, and the chunk's part of ‖W‖², ‖Q‖²
@@ -125,28 +117,31 @@ def return_kernel(  # noqa: PLR0913
     """
     row = TABLE + tl.program_id(0).to(tl.int64) * WIDTH
     param = tl.load(row)
-    here, here_stride = _multiple(tl.load(row + 1), ALIGNED), tl.load(row + 2)
-    there, there_stride = _multiple(tl.load(row + 3), ALIGNED), tl.load(row + 4)
-    cols, start, stop = _elements(row, ALIGNED)
+    here, here_stride = tl.load(row + 1), tl.load(row + 2)
+    there, there_stride = tl.load(row + 3), tl.load(row + 4)
+    cols, start, stop = _elements(row)
     slot = tl.load(row + 9)
-    W = _pointer(POINTERS, param, 0, W_TYPE, ALIGNED) + here
-    Q = _pointer(POINTERS, param, 1, Q_TYPE, ALIGNED) + here * RATIO
-    counted = _multiple(tl.where(slot >= 0, stop, 0), ALIGNED)  # W of the others is not read
+    W = _pointer(POINTERS, param, 0, W_TYPE) + here
+    Q = _pointer(POINTERS, param, 1, Q_TYPE) + here * RATIO
+    counted = tl.where(slot >= 0, stop, 0)  # W of the others is not read
     ww = tl.zeros((BLOCK,), tl.float32)
     qq = tl.zeros((BLOCK,), tl.float32)
     wq = tl.zeros((BLOCK,), tl.float32)
     for low in range(start, stop, BLOCK):
         e = low + tl.arange(0, BLOCK)
-        inside, column = e < stop, _column(e, cols, ROWS)
+        inside, column = tl.max_constancy(e < stop, ALIGN), _column(e, cols, ROWS)
         begin = _row(e, here_stride, cols, ROWS)
-        at = begin * RATIO + column
+        Q_e = tl.multiple_of(Q + (begin * RATIO + column), ALIGN)
         if UNPACK:
             place = there + _row(e, there_stride, cols, ROWS) + column
-            q = tl.load(BACK + place, mask=inside, other=0.0).to(Q_TYPE)
-            tl.store(Q + at, q, mask=inside)
+            came = tl.multiple_of(BACK + place, ALIGN)
+            q = tl.load(came, mask=inside, other=0.0).to(Q_TYPE)
+            tl.store(Q_e, q, mask=inside)
         else:
-            q = tl.load(Q + at, mask=inside, other=0.0)
-        w = tl.load(W + begin + column, mask=e < counted, other=0.0).to(tl.float32)
+            q = tl.load(Q_e, mask=inside, other=0.0)
+        W_e = tl.multiple_of(W + (begin + column), ALIGN)
+        adds = tl.max_constancy(e < counted, ALIGN)
+        w = tl.load(W_e, mask=adds, other=0.0).to(tl.float32)
         q = q.to(tl.float32)
         ww += w * w
         qq += q * q
@@ -191,7 +186,7 @@ def update_kernel(  # noqa: PLR0913
     SECOND: tl.constexpr,
     RATIO: tl.constexpr,
     ROWS: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """W ← keep · W − apply · Q; where a view is bad, its moments become zero instead.
@@ -200,24 +195,26 @@ def update_kernel(  # noqa: PLR0913
     """
     row = TABLE + tl.program_id(0).to(tl.int64) * WIDTH
     param, view = tl.load(row), tl.load(row + 8)
-    here, here_stride = _multiple(tl.load(row + 1), ALIGNED), tl.load(row + 2)
-    cols, start, stop = _elements(row, ALIGNED)
-    W = _pointer(POINTERS, param, 0, W_TYPE, ALIGNED) + here
-    Q = _pointer(POINTERS, param, 1, Q_TYPE, ALIGNED) + here * RATIO
-    first = _pointer(POINTERS, param, 4, FIRST_TYPE, ALIGNED) + here
-    second = _pointer(POINTERS, param, 5, SECOND_TYPE, ALIGNED) + here
+    here, here_stride = tl.load(row + 1), tl.load(row + 2)
+    cols, start, stop = _elements(row)
+    W = _pointer(POINTERS, param, 0, W_TYPE) + here
+    Q = _pointer(POINTERS, param, 1, Q_TYPE) + here * RATIO
+    first = _pointer(POINTERS, param, 4, FIRST_TYPE) + here
+    second = _pointer(POINTERS, param, 5, SECOND_TYPE) + here
     bad, keep, apply = tl.load(BAD + view), tl.load(KEEP + view), tl.load(APPLY + view)
-    moved = _multiple(tl.where(bad == 0, stop, 0), ALIGNED)  # 0 · NaN is NaN: Q is not read
-    dropped = _multiple(tl.where(bad == 0, 0, stop), ALIGNED)
+    moved = tl.where(bad == 0, stop, 0)  # 0 · NaN is NaN: Q is not read
+    dropped = tl.where(bad == 0, 0, stop)
     for low in range(start, stop, BLOCK):
         e = low + tl.arange(0, BLOCK)
         column = _column(e, cols, ROWS)
         begin = _row(e, here_stride, cols, ROWS)
         at = begin + column
-        good, reset = e < moved, e < dropped
-        w = tl.load(W + at, mask=good).to(tl.float32)
-        q = tl.load(Q + begin * RATIO + column, mask=good).to(tl.float32)
-        tl.store(W + at, (keep * w - apply * q).to(W_TYPE), mask=good)
+        good, reset = tl.max_constancy(e < moved, ALIGN), e < dropped
+        W_e = tl.multiple_of(W + at, ALIGN)
+        w = tl.load(W_e, mask=good).to(tl.float32)
+        Q_e = tl.multiple_of(Q + (begin * RATIO + column), ALIGN)
+        q = tl.load(Q_e, mask=good).to(tl.float32)
+        tl.store(W_e, (keep * w - apply * q).to(W_TYPE), mask=good)
         zero = tl.zeros((BLOCK,), tl.float32)
         tl.store(first + at, zero.to(FIRST_TYPE), mask=reset)
         if SECOND:
@@ -240,7 +237,7 @@ def adam_kernel(  # noqa: PLR0913
     M_TYPE: tl.constexpr,
     V_TYPE: tl.constexpr,
     UPDATE: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Adam's moments and its Q = m̂ / (√v̂ + ε): W ← keep · W − lr · Q, where what is not finite in
@@ -249,28 +246,30 @@ def adam_kernel(  # noqa: PLR0913
     CORRECTIONS: (1 − β₁ᵗ, √(1 − β₂ᵗ)) by parameter, float32.
     """
     row = TABLE + tl.program_id(0).to(tl.int64) * WIDTH
-    param, here = tl.load(row), _multiple(tl.load(row + 1), ALIGNED)
-    _, start, stop = _elements(row, ALIGNED)
-    W = _pointer(POINTERS, param, 0, W_TYPE, ALIGNED) + here
-    G = _pointer(POINTERS, param, 1, G_TYPE, ALIGNED) + here
-    M = _pointer(POINTERS, param, 2, M_TYPE, ALIGNED) + here
-    V = _pointer(POINTERS, param, 3, V_TYPE, ALIGNED) + here
+    param, here = tl.load(row), tl.load(row + 1)
+    _, start, stop = _elements(row)
+    W = _pointer(POINTERS, param, 0, W_TYPE) + here
+    G = _pointer(POINTERS, param, 1, G_TYPE) + here
+    M = _pointer(POINTERS, param, 2, M_TYPE) + here
+    V = _pointer(POINTERS, param, 3, V_TYPE) + here
     first, second = tl.load(CORRECTIONS + 2 * param), tl.load(CORRECTIONS + 2 * param + 1)
     for low in range(start, stop, BLOCK):
         e = low + tl.arange(0, BLOCK)
-        inside = e < stop
-        g = tl.load(G + e, mask=inside, other=0.0).to(tl.float32)
+        inside = tl.max_constancy(e < stop, ALIGN)
+        W_e, G_e = tl.multiple_of(W + e, ALIGN), tl.multiple_of(G + e, ALIGN)
+        M_e, V_e = tl.multiple_of(M + e, ALIGN), tl.multiple_of(V + e, ALIGN)
+        g = tl.load(G_e, mask=inside, other=0.0).to(tl.float32)
         if UPDATE:
             g = tl.where(tl.abs(g) < float("inf"), g, 0.0)  # NaN is not smaller either
-        m = tl.load(M + e, mask=inside, other=0.0).to(tl.float32)
-        v = tl.load(V + e, mask=inside, other=0.0).to(tl.float32)
+        m = tl.load(M_e, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(V_e, mask=inside, other=0.0).to(tl.float32)
         m = (m + one_minus_beta1 * (g - m)).to(M_TYPE)
         v = (beta2 * v + one_minus_beta2 * g * g).to(V_TYPE)
-        tl.store(M + e, m, mask=inside)
-        tl.store(V + e, v, mask=inside)
+        tl.store(M_e, m, mask=inside)
+        tl.store(V_e, v, mask=inside)
         q = m.to(tl.float32) / (tl.sqrt(v.to(tl.float32)) / second + eps) / first
         if UPDATE:
-            w = tl.load(W + e, mask=inside, other=0.0).to(tl.float32)
-            tl.store(W + e, (keep * w - lr * q).to(W_TYPE), mask=inside)
+            w = tl.load(W_e, mask=inside, other=0.0).to(tl.float32)
+            tl.store(W_e, (keep * w - lr * q).to(W_TYPE), mask=inside)
         else:
-            tl.store(G + e, q.to(G_TYPE), mask=inside)
+            tl.store(G_e, q.to(G_TYPE), mask=inside)

@@ -219,7 +219,7 @@ def compiled(capability: int):
     from archscale.optim import pass_kernels
 
     tl = triton.language
-    constants = {"ROWS": False, "ALIGNED": True, "BLOCK": pass_kernels.BLOCK, "RATIO": 2}
+    constants = {"ROWS": False, "ALIGN": 16, "BLOCK": pass_kernels.BLOCK, "RATIO": 2}
     constants |= {
         "PACK": True,
         "UNPACK": True,
