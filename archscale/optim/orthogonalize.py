@@ -106,7 +106,7 @@ def scaled(M: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 def plain_scaled(M: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`scaled` in plain PyTorch: the reference of the kernel."""
     scale = scale[:, None, None]
-    X = torch.mul(M, scale, out=torch.empty_like(M, dtype=dtype))
+    X = (M * scale).to(dtype)
     zero = scale == 0
     # 0 · NaN is NaN. To ask an accelerator whether there is any would make the host wait.
     if M.device.type != "cpu" or bool(zero.any()):

@@ -35,7 +35,7 @@ from archscale.optim.state import State
 
 # Elements that are taken through a pass together: few enough that what one operator wrote is still
 # in a core's cache for the next one, and enough that calling operators costs little.
-CACHED = 1 << 16
+CACHED = 1 << 14
 
 
 @dataclass
