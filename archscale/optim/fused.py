@@ -123,14 +123,14 @@ class FusedPasses(Passes):
 
     def _whole(self, params: Sequence[int]) -> Table:
         """A table of all elements of some parameters; kept with the plan."""
-        key = hash(tuple(params))
-        if key not in self.tables.of_moves:
+        key = tuple(params)
+        if key not in self.tables.whole:
             sizes = [(i, self.shards.weights[i].numel()) for i in params]
             blocks = [(i, Block(0, 1, size, size)) for i, size in sizes if size]
             table, _ = make_table([Part(i, block, block, 0, False) for i, block in blocks])
             table.chunks = table.chunks.to(self.layout.device)
-            self.tables.of_moves[key] = table
-        return self.tables.of_moves[key]
+            self.tables.whole[key] = table
+        return self.tables.whole[key]
 
     # --- after the orthogonalization
 
@@ -157,7 +157,9 @@ class FusedPasses(Passes):
         if not len(table.chunks):
             return
         _, G, M = self._tensors(table.parts[0].param)
-        self._launch("momentum_kernel", table)(
+        self._launch(
+            "momentum_kernel",
+            len(table.chunks),
             table.chunks,
             self.pointers,
             self.coefficients,
@@ -175,7 +177,9 @@ class FusedPasses(Passes):
             return
         W, G = self._tensors(table.parts[0].param)[:2]
         Q = direction_dtype(G.dtype, None if buffer is None else buffer.dtype)
-        self._launch("return_kernel", table)(
+        self._launch(
+            "return_kernel",
+            len(table.chunks),
             table.chunks,
             self.pointers,
             self.partial if buffer is None else buffer,
@@ -193,8 +197,8 @@ class FusedPasses(Passes):
         ranges = self.tables.ranges
         assert ranges is not None
         if len(ranges):
-            kernel = self.kernels.sum_kernel[(len(ranges),)]
-            kernel(ranges, self.partial, products.w, products.q, products.p, BLOCK=256)
+            sums = products.w, products.q, products.p
+            self._launch("sum_kernel", len(ranges), ranges, self.partial, *sums, BLOCK=256)
 
     def move_weights(
         self, table: Table, keep: Tensor, apply: Tensor, bad: Tensor, wire: torch.dtype | None
@@ -204,7 +208,9 @@ class FusedPasses(Passes):
             return
         W, G, *moments = self._tensors(table.parts[0].param)
         Q = direction_dtype(G.dtype, wire)
-        self._launch("update_kernel", table)(
+        self._launch(
+            "update_kernel",
+            len(table.chunks),
             table.chunks,
             self.pointers,
             keep,
@@ -228,16 +234,15 @@ class FusedPasses(Passes):
         beta1, beta2 = options["betas"]
         W, G, M, V = (self._type(tensor.dtype) for tensor in types)
         decay = options["weight_decay"] if group.rule.decay == "decoupled" else 0.0
-        self._launch("adam_kernel", table)(
+        self._launch(
+            "adam_kernel",
+            len(table.chunks),
             table.chunks,
             self.pointers,
             corrections,
-            float(options["lr"]),
-            1 - options["lr"] * decay,
-            1 - beta1,
-            beta2,
-            1 - beta2,
-            options["adam_eps"],
+            # Triton would compile anew for a whole number.
+            *map(float, (options["lr"], 1 - options["lr"] * decay)),
+            *map(float, (1 - beta1, beta2, 1 - beta2, options["adam_eps"])),
             W_TYPE=W,
             G_TYPE=G,
             M_TYPE=M,
@@ -246,8 +251,9 @@ class FusedPasses(Passes):
             **self._common(table),
         )
 
-    def _launch(self, name: str, table: Table) -> Any:
-        return getattr(self.kernels, name)[(len(table.chunks),)]
+    def _launch(self, name: str, programs: int, *args: Any, **constants: Any) -> None:
+        with torch.cuda.device_of(self.partial):  # Triton launches on the current device
+            getattr(self.kernels, name)[(programs,)](*args, **constants)
 
     def _common(self, table: Table) -> dict[str, Any]:
         return {"ALIGN": 16 if table.aligned and self.aligned else 1, "BLOCK": self.kernels.BLOCK}

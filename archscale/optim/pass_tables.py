@@ -42,6 +42,7 @@ class Tables:
         of_moves: by identity of an exchange's moves.
         unsent: by exchange: what another rank sends.
         returned: by exchange: all parts of Q that come back, in the order of the routes.
+        whole: by parameters: all their elements.
         staying: parts of matrices under elementwise rules.
         ranges: (views, 3) int64: view, first slot of its partial sums, slot behind the last.
         slots: number of partial sums.
@@ -50,6 +51,7 @@ class Tables:
     of_moves: dict[int, Table] = field(default_factory=dict)
     unsent: list[Table] = field(default_factory=list)
     returned: list[Table] = field(default_factory=list)
+    whole: dict[tuple[int, ...], Table] = field(default_factory=dict)
     staying: Table | None = None
     ranges: Tensor | None = None
     slots: int = 0
