@@ -133,19 +133,21 @@ def test_any_sharding(pool, rule, world, layout):
 
 
 def test_a_gradient_that_is_read_later_is_not_covered():
-    """Q of one matrix of a fused parameter comes back before the momentum of the next is taken."""
+    """Q of the second matrix of a fused parameter, the larger one, comes back before the momentum
+    of the first is taken."""
 
     def train(make):
         generator = torch.Generator().manual_seed(0)
-        stack = nn.Parameter(torch.randn(4, 16, 16, generator=generator))
-        with passes(make), mock.patch("archscale.optim.shards.plan_exchange.__defaults__", (256,)):
-            optimizer = MatrixOptimizer([stack], lr=0.02, rule="muon", view="stack")
+        fused = nn.Parameter(torch.randn(24, 16, generator=generator))
+        group = {"params": [fused], "blocks": [[("small", 8), ("large", 16)]]}
+        with passes(make), mock.patch("archscale.optim.shards.plan_exchange.__defaults__", (200,)):
+            optimizer = MatrixOptimizer([group], lr=0.02, rule="muon")
             for _ in range(2):
-                stack.grad = torch.randn(4, 16, 16, generator=generator)
+                fused.grad = torch.randn(24, 16, generator=generator)
                 optimizer.step()
         (plan,) = optimizer._planned._plans.values()
-        assert len(plan.orthogonalizations[0].exchange.routes) == 4
-        return [stack.detach(), optimizer.state[stack]["momentum"]]
+        assert len(plan.orthogonalizations[0].exchange.routes) == 2
+        return [fused.detach(), optimizer.state[fused]["momentum"]]
 
     check(train(OneKernelPasses), train(Passes))
 
