@@ -114,6 +114,13 @@ class LaunchCounter(TorchDispatchMode):
         self.end_region()
         self._part = before
 
+    @contextlib.contextmanager
+    def region(self, part: str) -> Iterator[None]:
+        """What is within is one region of `part`."""
+        self.begin_region(part)
+        yield
+        self.end_region()
+
     def begin_region(self, part: str) -> None:
         """What follows is one compiled region of `part`, until another begins or `end_region`."""
         self.end_region()

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from archscale.bench.count import CountedGroup, LaunchCounter
+from archscale.bench.one_kernel import OneKernelPasses
 from archscale.bench.table import Row, markdown
 from archscale.bench.workload import EOS, objective
 from archscale.config import Config
 from archscale.distributed import Fragment
 from archscale.errors import ConfigError
-from archscale.optim import MatrixOptimizer
+from archscale.optim import MatrixOptimizer, engine
 from archscale.optim.roles import assign_roles
 from archscale.parallel.engine import clip_gradients
 from archscale.plan.devices import Device
@@ -37,16 +38,17 @@ from archscale.train.build import build_model, build_optimizer
 
 META = torch.device("meta")
 ENGINE, MODEL = "archscale.optim.engine", "archscale.model.transformer"
-ELEMENTWISE = "archscale.optim.elementwise"
+PASSES, FUSED = "archscale.optim.passes", "archscale.optim.fused"
 PLACES = {
     (MODEL, "Block.forward"): "forward: blocks",
     (MODEL, "Head.forward"): "forward: head and loss",
     ("archscale.optim.orthogonalize", "orthogonalize_"): "optimizer: orthogonalize",
-    (ELEMENTWISE, "momentum_"): "optimizer: momentum and pack",
-    (ELEMENTWISE, "look_ahead"): "optimizer: momentum and pack",
+    (PASSES, "Passes.momentum"): "optimizer: momentum and pack",
     (ENGINE, "MatrixOptimizer._orthogonalize"): "optimizer: momentum and pack",
-    (ENGINE, "MatrixOptimizer._directions"): "optimizer: elementwise",
-    (ENGINE, "MatrixOptimizer._update_elements"): "optimizer: elementwise",
+    (PASSES, "Passes.elementwise_directions"): "optimizer: elementwise",
+    (FUSED, "FusedPasses.elementwise_directions"): "optimizer: elementwise",
+    (PASSES, "Passes.update_elements"): "optimizer: elementwise",
+    (PASSES, "Passes.inner_products"): "optimizer: inner products",
     (ENGINE, "MatrixOptimizer._coefficients"): "optimizer: update",
     (ENGINE, "MatrixOptimizer._update"): "optimizer: update",
     (ENGINE, "MatrixOptimizer._step"): "optimizer: inner products",
@@ -176,11 +178,14 @@ def _count_update(
     parameters = list(shards.parameters().values())
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
+    with _one_kernel_passes(None):
+        optimizer.step()  # the first one plans
+    group.calls.clear()
     with counter.part("optimizer: clip"):
         gradients = (p.grad for p in parameters if p.grad is not None)
         sharded = object() if group.shard > 1 else None
         clip_gradients(gradients, config.optimizer.grad_clip, sharded)
-    with _one_kernel_products(), counter.part("optimizer: inner products"):
+    with _one_kernel_passes(counter), counter.part("optimizer: inner products"):
         optimizer.step()
 
 
@@ -236,8 +241,21 @@ def _fused_attention() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _one_kernel_passes(counter: LaunchCounter | None) -> Iterator[None]:
+    """Passes and products as they are on a GPU, in one kernel each."""
+
+    def passes(*args: Any) -> OneKernelPasses:
+        layout, state, plan, shards = args
+        return OneKernelPasses(layout, state, plan, shards, counter)
+
+    with mock.patch.object(engine, "choose_passes", passes), _one_kernel_products():
+        yield
+
+
+@contextlib.contextmanager
 def _one_kernel_products() -> Iterator[None]:
-    """Symmetric products as the one kernel that they are on a GPU (`archscale.optim.kernels`)."""
+    """Symmetric products, and the scaling before them, as the one kernel that each is on a GPU
+    (`archscale.optim.kernels`)."""
     module: Any = sys.modules["archscale.optim.orthogonalize"]
     plain = module.symmetric_product
 
@@ -250,7 +268,10 @@ def _one_kernel_products() -> Iterator[None]:
             return torch.bmm(X, X.mT)
         return torch.baddbmm(add, X, X.mT, beta=beta, alpha=alpha)
 
-    with mock.patch.object(module, "symmetric_product", product):
+    def scaled(M: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return torch.mul(M, scale[:, None, None], out=torch.empty_like(M, dtype=dtype))
+
+    with mock.patch.multiple(module, symmetric_product=product, scaled=scaled):
         yield
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from archscale.distributed import Fragment, local_tensor
 from archscale.optim.coefficients import Step
+from archscale.optim.exchange import Copies
 from archscale.optim.layout import PER_MATRIX, Group, Layout, StepPlan
 from archscale.optim.state import State
 
@@ -107,7 +107,7 @@ def orthogonal(layout: Layout) -> Tensor:
 
 
 def measure_gradients(
-    watch: Watch, layout: Layout, plan: StepPlan, gradients: Mapping[int, Tensor]
+    watch: Watch, layout: Layout, plan: StepPlan, gradients: dict[int, Tensor]
 ) -> Tensor:
     """What `watch` sees of the whole gradients that this rank owns, (watch.gradients, views), 0
     elsewhere: one more exchange, of gradients.
@@ -121,8 +121,9 @@ def measure_gradients(
         # What the exchange brings back nobody reads.
         params = {layout.views[v].param for v in part.views}
         returned = {i: torch.empty_like(gradients[i]) for i in params}
+        ends = Copies(gradients, returned)
         for stack, views in part.exchange.whole_matrices(
-            gradients, returned, part.method.wire_dtype
+            ends, part.method.wire_dtype, layout.device
         ):
             owned = layout.indices([part.views[v] for v in views])
             measured[:, owned] = watch.of_gradient(stack).to(measured.dtype)

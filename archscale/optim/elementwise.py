@@ -12,47 +12,65 @@ import torch
 from torch import Tensor
 
 
-def momentum_(M: Tensor, G: Tensor, mu: float) -> None:
-    """M ← μ M + G."""
-    M.mul_(mu).add_(G)
+def momenta_(M: list[Tensor], G: list[Tensor], mu: float) -> None:
+    """M ← μ M + G of each pair."""
+    for m in M:
+        m.mul_(mu)  # `_foreach_mul_` would round μ to bfloat16 for a bfloat16 M
+    torch._foreach_add_(M, G)
 
 
-def look_ahead(M: Tensor, G: Tensor, mu: float, nesterov: bool) -> Tensor:
-    """M̂ = μ M + G (Nesterov), or M itself.
+def look_aheads(M: list[Tensor], G: list[Tensor], mu: float, nesterov: bool) -> list[Tensor]:
+    """M̂ = μ M + G of each pair (Nesterov), or M itself.
 
     μ M + G overwrites G; where M's dtype is finer than G's it is a tensor of its own.
     """
     if not nesterov:
         return M
-    in_place = torch.promote_types(M.dtype, G.dtype) == G.dtype
-    return torch.add(G, M, alpha=mu, out=G if in_place else None)
+    if all(torch.promote_types(m.dtype, g.dtype) == g.dtype for m, g in zip(M, G)):
+        torch._foreach_add_(G, M, alpha=mu)
+        return G
+    return list(torch._foreach_add(G, M, alpha=mu))
 
 
 def momentum_direction_(G: Tensor, momentum: Tensor, mu: float, nesterov: bool) -> None:
     """Q = M̂: SGD with momentum."""
-    momentum_(momentum, G, mu)
-    G.copy_(look_ahead(momentum, G, mu, nesterov))
+    momenta_([momentum], [G], mu)
+    G.copy_(look_aheads([momentum], [G], mu, nesterov)[0])
 
 
-def adam_direction_(
-    G: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    step: Tensor,
+def adam_directions_(
+    G: list[Tensor],
+    exp_avg: list[Tensor],
+    exp_avg_sq: list[Tensor],
+    step: list[Tensor],
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """Q = m̂ / (√v̂ + ε), bias-corrected (Adam, arXiv 1412.6980, algorithm 1).
+    """Q = m̂ / (√v̂ + ε) of each, bias-corrected (Adam, arXiv 1412.6980, algorithm 1).
 
     Args:
-        step: number of this step, 1 at the first; float32 scalar.
+        step: number of this step, 1 at the first; float32 scalars.
     """
     beta1, beta2 = betas
-    step = step.to(exp_avg_sq.dtype)  # float64 weights get a correction in float64
-    exp_avg.lerp_(G.to(exp_avg.dtype), 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(G, G, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().div_((1 - beta2**step).sqrt()).add_(eps)
-    torch.div(exp_avg, denominator, out=G).div_(1 - beta1**step)
+    # Float64 weights get a correction in float64.
+    step = [t.to(v.dtype) for t, v in zip(step, exp_avg_sq)]
+    torch._foreach_lerp_(exp_avg, [g.to(m.dtype) for g, m in zip(G, exp_avg)], 1 - beta1)
+    torch._foreach_mul_(exp_avg_sq, beta2)
+    torch._foreach_addcmul_(exp_avg_sq, G, G, value=1 - beta2)
+    denominator = torch._foreach_sqrt(exp_avg_sq)
+    torch._foreach_div_(denominator, torch._foreach_sqrt(bias_corrections(beta2, step)))
+    torch._foreach_add_(denominator, eps)
+    for m, d, g in zip(exp_avg, denominator, G):
+        torch.div(m, d, out=g)
+    torch._foreach_div_(G, bias_corrections(beta1, step))
+
+
+def bias_corrections(beta: float, step: list[Tensor]) -> list[Tensor]:
+    """1 − βᵗ of each."""
+    corrections = list(torch._foreach_pow(beta, step))
+    torch._foreach_neg_(corrections)
+    torch._foreach_add_(corrections, 1)
+    return corrections
 
 
 def lion_direction_(G: Tensor, exp_avg: Tensor, betas: tuple[float, float]) -> None:

@@ -5,12 +5,12 @@ What crosses ranks does so in `exchange.py` (matrices) and `layout.py` (sums).
 A step in the order of the papers (OrScale, arXiv 2605.07815; HyperP, arXiv 2603.28743), with W, G
 and M a rank's flat local shards:
 
-    M ← μ M + G,  M̂ = μ M + G                 `_directions`; elementwise rules have their Q here
+    M ← μ M + G,  M̂ = μ M + G                 `Passes.directions`; elementwise rules have Q here
     gather M̂;  Q ≈ U Vᵀ;  return Q            `_orthogonalize`: two packed all-to-alls
-    w = ‖W‖², q = ‖Q‖², p = ⟨W, Q⟩            `_add_inner_products`, then ONE all-reduce
+    w = ‖W‖², q = ‖Q‖², p = ⟨W, Q⟩            `Passes.inner_products`, then ONE all-reduce
                                               (one more where a watch measures gradients)
     keep, apply from w, q, p                  `_coefficients`
-    W ← keep · W − apply · Q                  `_update`
+    W ← keep · W − apply · Q                  `Passes.update`
 
 M̂ and then Q overwrite the gradient that they came from. A single process is the degenerate case: it
 owns every matrix and the exchange is a copy. Groups, copies and saved states are in `contract.py`.
@@ -20,44 +20,24 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from archscale.distributed import Fragment, laid_out_as, local_tensor
+from archscale.distributed import Fragment
 from archscale.optim import describe
 from archscale.optim.coefficients import InnerProducts, Step, step_coefficients
 from archscale.optim.contract import LaidOutOptimizer
 from archscale.optim.describe import LastStep, MatrixInfo, Watch, measure_gradients
-from archscale.optim.elementwise import (
-    adam_direction_,
-    dot,
-    lion_direction_,
-    look_ahead,
-    momentum_,
-    momentum_direction_,
-    update_,
-)
+from archscale.optim.exchange import Ends
+from archscale.optim.fused import choose_passes
 from archscale.optim.layout import Group, Layout, StepPlan
 from archscale.optim.orthogonalize import orthogonalize_
+from archscale.optim.passes import Passes, Shards
 from archscale.rules import Rule, get_rule
-
-
-@dataclass
-class Shards:
-    """This rank's flat local tensors of the parameters of a step, by parameter number.
-
-    Attributes:
-        directions: G, then M̂ and Q in its memory; zeros where this rank has no gradient.
-        absent: parameters without a gradient here that other ranks may have one for.
-    """
-
-    weights: dict[int, Tensor]
-    directions: dict[int, Tensor]
-    absent: set[int]
 
 
 @dataclass
@@ -213,83 +193,46 @@ class MatrixOptimizer(LaidOutOptimizer):
 
     def _step(self, plan: StepPlan) -> None:
         layout, keys = self._planned, self.watch.keys if self.watch else ()
-        shards = self._local_shards(plan.members)
+        shards = Shards.of(layout, self.state, plan.members)
+        passes = choose_passes(layout, self.state, plan, shards)
         sums = Sums.zeros(layout, len(keys))
         watched = self._watch_gradients(plan, shards)
 
-        look_aheads = self._directions(shards)
-        self._orthogonalize(plan, look_aheads, shards, sums)
-        self._add_inner_products(plan, shards, sums)
+        passes.directions()
+        self._orthogonalize(plan, passes.ends, sums)
+        passes.inner_products(sums.products)
+        self._count_holders(shards, sums)
         layout.all_reduce(sums.buffer)
         has_gradient = None if sums.holders is None else sums.holders > 0  # on any rank
         steps = self._coefficients(plan, sums.products, has_gradient)
-        self._update(plan, shards, steps, has_gradient)
+        self._update(passes, steps, has_gradient)
 
         self._last = LastStep(steps, watched | dict(zip(keys, sums.watched)))
 
-    def _directions(self, shards: Shards) -> dict[int, Tensor]:
-        """Moments, and Q of the elementwise rules; returns M̂ of what is to be orthogonalized.
-
-        The state of parameters without a gradient here stays as it is until it is known whether
-        other ranks have one (`_decay_moments`).
-        """
-        layout = self._planned
-        look_aheads: dict[int, Tensor] = {}
-        for group in layout.groups:
-            options, direction = group.options, group.rule.direction
-            mu, nesterov, betas = options["momentum"], options["nesterov"], options["betas"]
-            for i in group.params:
-                if i not in shards.directions:
-                    continue
-                G, state = shards.directions[i], self.state[layout.params[i]]
-                moments = self._moments(i)
-                if i in shards.absent:
-                    moments = {key: moment.clone() for key, moment in moments.items()}
-                if not group.has_views:  # no norm will show what is not finite: take it for zero
-                    G.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-                if direction == "orthogonal":
-                    momentum_(moments["momentum"], G, mu)
-                    look_aheads[i] = look_ahead(moments["momentum"], G, mu, nesterov)
-                elif direction == "momentum":
-                    momentum_direction_(G, **moments, mu=mu, nesterov=nesterov)
-                elif direction == "lion":
-                    lion_direction_(G, **moments, betas=betas)
-                else:
-                    step = state["step"] + 1
-                    if i not in shards.absent:
-                        state["step"].copy_(step)
-                    adam_direction_(G, **moments, step=step, betas=betas, eps=options["adam_eps"])
-        return look_aheads
-
-    def _orthogonalize(
-        self, plan: StepPlan, look_aheads: Mapping[int, Tensor], shards: Shards, sums: Sums
-    ) -> None:
+    def _orthogonalize(self, plan: StepPlan, ends: Ends, sums: Sums) -> None:
         """Gather M̂ on the ranks that own the matrices, orthogonalize it, and return Q. The owner
         adds to `sums` what only it knows of a whole matrix."""
         layout, products = self._planned, sums.products
+        views: list[int] = []  # of the matrices that this rank owns, in the order of `norms`
+        norms: list[Tensor] = []
         for part in plan.orthogonalizations:
-            stacks = part.exchange.whole_matrices(
-                look_aheads, shards.directions, part.method.wire_dtype
-            )
-            for stack, views in stacks:
-                owned = layout.indices([part.views[v] for v in views])
+            wire_dtype, method = part.method.wire_dtype, part.method
+            for stack, own in part.exchange.whole_matrices(ends, wire_dtype, layout.device):
                 momentum = stack.clone() if self.watch else None  # the iteration overwrites it
-                norm = orthogonalize_(stack, part.method.scheme, part.method.compute_dtype)
-                products.not_finite[owned] = (~norm.isfinite()).to(layout.dtype)
-                if products.momentum is not None:
-                    products.momentum[owned] = norm.square().to(layout.dtype)
+                norms.append(orthogonalize_(stack, method.scheme, method.compute_dtype))
+                numbers = [part.views[v] for v in own]
+                views += numbers
                 if self.watch and momentum is not None:
+                    owned = layout.indices(numbers)
                     sums.watched[:, owned] = self.watch(momentum, stack).to(layout.dtype)
+        if norms:
+            owned, norm = layout.indices(views), torch.cat(norms)
+            products.not_finite[owned] = (~norm.isfinite()).to(layout.dtype)
+            if products.momentum is not None:
+                products.momentum[owned] = norm.square().to(layout.dtype)
 
-    def _add_inner_products(self, plan: StepPlan, shards: Shards, sums: Sums) -> None:
-        """Add this rank's part of w, q and p, and its gradients to the count of their holders."""
-        for run in plan.runs:
-            if run.counted:
-                W = run.of(shards.weights[run.param])
-                Q = run.of(shards.directions[run.param])
-                sums.products.w[run.views] += dot(W, W)
-                sums.products.q[run.views] += dot(Q, Q)
-                sums.products.p[run.views] += dot(W, Q)
+    def _count_holders(self, shards: Shards, sums: Sums) -> None:
+        """Add this rank's gradients to the count of their holders."""
         if sums.holders is not None:
             present = shards.directions.keys() - shards.absent
             flags = [float(i in present) for i in range(len(sums.holders))]
@@ -325,104 +268,22 @@ class MatrixOptimizer(LaidOutOptimizer):
 
     def _update(
         self,
-        plan: StepPlan,
-        shards: Shards,
+        passes: Passes,
         steps: Sequence[tuple[Group, Step]],
         has_gradient: Tensor | None,
     ) -> None:
         """W ← keep · W − apply · Q."""
-        layout = self._planned
-        for group in layout.groups:
+        for group in self._planned.groups:
             if not group.has_views:
-                self._update_elements(group, shards, has_gradient)
+                passes.update_elements(group, has_gradient)
         if steps:
             keep = torch.cat([step.keep for _, step in steps])
             apply = torch.cat([step.apply for _, step in steps])
             bad = torch.cat([step.bad for _, step in steps])
-            # 0 · NaN is NaN: what is not finite must leave Q, although its `apply` is 0, and the
-            # moments. To ask an accelerator whether there is any would make the host wait.
-            reset = layout.device.type != "cpu" or bool(bad.any())
-            for run in plan.runs:
-                Q = run.of(shards.directions[run.param])
-                if reset:
-                    for tensor in (Q, *map(run.of, self._moments(run.param).values())):
-                        tensor.masked_fill_(bad[run.views, None], 0.0)
-                W = run.of(shards.weights[run.param])
-                update_(W, Q, keep[run.views, None], apply[run.views, None])
+            passes.update(keep, apply, bad)
         if has_gradient is not None:
-            for i in shards.absent:
-                self._decay_moments(i, has_gradient[i])
-
-    def _update_elements(self, group: Group, shards: Shards, has_gradient: Tensor | None) -> None:
-        """The same for a group whose step needs no inner products: keep and apply are alike for all
-        its elements."""
-        layout, lr = self._planned, group.options["lr"]
-        decays = group.rule.decay == "decoupled"
-        keep = 1 - lr * group.options["weight_decay"] if decays else 1.0
-        members = [i for i in group.params if i in shards.weights]
-        present = [i for i in members if layout.params[i].grad is not None]
-        stored = [i for i in present if shards.weights[i].numel()]
-        if stored:
-            weights = [shards.weights[i] for i in stored]
-            directions = [shards.directions[i] for i in stored]
-            if isinstance(lr, Tensor):  # `alpha` takes numbers, and reading it would wait
-                torch._foreach_mul_(directions, lr)
-            torch._foreach_mul_(weights, keep)
-            torch._foreach_add_(weights, directions, alpha=-1.0 if isinstance(lr, Tensor) else -lr)
-        if has_gradient is not None:
-            for i in shards.absent.intersection(members):
-                W, Q = shards.weights[i], shards.directions[i]
-                W.copy_(torch.where(has_gradient[i], W * keep - lr * Q, W))
-
-    def _decay_moments(self, param: int, has_gradient: Tensor) -> None:
-        """What a zero gradient does to the moments, where another rank has one."""
-        layout = self._planned
-        group = layout.group_of[param]
-        beta1, beta2 = group.options["betas"]
-        first = beta2 if group.rule.direction == "lion" else beta1
-        decay = {"momentum": group.options["momentum"], "exp_avg": first, "exp_avg_sq": beta2}
-        for key, moment in self._moments(param).items():
-            moment.mul_(1 - (1 - decay[key]) * has_gradient.to(layout.dtype))
-        if group.rule.direction == "adam":
-            self.state[layout.params[param]]["step"].add_(has_gradient)
-
-    # --- local tensors
-
-    def _local_shards(self, members: Sequence[int]) -> Shards:
-        absent = {i for i in members if self._planned.params[i].grad is None}
-        weights = {i: self._flat_weight(i) for i in members}
-        return Shards(weights, {i: self._flat_gradient(i) for i in members}, absent)
-
-    def _moments(self, param: int) -> dict[str, Tensor]:
-        """This rank's moments of a parameter, flat."""
-        layout = self._planned
-        state = self.state[layout.params[param]]
-        keys = layout.group_of[param].rule.moments
-        return {key: local_tensor(state[key]).view(-1) for key in keys}
-
-    def _flat_weight(self, param: int) -> Tensor:
-        local = local_tensor(self._planned.params[param])
-        if not local.is_contiguous():
-            raise ValueError(
-                f"parameter {self._planned.names[param]!r} is no longer contiguous"
-                " (channels_last?): keep weights row-major"
-            )
-        return local.view(-1)
-
-    def _flat_gradient(self, param: int) -> Tensor:
-        """This rank's gradient, flat; zero where it has none. A copy where it is not stored
-        row-major."""
-        layout = self._planned
-        p = layout.params[param]
-        grad = p.grad
-        if grad is None:
-            return torch.zeros_like(local_tensor(p), memory_format=torch.contiguous_format).view(-1)
-        if grad.layout != torch.strided:
-            raise ValueError(
-                f"parameter {layout.names[param]!r} has a sparse gradient ({grad.layout}): build"
-                " its module with sparse=False"
-            )
-        return local_tensor(laid_out_as(p, grad)).contiguous().view(-1)
+            for i in passes.shards.absent:
+                passes.decay_moments(i, has_gradient[i])
 
     def _watch_gradients(self, plan: StepPlan, shards: Shards) -> dict[str, Tensor]:
         """What the watch measures of whole gradients, by key, (views,) each."""

@@ -8,9 +8,10 @@ at most two batches are in flight.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -43,6 +44,64 @@ class Move(NamedTuple):
     there: Block
 
 
+class Part(NamedTuple):
+    """What moves of one view, or of a piece of it."""
+
+    param: int
+    here: Block  # of the local shard
+    there: Block  # of the wire or the stage, as many rows and columns
+    view: int
+    counted: bool  # whether this rank counts it in inner products
+
+
+class Moves(list[Move]):
+    """Copies between local shards and a wire or stage, as few as there can be.
+
+    Attributes:
+        parts: the same, view by view.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: list[Part] = []
+
+
+class Ends(Protocol):
+    """What stands at the shards' end of an exchange: fills what travels, and takes what comes."""
+
+    def pack(self, moves: Moves, buffer: Tensor) -> None:
+        """Fill the blocks of a wire or stage from the shards."""
+
+    def unpack(self, moves: Moves, buffer: Tensor) -> None:
+        """Take the blocks of a wire or stage into the shards."""
+
+
+@dataclass
+class Copies:
+    """Ends that copy.
+
+    Attributes:
+        shards: flat local tensors by parameter, read.
+        returned: flat local tensors by parameter, overwritten. They may be the same tensors: a
+            shard is read before what comes back for it is written.
+    """
+
+    shards: dict[int, Tensor]
+    returned: Mapping[int, Tensor]
+
+    def pack(self, moves: Moves, buffer: Tensor) -> None:
+        _copy([(there.of(buffer), here.of(self.shards[param])) for param, here, there in moves])
+
+    def unpack(self, moves: Moves, buffer: Tensor) -> None:
+        _copy([(here.of(self.returned[param]), there.of(buffer)) for param, here, there in moves])
+
+
+def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Copy the second of each pair into the first."""
+    if pairs:
+        torch._foreach_copy_([to for to, _ in pairs], [source for _, source in pairs])
+
+
 class Stack(NamedTuple):
     """Whole matrices of one shape, one after another in the stage."""
 
@@ -59,21 +118,21 @@ class Stack(NamedTuple):
 
 
 @dataclass
-class _Route:
+class Route:
     """One batch as one rank sees it: what it copies, and elements to and from each rank."""
 
     stacks: list[Stack] = field(default_factory=list)
     stage: int = 0  # elements of whole matrices owned here
     # The way in: shards that stay here (local, stage), go (local, wire) and come (stage, wire).
-    stay: list[Move] = field(default_factory=list)
-    pack: list[Move] = field(default_factory=list)
-    assemble: list[Move] = field(default_factory=list)
+    stay: Moves = field(default_factory=Moves)
+    pack: Moves = field(default_factory=Moves)
+    assemble: Moves = field(default_factory=Moves)
     sends: list[int] = field(default_factory=list)
     receives: list[int] = field(default_factory=list)
     # The way back, the same three; with replicas more returns than came in.
-    return_stay: list[Move] = field(default_factory=list)
-    scatter: list[Move] = field(default_factory=list)  # (stage, wire)
-    unpack: list[Move] = field(default_factory=list)  # (local, wire)
+    return_stay: Moves = field(default_factory=Moves)
+    scatter: Moves = field(default_factory=Moves)  # (stage, wire)
+    unpack: Moves = field(default_factory=Moves)  # (local, wire)
     returns: list[int] = field(default_factory=list)
     restores: list[int] = field(default_factory=list)
 
@@ -82,28 +141,25 @@ class _Route:
 class _Transfer:
     """One batch under way."""
 
-    route: _Route
-    shards: Mapping[int, Tensor]
-    returned: Mapping[int, Tensor]
+    route: Route
+    ends: Ends
     dtype: torch.dtype
+    device: torch.device
     group: Any
     stage: Tensor | None = None
     arriving: tuple[Tensor, Any] | None = None  # received, and the work that fills it
 
     def send(self) -> None:
         wire = self._buffer(sum(self.route.sends))
-        for param, local, there in self.route.pack:
-            there.of(wire).copy_(local.of(self.shards[param]))
+        self.ends.pack(self.route.pack, wire)
         self.arriving = all_to_all(wire, self.route.sends, self.route.receives, self.group)
 
     def receive(self) -> Iterator[tuple[Tensor, list[int]]]:
         """The stacks of whole matrices that this rank owns, with their numbers."""
         stage = self.stage = self._buffer(self.route.stage)
-        for param, local, at in self.route.stay:
-            at.of(stage).copy_(local.of(self.shards[param]))
+        self.ends.pack(self.route.stay, stage)
         wire = self._arrived()
-        for _, at, there in self.route.assemble:
-            at.of(stage).copy_(there.of(wire))
+        _copy([(at.of(stage), there.of(wire)) for _, at, there in self.route.assemble])
         for stack in self.route.stacks:
             yield stack.of(stage), stack.views
 
@@ -111,16 +167,12 @@ class _Transfer:
         assert self.stage is not None
         stage, self.stage = self.stage, None
         wire = self._buffer(sum(self.route.returns))
-        for _, at, there in self.route.scatter:
-            there.of(wire).copy_(at.of(stage))
+        _copy([(there.of(wire), at.of(stage)) for _, at, there in self.route.scatter])
         self.arriving = all_to_all(wire, self.route.returns, self.route.restores, self.group)
-        for param, local, at in self.route.return_stay:
-            local.of(self.returned[param]).copy_(at.of(stage))
+        self.ends.unpack(self.route.return_stay, stage)
 
     def receive_back(self) -> None:
-        wire = self._arrived()
-        for param, local, there in self.route.unpack:
-            local.of(self.returned[param]).copy_(there.of(wire))
+        self.ends.unpack(self.route.unpack, self._arrived())
 
     def _arrived(self) -> Tensor:
         assert self.arriving is not None
@@ -129,8 +181,7 @@ class _Transfer:
         return wire
 
     def _buffer(self, elements: int) -> Tensor:
-        device = next(iter(self.shards.values())).device
-        return torch.empty(elements, dtype=self.dtype, device=device)
+        return torch.empty(elements, dtype=self.dtype, device=self.device)
 
 
 @dataclass
@@ -168,15 +219,24 @@ class Exchange:
     ):
         self.plan, self._rank, self._group = plan, rank, group
         self._held = [held_rectangles(view, local[view.param]) for view in plan.views]
-        self._routes = [self._route(batch) for batch in plan.batches]
+        self.routes = [self._route(batch) for batch in plan.batches]
+        # What this rank holds and another sends: its momentum is updated, and goes nowhere.
+        self.unsent = [
+            Part(plan.views[s.view].param, block, block, s.view, False)
+            for batch in plan.batches
+            for v in itertools.chain(*batch.views)
+            for s in plan.segments[v]
+            if rank in s.holders and s.source != rank
+            for block in (self._local(s),)
+        ]
 
     @property
     def elements_sent(self) -> int:
         """Matrix elements that this rank sends to others in one run, both ways."""
-        return sum(sum(route.sends) + sum(route.returns) for route in self._routes)
+        return sum(sum(route.sends) + sum(route.returns) for route in self.routes)
 
     def whole_matrices(
-        self, shards: Mapping[int, Tensor], returned: Mapping[int, Tensor], wire_dtype: torch.dtype
+        self, ends: Ends, wire_dtype: torch.dtype, device: torch.device
     ) -> Iterator[tuple[Tensor, list[int]]]:
         """Gather whole matrices, and give each stack (k, m, n) that this rank owns with its k view
         numbers. What stands in a stack when the next one is asked for goes back to the shards.
@@ -184,13 +244,11 @@ class Exchange:
         All ranks have to run through it together, also those that own nothing.
 
         Args:
-            shards: flat local tensors by parameter, read.
-            returned: flat local tensors by parameter, overwritten. They may be the same tensors:
-                a shard is read before what comes back for it is written.
-            wire_dtype: of the whole matrices and of what travels.
+            ends: fills what travels from the shards, and takes what comes back.
+            wire_dtype, device: of the whole matrices and of what travels.
         """
         transfers = [
-            _Transfer(route, shards, returned, wire_dtype, self._group) for route in self._routes
+            _Transfer(route, ends, wire_dtype, device, self._group) for route in self.routes
         ]
         for transfer in transfers[:1]:
             transfer.send()
@@ -237,9 +295,9 @@ class Exchange:
         held = next(h for h in self._held[segment.view] if h.area.contains(segment.area))
         return _block(held.locate(segment.area), segment, held.stride)
 
-    def _route(self, batch: Batch) -> _Route:
+    def _route(self, batch: Batch) -> Route:
         """Everything that this rank copies and sends for one batch."""
-        plan, me, route = self.plan, self._rank, _Route()
+        plan, me, route = self.plan, self._rank, Route()
         offsets: dict[int, int] = {}  # view → where it begins in the stage
         for v in batch.views[me]:
             view = plan.views[v]
@@ -257,9 +315,9 @@ class Exchange:
             return 0, _block(offsets[s.view] + s.area.top * cols + s.area.left, s, cols)
 
         for s in plan.inbound(batch, me, me):
-            _append(route.stay, *held(s), staged(s)[1])
+            _append(route.stay, s, me, *held(s), staged(s)[1])
         for s in plan.outbound(batch, me, me):
-            _append(route.return_stay, *held(s), staged(s)[1])
+            _append(route.return_stay, s, me, *held(s), staged(s)[1])
         for other in range(plan.world):
             legs = (
                 (route.sends, route.pack, plan.inbound(batch, me, other), held),
@@ -270,13 +328,14 @@ class Exchange:
             for elements, moves, segments, place in legs:
                 begin = sum(elements)
                 travelling = segments if other != me else []
-                elements.append(_line_up(moves, travelling, begin, place))
+                elements.append(_line_up(moves, travelling, me, begin, place))
         return route
 
 
 def _line_up(
-    moves: list[Move],
+    moves: Moves,
     segments: Sequence[Segment],
+    rank: int,
     begin: int,
     place: Callable[[Segment], tuple[int, Block]],
 ) -> int:
@@ -289,7 +348,7 @@ def _line_up(
     """
     at = begin
     for s in segments:
-        _append(moves, *place(s), _block(at, s, s.area.right - s.area.left))
+        _append(moves, s, rank, *place(s), _block(at, s, s.area.right - s.area.left))
         at += s.numel
     return at - begin
 
@@ -302,13 +361,17 @@ def _block(offset: int, segment: Segment, stride: int) -> Block:
     return Block(offset, bottom - top, right - left, stride)
 
 
-def _append(moves: list[Move], param: int, here: Block, there: Block) -> None:
-    """Append a move, or lengthen the last one where both sides go on contiguously."""
+def _append(
+    moves: Moves, segment: Segment, rank: int, param: int, here: Block, there: Block
+) -> None:
+    """Append what `rank` moves of a segment, or lengthen the last move where both sides go on
+    contiguously."""
     if here.rows != there.rows:  # contiguous on one side only: rows on both
         rows, cols = max(here[1:3], there[1:3])
         here, there = (
             Block(b.offset, rows, cols, b.stride if b.rows == rows else cols) for b in (here, there)
         )
+    moves.parts.append(Part(param, here, there, segment.view, segment.source == rank))
     if moves and here.rows == 1 and moves[-1].here.rows == 1 and moves[-1].param == param:
         last = moves[-1]
         count = last.here.cols

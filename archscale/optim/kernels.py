@@ -1,8 +1,8 @@
-"""Triton kernel of the symmetric products α X Xᵀ + β · add: half of the tiles are computed, each is
-written twice.
+"""Triton kernels of the orthogonalization: symmetric products α X Xᵀ + β · add, of which half of
+the tiles are computed and each is written twice, and the scaling before them.
 
-`orthogonalize.symmetric_product` is the reference that it is compared with, and imports this module
-only where Triton is installed and the product is large enough to pay. Letters: k matrices of m rows
+`orthogonalize.plain_symmetric_product` and `plain_scaled` are the references, and that file imports
+this one only where Triton is installed. Letters: k matrices of m rows
 and n columns.
 """
 
@@ -144,6 +144,32 @@ def symmetric_product(
             **(config.all_kwargs() if config else {}),
         )
     return out
+
+
+@triton.jit
+def _scale_kernel(M, SCALE, X, numel, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
+    """X ← M · scale of each matrix of `numel` elements, zero where its scale is; SCALE: float32."""
+    matrix = tl.program_id(1)
+    scale = tl.load(SCALE + matrix)
+    usable = tl.where(scale != 0, numel, 0)
+    offset = matrix.to(tl.int64) * numel
+    for low in range(0, CHUNK, BLOCK):
+        e = tl.program_id(0).to(tl.int64) * CHUNK + low + tl.arange(0, BLOCK)
+        m = tl.load(M + offset + e, mask=e < usable, other=0.0).to(tl.float32)
+        tl.store(X + offset + e, (m * scale).to(X.dtype.element_ty), mask=e < numel)
+
+
+def scaled(M: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """M · scale in `dtype`; zero where the scale is, whatever M holds.
+
+    Args:
+        M: (k, m, n), contiguous. scale: (k,), float32.
+    """
+    X, numel = torch.empty_like(M, dtype=dtype), M[0].numel()
+    with torch.cuda.device_of(M):
+        grid = (triton.cdiv(numel, 8192), len(M))
+        _scale_kernel[grid](M, scale, X, numel, BLOCK=1024, CHUNK=8192)
+    return X
 
 
 def precision(dtype: torch.dtype) -> str:

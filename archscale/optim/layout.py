@@ -86,12 +86,14 @@ class StepPlan:
         members: the parameters.
         runs: this rank's pieces of their matrices.
         taking_part: by view, (views,) bool on the device; None: all of them.
+        tables: what fused passes run over (`fused.Tables`), once there are any.
     """
 
     members: tuple[int, ...]
     orthogonalizations: list[Orthogonalization] = field(default_factory=list)
     runs: list[Run] = field(default_factory=list)
     taking_part: Tensor | None = None
+    tables: Any = None
 
 
 @dataclass
@@ -228,6 +230,7 @@ class Layout:
         ]
         self._indices: dict[tuple[int, ...], Tensor] = {}
         self._plans: dict[tuple, StepPlan] = {}
+        self._kept: dict[str, tuple[list, Tensor]] = {}
 
     def _add_group(self, options: dict[str, Any], group_spec: GroupSpec) -> None:
         rule, specs = group_spec.rule, group_spec.parameters
@@ -328,3 +331,13 @@ class Layout:
         if key not in self._indices:
             self._indices[key] = torch.tensor(key, device=self.device, dtype=torch.long)
         return self._indices[key]
+
+    def on_device(self, name: str, rows: list, dtype: torch.dtype) -> Tensor:
+        """`rows` as a tensor on the device, the same one while they stay the same. The host does
+        not wait for the transfer."""
+        if name not in self._kept or self._kept[name][0] != rows:
+            values = torch.tensor(rows, dtype=dtype)
+            if self.device.type == "cuda":
+                values = values.pin_memory()
+            self._kept[name] = rows, values.to(self.device, non_blocking=True)
+        return self._kept[name][1]

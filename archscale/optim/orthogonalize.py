@@ -71,22 +71,47 @@ def orthogonalize_(M: Tensor, scheme: str, dtype: torch.dtype) -> Tensor:
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown orthogonalizer {scheme!r}; one of {', '.join(SCHEMES)}")
-    # The squares of a small gradient underflow in float32, so the norm is taken in float64.
-    norm = torch.linalg.vector_norm(M, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-    usable = torch.isfinite(norm) & (norm > 0)
+    norm = _norms(M)
     if M.numel() == 0:
-        return norm.flatten()
+        return norm
+    usable = torch.isfinite(norm) & (norm > 0)
     if scheme == "exact":
-        M.copy_(_exact(torch.where(usable, M, 0.0)))
-        return norm.flatten()
+        M.copy_(_exact(torch.where(usable[:, None, None], M, 0.0)))
+        return norm
     scale = torch.where(usable, 1.0 / (NORMALIZATION[scheme] * norm), 0.0)
-    X = torch.where(usable, M * scale.to(torch.promote_types(M.dtype, torch.float32)), 0.0).to(
-        dtype
-    )
+    X = scaled(M, scale.to(torch.promote_types(M.dtype, torch.float32)), dtype)
     Q = _iterate(X, M if M.dtype == dtype else torch.empty_like(X), COEFFICIENTS[scheme])
     if Q.data_ptr() != M.data_ptr():
         M.copy_(Q)
-    return norm.flatten()
+    return norm
+
+
+def _norms(M: Tensor) -> Tensor:
+    """‖M‖ of each matrix, (k,), float64: the squares of a small gradient underflow in float32."""
+    if M.device.type == "cpu" or M.numel() == 0:
+        return torch.linalg.vector_norm(M, dim=(-2, -1), dtype=torch.float64)
+    # On a GPU `vector_norm` would make a copy in float64, and this converts while it reads.
+    return torch.stack(torch._foreach_norm(M.unbind(), dtype=torch.float64))
+
+
+def scaled(M: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """M · scale of each matrix (k, m, n) in `dtype`, zero where its scale (k,) is: by a Triton
+    kernel on a GPU."""
+    kernels = _kernels() if M.is_cuda else None
+    if kernels and M.dtype in kernels.DTYPES and dtype in kernels.DTYPES:
+        return kernels.scaled(M, scale, dtype)
+    return plain_scaled(M, scale, dtype)
+
+
+def plain_scaled(M: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """`scaled` in plain PyTorch: the reference of the kernel."""
+    scale = scale[:, None, None]
+    X = (M * scale).to(dtype)
+    zero = scale == 0
+    # 0 · NaN is NaN. To ask an accelerator whether there is any would make the host wait.
+    if M.device.type != "cpu" or bool(zero.any()):
+        X.masked_fill_(zero, 0.0)
+    return X
 
 
 def _iterate(X: Tensor, spare: Tensor, coefficients: list[tuple[float, float, float]]) -> Tensor:
@@ -171,13 +196,15 @@ def _kernels() -> ModuleType | None:
         return None
     try:
         X = torch.ones(1, 16, 16, dtype=torch.bfloat16, device="cuda")
-        if bool((kernels.symmetric_product(X, config=kernels.CONFIGS[0]) == 16).all()):
+        double = kernels.scaled(X, torch.full((1,), 2.0, device="cuda"), torch.float32)
+        product = kernels.symmetric_product(X, config=kernels.CONFIGS[0])
+        if bool((double == 2).all()) and bool((product == 16).all()):
             return kernels
         reason = "wrong result"
     except Exception as error:  # no C compiler, say: PyTorch's products are slower, not different
         reason = f"{type(error).__name__}: {error}"
     warnings.warn(
-        f"Triton does not run here, PyTorch's symmetric products take its place: {reason}",
+        f"Triton does not run here, PyTorch's operators take its place: {reason}",
         stacklevel=2,
     )
     return None

@@ -83,7 +83,7 @@ def clip_gradients(
     device = grads[0].device if grads else torch.device("cpu")
     total = torch.zeros((), device=device)
     if grads:
-        total += torch.stack([norm.float().square() for norm in torch._foreach_norm(grads)]).sum()
+        total += torch.stack(torch._foreach_norm(grads)).float().square().sum()
     if shard_group is not None:
         total = all_reduce(total, group=shard_group)
     norm = total.sqrt()

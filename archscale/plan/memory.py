@@ -379,7 +379,7 @@ def _optimizer_buffers(stored: list[Weight], step: Execution, largest: int) -> i
         stack = max(1, min(math.ceil(count / step.world), batch // (m * n)))
         short, long = sorted((m, n))
         # The iteration: X, a spare one unless the stage serves, and square matrices; before it, two
-        # float32 copies.
+        # float32 copies, unless a kernel scales.
         squares = 5 if compute == FP32 and 2 * long > 3 * short else 3
         iterating = compute * (m * n * (1 + (wire != compute)) + squares * short * short)
         # A watch keeps M̂, and takes inner products in float32.
