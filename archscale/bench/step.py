@@ -189,7 +189,7 @@ def _collectives(plan: Plan, group: CountedGroup, accumulation: int) -> list[Row
         return []
     config, sent = plan.config, plan.figures["communication"]
     blocks, replicas = config.model.depth, group.world // group.shard
-    again = blocks * config.parallel.reshard_after_forward
+    again = (blocks - 1) * config.parallel.reshard_after_forward  # the last one is kept
     gathers, reductions = accumulation * (blocks + 1 + again), accumulation * (blocks + 1)
     if group.shard == 1:  # in as many calls as DDP makes buckets
         calls: dict[str, tuple[int | None, int]] = {
@@ -199,7 +199,10 @@ def _collectives(plan: Plan, group: CountedGroup, accumulation: int) -> list[Row
         kind = "reduce-scatter" + (" and all-reduce" if replicas > 1 else "")
         calls = {
             "parameters: all-gather": (gathers, sent["parameters"]),
-            f"gradients: {kind}": (reductions * min(2, replicas), sent["gradients"]),
+            f"gradients: {kind}": (
+                reductions + (blocks + 1) * (replicas > 1),  # replicas with the last micro-batch
+                sent["gradients"],
+            ),
         }
     calls |= {f"update: {name}": counted for name, counted in group.calls.items()}
     return [
