@@ -244,10 +244,12 @@ def _segments(
     segments = Segments(bounds, context, window)
     mask = attention_mask(tokens, window, eos, torch.bfloat16)
     shape = batch, context
-    inputs = [
-        torch.randn(*shape, n, channels, device=bench.device, dtype=torch.bfloat16).requires_grad_()
-        for n in (queries, keys, keys)
-    ]
+
+    def heads_of(count: int) -> Tensor:
+        x = torch.randn(*shape, count, channels, device=bench.device, dtype=torch.bfloat16)
+        return x.requires_grad_()
+
+    inputs = heads_of(queries), heads_of(keys), heads_of(keys)
     q, k, v = (x.transpose(1, 2) for x in inputs)
 
     def masked() -> Tensor:

@@ -13,7 +13,7 @@ head.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ def segment_attention(
     from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
     grouped = q.shape[2] != k.shape[2]
-    options = {}
+    options: dict[str, Any] = {}
     if grouped and TORCH >= GROUPED_TORCH:
         options["enable_gqa"] = True
     elif grouped:
@@ -116,7 +116,9 @@ def segment_attention(
     bounds, longest = segments.bounds, segments.longest
     left = -1 if segments.window is None else segments.window - 1
     out, lse = varlen_attn(
-        *(x.flatten(0, 1) for x in (q, k, v)),
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
         bounds,
         bounds,
         longest,

@@ -188,7 +188,8 @@ class Transformer(nn.Module):
             and window is not None
             and device_takes_segments(tokens.device, self.dtype, self.config.head_dim)
         ):
-            return Segments(sequence_bounds(*tokens.shape, tokens.device), tokens.shape[1], window)
+            batch, context = tokens.shape
+            return Segments(sequence_bounds(batch, context, tokens.device), context, window)
         return attention_mask(tokens, window, self.eos_id, self.dtype, documents)
 
 

@@ -151,8 +151,11 @@ def evaluate(
         # The ends of documents are read, whatever training reads.
         inputs, targets, _ = batch
         counted = targets != IGNORE
-        placed = place(Batch(inputs, targets), engine.module, device)
-        sums[0] += engine.forward(*placed).loss.double()
+        module = getattr(engine, "module", None)
+        placed = place(Batch(inputs, targets), module, device)
+        documents = () if placed.documents is None else (placed.documents,)
+        output = engine.forward(placed.inputs, placed.targets, *documents)
+        sums[0] += output.loss.double()
         sums[1] += counted.sum().to(device)
         if token_bytes is not None:
             length = token_bytes[torch.where(counted, targets, 0)] * counted

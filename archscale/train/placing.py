@@ -20,13 +20,13 @@ class Placed(NamedTuple):
     documents: Tensor | Segments | None
 
 
-def place(batch: Batch, module: nn.Module, device: torch.device) -> Placed:
+def place(batch: Batch, module: nn.Module | None, device: torch.device) -> Placed:
     """Move a micro-batch; from pinned memory on CUDA, because a copy from pageable memory waits.
 
     Where documents lie is read on the host, where nothing has to be waited for.
 
     Args:
-        module: the model; one with a method `separate` says how it wants documents.
+        module: the model, where it is at hand; its method `separate` says how it wants documents.
     """
 
     def moved(tensor: Tensor) -> Tensor:
