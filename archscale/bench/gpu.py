@@ -31,8 +31,14 @@ from archscale.bench.workload import DOCUMENT_TOKENS, EOS, Workload
 from archscale.config.layers import Layer, merge
 from archscale.errors import ArchscaleError
 from archscale.model import transformer
-from archscale.model.layers import attention_mask
+from archscale.model.layers import attention_mask, masked_attention
 from archscale.model.loss import cross_entropy_sum
+from archscale.model.segments import (
+    Segments,
+    device_takes_segments,
+    segment_attention,
+    segment_bounds,
+)
 from archscale.optim import engine, layout
 from archscale.optim.orthogonalize import plain_symmetric_product, symmetric_product
 from archscale.optim.shards import plan_exchange
@@ -205,6 +211,66 @@ def attention(bench: Bench) -> None:
 
     bench.case("Z-value", lambda: z_value(None))
     bench.case("Z-value, document mask", lambda: z_value(EOS))
+
+    segment_forms: list[tuple[str, int, int | None, int | None]] = [
+        ("documents", H, EOS, None),
+        ("documents, grouped queries", H // 3, EOS, None),
+        ("window", H, None, T // 8),
+        ("documents and window, grouped queries", H // 3, EOS, T // 8),
+    ]
+    for label, heads, eos, window in segment_forms:
+        case = functools.partial(_segments, bench, tokens, (H, heads, K), eos, window)
+        bench.case(f"segments: {label}", case)
+
+
+def _segments(
+    bench: Bench,
+    tokens: Tensor,
+    heads: tuple[int, int, int],
+    eos: int | None,
+    window: int | None,
+) -> Row:
+    """Attention on segments, in time and beside the mask that they stand for: the largest
+    difference of outputs, gradients and Z-values, each over the largest number of its kind.
+
+    Args:
+        tokens: (B, T). heads: of queries, of keys and values, and their channels.
+    """
+    queries, keys, channels = heads
+    if not device_takes_segments(bench.device, torch.bfloat16, channels):
+        return {"segments": "not on this device"}
+    scale, (batch, context) = channels**-0.5, tokens.shape
+    bounds = segment_bounds(tokens.cpu(), eos, None).to(bench.device)
+    segments = Segments(bounds, context, window)
+    mask = attention_mask(tokens, window, eos, torch.bfloat16)
+    shape = batch, context
+
+    def heads_of(count: int) -> Tensor:
+        x = torch.randn(*shape, count, channels, device=bench.device, dtype=torch.bfloat16)
+        return x.requires_grad_()
+
+    inputs = heads_of(queries), heads_of(keys), heads_of(keys)
+    q, k, v = (x.transpose(1, 2) for x in inputs)
+
+    def masked() -> Tensor:
+        return masked_attention(q, k, v, mask, scale).transpose(1, 2)
+
+    def segmented() -> Tensor:
+        return segment_attention(*inputs, segments, scale)[0]
+
+    gradient = torch.randn_like(masked())
+    row: Row = {"forward, ms": bench.milliseconds(segmented)}
+    both = bench.milliseconds(lambda: segmented().backward(gradient))
+    row["forward and backward, ms"] = both
+    lse = segment_attention(*inputs, segments, scale)[1]
+    found, expected = (
+        [run(), *torch.autograd.grad(run(), inputs, gradient)] for run in (segmented, masked)
+    )
+    found.append(lse.unflatten(1, shape).transpose(0, 1))
+    expected.append(log_sum_exp(q.detach(), k.detach(), scale, mask))
+    for name, a, b in zip(("output", "dq", "dk", "dv", "Z-value"), found, expected):
+        row[f"{name}, difference"] = ((a - b).abs().max() / b.abs().max()).item()
+    return row
 
 
 def kernel(bench: Bench) -> None:

@@ -11,6 +11,7 @@ arithmetic, and what it copies for them is left out.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -23,10 +24,11 @@ from torch import Tensor, nn
 from archscale.bench.count import CountedGroup, LaunchCounter
 from archscale.bench.one_kernel import OneKernelPasses
 from archscale.bench.table import Row, markdown
-from archscale.bench.workload import EOS, objective
+from archscale.bench.workload import DOCUMENT_TOKENS, EOS, objective
 from archscale.config import Config
 from archscale.distributed import Fragment
 from archscale.errors import ConfigError
+from archscale.model.segments import TORCH, Segments, takes_segments
 from archscale.optim import MatrixOptimizer, engine
 from archscale.optim.roles import assign_roles
 from archscale.parallel.engine import clip_gradients
@@ -37,6 +39,7 @@ from archscale.plan.transfer import transfer_of
 from archscale.train.build import build_model, build_optimizer
 
 META = torch.device("meta")
+COUNTED_CAPABILITY = (9, 0)  # whose kernels are counted
 ENGINE, MODEL = "archscale.optim.engine", "archscale.model.transformer"
 PASSES, FUSED = "archscale.optim.passes", "archscale.optim.fused"
 PLACES = {
@@ -138,12 +141,27 @@ def _count_passes(counter: LaunchCounter, module: Any, config: Config, accumulat
         if moe is not None and moe.counts_first and accumulation > 1:
             alone = LaunchCounter({})
             with torch.no_grad(), alone.part(COUNTING):
-                module(tokens, head=False)
+                module(tokens, documents=_segments(module, config), head=False)
             counter.tallies |= alone.tallies
         with counter.part("forward: rest"):
-            loss = objective(module, moe, tokens, tokens)
+            forward = functools.partial(module, documents=_segments(module, config))
+            loss = objective(forward, moe, tokens, tokens)
         with counter.part(BACKWARD):
             loss.backward()
+
+
+def _segments(module: Any, config: Config) -> Segments | None:
+    """Documents and windows as the GPU that is counted takes them; None where it takes a mask."""
+    model, batch = config.model, config.training.micro_batch
+    if not (config.data.document_mask or model.window) or not takes_segments(
+        "cuda", COUNTED_CAPABILITY, module.dtype, model.head_dim, TORCH
+    ):
+        return None
+    documents = batch
+    if config.data.document_mask:
+        documents += batch * model.context // DOCUMENT_TOKENS
+    bounds = torch.empty(documents + 1, dtype=torch.int32, device=META)
+    return Segments(bounds, model.context, model.window)
 
 
 def _mark_backward(counter: LaunchCounter, module: Any) -> None:
@@ -195,7 +213,7 @@ def _collectives(plan: Plan, group: CountedGroup, accumulation: int) -> list[Row
         return []
     config, sent = plan.config, plan.figures["communication"]
     blocks, replicas = config.model.depth, group.world // group.shard
-    again = blocks * config.parallel.reshard_after_forward
+    again = (blocks - 1) * config.parallel.reshard_after_forward  # the last one is kept
     gathers, reductions = accumulation * (blocks + 1 + again), accumulation * (blocks + 1)
     if group.shard == 1:  # in as many calls as DDP makes buckets
         calls: dict[str, tuple[int | None, int]] = {
@@ -205,7 +223,10 @@ def _collectives(plan: Plan, group: CountedGroup, accumulation: int) -> list[Row
         kind = "reduce-scatter" + (" and all-reduce" if replicas > 1 else "")
         calls = {
             "parameters: all-gather": (gathers, sent["parameters"]),
-            f"gradients: {kind}": (reductions * min(2, replicas), sent["gradients"]),
+            f"gradients: {kind}": (
+                reductions + (blocks + 1) * (replicas > 1),  # replicas with the last micro-batch
+                sent["gradients"],
+            ),
         }
     calls |= {f"update: {name}": counted for name, counted in group.calls.items()}
     return [

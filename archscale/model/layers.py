@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from archscale.model.segments import Segments, expands_groups, segment_attention
+
 
 class Projection(nn.Module):
     """y = x Wᵀ, x (…, fan_in) → y (…, fan_out), no bias; W (fan_out, fan_in) starts uniform on
@@ -116,6 +118,9 @@ class Probe(Protocol):
     def attention(self, q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         """Scalar summary of the attention logits scale · q kᵀ + mask; rotated queries (B, H, T, C),
         keys (B, G, T, C), mask as of `attention_mask`."""
+
+    def log_sum_exp(self, lse: Tensor) -> Tensor:
+        """The same summary, where the kernel has given the logits' log-sum-exp, (…)."""
 
     def router(self, logits: Tensor) -> Tensor:
         """Scalar summary of the router logits (N, E)."""
@@ -213,7 +218,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | Segments | None,
         probe: Probe | None = None,
         cache: BlockCache | None = None,
     ) -> AttentionOutput:
@@ -222,29 +227,47 @@ class Attention(nn.Module):
         Args:
             x: (B, T, D). rope: cos and sin as of `rope_table`.
             mask: as of `attention_mask`; None: plain causal, and with earlier tokens everything.
+                Segments stand for a mask where the device's kernel takes them.
         """
         B, T, _ = x.shape
         q, k, v, *gate = self.qkv(x).split(self.sizes, dim=-1)
         q = rotate(self.q_norm(q.view(B, T, self.heads, self.head_dim)), rope)
         k = rotate(self.k_norm(k.view(B, T, self.kv_heads, self.head_dim)), rope)
         v = v.view(B, T, self.kv_heads, self.head_dim)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T, C)
-        if cache is not None:
-            k, v = cache.extend(k, v)
-        o = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            is_causal=mask is None and k.shape[2] == T,
-            scale=self.scale,
-            enable_gqa=self.heads != self.kv_heads,
-        ).transpose(1, 2)  # (B, T, H, C)
+        probed = None
+        if isinstance(mask, Segments):
+            o, lse = segment_attention(q, k, v, mask, self.scale)
+            if probe is not None:
+                probed = probe.log_sum_exp(lse)
+        else:
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H or G, T, C)
+            if cache is not None:
+                k, v = cache.extend(k, v)
+            o = masked_attention(q, k, v, mask, self.scale).transpose(1, 2)  # (B, T, H, C)
+            if probe is not None:
+                probed = probe.attention(q, k, self.scale, mask)
         if gate:
             # Softmax has to attend to something; the gate lets a head say nothing.
             o = o * torch.sigmoid(gate[0]).unsqueeze(-1)
-        probed = None if probe is None else probe.attention(q, k, self.scale, mask)
         return AttentionOutput(self.out(o.reshape(B, T, -1)), probed)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(scale · q kᵀ + mask) v, (B, H, T, C), for q (B, H, T, C), k and v (B, G, S, C), mask
+    as of `attention_mask`; without one causal, or of all keys where there are more than queries."""
+    grouped = q.shape[1] != k.shape[1]
+    if grouped and expands_groups(q.device.type, q.dtype, mask is not None):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        grouped = False
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=mask,
+        is_causal=mask is None and k.shape[2] == q.shape[2],
+        scale=scale,
+        enable_gqa=grouped,
+    )
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:

@@ -30,6 +30,12 @@ from archscale.model.layers import (
 )
 from archscale.model.loss import cross_entropy_sum
 from archscale.model.moe import MoE, Routing
+from archscale.model.segments import (
+    Segments,
+    device_takes_segments,
+    segment_bounds,
+    sequence_bounds,
+)
 
 if TYPE_CHECKING:
     from archscale.config import ModelConfig
@@ -99,7 +105,7 @@ class Transformer(nn.Module):
         self,
         tokens: Tensor,
         targets: Tensor | None = None,
-        documents: Tensor | None = None,
+        documents: Tensor | Segments | None = None,
         *,
         probe: Probe | None = None,
         head: bool = True,
@@ -111,7 +117,8 @@ class Transformer(nn.Module):
         Args:
             tokens, targets: (B, T) int64; targets of `loss.IGNORE` do not count.
             documents: number of each position's document, (B, T): attention stays within it. None:
-                documents are told apart by `eos_id`, if it is given.
+                documents are told apart by `eos_id`, if it is given. Segments: as `separate` gives
+                them.
             probe: looks into the blocks.
             head: False: run the blocks alone, to see what they route; then there are neither logits
                 nor a loss.
@@ -121,9 +128,10 @@ class Transformer(nn.Module):
         """
         # Once for all blocks.
         config = self.config
+        mask: Tensor | Segments | None
         if cache is None:
             positions = torch.arange(tokens.shape[1], device=tokens.device)
-            mask = attention_mask(tokens, config.window, self.eos_id, self.dtype, documents)
+            mask = self._mask(tokens, documents)
         else:
             positions = cache.start(tokens)
             mask = cache.mask(config.window, self.eos_id, self.dtype)
@@ -158,6 +166,41 @@ class Transformer(nn.Module):
             Routing(*map(torch.stack, zip(*routed))) if routed else None,
             None if probe is None else tuple(probed),
         )
+
+    def separate(
+        self, tokens: Tensor, documents: Tensor | None, device: torch.device
+    ) -> Tensor | Segments | None:
+        """What `forward` on `device` is best given as the documents of a batch that is on the host:
+        segments where the device's attention takes them, `documents` itself elsewhere. Their bounds
+        are on the host.
+
+        Args:
+            tokens, documents: as of `forward`.
+        """
+        alone = documents is None and self.eos_id is None
+        if alone or not device_takes_segments(device, self.dtype, self.config.head_dim):
+            return documents
+        bounds = segment_bounds(tokens, self.eos_id, documents)
+        return Segments(bounds, tokens.shape[1], self.config.window)
+
+    def _mask(
+        self, tokens: Tensor, documents: Tensor | Segments | None
+    ) -> Tensor | Segments | None:
+        """What tells attention where positions may look; None: at everything before them."""
+        if isinstance(documents, Segments):
+            # A batch of more documents must not compile the blocks anew.
+            torch._dynamo.maybe_mark_dynamic(documents.bounds, 0)
+            return documents
+        window = self.config.window
+        alone = documents is None and self.eos_id is None
+        if (
+            alone
+            and window is not None
+            and device_takes_segments(tokens.device, self.dtype, self.config.head_dim)
+        ):
+            batch, context = tokens.shape
+            return Segments(sequence_bounds(batch, context, tokens.device), context, window)
+        return attention_mask(tokens, window, self.eos_id, self.dtype, documents)
 
 
 class BlockOutput(NamedTuple):
@@ -237,7 +280,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rope: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask: Tensor | Segments | None,
         probe: Probe | None = None,
         cache: BlockCache | None = None,
     ) -> BlockOutput:

@@ -32,7 +32,8 @@ class NativeEngine:
             method `spread_experts(mesh)`, which returns the module that FSDP2 is to shard over the
             others.
         initialize: fills its parameters, which are by then plain tensors or DTensors on `device`.
-        reshard: free a block's gathered parameters between its forward and backward pass.
+        reshard: free a block's gathered parameters between its forward and backward pass; the last
+            block's are needed again at once, and stay.
         dtype: of matrix products; FSDP2 gathers parameters in it and reduces gradients in float32.
         compile: compile the model's parts.
 
@@ -64,6 +65,9 @@ class NativeEngine:
         self.module.to_empty(device=device)
         initialize(self.module)
         if compile:
+            # Under DDP the compiler would cut every block where a bucket of gradients is full. The
+            # blocks are small enough for reductions to overlap with the backward pass.
+            torch._dynamo.config.optimize_ddp = False
             parts: Any = self.module
             parts.compile_parts()
         self.forward: Callable[..., Any] = self.module
@@ -105,7 +109,10 @@ class NativeEngine:
     @contextlib.contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
         """Around forward and backward of one micro-batch. DDP reduces once, with the last one;
-        FSDP2 reduces each, so that only sharded gradients accumulate."""
+        FSDP2 scatters the sums of each over the shards, so that only sharded gradients accumulate,
+        and adds up those of the replicas with the last one."""
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_all_reduce(last)
         if isinstance(self.forward, DistributedDataParallel) and not last:
             with self.forward.no_sync():
                 yield
@@ -141,9 +148,9 @@ def _shard(
             )
     blocks: Any = module.blocks
     for block in blocks:
-        fully_shard(
-            block, mesh=data_parallel(mesh), mp_policy=policy, reshard_after_forward=reshard
-        )
+        # The backward pass begins with the last block: nothing would hide gathering it again.
+        again = reshard and block is not blocks[-1]
+        fully_shard(block, mesh=data_parallel(mesh), mp_policy=policy, reshard_after_forward=again)
     fully_shard(module, mesh=data_parallel(mesh), mp_policy=policy)  # embedding, final norm, head
     for part in module.modules():
         if isinstance(part, FSDPModule):

@@ -433,7 +433,8 @@ def communication(model: ModelConfig, step: Execution) -> dict[str, int]:
     collectives.
 
     parameters: all-gathers for the forward pass, and for the backward pass of blocks that were
-    freed. gradients: float32, reduced at every micro-batch, by DDP and by ZeRO-1 once. optimizer:
+    freed; FSDP2 keeps the last one. gradients: float32, scattered at every micro-batch, by ZeRO-1
+    once; added up over the replicas of a shard once. optimizer:
     momentum to the owners of matrices and directions back. experts: rows to their experts and back,
     with equal loads; one gate a row left out.
     """
@@ -446,12 +447,15 @@ def communication(model: ModelConfig, step: Execution) -> dict[str, int]:
         copies = world // (ways * (expert if w.part == "experts" else 1))  # replicas of each shard
         ring, over_replicas = (ways - 1) / ways, (copies - 1) / copies
         if step.gathers:
-            twice = w.in_blocks and (step.reshard_after_forward or zero)
-            sent["parameters"] += accumulation * (2 if twice else 1) * c * elements * ring
+            times = 1.0
+            if w.in_blocks and (step.reshard_after_forward or zero):
+                times = 2 if zero else 2 - 1 / model.depth
+            sent["parameters"] += accumulation * times * c * elements * ring
         elif zero:  # the updated model copy
             sent["parameters"] += c * elements * ring
-        reductions = 1 if step.is_ddp or (zero and step.zero_stage == 1) else accumulation
-        sent["gradients"] += reductions * FP32 * elements * (ring + 2 * over_replicas / ways)
+        scatters = 1 if zero and step.zero_stage == 1 else accumulation
+        sums = scatters if zero else 1
+        sent["gradients"] += FP32 * elements * (scatters * ring + 2 * sums * over_replicas / ways)
     sent["optimizer"] = step.exchanged_bytes * sum(_exchanged(stored, step)) / world
     tokens = step.micro_batch * model.context * model.expert_counts[1] * (1 - 1 / expert)
     # There and back, in the forward and the backward pass.

@@ -54,6 +54,11 @@ class Probe:
         return log_sum_exp(q.detach(), k.detach(), scale, mask).square().sum()
 
     @torch.no_grad()
+    def log_sum_exp(self, lse: Tensor) -> Tensor:
+        """Σ LSE² where the attention kernel has given LSE, of any shape."""
+        return lse.detach().float().square().sum()
+
+    @torch.no_grad()
     def router(self, logits: Tensor) -> Tensor:
         """Σ LSE² over tokens of logits (N, E) (the router's z-loss, arXiv 2202.08906, eq. 5, before
         the mean)."""
@@ -93,7 +98,6 @@ def outliers(h: Tensor) -> Tensor:
     return (deviation.abs() > limit).sum().float()
 
 
-@torch.compiler.disable  # a loop as long as the context would be unrolled
 def log_sum_exp(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """Log-sum-exp of the attention logits scale · q kᵀ + mask that each position sees, (B, H, T)
     float32.
@@ -122,6 +126,8 @@ def log_sum_exp(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tens
     return chunked_log_sum_exp(q, k, scale, mask)
 
 
+# An operator of its own: a compiler would unroll a loop as long as the context.
+@torch.library.custom_op("archscale::chunked_log_sum_exp", mutates_args=())
 def chunked_log_sum_exp(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     """`log_sum_exp` in plain PyTorch, a few positions at a time; k has as many heads as q."""
     B, H, T, _ = q.shape
@@ -138,7 +144,12 @@ def chunked_log_sum_exp(q: Tensor, k: Tensor, scale: float, mask: Tensor | None)
         else:
             logits = logits.masked_fill(position[:keys] > position[rows, None], -math.inf)
         parts.append(logits.logsumexp(-1))
-    return torch.cat(parts, -1)
+    return torch.cat(parts, -1).float()
+
+
+@chunked_log_sum_exp.register_fake
+def _(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    return q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 def stability_metrics(

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from archscale.config import MoEConfig
-from archscale.data.loader import Batch
 from archscale.distributed import all_reduce
 from archscale.model.loss import balance_loss, load_metrics, load_share
 from archscale.model.moe import Routing
 from archscale.parallel.engine import Engine
+from archscale.train.placing import Placed
 
 
 @dataclass
@@ -68,7 +68,7 @@ class StepBalance:
         self._reduced = False
 
     @torch.no_grad()
-    def count(self, engine: Engine, micro_batches: Sequence[Batch]) -> None:
+    def count(self, engine: Engine, micro_batches: Sequence[Placed]) -> None:
         """The counting pass, over all micro-batches but the first."""
         if self.moe.counts_first:
             for batch in micro_batches:

@@ -15,6 +15,7 @@ from archscale.data.loader import Batch
 from archscale.data.validation import ValidationSet, validation_batches
 from archscale.distributed import all_reduce, rank, world_size
 from archscale.model.loss import IGNORE
+from archscale.train.placing import place
 
 
 class Forwards(Protocol):
@@ -144,11 +145,17 @@ def evaluate(
         token_bytes: UTF-8 bytes that each token stands for, (V,); None where they are not known.
     """
     sums = torch.zeros(3, device=device, dtype=torch.float64)  # nats, tokens, bytes
-    for inputs, targets, _ in batches:
+    for batch in batches:
         if leave():
             return None
+        # The ends of documents are read, whatever training reads.
+        inputs, targets, _ = batch
         counted = targets != IGNORE
-        sums[0] += engine.forward(inputs.to(device), targets.to(device)).loss.double()
+        module = getattr(engine, "module", None)
+        placed = place(Batch(inputs, targets), module, device)
+        documents = () if placed.documents is None else (placed.documents,)
+        output = engine.forward(placed.inputs, placed.targets, *documents)
+        sums[0] += output.loss.double()
         sums[1] += counted.sum().to(device)
         if token_bytes is not None:
             length = token_bytes[torch.where(counted, targets, 0)] * counted

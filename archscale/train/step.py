@@ -21,6 +21,7 @@ from archscale.parallel.engine import Engine
 from archscale.telemetry.profiling import phase
 from archscale.telemetry.stability import LayerSums
 from archscale.train.balance import LoadedExperts, StepBalance
+from archscale.train.placing import place
 
 PADDING = "data/padding"
 
@@ -81,7 +82,7 @@ def train_step(
         torch.stack([torch.full((), here, device=device), torch.full((), tokens, device=device)])
     )
     scale = engine.gradient_scale / sizes[0]
-    moved = [_move(batch, device) for batch in micro_batches]
+    moved = [place(batch, engine.module, device) for batch in micro_batches]
     balance = None
     if experts is not None:
         balance = StepBalance(experts.moe, sizes[1], experts.load)
@@ -129,15 +130,3 @@ def _add_up(probed: Sequence[tuple[LayerSums, ...]]) -> LayerSums:
         ]
     )
     return LayerSums(*all_reduce(packed.sum(0)).unbind(1))
-
-
-def _move(batch: Batch, device: torch.device) -> Batch:
-    """To the device; from pinned memory on CUDA, because a copy from pageable memory waits."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        if device.type != "cuda":
-            return tensor.to(device)
-        return tensor.pin_memory().to(device, non_blocking=True)
-
-    documents = None if batch.documents is None else moved(batch.documents)
-    return Batch(moved(batch.inputs), moved(batch.targets), documents)

@@ -253,8 +253,8 @@ def test_collectives_of_shards_of_replicas():
     parallel = {"replicate": 2, "shard": 2}
     config = tiny(model={"depth": 3}, training={"batch_tokens": 512}, parallel=parallel)
     _, collectives = by_part(config, processes=4)
-    assert collectives["parameters: all-gather"]["calls"] == 2 * (3 + 1 + 3)
-    assert collectives["gradients: reduce-scatter and all-reduce"]["calls"] == 2 * (3 + 1) * 2
+    assert collectives["parameters: all-gather"]["calls"] == 2 * (3 + 1 + 2)
+    assert collectives["gradients: reduce-scatter and all-reduce"]["calls"] == (2 + 1) * (3 + 1)
     assert collectives["update: all-reduce"]["calls"] == 2  # of clipping and of the optimizer
 
 
