@@ -14,8 +14,8 @@ import typer
 from archscale import terminal
 from archscale.errors import INTERRUPTED, RETRY, ArchscaleError, ConfigError, explain_os_error
 
-# Seconds until a rank that leaves a report to another one ends itself: where torchrun ends it with
-# the other one, however slowly that imports, and elsewhere.
+# Seconds that a rank waits whose error another rank reports: under torchrun, which ends it together
+# with that rank, and elsewhere.
 REPORTED, UNHURRIED = 60.0, 5.0
 
 app = typer.Typer(

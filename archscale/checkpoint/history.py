@@ -33,6 +33,7 @@ from archscale.errors import CheckpointError, ConfigError
 from archscale.files import METRICS, checkpoint_steps, step_directory
 
 MIXTURE = "data.mixture"
+BALANCE_SCOPE, MICRO_BATCH = "model.moe.balance_scope", "training.micro_batch"
 # May differ between a checkpoint and the run that resumes it: they do not change the trajectory.
 FREE_KEYS = (
     "name",
@@ -40,7 +41,7 @@ FREE_KEYS = (
     "telemetry",
     "eval",
     "checkpoint",
-    "training.micro_batch",
+    MICRO_BATCH,
     "training.compile",
     "training.activation_checkpoint",
     "training.init_from",
@@ -56,6 +57,8 @@ def other_trajectory(before: Mapping[str, Any], now: Mapping[str, Any]) -> Itera
     in order."""
     mode = "telemetry.guard.mode"
     acts = "act" in (before.get(mode), now.get(mode))  # then the guard decides over updates
+    # Then the balance loss is of each micro-batch.
+    micro = "micro" in (before.get(BALANCE_SCOPE), now.get(BALANCE_SCOPE))
     for key in sorted(before.keys() | now.keys()):
         free = any(key == free or key.startswith(free + ".") for free in FREE_KEYS)
         same = before.get(key) == now.get(key) or (
@@ -63,7 +66,8 @@ def other_trajectory(before: Mapping[str, Any], now: Mapping[str, Any]) -> Itera
         )
         if key.startswith("data_set.") and key.endswith(".tokenizer"):
             same |= not (before.get(key) and now.get(key))  # one that is unknown may be any
-        if not same and (not free or (acts and key.startswith("telemetry.guard."))):
+        counts = (acts and key.startswith("telemetry.guard.")) or (micro and key == MICRO_BATCH)
+        if not same and (not free or counts):
             yield key
 
 

@@ -81,6 +81,12 @@ class Config(Section):
                 "name",
                 "leave out slashes, control characters, leading dots",
             )
+        if self.optimizer.matrix.fused_gate_up and self.model.mlp != "swiglu":
+            yield ConfigError(
+                f"{self.model.mlp} has no gate, so fused_gate_up does nothing",
+                "optimizer.matrix.fused_gate_up",
+                "set it to false",
+            )
         tokens, batch, context = (
             self.training.tokens,
             self.training.batch_tokens,

@@ -98,6 +98,13 @@ class MatrixOptimizerConfig(Section):
                     f"optimizer.matrix.{key}",
                     f"set it to {'null' if neutral is None else neutral}",
                 )
+        for key in ("fused_qkv", "fused_gate_up"):
+            if getattr(self, key) and not RULES[self.rule].per_matrix:
+                yield ConfigError(
+                    f"{self.rule} sees no matrices, so {key} does nothing",
+                    f"optimizer.matrix.{key}",
+                    "set it to false",
+                )
         if self.per_head and self.fused_qkv:
             yield ConfigError(
                 "per_head cuts queries, keys and values into heads, and fused_qkv takes them"
@@ -166,6 +173,15 @@ class OptimizerConfig(Section):
                 "optimizer.independent_decay",
                 "set it to false, or give optimizer.weight_decay",
             )
+        for rule, key in ((self.matrix.rule, "matrix.rule"), (self.element.kind, "element.kind")):
+            if self.independent_decay and RULES[rule].decay == "coupled":
+                yield ConfigError(
+                    f"the decay of {rule} is part of the direction that its ratio measures, so it"
+                    " is not independent of the rate",
+                    f"optimizer.{key}",
+                    "set optimizer.independent_decay to false, or choose a rule whose decay is"
+                    " decoupled",
+                )
 
 
 class ScheduleConfig(Section):

@@ -135,6 +135,8 @@ def _shard(
     def data_parallel(mesh: DeviceMesh) -> DeviceMesh:
         return mesh["replicate", "shard"] if sizes.replicate > 1 else mesh["shard"]
 
+    blocks: Any = module.blocks
+    last = set(blocks[-1].modules())
     if sizes.expert > 1:
         expert_mesh = build_expert_mesh(device, sizes)
         # A list first: spreading replaces parameters while the modules are walked.
@@ -144,9 +146,8 @@ def _shard(
                 layer.spread_experts(expert_mesh["expert"]),
                 mesh=data_parallel(expert_mesh),
                 mp_policy=policy,
-                reshard_after_forward=reshard,
+                reshard_after_forward=reshard and layer not in last,
             )
-    blocks: Any = module.blocks
     for block in blocks:
         # The backward pass begins with the last block: nothing would hide gathering it again.
         again = reshard and block is not blocks[-1]

@@ -227,7 +227,8 @@ def _initialization(model: ModelConfig, role: str) -> str:
     if role == "vector":
         return "1"
     if role == "matrix":
-        return INITIALIZATION[model.init]
+        router = model.moe is not None and model.moe.router_init == "normal"
+        return INITIALIZATION[model.init] + (", the router at N(0, 0.02)" if router else "")
     small = role == "embedding" and not model.tied_embeddings and model.init == "fan_in"
     return "N(0, 1e-4)" if small else "N(0, 0.02)"
 

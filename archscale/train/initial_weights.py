@@ -336,7 +336,7 @@ def differing_keys(ours: ModelConfig, theirs: ModelConfig) -> dict[str, tuple[An
 def _computed(model: ModelConfig) -> dict[str, Any]:
     keys = (
         *("depth", "width", "head_dim", "heads", "kv_heads", "mlp", "mlp_ratio", "qk_norm"),
-        *("gated_attention", "window", "rope_theta", "tied_embeddings", "vocab_size"),
+        *("gated_attention", "window", "rope_theta", "norm_eps", "tied_embeddings", "vocab_size"),
     )
     values = {f"model.{key}": getattr(model, key) for key in keys}
     if model.moe is not None:

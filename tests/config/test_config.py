@@ -429,6 +429,21 @@ def test_override_through_a_null_section_creates_it(small):
             "set it to fan_in, or model.tied_embeddings to true",
         ),
         (
+            ["optimizer={matrix: {rule: orscale}, weight_decay: 0.1, independent_decay: true}"],
+            "optimizer.matrix.rule",
+            "not independent of the rate.*set optimizer.independent_decay to false",
+        ),
+        (
+            ["optimizer.matrix={rule: adamw, fused_qkv: true}"],
+            "optimizer.matrix.fused_qkv",
+            "adamw sees no matrices.*set it to false",
+        ),
+        (
+            ["model.mlp=relu2", "optimizer.matrix.fused_gate_up=true"],
+            "optimizer.matrix.fused_gate_up",
+            "relu2 has no gate.*set it to false",
+        ),
+        (
             ["optimizer.matrix={per_head: true, fused_qkv: true}"],
             "optimizer.matrix.fused_qkv",
             "cuts queries, keys and values into heads.*set one of them to false",
