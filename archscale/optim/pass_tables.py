@@ -88,7 +88,7 @@ def make_tables(layout: Layout, plan: StepPlan) -> Tables:
     tables, ranges = Tables(), []
 
     def make(parts: Sequence[Part], numbers: Sequence[int] | None) -> Table:
-        """Of parts whose views have these numbers in the optimizer."""
+        """The table of parts; `numbers`: what the optimizer calls their views."""
         if numbers is not None:
             parts = [part._replace(view=numbers[part.view]) for part in parts]
         table, tables.slots = make_table(parts, tables.slots)

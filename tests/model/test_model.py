@@ -260,7 +260,7 @@ STARTS = {  # init → embedding, q k v and gate, out, up, down, head (None: tie
 @pytest.mark.parametrize("experts", [False, True])
 @pytest.mark.parametrize("init", STARTS)
 def test_the_papers_starts(init, experts):
-    """Of depth 2, so that √(2 depth) is 2; scales of U in units of 1/√fan_in."""
+    """The depth is 2, so √(2 depth) is 2; scales of U are in units of 1/√fan_in."""
     moe = {"sparsity": 3, "top_k": 2, "router_init": "normal"} if experts else None
     tied = {"tied_embeddings": init == "fan_in_tied"}
     model = tiny(init=init, moe=moe, **tied)
