@@ -262,11 +262,12 @@ class Block(nn.Module):
         for part in filter(None, parts):
             inputs.append(part.up)
             outputs.append(part.down)
-        if isinstance(mlp, MoE) and config.moe and config.moe.router_init == "normal":
-            _start(mlp.router)["init"] = "normal", NORMAL_STD
-        if config.init == "normal":
-            for module in (*inputs, *outputs, *([mlp.router] if isinstance(mlp, MoE) else [])):
-                _start(module)["init"] = "normal", NORMAL_STD
+        routers: list[nn.Module] = [mlp.router] if isinstance(mlp, MoE) else []
+        drawn_normal = [*inputs, *outputs, *routers] if config.init == "normal" else []
+        if config.moe is not None and config.moe.router_init == "normal":
+            drawn_normal += routers
+        for module in drawn_normal:
+            _start(module)["init"] = "normal", NORMAL_STD
         divided: list[nn.Module] = {
             "fan_in": [],
             "fan_in_tied": [self.attention.qkv, *outputs],

@@ -2,10 +2,6 @@
 operators, and their kernels through Triton's interpreter."""
 
 import contextlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -21,9 +17,9 @@ from archscale.optim.exchange import Block, Part
 from archscale.optim.fused import FusedPasses
 from archscale.optim.pass_tables import make_table
 from archscale.optim.passes import Passes
+from tests.optim.apart import run_apart
 from tests.optim.test_kernels import needs_triton
 
-ROOT = Path(__file__).resolve().parents[2]
 SHAPES = [(1, 6), (2, 5), (18, 8), (97, 3), (5, 4, 6), (48, 32)]
 VECTORS = [(7,), (33, 4), (1,)]
 LAYOUTS = {
@@ -250,24 +246,14 @@ def compiled(capability: int):
     print("compiled")
 
 
-def run_apart(call: str, tmp_path: Path, **env: str) -> str:
-    command = [sys.executable, "-c", f"from tests.optim import test_fused; test_fused.{call}"]
-    paths = [str(ROOT), os.environ.get("PYTHONPATH")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **env}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @needs_triton
 def test_interpreted_kernels_give_what_pytorch_gives(tmp_path):
-    assert "interpreted" in run_apart("interpreted()", tmp_path, TRITON_INTERPRET="1")
+    assert "interpreted" in run_apart("test_fused", "interpreted()", tmp_path, TRITON_INTERPRET="1")
 
 
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernels_compile_to_wide_accesses(tmp_path, capability):
-    assert "compiled" in run_apart(f"compiled({capability})", tmp_path, TRITON_INTERPRET="0")
+    assert "compiled" in run_apart(
+        "test_fused", f"compiled({capability})", tmp_path, TRITON_INTERPRET="0"
+    )

@@ -4,10 +4,6 @@ GPUs that are not here."""
 import functools
 import importlib
 import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy
 import pytest
@@ -15,8 +11,8 @@ import torch
 
 from archscale.optim import orthogonalize
 from archscale.optim.orthogonalize import plain_symmetric_product
+from tests.optim.apart import run_apart
 
-ROOT = Path(__file__).resolve().parents[2]
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
@@ -182,21 +178,6 @@ def compiled(capability: int):
     print("compiled")
 
 
-def run_apart(call: str, tmp_path: Path, **env: str) -> str:
-    command = [sys.executable, "-c", f"from tests.optim import test_kernels; test_kernels.{call}"]
-    env = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
-        **env,
-    }
-    env |= {"TRITON_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=90, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @needs_triton
 def test_interpreted_kernel_equals_float64(tmp_path):
     import triton
@@ -205,13 +186,17 @@ def test_interpreted_kernel_equals_float64(tmp_path):
         pytest.skip(
             "the interpreter of Triton 3.6 fails with NumPy 2.4: int() of an array of one element"
         )
-    assert "interpreted" in run_apart("interpreted()", tmp_path, TRITON_INTERPRET="1")
+    assert "interpreted" in run_apart(
+        "test_kernels", "interpreted()", tmp_path, TRITON_INTERPRET="1"
+    )
 
 
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90])
 def test_kernel_compiles_to_tensor_core_instructions(tmp_path, capability):
-    assert "compiled" in run_apart(f"compiled({capability})", tmp_path, TRITON_INTERPRET="0")
+    assert "compiled" in run_apart(
+        "test_kernels", f"compiled({capability})", tmp_path, TRITON_INTERPRET="0"
+    )
 
 
 def test_no_kernel_on_a_cpu(monkeypatch):
